@@ -1,0 +1,27 @@
+"""Pre-train image encoders by denoising; export them to timm.
+
+>>> import ldae
+>>> config = ldae.config("l_dae", scale="small")
+>>> backbone = ldae.load_backbone("exported/")
+"""
+
+from importlib import metadata
+from typing import Any
+
+__all__ = ["Config", "config", "load_backbone", "__version__"]
+__version__ = metadata.version("ldae")
+
+_HOMES = {
+    "Config": "ldae.settings",
+    "config": "ldae.trajectory",
+    "load_backbone": "ldae.backbone",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: torch and timm take seconds to import, and `ldae --help` needs neither.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ldae' has no attribute {name!r}")

@@ -1,0 +1,161 @@
+"""From the bytes of a file to 8-bit pixels, or one sentence that says why not."""
+
+import functools
+import math
+import os
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ldae.errors import InputError
+
+# Pillow recognises these but can not decode them alone; EPS it would hand to Ghostscript, and a
+# file of unknown origin must not start an interpreter.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_NPY_MAGIC = b"\x93NUMPY"
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class BadImage(InputError):
+    """An image that can not be decoded; the message names it."""
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    formats = [name for name in Image.ID if name not in _NOT_DECODED]
+    # Formats known by their first bytes before those that must be tried: surer, and faster.
+    return tuple(sorted(formats, key=lambda name: Image.OPEN[name][1] is None))
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """The lower-case extensions, with their dot, of the files that :func:`decode` reads."""
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in known if name in _formats()) | {".npy"}
+
+
+def decode(file: BinaryIO | str | bytes | os.PathLike, name: str) -> Image.Image | np.ndarray:
+    """The first frame of ``file``, upright by its EXIF orientation and fully loaded.
+
+    Returns a Pillow image in mode L, RGB or RGBA; or, for a ``.npy`` file with another number of
+    channels than 1 or 3, its array (H, W, C) uint8.
+
+    - 16-bit and int32 grey: the range 0..65535 is divided by 257.
+    - Float grey: values within 0..1 are multiplied by 255, values within 0..255 are rounded.
+      Values outside these ranges have no known white: the image is refused.
+    - ``.npy``: uint8 of shape (H, W) or (H, W, C).
+
+    Raises: BadImage, naming ``name``, for whatever can not be decoded, and for more pixels than
+    ``PIL.Image.MAX_IMAGE_PIXELS``, before memory is taken for them.
+    """
+    try:
+        if not isinstance(file, (str, bytes, os.PathLike)):
+            return _decode(file)
+        with open(file, "rb") as opened:
+            return _decode(opened)
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly every type
+        raise BadImage(f"{name} can not be decoded: {_reason(error)}") from error
+
+
+def to_planes(image: Image.Image | np.ndarray, in_chans: int) -> list[Image.Image]:
+    """A decoded image as the Pillow images that are resized one by one: one of mode L, RGB or
+    RGBA, or ``in_chans`` of mode L when the channels are an array's.
+
+    Transparency is dropped, not composited, unless ``in_chans`` is 4: torchvision, timm and the
+    users of the exported backbone do the same, and must see the pixels that training saw.
+
+    Raises: InputError when the image can not have ``in_chans`` channels.
+    """
+    if isinstance(image, np.ndarray):
+        if image.shape[2] != in_chans:
+            raise InputError(f"an array of {image.shape[2]} channels where in_chans is {in_chans}")
+        return [Image.fromarray(np.ascontiguousarray(plane)) for plane in image.transpose(2, 0, 1)]
+    if in_chans not in _MODES:
+        raise InputError(
+            f"a {image.mode} image where in_chans is {in_chans}, which only .npy arrays can have"
+        )
+    mode = _MODES[in_chans]
+    return [image if image.mode == mode else image.convert(mode)]
+
+
+def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
+    """A decoded image as uint8 (H, W, in_chans).
+
+    Raises: InputError when the image can not have ``in_chans`` channels.
+    """
+    return np.dstack(to_planes(image, in_chans))
+
+
+def _decode(file: BinaryIO) -> Image.Image | np.ndarray:
+    magic = file.read(len(_NPY_MAGIC))
+    if not magic:
+        raise ValueError("the file is empty")
+    file.seek(0)
+    if magic == _NPY_MAGIC:
+        return _decode_npy(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged metadata beside good pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(file, formats=_formats())
+        ImageOps.exif_transpose(image, in_place=True)
+        return _eight_bit(image)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode in _MODES.values():
+        return image
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_grey_levels(np.asarray(image)))
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _grey_levels(values: np.ndarray) -> np.ndarray:
+    """Wide grey values as uint8 by the rules of :func:`decode`."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
+        scale = 1 / 257
+    elif values.dtype.kind == "f" and low >= 0 and high <= 255:
+        scale = 255 if high <= 1 else 1
+    else:
+        raise ValueError(
+            f"its grey values go from {low} to {high}; save integers in 0..65535 or floats in 0..1"
+        )
+    return np.rint(values * scale).astype(np.uint8)
+
+
+def _decode_npy(file: BinaryIO) -> Image.Image | np.ndarray:
+    version = np.lib.format.read_magic(file)
+    if version not in _NPY_HEADERS:
+        raise ValueError(f"a .npy file of version {version[0]}.{version[1]}")
+    shape, fortran_order, dtype = _NPY_HEADERS[version](file)
+    if dtype != np.uint8 or len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"an array of {dtype} {shape}, not uint8 (H, W) or (H, W, C)")
+    if Image.MAX_IMAGE_PIXELS and math.prod(shape) > 4 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"an array of {shape} is too large")
+    data = file.read(math.prod(shape))
+    if len(data) < math.prod(shape):
+        raise ValueError(f"the array is truncated at {len(data)} of {math.prod(shape)} bytes")
+    array = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran_order else "C")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim == 2 or array.shape[2] == 3:
+        return Image.fromarray(np.ascontiguousarray(array))
+    return array
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is no image format that is read here"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

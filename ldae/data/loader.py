@@ -1,0 +1,204 @@
+"""The training stream, where "batch at image n" is a pure function, and the pass for evaluation."""
+
+import functools
+import itertools
+import signal
+import sys
+from typing import Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from ldae.data.image import BadImage
+from ldae.data.sources import Source
+from ldae.errors import InputError
+
+Transform = Callable[[Image.Image | np.ndarray, np.random.Generator], torch.Tensor]
+
+
+class Batch(NamedTuple):
+    """What one forward sees."""
+
+    images: torch.Tensor  # (B, C, H, W) uint8
+    labels: torch.Tensor  # (B,) int64, -1 when unlabelled
+    positions: torch.Tensor  # (B,) int64, in the endless training order, or indices in evaluation
+    bad: list[str]  # names of the images that could not be decoded and were replaced
+
+
+def train_batches(
+    source: Source,
+    transform: Transform,
+    *,
+    seed: int,
+    start: int,
+    batch_size: int,
+    stop: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batches: int = 1,
+    workers: int = 0,
+    bad_images: Literal["stop", "skip"] = "stop",
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The micro batches that this rank trains on, from image ``start`` on, without end or until a
+    global batch would begin at ``stop``.
+
+    The endless training order shows each image once an epoch: position n is image
+    ``epoch_order(seed, n // N, N)[n % N]``, augmented by ``default_rng([seed, n])``. The global
+    batch at n holds positions n .. n + ``batch_size`` - 1, over the end of an epoch too. It is cut
+    into ``micro_batches`` x ``world_size`` equal pieces: piece ``micro * world_size + rank`` is
+    this rank's, so that every division into ranks and micro batches trains on the same images.
+
+    ``bad_images``: stop raises BadImage; skip shows the next readable image of the epoch's order
+    in the place of a bad one, and tells the bad one's name.
+
+    Raises: InputError for a setting that does not fit, when no image of the source is readable,
+        and when a worker process dies.
+    """
+    if batch_size < 1 or batch_size % (micro_batches * world_size):
+        raise InputError(
+            f"batch_size {batch_size} can not be cut into equal parts for {world_size} processes "
+            f"of {micro_batches} micro batches"
+        )
+    if bad_images not in ("stop", "skip"):
+        raise InputError(f"bad_images must be stop or skip, not {bad_images!r}")
+    piece = batch_size // (micro_batches * world_size)
+    starts = itertools.count(start, batch_size) if stop is None else range(start, stop, batch_size)
+    batches = (
+        range(first, first + piece)
+        for n in starts
+        for first in range(n + rank * piece, n + batch_size, world_size * piece)
+    )
+    dataset = _TrainingOrder(source, transform, seed, skip=bad_images == "skip")
+    return _load(dataset, batches, workers, pin_memory)
+
+
+def eval_batches(
+    source: Source, transform: Transform, indices: Sequence[int], batch_size: int, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Images as ``transform`` makes them, labels (-1 when unlabelled) and indices, in the order of
+    ``indices``; the last batch may be short. A random transform is seeded by the image's index.
+
+    Raises: BadImage, since an evaluation without some of its images is another one, and InputError
+        when a worker process dies.
+    """
+    batches = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
+    for batch in _load(_EvaluationOrder(source, transform), batches, workers, pin_memory=False):
+        yield batch.images, batch.labels, batch.positions
+
+
+@functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The order of the images in one epoch, int64 (length,)."""
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+Sample = tuple[torch.Tensor, int, int, list[str]]  # image, label, position, bad names
+
+
+class _EvaluationOrder(Dataset):
+    """Samples by index. Errors are values here, for DataLoader would wrap them in tracebacks."""
+
+    def __init__(self, source: Source, transform: Transform):
+        self.source = source
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Sample | InputError:
+        index = int(index)
+        try:
+            rng = np.random.default_rng(index)
+            return *_labelled_image(self.source, self.transform, index, rng), index, []
+        except InputError as error:
+            return error
+
+
+class _TrainingOrder(Dataset):
+    """Samples by position in the endless training order, errors as values."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int, skip: bool):
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.skip = skip
+
+    def __getitem__(self, position: int) -> Sample | InputError:
+        epoch, place = divmod(position, len(self.source))
+        order = epoch_order(self.seed, epoch, len(self.source))
+        bad = []
+        for attempt in range(len(order)):
+            index = int(order[(place + attempt) % len(order)])
+            rng = np.random.default_rng([self.seed, position])
+            try:
+                return *_labelled_image(self.source, self.transform, index, rng), position, bad
+            except BadImage as error:
+                if not self.skip:
+                    return error
+                bad.append(self.source.name(index))
+        return InputError(f"none of the {len(order)} images of {self.source.spec} can be decoded")
+
+
+def _labelled_image(
+    source: Source, transform: Transform, index: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, int]:
+    """Raises: BadImage when the image can not be decoded or does not fit the transform."""
+    image = source.image(index)
+    try:
+        tensor = transform(image, rng)
+    except InputError as error:
+        raise BadImage(f"{source.where(index)} is {error}") from error
+    return tensor, -1 if source.labels is None else int(source.labels[index])
+
+
+def _collate(samples: list[Sample | InputError]) -> Batch | InputError:
+    for sample in samples:
+        if isinstance(sample, InputError):
+            return sample
+    images, labels, positions, bad = zip(*samples)
+    names = list(itertools.chain(*bad))
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(positions), names)
+
+
+def _load(
+    dataset: Dataset, batches: Iterable[Sequence[int]], workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    if workers < 0:
+        raise InputError(f"workers must be at least 0, not {workers}")
+    # Fork: workers start in milliseconds and share the source's index with this process. It is
+    # safe here because workers only decode and copy, on one thread: they touch neither the GPU nor
+    # the OpenMP pools (torch's, faiss') whose threads do not survive a fork. Python 3.14 changes
+    # its own default, and macOS' frameworks forbid fork, hence by name and on Linux only.
+    context = "fork" if workers and sys.platform == "linux" else None
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # else it draws from the global one, and shifts the training
+    )
+    return _without_tracebacks(loader)
+
+
+def _without_tracebacks(loader: DataLoader) -> Iterator[Batch]:
+    try:
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "a data worker was killed, most often for want of memory or of shared memory "
+            "(/dev/shm): use fewer workers"
+        ) from error
+
+
+def _ignore_signals(worker: int) -> None:
+    """The main process alone decides when to stop: a scheduler signals the whole group."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,95 @@
+"""Crops: from a decoded image to the uint8 tensor that goes to the device."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldae.data.image import to_planes
+from ldae.errors import InputError
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
+
+# MAE's random resized crop: the part of the area that is kept, and its width / height.
+_SCALE = (0.2, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class CropTransform:
+    """A square crop as uint8 (in_chans, img_size, img_size): a pure function of image and ``rng``.
+
+    ``center`` scales the short side to ``img_size`` and keeps the middle; ``random`` is
+    torchvision's RandomResizedCrop with MAE's scale 0.2..1 and ratio 3/4..4/3. Both resize
+    bicubically with antialiasing, in one step from the source pixels, so that no image of extreme
+    shape is ever enlarged whole; a crop that already has the size is copied untouched.
+    ``flip`` mirrors left and right with probability 1/2.
+
+    Raises: InputError for a setting or an image that does not fit.
+    """
+
+    img_size: int
+    in_chans: int = 3
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("center", "random"):
+            raise InputError(f"crop must be center or random, not {self.crop!r}")
+        if self.img_size < 1 or self.in_chans < 1:
+            raise InputError(
+                f"img_size and in_chans must be at least 1, not {self.img_size} and {self.in_chans}"
+            )
+
+    def __call__(self, image: Image.Image | np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        planes = to_planes(image, self.in_chans)
+        width, height = planes[0].size
+        if self.crop == "center":
+            box = _center_box(width, height, self.img_size)
+        else:
+            box = _random_box(width, height, rng)
+        array = np.dstack([_cut(plane, box, self.img_size) for plane in planes])
+        if self.flip and rng.random() < 0.5:
+            array = array[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def _cut(plane: Image.Image, box: Box, img_size: int) -> Image.Image:
+    left, top, right, bottom = box
+    if right - left == bottom - top == img_size and left == int(left) and top == int(top):
+        return plane.crop(tuple(map(int, box)))
+    # From 6 times the size on, whole blocks are averaged first: invisible, and many times faster.
+    size = (img_size, img_size)
+    return plane.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+
+def _center_box(width: int, height: int, img_size: int) -> Box:
+    """What torchvision's Resize(img_size) and CenterCrop(img_size) keep, in source pixels."""
+    short = min(width, height)
+    left, right = _center_span(width, width * img_size // short, img_size)
+    top, bottom = _center_span(height, height * img_size // short, img_size)
+    return left, top, right, bottom
+
+
+def _center_span(length: int, resized: int, img_size: int) -> tuple[float, float]:
+    start = round((resized - img_size) / 2)
+    return start * length / resized, (start + img_size) * length / resized
+
+
+def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """A box of random area and ratio at a random place, or the middle when ten tries do not fit."""
+    for _ in range(_ATTEMPTS):
+        area = width * height * rng.uniform(*_SCALE)
+        ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return float(left), float(top), float(left + w), float(top + h)
+    w = min(width, round(height * _RATIO[1]))
+    h = min(height, round(width / _RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return float(left), float(top), float(left + w), float(top + h)

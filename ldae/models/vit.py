@@ -1,0 +1,62 @@
+"""The shape of a ViT, read from its timm name."""
+
+import difflib
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+
+from ldae.errors import InputError
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """What describes the encoder, in timm's words."""
+
+    name: str
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+
+
+def vit_shape(
+    name: str,
+    patch_size: int | None = None,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+) -> ViTShape:
+    """The shape of timm's model ``name``, with what is given put in its place.
+
+    Raises: InputError when timm has no such model, when it is not a plain ViT, or when the heads
+        do not divide the width.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=1, cutoff=0)
+        raise InputError(f"model.name: timm has no model {name!r}; the nearest ViT is {near[0]!r}")
+    with torch.device("meta"):  # only the shape is wanted: no memory, no initialisation
+        vit = timm.create_model(name, pretrained=False, num_classes=0)
+    block = vit.blocks[0]
+    plain = type(vit) is VisionTransformer and type(block) is Block and vit.num_prefix_tokens < 2
+    if not plain or isinstance(block.ls1, LayerScale) or block.attn.qkv.bias is None:
+        raise InputError(f"model.name: {name} is not one of timm's plain vision transformers")
+    shape = ViTShape(
+        name=name,
+        patch_size=patch_size or vit.patch_embed.patch_size[0],
+        embed_dim=embed_dim or vit.embed_dim,
+        depth=depth or len(vit.blocks),
+        num_heads=num_heads or block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim,
+    )
+    if shape.embed_dim % shape.num_heads:
+        raise InputError(
+            f"model.num_heads {shape.num_heads} does not divide model.embed_dim {shape.embed_dim}"
+        )
+    if shape.embed_dim % 4:
+        raise InputError(
+            f"model.embed_dim {shape.embed_dim} is not a multiple of 4 (sine-cosine positions)"
+        )
+    return shape

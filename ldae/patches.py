@@ -1,0 +1,39 @@
+"""Images to tokens and back, and the positions of the tokens."""
+
+import torch
+
+
+def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cut (B, C, H, W) images into (B, N, C * p * p) tokens, row by row.
+
+    A token is channel-major, so a Linear on tokens is a convolution of stride p with the same
+    weight reshaped to (out, C, p, p).
+    """
+    batch, chans, height, width = images.shape
+    p = patch_size
+    grid = images.reshape(batch, chans, height // p, p, width // p, p)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, chans * p * p)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: int, chans: int) -> torch.Tensor:
+    """The inverse of ``patchify`` for square images: (B, N, C * p * p) to (B, C, H, W)."""
+    batch, count, _ = tokens.shape
+    p = patch_size
+    side = round(count**0.5)
+    grid = tokens.reshape(batch, side, side, chans, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, chans, side * p, side * p)
+
+
+def sincos_positions(embed_dim: int, side: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine position embeddings of a square grid, (side * side, embed_dim).
+
+    The first half of the channels encodes the column, the second the row, as in DiT and MAE.
+    """
+    quarter = embed_dim // 4
+    omega = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    places = torch.arange(side, dtype=torch.float64)
+    angles = places[:, None] * omega
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, embed_dim / 2)
+    column = line.expand(side, side, -1)
+    row = line[:, None].expand(side, side, -1)
+    return torch.cat([column, row], dim=2).reshape(side * side, embed_dim).float()

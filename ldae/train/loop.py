@@ -1,0 +1,272 @@
+"""The one training loop. All it knows of a run's progress is the number of images seen."""
+
+import copy
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ldae import distributed
+from ldae.data.loader import Batch
+from ldae.errors import InputError
+from ldae.settings import Optim, System
+from ldae.train.checkpoint import Checkpoints
+from ldae.train.interrupt import Interrupted, StopRequest
+from ldae.train.metrics import Metrics, progress_line
+from ldae.train.optim import adamw, lr_at, peak_lr
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many images a run sees, and how a step's batch is divided."""
+
+    epoch: int
+    """Images of one pass over the data."""
+    total: int
+    """Images of the whole run, a whole number of steps."""
+    batch_size: int
+    micro_batches: int
+    """Pieces of one rank's share of a step, whose gradients accumulate."""
+
+    @property
+    def steps(self) -> int:
+        return self.total // self.batch_size
+
+
+def plan(images: int, optim: Optim, system: System) -> Plan:
+    """The plan of a run over a source of so many images, on this world size.
+
+    Raises: InputError when the batch can not be divided as the settings ask.
+    """
+    world = distributed.world_size()
+    if optim.batch_size < 1 or optim.batch_size % world:
+        raise InputError(f"optim.batch_size {optim.batch_size} can not be split over {world} ranks")
+    share = optim.batch_size // world
+    micro_batches = math.ceil(share / system.device_batch) if system.device_batch else 1
+    if share % micro_batches:
+        raise InputError(
+            f"a rank's share of optim.batch_size, {share}, can not be cut into {micro_batches} "
+            f"equal parts of at most system.device_batch {system.device_batch}"
+        )
+    total = math.ceil(optim.epochs * images / optim.batch_size) * optim.batch_size
+    return Plan(images, total, optim.batch_size, micro_batches)
+
+
+class Hook:
+    """Something to do every ``every`` images; returns numbers for the metrics."""
+
+    def __init__(self, every: int, call: Callable[[], dict[str, float]]) -> None:
+        self.every, self.call = every, call
+
+    def due(self, before: int, now: int) -> bool:
+        return before // self.every != now // self.every
+
+
+def train(
+    model: nn.Module,
+    batches_from: Callable[[int], Iterator[Batch]],
+    plan: Plan,
+    optim: Optim,
+    system: System,
+    *,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    open_metrics: Callable[[int], Metrics],
+    describe: dict,
+    compiled: bool,
+    hooks: tuple[Hook, ...] = (),
+) -> nn.Module:
+    """Train ``model``, whose forward(images, positions, labels) is the loss, to the plan's end.
+
+    It starts from the newest checkpoint if there is one. ``batches_from(n)`` yields this rank's
+    micro batches from image n on. ``describe`` is kept in every checkpoint. Returns the model, or
+    the moving average of it where the recipe has one.
+
+    Raises: InputError on a loss that is not finite, and whatever the data raises, with all progress
+        before it saved; Interrupted when Ctrl-C or SIGTERM asked to stop.
+    """
+    world = distributed.world_size()
+    optimizer = adamw(model, optim)
+    average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
+    seen = _restore(checkpoints.load(device), model, average, optimizer)
+    network = torch.compile(model) if compiled else model
+    if world > 1:
+        on = [device] if device.type == "cuda" else None
+        network = DistributedDataParallel(network, device_ids=on, broadcast_buffers=False)
+    warmup = round(optim.warmup_epochs * plan.epoch)
+
+    def step(lr: float) -> torch.Tensor:
+        """Update the weights once; the loss of the whole batch, the same on every rank."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=device)
+        for micro in range(plan.micro_batches):
+            with meter.waiting():
+                batch = next_batch()
+            meter.skipped += len(batch.bad)
+            images, positions, labels = (
+                part.to(device, non_blocking=True)
+                for part in (batch.images, batch.positions, batch.labels)
+            )
+            reduce_now = world == 1 or micro == plan.micro_batches - 1
+            with nullcontext() if reduce_now else network.no_sync():
+                loss = network(images, positions, labels) / plan.micro_batches
+                loss.backward()
+            total += loss.detach()
+        if optim.clip_grad:
+            nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average:
+            _move_average(average, model, optim.ema)
+        return total
+
+    def next_batch() -> Batch:
+        try:
+            return next(batches)
+        except InputError:  # wrong data, not a wrong state: what was learnt so far is kept
+            report.check()
+            save()
+            raise
+
+    def save() -> None:
+        if distributed.is_main():
+            state = {"images_seen": seen, "model": model.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "describe": describe}
+            state["average"] = average.state_dict() if average else None
+            checkpoints.save(state)
+
+    model.train()
+    metrics, saved_at, meter = open_metrics(seen), time.monotonic(), Meter(seen)
+    batches = batches_from(seen) if seen < plan.total else iter(())
+    report = Report(torch.zeros(3, device=device), "")
+    with StopRequest() as stop:
+        try:
+            while seen < plan.total:
+                lr = lr_at(seen, peak=peak_lr(optim), warmup=warmup, total=plan.total)
+                loss = step(lr)
+                seen += plan.batch_size
+                late = time.monotonic() - saved_at >= 60 * system.save_minutes
+                # What every rank must agree on travels in one small sum. On a GPU it is read a step
+                # late, so that the device never waits for the host; nothing is saved in between.
+                previous = report
+                report = Report.of(loss, stop.received > 0, late, f"to image {seen:,} at lr {lr:.3g}")
+                known = report if device.type == "cpu" else previous
+                known.check()
+                meter.losses.append(report.loss)
+
+                at_end = seen >= plan.total
+                if seen // plan.batch_size % system.log_every == 0 or at_end:
+                    report.check()
+                    record = meter.record(seen, plan.epoch, lr)
+                    last_line = (seen - 1) // plan.batch_size // system.log_every
+                    for hook in hooks:
+                        if hook.due(last_line * system.log_every * plan.batch_size, seen):
+                            record |= hook.call()
+                            model.train()
+                    metrics.write(record)
+                    if distributed.is_main():
+                        print(progress_line(record, plan.total), flush=True)
+                    meter = Meter(seen)
+                if known.save or known.stop or at_end:
+                    report.check()
+                    save()
+                    saved_at = time.monotonic()
+                if known.stop and not at_end:
+                    raise Interrupted(
+                        stop.received or signal.SIGTERM,
+                        f"stopped at image {seen:,} of {plan.total:,}; it is saved, and the same "
+                        "command goes on from here",
+                    )
+        finally:
+            metrics.close()
+    return average or model
+
+
+def _restore(
+    state: dict | None,
+    model: nn.Module,
+    average: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Put a checkpoint's state in place and return its images seen, 0 without one."""
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if average:
+        average.load_state_dict(state["average"])
+    return state["images_seen"]
+
+
+@torch.no_grad()
+def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+class Report:
+    """What all ranks know of one step: the mean loss, whether to stop, whether to save."""
+
+    def __init__(self, values: torch.Tensor, where: str) -> None:
+        self.values, self.where = values, where
+
+    @classmethod
+    def of(cls, loss: torch.Tensor, stop: bool, save: bool, where: str) -> "Report":
+        flags = torch.tensor([float(stop), float(save)], device=loss.device)
+        values = torch.cat([loss[None] / distributed.world_size(), flags])
+        return cls(distributed.all_reduce_sum(values), where)
+
+    @property
+    def loss(self) -> torch.Tensor:
+        return self.values[0]
+
+    @property
+    def stop(self) -> bool:
+        return self.values[1].item() > 0
+
+    @property
+    def save(self) -> bool:
+        return self.values[2].item() > 0
+
+    def check(self) -> None:
+        """Raises: InputError when the loss is not finite."""
+        if not math.isfinite(self.loss.item()):
+            raise InputError(
+                f"the loss is {self.loss.item()} in the step {self.where}; the last checkpoint is "
+                "from before it (lower optim.blr, set optim.clip_grad, or look at the data)"
+            )
+
+
+class Meter:
+    """Loss, speed and waiting between two lines of progress."""
+
+    def __init__(self, since: int) -> None:
+        self.since, self.start = since, time.perf_counter()
+        self.wait, self.losses, self.skipped = 0.0, [], 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        asked = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - asked
+
+    def record(self, seen: int, epoch: int, lr: float) -> dict:
+        """Means over the images since the last record."""
+        loss = torch.stack(self.losses).mean().item()
+        elapsed = time.perf_counter() - self.start
+        return {
+            "images": seen,
+            "epoch": round(seen / epoch, 4),
+            "loss": loss,
+            "lr": lr,
+            "images_per_second": round((seen - self.since) / elapsed, 1),
+            "data_wait": round(self.wait / elapsed, 4),
+            "skipped": self.skipped,
+        }
