@@ -111,32 +111,31 @@ def _from_timm_folder(folder: Path, random_init: bool) -> nn.Module:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = timm.create_model(f"local-dir:{folder}", not random_init, num_classes=0)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # those of json, timm, safetensors and torch have nothing in common
         raise InputError(f"{folder} can not be opened by timm: {_first_line(error)}") from error
     model.model_args = config.get("model_args", {})
     return model
 
 
-def _from_timm_name(
-    name: str, pretrained: bool, in_chans: int, img_size: int | None
-) -> nn.Module:
-    args = {"in_chans": in_chans}
-    # Only models of a fixed size take img_size; the others take any, and timm rejects the argument.
-    if img_size is not None and (name.startswith("hf-hub:") or _known(name).fixed_input_size):
-        args["img_size"] = img_size
-    if pretrained and not name.startswith("hf-hub:") and not _known(name).has_weights:
+def _from_timm_name(name: str, pretrained: bool, in_chans: int, img_size: int | None) -> nn.Module:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    known = None if name.startswith("hf-hub:") else _known(name)
+    if pretrained and known and not known.has_weights:
         raise InputError(
             f"timm has no weights for {name}: name a checkpoint as {name}@FILE, "
             "or ask for the random initialisation"
         )
-    from huggingface_hub.errors import HfHubHTTPError
-
+    args = {"in_chans": in_chans}
+    # Models that take any size have no such argument. Those of the hub are mostly of a fixed size.
+    if img_size is not None and (known is None or known.fixed_input_size):
+        args["img_size"] = img_size
     try:
         model = timm.create_model(name, pretrained, num_classes=0, **args)
     except (OSError, HfHubHTTPError) as error:
         raise InputError(
-            f"the weights of {name} can not be downloaded ({_first_line(error)}): "
-            f"name a checkpoint as {name}@FILE"
+            f"the weights of {name} can not be downloaded ({type(error).__name__}); "
+            "a checkpoint on this machine is opened by NAME@FILE, with its timm name"
         ) from error
     model.model_args = args
     _adapt_cfg(model, in_chans, img_size)
@@ -202,7 +201,7 @@ def _load_file(model: nn.Module, file: Path, spec: str) -> None:
     """Load what fits of ``file``, and list on the console what does not."""
     own = model.state_dict()
     candidates = [
-        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
         for weights in _weight_sets(_read(file))
         for prefix in _prefixes(weights)
     ]
@@ -251,9 +250,9 @@ def _read(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{file} holds pickled code, which is not run here; if you trust it, convert it once by "
-            f"torch.save(torch.load({str(file)!r}, weights_only=False)['model'], 'weights.pth'), "
-            "with the key under which it keeps its weights"
+            f"{file} holds pickled code, which is not run here; if you trust it, convert it once "
+            f"by torch.save(torch.load({str(file)!r}, weights_only=False)['model'], 'weights.pth') "
+            "with the key of its weights"
         ) from error
     except Exception as error:  # a damaged file makes the two readers raise nearly every type
         raise InputError(f"{file} is no readable checkpoint: {_first_line(error)}") from error
@@ -341,7 +340,8 @@ class EvalTransform:
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) as the float32 that the backbone takes, on the same device."""
-        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
+        std = torch.tensor(self.std, device=images.device)[:, None, None]
         return images.float().div_(255).sub_(mean).div_(std)
 
     @cached_property

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ldae import noise, tokenizers
+from ldae.errors import InputError
 from ldae.models.dit import Denoiser
 from ldae.models.vit import vit_shape
 from ldae.objective import Objective
@@ -118,6 +119,11 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         config.model.depth,
         config.model.num_heads,
     )
+    if config.tokenizer.perceptual_weight or config.tokenizer.adversarial_weight:
+        raise InputError(
+            "the perceptual and adversarial losses train conv tokenizers, which are not built yet: "
+            "this row can be shown but not run"
+        )
     tokenizer = tokenizers.create(
         config.tokenizer.name,
         img_size=config.data.img_size,

@@ -1,6 +1,5 @@
 """The features of a source under a backbone, each image once, at any batch size and world size."""
 
-from contextlib import nullcontext
 from typing import Callable, Literal, NamedTuple
 
 import numpy as np
@@ -59,8 +58,8 @@ def extract(
             rows = encode(images)
             finite = rows.isfinite().all(1)
             if not finite.all():
-                first = int(indices[(~finite).nonzero()[0, 0]])
-                raise InputError(f"the features of {source.where(first)} in {precision} are not finite")
+                where = source.where(int(indices[~finite][0]))
+                raise InputError(f"the features of {where} in {precision} are not finite")
             features[indices] = rows
             progress.update(len(images))
     # The other ranks' rows are zero here, so the sum is exact. In blocks: the device may be small.
@@ -87,13 +86,13 @@ def _encoder(
     model: nn.Module, transform: EvalTransform, device: torch.device, precision: Precision
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """uint8 (B, C, H, W) -> what the model gives for it, float32 on the CPU."""
-    autocast = precision in _AUTOCAST
+    dtype = _AUTOCAST.get(precision)
 
     @torch.inference_mode()
     def encode(images: torch.Tensor) -> torch.Tensor:
         images = transform.normalise(images.to(device, non_blocking=True))
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with exact, torch.autocast(device.type, _AUTOCAST[precision]) if autocast else nullcontext():
+        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with no_tf32, torch.autocast(device.type, dtype, enabled=dtype is not None):
             return model(images).float().cpu()
 
     return encode
@@ -103,7 +102,7 @@ def _dim(encode: Callable, transform: EvalTransform, model: nn.Module) -> int:
     shape = encode(torch.zeros(1, *transform.input_size, dtype=torch.uint8)).shape[1:]
     if len(shape) != 1:
         raise InputError(
-            f"{model.pretrained_cfg['architecture']} gives a map of shape {tuple(shape)} and not one "
-            "vector for an image: it has no global pooling"
+            f"{model.pretrained_cfg['architecture']} gives a map of shape {tuple(shape)} and not "
+            "one vector for an image: it has no global pooling"
         )
     return shape[0]

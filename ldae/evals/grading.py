@@ -4,7 +4,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import torch
 from torch import nn
@@ -60,6 +60,7 @@ class Grading:
             out: the folder; by default inside the backbone's, else below ``evals/``.
         """
         classes = len(known_labels(self.train).unique())
+        path = (out or self._folder()) / "results.json"
         record = {
             "task": self.task,
             "protocol": protocol | {"precision": self.precision, "top5_over": min(5, classes)},
@@ -81,12 +82,12 @@ class Grading:
             "results": results,
             "environment": environment(self.device),
         }
-        path = (out or self._folder()) / "results.json"
         if is_main():
             write_json(path, record)
-            numbers = [f"{name} {v:.2f}" for name, v in results.items() if name.startswith("top")]
             control = " (random init)" if self.random_init else ""
-            print(f"{self.task} of {self.spec}{control} on {self.eval.spec}: {', '.join(numbers)}; {path}")
+            tops = [f"{name} {top:.2f}" for name, top in results.items() if name.startswith("top")]
+            subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
+            print(f"{subject}: {', '.join(tops)}; {path}")
         return record
 
     def _folder(self) -> Path:
@@ -99,7 +100,7 @@ class Grading:
 
 
 def _file_name(spec: str) -> str:
-    """The last part of a path that exists, else all of ``spec``, in letters that file names take."""
+    """The last part of a path that exists, else all of ``spec``, as a name for a folder."""
     path = Path(spec)
     return re.sub(r"[^\w.=]+", "-", path.resolve().name if path.exists() else spec).strip("-")
 

@@ -35,6 +35,7 @@ class KNNProtocol:
 
 def knn(
     backbone: str,
+    /,
     data: str,
     eval_data: str | None = None,
     *,
@@ -162,7 +163,7 @@ def vote(
 
 def _check_enough(k: int, images: int) -> None:
     if k > images:
-        raise InputError(f"k asks for {k} neighbours, more neighbours than images: there are {images}")
+        raise InputError(f"k = {k} is more neighbours than images: the train split has {images}")
 
 
 def _searcher(train: torch.Tensor) -> Search:

@@ -59,6 +59,7 @@ class LinearProtocol:
 
 def linear(
     backbone: str,
+    /,
     data: str,
     eval_data: str | None = None,
     *,
@@ -184,8 +185,8 @@ def held_out(names: list[str], labels: torch.Tensor, protocol: LinearProtocol) -
     )
     if not torch.isin(labels[held], labels[~held]).any():
         raise InputError(
-            f"{len(names)} train images of {len(labels.unique())} classes are too few to hold one in "
-            f"{protocol.held_out} out for the learning rate: no class has images in both parts"
+            f"{len(names)} train images of {len(labels.unique())} classes are too few to hold "
+            f"one in {protocol.held_out} out: no class has images in both parts"
         )
     return held
 
@@ -254,9 +255,10 @@ def _placed(heads: Heads, features: Features) -> torch.Tensor:
 def fold_batchnorm(
     norm: nn.BatchNorm1d, weight: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The linear map that does what ``norm`` in eval mode, then ``weight`` (C, D) and ``bias`` do."""
+    """The weight (C, D) and bias (C,) that do what ``norm`` in eval mode and the given ones do."""
     scaled = weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scaled.to(weight.dtype), (bias.double() - scaled @ norm.running_mean.double()).to(bias.dtype)
+    shifted = bias.double() - scaled @ norm.running_mean.double()
+    return scaled.to(weight.dtype), shifted.to(bias.dtype)
 
 
 def save_classifier(
@@ -327,5 +329,5 @@ def _verify(folder: Path, backbone: nn.Module, heads: Heads, source: Source) -> 
     error = (opened(images) - wanted).abs().max() / wanted.abs().max()
     if not error < 1e-3:
         raise InputError(
-            f"not saved: the logits of {folder} as timm opens it differ from the probe's by {error:.1e}"
+            f"not saved: the logits of {folder} differ from those of the probe by {error:.1e}"
         )

@@ -39,9 +39,9 @@ def vit_shape(
         raise InputError(f"model.name: timm has no model {name!r}; the nearest ViT is {near[0]!r}")
     with torch.device("meta"):  # only the shape is wanted: no memory, no initialisation
         vit = timm.create_model(name, pretrained=False, num_classes=0)
-    block = vit.blocks[0]
-    plain = type(vit) is VisionTransformer and type(block) is Block and vit.num_prefix_tokens < 2
-    if not plain or isinstance(block.ls1, LayerScale) or block.attn.qkv.bias is None:
+    plain = type(vit) is VisionTransformer and vit.num_prefix_tokens < 2
+    block = vit.blocks[0] if plain else None
+    if type(block) is not Block or isinstance(block.ls1, LayerScale) or block.attn.qkv.bias is None:
         raise InputError(f"model.name: {name} is not one of timm's plain vision transformers")
     shape = ViTShape(
         name=name,

@@ -1,0 +1,63 @@
+"""Small configurations and images that many tests share."""
+
+import pytest
+import torch
+
+import ldae
+from ldae.settings import Config, replace
+
+TINY = {
+    "data.source": "scattered-digits:64",
+    "data.img_size": 32,
+    "tokenizer.dim": 6,
+    "tokenizer.fit_images": 64,
+    "model.name": "vit_tiny_patch16_224",
+    "model.patch_size": 8,
+    "model.depth": 2,
+    "model.embed_dim": 32,
+    "model.num_heads": 2,
+    "optim.batch_size": 8,
+    "optim.blr": 1e-2,
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0.25,
+    "system.device": "cpu",
+    "system.precision": "fp32",
+    "system.workers": 0,
+}
+
+
+@pytest.fixture
+def tiny():
+    """tiny(row, **changes): a row small enough to train in a second; a__b stands for a.b."""
+
+    def make(row: str = "l_dae", **changes) -> Config:
+        given = {name.replace("__", "."): value for name, value in changes.items()}
+        return replace(ldae.config(row), TINY | given)
+
+    return make
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Eight uint8 images (8, 3, 32, 32) with structure: smooth waves of random direction."""
+    generator = torch.Generator().manual_seed(1)
+    axis = torch.linspace(0, 6, 32)
+    weights = torch.randn(8, 3, 3, generator=generator)
+    waves = weights[..., :1, None] * axis[:, None] + weights[..., 1:2, None] * axis
+    noise = 0.1 * torch.randn(8, 3, 32, 32, generator=generator)
+    return ((waves + weights[..., 2:, None]).sin() * 100 + 128 + 20 * noise).clamp(0, 255).byte()
+
+
+@pytest.fixture
+def awake():
+    """awake(module): every parameter random, so that no zero gate hides a part of the network."""
+
+    def randomise(module: torch.nn.Module) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(0.2 * noise)
+        return module
+
+    return randomise

@@ -1,0 +1,54 @@
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def make_tree(tmp_path):
+    """Writes files below a new folder: name -> bytes, or None for a random PNG of its own."""
+
+    def make(folder: str, files: dict[str, bytes | None] | list[str]) -> Path:
+        root = tmp_path / folder
+        root.mkdir()
+        for seed, name in enumerate(files):
+            content = files[name] if isinstance(files, dict) else None
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(seed) if content is None else content)
+        return root
+
+    return make
+
+
+def pack_zip(root: Path) -> Path:
+    path = root.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, file in enumerate(sorted(root.rglob("*"), reverse=True)):
+            method = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
+            archive.write(file, file.relative_to(root), method)
+    return path
+
+
+def pack_tar(root: Path) -> Path:
+    path = root.with_suffix(".tar")
+    with tarfile.open(path, "w") as archive:
+        archive.add(root, ".")
+    return path
+
+
+@pytest.fixture(params=["folder", "zip", "tar"])
+def pack(request):
+    """Turns a folder into each kind of container."""
+    return {"folder": lambda root: root, "zip": pack_zip, "tar": pack_tar}[request.param]

@@ -1,0 +1,221 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldae.data.image import BadImage, decode, image_extensions, to_array
+from ldae.errors import InputError
+
+GREY16 = (np.arange(64, dtype=np.uint16) * 1040).reshape(8, 8)
+RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+
+
+def encoded(image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    if format == "npy":
+        np.save(file, image)
+    else:
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        image.save(file, format, **options)
+    return file.getvalue()
+
+
+def huge_png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        length, checksum = len(data), zlib.crc32(kind + data)
+        return struct.pack(">I", length) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b""))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def npy_header(shape: str, dtype: str = "|u1") -> bytes:
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "TGA", "npy"])
+def test_lossless_formats_return_the_pixels(format, tmp_path):
+    (tmp_path / "file").write_bytes(encoded(RGB, format))
+    for file in (tmp_path / "file", str(tmp_path / "file"), io.BytesIO(encoded(RGB, format))):
+        assert np.array_equal(to_array(decode(file, "x"), 3), RGB)
+
+
+def test_other_counts_of_channels_come_from_npy_alone():
+    array = np.random.default_rng(0).integers(0, 256, (4, 5, 6), np.uint8)
+    for stored in (array, np.asfortranarray(array)):
+        image = decode(io.BytesIO(encoded(stored, "npy")), "x")
+        assert np.array_equal(to_array(image, 6), array)
+    with pytest.raises(InputError, match="6 channels where in_chans is 3"):
+        to_array(image, 3)
+    with pytest.raises(InputError, match="a RGB image where in_chans is 6"):
+        to_array(decode(io.BytesIO(encoded(RGB, "PNG")), "x"), 6)
+
+
+def test_four_channels_of_an_array_are_not_taken_for_transparency():
+    array = np.random.default_rng(0).integers(0, 256, (4, 5, 4), np.uint8)
+    image = decode(io.BytesIO(encoded(array, "npy")), "x")
+    assert np.array_equal(to_array(image, 4), array)
+    with pytest.raises(InputError, match="4 channels where in_chans is 3"):
+        to_array(image, 3)
+
+
+def test_grey_arrays_are_grey_images():
+    for array in (RGB[:, :, 0], RGB[:, :, :1]):
+        image = decode(io.BytesIO(encoded(array, "npy")), "x")
+        assert np.array_equal(to_array(image, 3), RGB[:, :, [0, 0, 0]])
+        assert np.array_equal(to_array(image, 1), RGB[:, :, :1])
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_16_bits_span_the_8_bit_range(format):
+    pixels = to_array(decode(io.BytesIO(encoded(GREY16, format)), "x"), 1)[:, :, 0]
+    assert np.abs(pixels - GREY16 / 257).max() <= 0.5
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (GREY16.astype(np.int32), GREY16 / 257),
+        (GREY16.astype(np.float32) / 65535, GREY16 / 257),
+        (GREY16.astype(np.float32) / 257, GREY16 / 257),
+    ],
+)
+def test_wide_grey_values_become_8_bit(values, expected):
+    pixels = to_array(decode(io.BytesIO(encoded(values, "TIFF")), "x"), 1)[:, :, 0]
+    assert np.abs(pixels - expected).max() <= 0.501
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.full((2, 2), 70_000, np.int32),
+        np.full((2, 2), -1.0, np.float32),
+        np.full((2, 2), 300.0, np.float32),
+        np.full((2, 2), np.nan, np.float32),
+    ],
+)
+def test_grey_values_without_a_known_white_are_refused(values):
+    with pytest.raises(BadImage, match="^x can not be decoded: its grey values go from"):
+        decode(io.BytesIO(encoded(values, "TIFF")), "x")
+
+
+def test_every_mode_reaches_every_known_count_of_channels():
+    base = Image.fromarray(RGB)
+    transparent = base.quantize(16)
+    transparent.info["transparency"] = 0
+    files = [encoded(base.convert(mode), "PNG") for mode in ("1", "L", "LA", "RGB", "RGBA", "P")]
+    files += [encoded(base.convert("CMYK"), "TIFF"), encoded(base.convert("YCbCr"), "TIFF")]
+    files += [encoded(transparent, "PNG"), encoded(base.convert("CMYK"), "JPEG", quality=95)]
+    for file in files:
+        image = decode(io.BytesIO(file), "x")
+        for in_chans in (1, 3, 4):
+            assert to_array(image, in_chans).shape == (6, 9, in_chans)
+    assert np.abs(to_array(decode(io.BytesIO(files[6]), "x"), 3).astype(int) - RGB).max() <= 1
+
+
+def test_transparency_is_dropped_as_torchvision_and_timm_do():
+    rgba = np.dstack([RGB, np.zeros((6, 9), np.uint8)])
+    image = decode(io.BytesIO(encoded(rgba, "PNG")), "x")
+    assert np.array_equal(to_array(image, 3), RGB)
+    assert np.array_equal(to_array(image, 4), rgba)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    # What has to be done to the stored pixels, from the EXIF standard's "row 0 is, column 0 is".
+    upright = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode(io.BytesIO(encoded(RGB, "PNG", exif=exif)), "x")
+    assert np.array_equal(to_array(image, 3), upright[orientation](RGB))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_is_its_first_frame_after_its_file_is_closed(format, tmp_path):
+    frames = [Image.new("RGB", (5, 4), color) for color in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a", format, save_all=True, append_images=frames[1:])
+    pixels = to_array(decode(tmp_path / "a", "x"), 3)
+    assert pixels.shape == (4, 5, 3)
+    assert np.abs(pixels.astype(int) - (255, 0, 0)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"this is a text, not a picture",
+        encoded(RGB, "PNG")[:-40],
+        encoded(np.tile(RGB, (20, 20, 1)), "JPEG")[:900],
+        encoded(RGB, "BMP")[:-30],
+        encoded(RGB, "WEBP")[:-10],
+        encoded(RGB, "GIF")[:12],
+        npy_header("(4, 4, 3)") + b"0" * 10,
+        npy_header("(2, 2)", "<f4") + b"0" * 16,
+        npy_header("(2, 2)", "|O") + b"0" * 32,
+        npy_header("(0, 2, 3)"),
+        npy_header("(4,)") + b"0000",
+        b"\x93NUMPY\x01",
+        b"\x93NUMPY\x09\x00\x00\x00",
+    ],
+)
+def test_bad_bytes_are_one_sentence_that_names_the_image(content):
+    with pytest.raises(BadImage) as caught:
+        decode(io.BytesIO(content), "cats/tom.jpg")
+    message = str(caught.value)
+    assert message.startswith("cats/tom.jpg can not be decoded: ")
+    assert "\n" not in message and "<" not in message
+
+
+@pytest.mark.parametrize(
+    "content", [huge_png(10_000, 10_000), huge_png(50_000, 50_000), npy_header("(20000, 20000, 3)")]
+)
+def test_too_many_pixels_are_refused_before_they_are_unpacked(content):
+    with pytest.raises(BadImage, match="^x can not be decoded: .*(exceeds limit|too large)"):
+        decode(io.BytesIO(content), "x")
+
+
+def test_an_eps_file_never_reaches_ghostscript():
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    with pytest.raises(BadImage, match="its content is no image format that is read here"):
+        decode(io.BytesIO(content), "a.jpg")
+
+
+def test_a_missing_file_is_a_bad_image(tmp_path):
+    with pytest.raises(BadImage, match="^a.png can not be decoded: No such file or directory$"):
+        decode(tmp_path / "a.png", "a.png")
+
+
+def test_damaged_bytes_raise_nothing_but_bad_image():
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "npy"):
+        whole = np.frombuffer(encoded(RGB, format), np.uint8)
+        for _ in range(60):
+            damaged = whole.copy()
+            damaged[rng.integers(len(whole), size=3)] = rng.integers(256, size=3)
+            try:
+                outcomes.add(type(decode(io.BytesIO(damaged.tobytes()), "x")))
+            except BadImage:
+                outcomes.add(BadImage)
+    assert BadImage in outcomes and Image.Image in {c for o in outcomes for c in o.__mro__}
+
+
+def test_extensions_are_what_decode_reads():
+    known = image_extensions()
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".gif", ".bmp", ".npy"} <= known
+    assert known.isdisjoint({".txt", ".pdf", ".h5", ".mpg", ".eps", ".json"})

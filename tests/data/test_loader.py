@@ -1,0 +1,214 @@
+import itertools
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from ldae.data.image import BadImage
+from ldae.data.loader import Batch, eval_batches, train_batches
+from ldae.data.sources import Source, open_source
+from ldae.data.transforms import CropTransform
+from ldae.errors import InputError
+
+N = 23
+TRANSFORM = CropTransform(8, crop="random", flip=True)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Source:
+    return open_source(f"scattered-digits:{N}", "train")
+
+
+def stream(source, **settings) -> list[Batch]:
+    settings = {"seed": 1, "start": 0, "batch_size": 12, "stop": 72, **settings}
+    return list(train_batches(source, TRANSFORM, **settings))
+
+
+def join(batches) -> Batch:
+    images, labels, positions, bad = zip(*batches)
+    return Batch(torch.cat(images), torch.cat(labels), torch.cat(positions), sum(bad, []))
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3])) and one.bad == other.bad
+
+
+def test_a_batch_is_what_its_type_says(digits):
+    first = stream(digits)[0]
+    assert first.images.shape == (12, 3, 8, 8) and first.images.dtype == torch.uint8
+    assert first.labels.dtype == first.positions.dtype == torch.int64
+    assert first.positions.tolist() == list(range(12)) and first.bad == []
+
+
+@pytest.mark.parametrize("world_size, micro_batches", [(1, 3), (2, 1), (3, 2), (4, 3)])
+def test_every_division_makes_the_same_global_batches(digits, world_size, micro_batches):
+    ranks = [
+        stream(digits, rank=rank, world_size=world_size, micro_batches=micro_batches)
+        for rank in range(world_size)
+    ]
+    for n, whole in enumerate(stream(digits)):
+        parts = [
+            ranks[rank][n * micro_batches + micro]
+            for micro in range(micro_batches)
+            for rank in range(world_size)
+        ]
+        assert {len(part.labels) for part in parts} == {12 // world_size // micro_batches}
+        assert_equal(join(parts), whole)
+
+
+@pytest.mark.parametrize("start", [12, 24, 60])
+def test_a_start_at_image_n_is_the_tail_of_the_whole(digits, start):
+    assert_equal(join(stream(digits, start=start)), join(stream(digits)[start // 12 :]))
+
+
+def test_the_order_does_not_depend_on_the_batch_size(digits):
+    assert_equal(join(stream(digits, batch_size=8)), join(stream(digits)))
+
+
+def test_without_a_stop_there_is_no_end(digits):
+    endless = train_batches(digits, TRANSFORM, seed=1, start=0, batch_size=12)
+    assert_equal(join(itertools.islice(endless, 6)), join(stream(digits)))
+
+
+class Numbered(Source):
+    """Images whose one pixel tells their index."""
+
+    def __init__(self, length: int, bad: frozenset[int] = frozenset()):
+        super().__init__("numbered", "all", None, None)
+        self.length, self.bad = length, bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def image(self, i: int) -> np.ndarray:
+        if i in self.bad:
+            raise BadImage(f"{self.where(i)} can not be decoded: it is bad")
+        return np.full((1, 1, 2), i, np.uint8)
+
+
+def shown(source: Source, **settings) -> Batch:
+    settings = {"seed": 0, "start": 0, "batch_size": 5, "stop": 3 * len(source), **settings}
+    return join(train_batches(source, CropTransform(1, in_chans=2), **settings))
+
+
+def indices(batch: Batch) -> list[int]:
+    return batch.images[:, 0, 0, 0].tolist()
+
+
+def test_each_epoch_shows_every_image_once_in_its_own_order():
+    order = indices(shown(Numbered(15)))
+    epochs = [order[:15], order[15:30], order[30:]]
+    assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    assert order != indices(shown(Numbered(15), seed=1))
+
+
+def test_an_image_is_augmented_anew_in_each_epoch_and_seed(digits):
+    def crops(seed: int) -> set[bytes]:
+        batches = join(stream(digits, seed=seed, batch_size=N, stop=3 * N))
+        return {image.numpy().tobytes() for image in batches.images}
+
+    assert len(crops(1)) == len(crops(2)) == 3 * N
+    assert len(crops(1) & crops(2)) < N // 4  # black corners can be alike
+
+
+def test_unlabelled_images_have_label_minus_one():
+    assert set(shown(Numbered(10)).labels.tolist()) == {-1}
+
+
+def test_workers_change_nothing_and_leave_the_global_rng_alone(digits):
+    state = torch.get_rng_state()
+    assert_equal(join(stream(digits, workers=2)), join(stream(digits)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_stops_the_stream_by_its_own_sentence(workers):
+    with pytest.raises(BadImage) as caught:
+        shown(Numbered(10, bad=frozenset({4})), workers=workers)
+    assert str(caught.value) == "numbered/all/000004 can not be decoded: it is bad"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_skipped_image_is_replaced_by_the_next_readable_one(workers):
+    order = indices(shown(Numbered(10)))
+    bad = frozenset(order[3:5])
+    batch = shown(Numbered(10, bad), bad_images="skip", workers=workers)
+    expected = []
+    for epoch in (order[:10], order[10:20], order[20:]):
+        for place in range(10):
+            expected.append(next(i for i in epoch[place:] + epoch[:place] if i not in bad))
+    assert indices(batch) == expected
+    assert batch.positions.tolist() == list(range(30))
+    assert set(batch.bad) == {f"all/{i:06d}" for i in bad}
+
+
+def test_skipping_does_not_depend_on_where_the_stream_starts():
+    source = Numbered(10, bad=frozenset({1, 2, 7}))
+    tail = shown(source, bad_images="skip", start=15)
+    assert indices(tail) == indices(shown(source, bad_images="skip"))[15:]
+
+
+def test_nothing_but_bad_images_is_an_error_not_a_loop():
+    with pytest.raises(InputError, match="none of the 10 images of numbered can be decoded"):
+        shown(Numbered(10, bad=frozenset(range(10))), bad_images="skip")
+
+
+def test_an_image_that_does_not_fit_in_chans_is_named(digits):
+    batches = train_batches(digits, CropTransform(8, in_chans=5), seed=0, start=0, batch_size=1)
+    with pytest.raises(BadImage, match=r"^scattered-digits:23/train/0000\d\d is a RGB image where"):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 10, "world_size": 4},
+        {"batch_size": 0},
+        {"bad_images": "ignore"},
+        {"workers": -1},
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_at_once(digits, settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        train_batches(digits, TRANSFORM, **{"seed": 0, "start": 0, "batch_size": 12, **settings})
+
+
+class Deadly(Numbered):
+    def __init__(self, signals: tuple[int, ...]):
+        super().__init__(10)
+        self.signals = signals
+
+    def image(self, i: int) -> np.ndarray:
+        for number in self.signals:
+            os.kill(os.getpid(), number)
+        return super().image(i)
+
+
+def test_a_killed_worker_is_one_sentence():
+    with pytest.raises(InputError, match="a data worker was killed"):
+        shown(Deadly((signal.SIGKILL,)), workers=1)
+
+
+def test_workers_ignore_the_signals_that_the_main_process_decides_on():
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    assert_equal(shown(Deadly(signals), workers=1), shown(Numbered(10)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_keeps_the_order_of_its_indices(digits, workers):
+    chosen = np.array([5, 3, 22, 0, 5, 17, 1])
+    batches = list(eval_batches(digits, CropTransform(32), chosen, 3, workers))
+    assert [len(labels) for _, labels, _ in batches] == [3, 3, 1]
+    images, labels, indices = map(torch.cat, zip(*batches))
+    assert indices.tolist() == chosen.tolist()
+    assert labels.tolist() == digits.labels[chosen].tolist()
+    for image, i in zip(images, chosen):
+        assert np.array_equal(image.permute(1, 2, 0), np.asarray(digits.image(i)))
+
+
+def test_evaluation_refuses_a_bad_image():
+    with pytest.raises(BadImage, match="000002"):
+        list(eval_batches(Numbered(5, frozenset({2})), CropTransform(1, 2), range(5), 2, 0))

@@ -1,0 +1,51 @@
+import numpy as np
+
+from ldae.data.sources import open_splits
+from ldae.data.synthetic import Digits, ScatteredDigits
+
+
+def pixels(source, i: int) -> np.ndarray:
+    return np.asarray(source.image(i))
+
+
+def test_scattered_digits_depend_on_seed_split_and_index_only():
+    few, many = (ScatteredDigits("s", "train", count, seed=3) for count in (20, 500))
+    assert all(np.array_equal(pixels(few, i), pixels(many, i)) for i in range(20))
+    assert np.array_equal(few.labels, many.labels[:20])
+    others = [ScatteredDigits("s", "train", 20, seed=4), ScatteredDigits("s", "eval", 20, seed=3)]
+    for other in others:
+        assert not any(np.array_equal(pixels(few, i), pixels(other, i)) for i in range(20))
+
+
+def test_one_digit_lies_on_a_black_canvas():
+    source = ScatteredDigits("s", "train", 200, seed=0)
+    boxes = [source.image(i).getbbox() for i in range(200)]
+    assert {source.image(i).size for i in range(200)} == {(32, 32)}
+    assert max(bottom - top for _, top, _, bottom in boxes) <= 24
+    assert min(left for left, *_ in boxes) <= 1 and max(right for _, _, right, _ in boxes) >= 31
+
+
+def test_training_never_shows_a_digit_of_evaluation():
+    train, evaluation = Digits("digits", "train"), Digits("digits", "eval")
+    assert (len(train), len(evaluation)) == (1348, 449)
+    shown = {pixels(train, i).tobytes() for i in range(len(train))}
+    assert not any(pixels(evaluation, i).tobytes() in shown for i in range(len(evaluation)))
+
+
+def test_every_class_is_in_both_splits():
+    for spec in ("digits", "scattered-digits:1000"):
+        train, evaluation = open_splits(spec, None)
+        assert set(train.labels) == set(evaluation.labels) == set(range(10))
+        assert train.classes == evaluation.classes == list("0123456789")
+
+
+def test_labels_are_the_digits_that_are_shown():
+    def essence(image) -> np.ndarray:
+        grey = image.convert("L")
+        return np.asarray(grey.crop(grey.getbbox()).resize((8, 8)), float).ravel()
+
+    train, digits = ScatteredDigits("s", "train", 300, seed=0), Digits("digits", "train")
+    shown = np.array([essence(train.image(i)) for i in range(300)])
+    plain = np.array([essence(digits.image(i)) for i in range(len(digits))])
+    distance = ((shown[:, None] - plain[None]) ** 2).sum(-1)
+    assert (digits.labels[distance.argmin(1)] == train.labels).mean() > 0.9

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldae.data.transforms import CropTransform
+from ldae.errors import InputError
+
+
+def picture(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Image | np.ndarray:
+    """A smooth random picture; an array where Pillow has no such mode."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), np.uint8)
+    planes = [Image.fromarray(coarse[..., c]).resize((width, height)) for c in range(channels)]
+    array = np.dstack([np.asarray(plane) for plane in planes])
+    return Image.fromarray(array) if channels == 3 else array
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("size", [(50, 37), (37, 50), (32, 32), (33, 32), (64, 64), (20, 31)])
+def test_center_is_resize_of_the_short_side_then_center_crop(size):
+    image, S = picture(*size), 32
+    resized = tuple(side * S // min(size) for side in size)
+    left, top = ((side - S) / 2 for side in resized)
+    left, top = round(left), round(top)
+    slow = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + S, top + S))
+    fast = CropTransform(S)(image, rng()).permute(1, 2, 0).numpy()
+    assert np.abs(fast.astype(int) - np.asarray(slow)).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_an_image_of_the_right_size_is_untouched(channels):
+    noise = rng().integers(0, 256, (16, 16, channels), np.uint8)
+    image = Image.fromarray(noise) if channels == 3 else noise
+    pixels = CropTransform(16, in_chans=channels)(image, rng())
+    assert np.array_equal(pixels.permute(1, 2, 0), noise)
+    wide = np.concatenate([noise * 0, noise, noise * 0], axis=1)
+    wide = Image.fromarray(wide) if channels == 3 else wide
+    assert torch.equal(CropTransform(16, in_chans=channels)(wide, rng()), pixels)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 700), (8, 8), (2000, 1500)])
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_every_shape_becomes_a_square(crop, size, in_chans):
+    pixels = CropTransform(16, in_chans, crop, flip=True)(Image.new("RGB", size, "red"), rng())
+    assert pixels.shape == (in_chans, 16, 16) and pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+    if in_chans == 3:
+        assert (pixels == torch.tensor([255, 0, 0]).view(3, 1, 1)).all()
+
+
+def test_an_extreme_shape_is_never_enlarged_whole(monkeypatch):
+    made, resize = [], Image.Image.resize
+
+    def spy(image, size, *args, **kwargs):
+        made.append(size)
+        return resize(image, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    for crop in ("center", "random"):
+        CropTransform(64, crop=crop)(Image.new("RGB", (1, 5000)), rng())
+    assert made == [(64, 64), (64, 64)]
+
+
+def test_channels_of_an_array_are_resized_as_three_are():
+    image = picture(40, 30)
+    six = np.dstack([np.asarray(image)] * 2)
+    for crop in ("center", "random"):
+        three = CropTransform(16, 3, crop)(image, rng(5))
+        assert torch.equal(CropTransform(16, 6, crop)(six, rng(5)), torch.cat([three, three]))
+
+
+def test_the_same_rng_gives_the_same_crop_and_another_another():
+    image = picture(60, 40)
+    transform = CropTransform(16, crop="random", flip=True)
+    crops = [transform(image, rng(seed)) for seed in range(20)]
+    assert all(torch.equal(crop, transform(image, rng(seed))) for seed, crop in enumerate(crops))
+    assert len({crop.numpy().tobytes() for crop in crops}) == 20
+
+
+def test_flip_mirrors_half_of_the_images():
+    image, generator = picture(16, 16), rng()
+    mirrored = CropTransform(16)(image, rng()).flip(-1)
+    transform = CropTransform(16, flip=True)
+    flipped = sum(torch.equal(transform(image, generator), mirrored) for _ in range(400))
+    assert 150 < flipped < 250
+
+
+def test_random_crops_have_maes_areas_and_ratios():
+    # Coordinates as pixel values show where a crop came from.
+    size = 250
+    ramp = np.arange(size, dtype=np.uint8)
+    x, y = np.meshgrid(ramp, ramp)
+    coordinates = Image.fromarray(np.dstack([x, y, 0 * x]))
+    transform, generator = CropTransform(64, crop="random"), rng()
+    areas, ratios = [], []
+    for _ in range(300):
+        x, y, _ = transform(coordinates, generator).numpy().astype(float)
+        width, height = x.max() - x.min() + 1, y.max() - y.min() + 1
+        areas.append(width * height / size**2)
+        ratios.append(width / height)
+    assert 0.18 < min(areas) < 0.24 and 0.9 < max(areas) <= 1.01
+    assert 0.72 < min(ratios) < 0.78 and 1.28 < max(ratios) < 1.38
+
+
+@pytest.mark.parametrize("settings", [{"crop": "middle"}, {"img_size": 0}, {"in_chans": 0}])
+def test_settings_that_do_not_fit_are_refused(settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        CropTransform(**{"img_size": 8, **settings})

@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+
+from ldae import noise
+
+VARIANCE_PRESERVING = ("ddpm", "cosine", "linear_gamma2")
+
+
+def schedule(name, steps=1000):
+    return noise.schedule(name, steps, max_sigma=math.sqrt(2), single_sigma=math.sqrt(1 / 3))
+
+
+@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+def test_gamma2_and_sigma2_sum_to_one(name):
+    gamma, sigma = schedule(name)
+    torch.testing.assert_close(gamma**2 + sigma**2, torch.ones_like(gamma))
+
+
+@pytest.mark.parametrize("name", [*VARIANCE_PRESERVING, "linear_sigma"])
+def test_the_signal_to_noise_ratio_falls(name):
+    gamma, sigma = schedule(name)
+    assert len(gamma) == len(sigma) == 1000
+    assert ((gamma / sigma).diff() < 0).all()
+
+
+def test_the_ends_of_the_schedules():
+    gamma, _ = schedule("linear_gamma2")
+    assert gamma[-1] == 0 and gamma[0] ** 2 == pytest.approx(0.999)
+    gamma, sigma = schedule("linear_sigma")
+    assert sigma[0] == 0 and sigma[-1] == pytest.approx(math.sqrt(2)) and (gamma == 1).all()
+    gamma, sigma = schedule("single")
+    assert gamma.tolist() == [1.0] and sigma.tolist() == [pytest.approx(math.sqrt(1 / 3))]
+    gamma, _ = schedule("ddpm")
+    betas = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
+    assert gamma[-1] ** 2 == pytest.approx(math.prod(1 - beta for beta in betas))
+
+
+def test_a_process_without_input_scaling_is_the_vp_process_rescaled():
+    """z_t / sqrt(1 + sigma^2) has gamma^2 = 1 / (1 + sigma^2)."""
+    gamma, sigma = schedule("linear_sigma")
+    shrink = (1 + sigma**2).rsqrt()
+    torch.testing.assert_close((gamma * shrink) ** 2, 1 / (1 + sigma**2))
+    torch.testing.assert_close((gamma * shrink) ** 2 + (sigma * shrink) ** 2, torch.ones_like(sigma))
+
+
+@pytest.mark.parametrize(
+    "counter, key, answer",
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_its_authors(counter, key, answer):
+    words = noise.philox_rounds(tuple(torch.tensor([word]) for word in counter), tuple(key))
+    assert [int(word) for word in words] == answer
+
+
+def test_noise_is_normal():
+    draws = noise.normal(3, torch.arange(2000), (10, 10)).double()
+    n = draws.numel()
+    for power, wanted, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((draws**power).mean() - wanted) < 5 * math.sqrt(variance / n)
+    flat = draws.flatten(1)
+    assert abs((flat[:, :-1] * flat[:, 1:]).mean()) < 5 / math.sqrt(n)
+    assert abs((flat[:-1] * flat[1:]).mean()) < 5 / math.sqrt(n)
+
+
+def test_noise_depends_on_the_seed_and_the_image_number_alone():
+    together = noise.normal(0, torch.arange(100), (7, 3))
+    alone = noise.normal(0, torch.tensor([42, 7]), (7, 3))
+    assert torch.equal(together[[42, 7]], alone)
+    assert not torch.equal(noise.normal(1, torch.tensor([42, 7]), (7, 3)), alone)
+    far = torch.tensor([42 + 2**32])  # the high word counts: ImageNet x 1600 epochs is 2 billion
+    assert not torch.equal(noise.normal(0, far, (7, 3))[0], alone[0])
+
+
+def test_timesteps_are_uniform_and_labels_are_dropped_as_often_as_asked():
+    positions = torch.arange(200_000)
+    t = noise.timesteps(0, positions, 10)
+    counts = torch.bincount(t, minlength=10).double()
+    assert ((counts - 20_000).abs() < 5 * math.sqrt(20_000)).all() and len(counts) == 10
+    share = noise.dropped(0, positions, 0.1).double().mean()
+    assert abs(share - 0.1) < 5 * math.sqrt(0.09 / 200_000)
+    assert (noise.timesteps(0, positions[:9], 1) == 0).all()

@@ -1,0 +1,30 @@
+import torch
+from torch import nn
+
+from ldae.patches import patchify, sincos_positions, unpatchify
+
+
+def test_unpatchify_is_the_inverse_of_patchify():
+    images = torch.randn(3, 5, 24, 24)
+    assert torch.equal(unpatchify(patchify(images, 4), 4, 5), images)
+
+
+def test_a_linear_on_tokens_is_a_convolution_with_the_same_weight():
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    weight = torch.randn(7, 3 * 4 * 4, dtype=torch.float64)
+    convolved = nn.functional.conv2d(images, weight.reshape(7, 3, 4, 4), stride=4)
+    tokens = patchify(images, 4) @ weight.T
+    torch.testing.assert_close(tokens, convolved.flatten(2).transpose(1, 2))
+
+
+def test_positions_equal_the_sinusoids_written_one_by_one():
+    dim, side = 16, 3
+    positions = sincos_positions(dim, side)
+    for row in range(side):
+        for column in range(side):
+            for half, place in enumerate((column, row)):
+                for i in range(dim // 4):
+                    angle = torch.tensor(place / 10_000 ** (i / (dim // 4)))
+                    found = positions[row * side + column]
+                    torch.testing.assert_close(found[half * dim // 2 + i], angle.sin())
+                    torch.testing.assert_close(found[half * dim // 2 + dim // 4 + i], angle.cos())

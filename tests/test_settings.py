@@ -1,0 +1,78 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import ldae
+from ldae import settings
+from ldae.errors import InputError
+from ldae.settings import Config
+
+
+def test_a_saved_configuration_loads_as_it_was(tmp_path):
+    config = ldae.config("patch_pca", scale="small")
+    path = tmp_path / "config.yaml"
+    path.write_text(settings.to_yaml(config))
+    assert settings.load(path) == config
+
+
+def test_a_file_may_be_only_a_difference(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("tokenizer: {dim: 7}\noptim:\n  blr: 3e-4\n")
+    loaded = settings.load(path)
+    assert settings.difference(Config(), loaded) == {
+        "tokenizer.dim": (32, 7),
+        "optim.blr": (1e-4, 3e-4),
+    }
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("tokenizer: {dims: 7}", "'tokenizer.dim'"),
+        ("tokenizer: {dim: much}", "tokenizer.dim.*takes int"),
+        ("noise: {schedule: linear}", "noise.schedule.*ddpm or cosine"),
+        ("optim: {blr: fast}", "optim.blr.*takes float"),
+        ("data: {flip: 3}", "data.flip.*takes bool"),
+        ("- 1", "holds no settings"),
+        ("{", "not a YAML file"),
+    ],
+)
+def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, sentence):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"mine.yaml.*{sentence}"):
+        settings.load(path)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(InputError, match="nothing.yaml can not be read"):
+        settings.load(tmp_path / "nothing.yaml")
+
+
+def test_every_setting_is_read_by_some_code():
+    package = Path(ldae.__file__).parent
+    code = "\n".join(
+        path.read_text() for path in package.rglob("*.py") if path.name != "settings.py"
+    )
+    unread = [
+        name
+        for name in settings.flatten(Config())
+        if not re.search(rf"(?<![\w\"']){re.escape(_attribute(name))}\b", code)
+    ]
+    assert unread == []
+
+
+def _attribute(name: str) -> str:
+    """``optim.blr`` as code reads it: the group's variable and the field."""
+    return name if "." in name else f"config.{name}"
+
+
+def test_settings_are_plain_values():
+    """What YAML and a checkpoint opened with weights_only can hold."""
+    assert yaml.safe_load(settings.to_yaml(Config())) is not None
+    for value in settings.flatten(Config()).values():
+        assert isinstance(value, bool | int | float | str | tuple | None)
+    assert dataclasses.is_dataclass(Config().system)

@@ -1,0 +1,60 @@
+import pytest
+
+import ldae
+from ldae import trajectory
+from ldae.errors import InputError
+from ldae.settings import Config, difference, flatten
+
+
+def test_l_dae_at_the_papers_scale_is_the_defaults():
+    assert ldae.config("l_dae", scale="paper") == Config()
+
+
+def test_each_row_changes_exactly_what_it_says():
+    for before, after in zip(trajectory.ROWS, trajectory.ROWS[1:]):
+        changed = difference(ldae.config(before.name), ldae.config(after.name))
+        assert {name: new for name, (_, new) in changed.items()} == after.changes
+        assert 1 <= len(after.changes) <= 3
+        assert after.number == before.number + 1
+
+
+# The table of the paper, written a second time from its text.
+PUBLISHED = {
+    1: (57.5, 11.6), 2: (62.5, 30.9), 3: (58.4, 54.3), 4: (59.0, 75.6), 5: (63.4, 93.2),
+    6: (64.9, None), 7: (64.7, None), 8: (65.1, None), 9: (62.4, None), 10: (63.6, None),
+    11: (63.6, None), 12: (63.9, None), 13: (64.5, None), 14: (61.5, None),
+}  # fmt: skip
+
+
+def test_published_numbers():
+    assert {row.number: (row.accuracy, row.fid) for row in trajectory.ROWS} == PUBLISHED
+
+
+def test_the_papers_recipe():
+    config = flatten(ldae.config("l_dae"))
+    assert config["optim.batch_size"] == 2048 and config["optim.epochs"] == 400
+    assert config["optim.blr"] * 2048 / 256 == pytest.approx(8e-4)
+    assert config["optim.warmup_epochs"] == 100 and config["optim.weight_decay"] == 0
+    assert config["model.name"] == "vit_large_patch16_224" and config["model.depth"] == 12
+    assert config["data.img_size"] == 256 and config["data.crop"] == "center"
+    assert not config["data.flip"] and config["model.cond_ratio"] == 0.25
+    assert ldae.config("no_adversarial").tokenizer.dim == 16
+
+
+def test_rows_go_by_name_and_by_number():
+    assert trajectory.row(13) == trajectory.row("13") == trajectory.row("l_dae")
+    assert trajectory.row("l_dae_single").number == 14
+
+
+def test_wrong_names_are_told_with_the_nearest():
+    with pytest.raises(InputError, match="'l_dea'.*'l_dae'"):
+        ldae.config("l_dea")
+    with pytest.raises(InputError, match="'huge'.*paper, small, demo"):
+        ldae.config("l_dae", scale="huge")
+
+
+@pytest.mark.parametrize("scale", trajectory.SCALES)
+def test_every_row_takes_every_scale(scale):
+    for row in trajectory.ROWS:
+        config = ldae.config(row.name, scale)
+        assert config.objective == ldae.config(row.name).objective

@@ -1,0 +1,23 @@
+import torch
+
+from ldae.tokenizers.moments import Moments
+
+
+def test_moments_equal_those_of_all_vectors_at_once():
+    vectors = torch.randn(1000, 5) @ torch.randn(5, 5) + 3
+    moments = Moments(5)
+    for part in vectors.split(17):
+        moments.update(part)
+    exact = vectors.double()
+    torch.testing.assert_close(moments.mean(), exact.mean(0))
+    torch.testing.assert_close(moments.covariance(), exact.T.cov(correction=0))
+    assert moments.count == 1000
+
+
+def test_memory_does_not_grow_with_the_number_of_vectors():
+    moments = Moments(4)
+    size = [part.numel() for part in (moments.sum, moments.second, moments.count)]
+    for _ in range(50):
+        moments.update(torch.randn(100, 4))
+    assert [part.numel() for part in (moments.sum, moments.second, moments.count)] == size
+    assert len(vars(moments)) == 3

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from ldae import tokenizers
+from ldae.errors import InputError
+from ldae.patches import patchify
+from ldae.tokenizers import PatchPCA, PixelTokenizer
+
+
+def fitted(images, kind=PatchPCA, dim=6, scale="per-axis", patch_size=4):
+    tokenizer = kind(32, patch_size, 3, dim, scale).double()
+    tokenizer.fit([images])
+    return tokenizer
+
+
+def patches_of(tokenizer, images):
+    return patchify(tokenizer.normalize(images), tokenizer.patch_size)
+
+
+@pytest.mark.parametrize("kind, dim", [(PatchPCA, 6), (PixelTokenizer, 12), (PixelTokenizer, 48)])
+def test_the_basis_is_orthonormal(images, kind, dim):
+    basis = fitted(images, kind, dim).basis
+    torch.testing.assert_close(basis @ basis.T, torch.eye(48).double(), atol=1e-6, rtol=0)
+
+
+def test_the_axes_are_those_of_scikit_learn(images):
+    tokenizer = fitted(images)
+    patches = patches_of(tokenizer, images).flatten(0, 1)
+    reference = PCA().fit(patches.numpy())
+    alignment = (tokenizer.basis * torch.from_numpy(reference.components_)).sum(1).abs()
+    torch.testing.assert_close(alignment[:20], torch.ones(20).double(), atol=1e-6, rtol=0)
+    share = (len(patches) - 1) / len(patches)
+    wanted = torch.from_numpy(reference.explained_variance_) * share
+    torch.testing.assert_close(tokenizer.variances, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_the_reconstruction_error_is_the_variance_of_the_dropped_axes(images):
+    tokenizer = fitted(images)
+    patches = patches_of(tokenizer, images)
+    error = patches - tokenizer.inverse(tokenizer.project(patches))
+    found = error.square().sum(-1).mean()
+    torch.testing.assert_close(found, tokenizer.variances[6:].sum(), rtol=1e-6, atol=1e-9)
+
+
+def test_streaming_in_any_batches_fits_the_same(images):
+    whole = fitted(images)
+    stream = PatchPCA(32, 4, 3, 6, "per-axis").double()
+    stream.fit(images.split([3, 1, 4]))
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(stream.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("kind, dim", [(PatchPCA, 6), (PixelTokenizer, 12)])
+def test_scales(images, kind, dim):
+    """raw keeps the unit, global gives unit mean variance, per-axis unit variance on every axis."""
+    spread = {}
+    for scale in ("raw", "global", "per-axis"):
+        tokenizer = fitted(images, kind, dim, scale)
+        z = tokenizer.encode(tokenizer.normalize(images)).flatten(0, 1)
+        assert z.mean(0).abs().max() < 1e-5
+        spread[scale] = z.var(0, unbiased=False)
+    ones = torch.ones(dim).double()
+    torch.testing.assert_close(spread["per-axis"], ones, rtol=1e-5, atol=0)
+    torch.testing.assert_close(spread["global"].mean(), ones[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        spread["global"] / spread["global"].sum(), spread["raw"] / spread["raw"].sum()
+    )
+
+
+def test_pixel_statistics_are_those_of_the_images(images):
+    tokenizer = fitted(images)
+    pixels = images.double() / 255
+    torch.testing.assert_close(tokenizer.pixel_mean, pixels.mean((0, 2, 3)), atol=1e-6, rtol=0)
+    std = pixels.std((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(tokenizer.pixel_std, std, atol=1e-6, rtol=0)
+    given = PatchPCA(32, 4, 3, 6, "raw")
+    given.fit([images], (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    torch.testing.assert_close(given.pixel_std, torch.tensor([0.2, 0.2, 0.1]))
+
+
+def test_all_pixels_are_the_identity(images):
+    tokenizer = fitted(images, PixelTokenizer, 48, "raw")
+    x = tokenizer.normalize(images)
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), x)
+    patches = patchify(x, 4) - tokenizer.patch_mean
+    torch.testing.assert_close(tokenizer.encode(x), patches)
+
+
+def test_fewer_pixels_are_the_image_made_smaller(images):
+    """Its latents are the averaged image's pixels in their own unit, its inverse enlarges them."""
+    tokenizer = fitted(images, PixelTokenizer, 12, "raw")
+    x = tokenizer.normalize(images) - tokenizer.patch_mean.mean()
+    tokenizer.patch_mean.zero_()
+    small = torch.nn.functional.avg_pool2d(x, 2)
+    torch.testing.assert_close(tokenizer.encode(x), patchify(small, 2))
+    enlarged = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), enlarged)
+
+
+def test_a_saved_tokenizer_loads_as_it_was(images, tmp_path):
+    path = tmp_path / "tokenizer.safetensors"
+    saved = fitted(images)
+    tokenizers.save(saved, path)
+    loaded = PatchPCA(32, 4, 3, 6, "per-axis").double()
+    tokenizers.load(loaded, path)
+    x = saved.normalize(images)
+    assert torch.equal(loaded.encode(x), saved.encode(x))
+    with pytest.raises(InputError, match="tokenizer.safetensors has dim 6, this run 7"):
+        tokenizers.load(PatchPCA(32, 4, 3, 7, "per-axis"), path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="tokenizer.safetensors is missing or damaged"):
+        tokenizers.load(loaded, path)
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, sentence",
+    [
+        (PatchPCA, (30, 4, 3, 6, "raw"), "data.img_size 30 .* model.patch_size 4"),
+        (PatchPCA, (32, 4, 3, 49, "raw"), "tokenizer.dim 49 .* 48 dimensions"),
+        (PatchPCA, (32, 4, 3, 0, "raw"), "tokenizer.dim 0"),
+        (PixelTokenizer, (32, 4, 3, 7, "raw"), "tokenizer.dim 7 .* one of 3, 12, 48"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(kind, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        kind(*arguments)
+
+
+def test_nothing_to_fit_on_is_told():
+    tokenizer = PatchPCA(32, 4, 3, 6, "raw")
+    with pytest.raises(InputError, match="no image"):
+        tokenizer.fit([])
+    with pytest.raises(InputError, match="do not vary"):
+        tokenizer.fit([torch.full((2, 3, 32, 32), 7, dtype=torch.uint8)])
+
+
+def test_a_tokenizer_that_is_not_built_says_so():
+    with pytest.raises(InputError, match="conv_vae is not built yet"):
+        tokenizers.create("conv_vae", img_size=32, patch_size=4, in_chans=3, dim=4, scale="raw")
