@@ -100,10 +100,10 @@ def _from_run(folder: Path, random_init: bool) -> nn.Module:
     from ldae.export import backbone_of_run
 
     model = backbone_of_run(folder)
-    args, cfg = model._model_args, model.pretrained_cfg  # as timm's factory keeps them
     if random_init:
+        args, cfg = model.model_args, model.pretrained_cfg
         model = timm.create_model(cfg["architecture"], pretrained_cfg=cfg, **args)
-    model.model_args = args
+        model.model_args = args
     return model
 
 

@@ -74,6 +74,7 @@ def fold(method: LDAE, timestep: int = TIMESTEP) -> VisionTransformer:
     )
     vit.load_state_dict({name: value.float() for name, value in state.items()})
     vit.eval()
+    vit.model_args = model_args(method)
     _verify(exact, vit, t)
     return vit
 

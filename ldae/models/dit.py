@@ -117,6 +117,11 @@ class Denoiser(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final.linear.weight)
 
+    def fuse_attention(self, fused: bool) -> None:
+        """Whether attention goes through scaled_dot_product_attention, as it does at first."""
+        for block in (*self.encoder, *self.decoder):
+            block.attn.fused_attn = fused
+
     def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """t (B,) and labels (B,), the null label when there are none, as vectors (B, cond_dim)."""
         c = self.t_embed(t)
