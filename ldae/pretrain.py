@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ldae import distributed, log, plots, settings, tokenizers
@@ -230,9 +229,11 @@ def _hooks(config: Config, method: LDAE, schedule: Plan, device: torch.device) -
 
 
 def _samples(config: Config, device: torch.device, count: int = 12) -> torch.Tensor:
-    """A few images of the evaluation split where there is one, for the pictures."""
+    """A few images for the pictures, of the evaluation split where there is one."""
     source = open_source(config.data.source, "eval")
-    chosen = np.random.default_rng(0).permutation(len(source))[:count]
     center = CropTransform(config.data.img_size, config.data.in_chans)
-    images = [center(source.image(int(i)), np.random.default_rng(0)) for i in chosen]
-    return torch.stack(images).to(device)
+    count = min(count, len(source))
+    batches = train_batches(
+        source, center, seed=0, start=0, stop=count, batch_size=count, bad_images="skip"
+    )
+    return next(batches).images.to(device)

@@ -1,0 +1,253 @@
+"""The exactness of a run: interrupted, killed, divided over ranks, it is the same run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldae import distributed, pretrain as verb, settings
+from ldae.errors import InputError
+from ldae.pretrain import pretrain
+from ldae.train.checkpoint import Checkpoints
+from ldae.train.interrupt import Interrupted
+
+
+def weights(run):
+    return Checkpoints(run).load()["model"]
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A flat folder of 24 images."""
+    path = tmp_path / "images"
+    path.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 36, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(path / f"{number:02}.png")
+    return path
+
+
+@pytest.mark.parametrize("row", ["l_dae", "l_dae_single", "patch_pca", "predict_latent"])
+def test_a_run_leaves_what_it_says(row, tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = tiny(row, system__log_every=4, optim__epochs=3)
+    pretrain(config, run, row)
+    left = {path.name for path in run.iterdir()}
+    assert left == {
+        "config.yaml", "environment.json", "tokenizer.safetensors", "metrics.jsonl",
+        "checkpoints", "filters.png", "denoised.png",
+    }  # fmt: skip
+    assert settings.load(run / "config.yaml") == config
+    records = lines(run)
+    assert records[-1]["images"] == 192
+    if row.startswith("l_dae"):  # eps takes longer than this to be predicted better than by 0
+        assert records[-1]["loss"] < records[0]["loss"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == metadata.version("torch")
+    assert environment["device"] == "cpu" and "git" in environment
+    assert Image.open(run / "denoised.png").size[1] > 3 * 64
+    before = weights(run)
+    capsys.readouterr()
+    pretrain(config, run, row)  # a finished run is left as it is
+    assert_equal(weights(run), before)
+    assert lines(run) == records
+
+
+def test_a_flat_folder_without_labels_trains(folder, tiny, tmp_path):
+    pretrain(tiny(data__source=str(folder)), tmp_path / "run", "l_dae")
+    assert lines(tmp_path / "run")[-1]["images"] == 24
+
+
+def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
+    """Ctrl-C after a few steps, then the same call again."""
+    config = tiny(optim__epochs=2, system__log_every=3, optim__ema=0.9)
+    pretrain(config, tmp_path / "whole", "l_dae")
+    run, calls = tmp_path / "parts", []
+    original = verb.LDAE.forward
+
+    def forward(self, *args):
+        calls.append(1)
+        if len(calls) in (4, 9):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(verb.LDAE, "forward", forward)
+    for seen in (32, 72):
+        with pytest.raises(Interrupted, match=f"stopped at image {seen} of 128") as stopped:
+            pretrain(config, run, "l_dae")
+        assert stopped.value.exit_status == 130
+    pretrain(config, run, "l_dae")
+    whole, parts = (Checkpoints(path).load() for path in (tmp_path / "whole", run))
+    assert_equal(parts["model"], whole["model"])
+    assert_equal(parts["average"], whole["average"])
+    assert [line["images"] for line in lines(run)] == [line["images"] for line in lines(tmp_path / "whole")]
+
+
+def command(run, **changes):
+    given = {"optim.epochs": 4, "system.save_minutes": 0, "system.log_every": 1} | changes
+    config = "".join(f"{key}: {value}\n" for key, value in given.items())
+    return [sys.executable, "-c", SCRIPT, str(run), config]
+
+
+SCRIPT = """
+import sys, yaml, ldae, torch
+sys.path.insert(0, "tests")
+from conftest import TINY
+from ldae.settings import replace
+from ldae.pretrain import pretrain
+torch.set_num_threads(1)
+changes = yaml.safe_load(sys.argv[2])
+pretrain(replace(ldae.config("l_dae"), TINY | changes), sys.argv[1], "l_dae")
+"""
+
+
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path):
+    """kill -9 while it trains or saves; data workers included."""
+    changes = {"system.workers": 1, "data.source": "scattered-digits:100"}
+    subprocess.run(command(tmp_path / "whole", **changes), check=True, capture_output=True)
+    run, moments = tmp_path / "killed", random.Random()
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(run, **changes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for line in process.stdout:
+            if "images/s" in line:
+                break
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    subprocess.run(command(run, **changes), check=True, capture_output=True)
+    assert_equal(weights(run), weights(tmp_path / "whole"))
+    assert [line["images"] for line in lines(run)] == [line["images"] for line in lines(tmp_path / "whole")]
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(tmp_path / "whole")]
+
+
+def test_two_gloo_ranks_are_one_process(tmp_path):
+    """Tokenizer, data, noise and gradients: the same global batch, to fp32 tolerance."""
+    changes = {"optim.epochs": 1, "optim.blr": 1e-3, "tokenizer.fit_images": 32}
+    subprocess.run(command(tmp_path / "one", **changes), check=True, capture_output=True)
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = command(tmp_path / "two", **changes)[3:]
+    subprocess.run([*launched, str(script), *arguments], check=True, capture_output=True)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for state in (one, two):  # grey digits: axes without variance are any basis of their space
+        state["tokenizer.basis"] = state["tokenizer.basis"][:6]
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
+    for alone, shared in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def test_accumulation_is_the_whole_batch(tiny, tmp_path):
+    pretrain(tiny(optim__blr=1e-3), tmp_path / "whole", "l_dae")
+    pretrain(tiny(optim__blr=1e-3, system__device_batch=2), tmp_path / "parts", "l_dae")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_half_set_launch_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="half set: .*MASTER_ADDR"):
+        with distributed.process_group(torch.device("cpu")):
+            pass
+
+
+def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
+    pretrain(tiny(), tmp_path / "run", "l_dae", dry_run=True)
+    told = capsys.readouterr().out
+    for part in ("blr: 0.01", "parameters", "tokens per image  16", "8 of 8 images, 64 images seen"):
+        assert part in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_image_stops_or_is_skipped_and_counted(folder, tiny, tmp_path):
+    config = tiny(data__source=str(folder), tokenizer__fit_images=8, system__log_every=1)
+    pretrain(config, tmp_path / "fits", "l_dae")
+    tokenizer = str(tmp_path / "fits" / "tokenizer.safetensors")
+    good = (folder / "11.png").read_bytes()
+    (folder / "11.png").write_bytes(good[:100])
+    config = settings.replace(config, {"tokenizer.path": tokenizer})
+    with pytest.raises(InputError, match="11.png"):
+        pretrain(config, tmp_path / "stops", "l_dae")
+    skips = settings.replace(config, {"data.bad_images": "skip"})
+    pretrain(skips, tmp_path / "skips", "l_dae")
+    assert sum(line["skipped"] for line in lines(tmp_path / "skips")) == 1
+    assert lines(tmp_path / "skips")[-1]["images"] == 24
+    # Once the image is mended, the stopped run goes on.
+    (folder / "11.png").write_bytes(good)
+    pretrain(config, tmp_path / "stops", "l_dae")
+    assert lines(tmp_path / "stops")[-1]["images"] == 24
+
+
+def test_online_knn_is_in_the_metrics(tiny, tmp_path):
+    config = tiny(system__knn_every=1, optim__epochs=2, system__log_every=8)
+    config = settings.replace(config, {"data.source": "scattered-digits:64"})
+    pretrain(config, tmp_path / "run", "l_dae")
+    assert [0 < line["top1_k20"] < 100 for line in lines(tmp_path / "run")] == [True, True]
+
+
+def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
+    run = tmp_path / "run"
+    pretrain(tiny(), run, "l_dae")
+    with pytest.raises(InputError, match="tokenizer.dim is 6 there, 7 here"):
+        pretrain(tiny(tokenizer__dim=7), run, "l_dae")
+    pretrain(tiny(system__log_every=3), run, "l_dae")  # how it runs may change
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="full is not empty and holds no run"):
+        pretrain(tiny(), tmp_path / "full", "l_dae")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        pretrain(tiny(), tmp_path / "file", "l_dae")
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"data__source": ""}, "--data SOURCE"),
+        ({"data__img_size": 30}, "data.img_size 30 .* model.patch_size 8"),
+        ({"tokenizer__dim": 193}, "tokenizer.dim 193"),
+        ({"system__device": "cuda:7"}, "cuda:7 was asked for"),
+        ({"data__mean": (0.5,)}, "data.mean needs one number for each of 3 channels"),
+        ({"data__mean": (0.5, 0.5, 0.5)}, "data.std needs one number"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(changes, sentence, tiny, tmp_path):
+    if "device" in str(changes) and torch.cuda.is_available():
+        changes, sentence = {"system__device": "meta:1"}, "meta"
+    with pytest.raises(InputError, match=sentence):
+        pretrain(tiny(**changes), tmp_path / "run", "l_dae")
+
+
+def test_grey_images_and_given_statistics(folder, tiny, tmp_path):
+    config = tiny(
+        data__source=str(folder), data__in_chans=1, data__mean=(0.4,), data__std=(0.3,),
+        data__crop="random", data__flip=True,
+    )  # fmt: skip
+    pretrain(config, tmp_path / "run", "l_dae")
+    state = weights(tmp_path / "run")
+    assert state["tokenizer.pixel_mean"].tolist() == pytest.approx([0.4])
+    assert state["denoiser.embed.weight"].shape == (32, 64)

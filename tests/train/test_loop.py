@@ -1,0 +1,143 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ldae.data.loader import Batch
+from ldae.errors import InputError
+from ldae.settings import Optim, System
+from ldae.train.checkpoint import Checkpoints
+from ldae.train.loop import Hook, Plan, plan, train
+
+OPTIM = Optim(batch_size=4, blr=1.0, epochs=3, warmup_epochs=0.5)
+SYSTEM = System(log_every=2, workers=0)
+
+
+class Line(nn.Module):
+    """Fits y = w x to images that are numbers; a stand-in with the method's interface."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images, positions, labels):
+        return ((self.w * images - labels) ** 2).mean()
+
+
+def batches_from(micro_batches=1, bad_at=None, nan_at=None):
+    def stream(start):
+        size = 4 // micro_batches
+        for n in range(start, 48, size):
+            positions = torch.arange(n, n + size)
+            if bad_at is not None and n >= bad_at:
+                raise InputError("image cat.jpg is truncated")
+            images = (positions % 7).float()
+            if nan_at is not None and n >= nan_at:
+                images = images * math.nan
+            yield Batch(images, 3 * images, positions, [])
+
+    return stream
+
+
+def run(folder, stream=batches_from(), optim=OPTIM, system=SYSTEM, micro_batches=1, hooks=()):
+    model = Line()
+    records = []
+    log = SimpleNamespace(write=records.append, close=lambda: None)
+    trained = train(
+        model,
+        stream,
+        Plan(epoch=16, total=48, batch_size=4, micro_batches=micro_batches),
+        optim,
+        system,
+        device=torch.device("cpu"),
+        checkpoints=Checkpoints(folder),
+        open_metrics=lambda seen: log,
+        describe={},
+        compiled=False,
+        hooks=hooks,
+    )
+    return trained.w.item(), records
+
+
+def test_it_learns_and_tells(tmp_path, capsys):
+    weight, records = run(tmp_path, optim=Optim(batch_size=4, blr=40.0, warmup_epochs=0.5))
+    assert abs(weight - 3) < 1
+    assert [record["images"] for record in records] == [8, 16, 24, 32, 40, 48]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert capsys.readouterr().out.count("images/s") == 6
+    assert Checkpoints(tmp_path).load()["images_seen"] == 48
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+    pieces, _ = run(tmp_path / "pieces", batches_from(micro_batches=2), micro_batches=2)
+    assert pieces == pytest.approx(whole, rel=1e-6)
+
+
+def test_bad_data_stops_with_everything_before_it_saved(tmp_path):
+    with pytest.raises(InputError, match="cat.jpg is truncated"):
+        run(tmp_path, batches_from(bad_at=22))
+    assert Checkpoints(tmp_path).load()["images_seen"] == 24
+    resumed, _ = run(tmp_path)
+    assert resumed == run(tmp_path / "undisturbed")[0]
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+    system = System(log_every=100, save_minutes=0)
+    with pytest.raises(InputError, match="loss is nan in the step to image 24 at lr"):
+        run(tmp_path, batches_from(nan_at=20), system=system)
+    state = Checkpoints(tmp_path).load()
+    assert state["images_seen"] == 20 and state["model"]["w"].isfinite().all()
+
+
+def test_the_average_follows_its_recurrence(tmp_path, monkeypatch):
+    seen = []
+    original = torch._foreach_lerp_
+
+    def spy(averages, weights, share):
+        seen.append((averages[0].item(), weights[0].item()))
+        original(averages, weights, share)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", spy)
+    averaged, _ = run(tmp_path, optim=Optim(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.75))
+    expected = seen[0][0]
+    for _, weight in seen:
+        expected = 0.75 * expected + 0.25 * weight
+    assert averaged == pytest.approx(expected, rel=1e-6) and len(seen) == 12
+
+
+def test_the_average_survives_a_stop(tmp_path):
+    optim = Optim(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
+    with pytest.raises(InputError):
+        run(tmp_path, batches_from(bad_at=24), optim)
+    assert run(tmp_path, optim=optim)[0] == run(tmp_path / "undisturbed", optim=optim)[0]
+
+
+def test_clipping_bounds_the_step(tmp_path, monkeypatch):
+    norms = []
+    original = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda p, limit: norms.append(original(list(p), limit))
+    )
+    run(tmp_path)
+    assert norms == []
+    run(tmp_path / "clipped", optim=Optim(batch_size=4, blr=1.0, warmup_epochs=0, clip_grad=0.5))
+    assert len(norms) == 12
+
+
+def test_hooks_run_when_their_images_are_seen(tmp_path):
+    calls = []
+    hook = Hook(16, lambda: {"knn": float(len(calls))} | {"n": calls.append(1) or 0})
+    _, records = run(tmp_path, hooks=(hook,))
+    assert [r["images"] for r in records if "knn" in r] == [16, 32, 48]
+
+
+def test_plans_divide_the_batch_or_refuse():
+    assert plan(100, Optim(batch_size=32, epochs=2), System()) == Plan(100, 224, 32, 1)
+    assert plan(100, Optim(batch_size=32), System(device_batch=8)).micro_batches == 4
+    with pytest.raises(InputError, match="batch_size.*30.*4 equal parts.*device_batch 8"):
+        plan(100, Optim(batch_size=30), System(device_batch=8))
+    with pytest.raises(InputError, match="optim.batch_size 0"):
+        plan(100, Optim(batch_size=0), System())
