@@ -42,7 +42,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         if config.model.class_conditional and source.labels is None:
             raise InputError(f"model.class_conditional needs labels; {source.spec} has none")
         schedule = plan(len(source), config.optim, config.system)
-        bf16 = _bf16(config.system.precision, device)
+        bf16 = runs_in_bf16(config.system.precision, device)
         method = build(config, num_classes=len(source.classes or ()), bf16=bf16)
         if dry_run:
             print(_describe(config, method, schedule, source))
@@ -59,7 +59,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         def batches_from(start: int) -> Iterator:
             return train_batches(
                 source,
-                _transform(config),
+                transform_of(config),
                 seed=config.seed,
                 start=start,
                 stop=schedule.total,
@@ -86,7 +86,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
             checkpoints=Checkpoints(run, config.system.keep),
             open_metrics=open_metrics,
             describe={"row": row, "images": len(source), "classes": list(source.classes or ())},
-            compiled=_compiled(config.system.compile, device),
+            compiled=compiles(config.system.compile, device),
             hooks=_hooks(config, method, schedule, device),
         )
         if distributed.is_main():
@@ -100,12 +100,12 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _transform(config: Config) -> CropTransform:
+def transform_of(config: Config) -> CropTransform:
     data = config.data
     return CropTransform(data.img_size, data.in_chans, data.crop, data.flip)
 
 
-def _bf16(precision: str, device: torch.device) -> bool:
+def runs_in_bf16(precision: str, device: torch.device) -> bool:
     """Whether the network runs in bfloat16; ``auto`` asks whether the device has it natively."""
     if precision != "auto":
         return precision == "bf16"
@@ -115,7 +115,7 @@ def _bf16(precision: str, device: torch.device) -> bool:
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
 
-def _compiled(mode: str, device: torch.device) -> bool:
+def compiles(mode: str, device: torch.device) -> bool:
     return device.type == "cuda" if mode == "auto" else mode == "on"
 
 
@@ -175,7 +175,7 @@ def _fit_tokenizer(
         _say(f"fitting the tokenizer on {stop:,} images")
         batches = train_batches(
             source,
-            _transform(config),
+            transform_of(config),
             seed=config.seed,
             start=0,
             stop=stop,

@@ -1,0 +1,179 @@
+"""Images/s of the whole loop and of a training step, against a bare forward-backward.
+
+python benchmarks/step.py [--data SOURCE] [--out FILE]
+
+In one process and in turn: the network alone on fixed tokens, the step (tokenizer, noise, loss,
+AdamW) on a fixed batch, and the loop with its data, logging and checkpoint. Also the step with
+fused and with plain attention.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import ldae
+from ldae import distributed, pretrain
+from ldae.data.loader import train_batches
+from ldae.data.sources import open_source
+from ldae.log import environment, write_json
+from ldae.method import LDAE, build
+from ldae.settings import Config, replace
+from ldae.train.checkpoint import Checkpoints
+from ldae.train.loop import Plan, train
+from ldae.train.metrics import Metrics
+from ldae.train.optim import adamw
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="scattered-digits:20000")
+    parser.add_argument("--scale", default="small")
+    parser.add_argument("--depth", type=int, default=12, help="blocks of the encoder")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="counted in each round")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
+    asked = parser.parse_args()
+
+    config = replace(
+        ldae.config("l_dae", asked.scale),
+        {
+            "data.source": asked.data,
+            "model.depth": asked.depth,
+            "optim.batch_size": asked.batch_size,
+            "system.workers": asked.workers,
+            "system.log_every": 1,
+        },
+    )
+    device = distributed.device_for(asked.device)
+    source = open_source(asked.data, "train")
+    method, compiled = prepare(config, device, source)
+    batch = next(batches(config, source, device)(0))
+    images, positions = batch.images.to(device), batch.positions.to(device)
+    network = torch.compile(method) if compiled else method
+    bare_network = torch.compile(method.denoiser) if compiled else method.denoiser
+    optimizer = adamw(method, config.optim)
+    tokens = len(method.denoiser.pos_embed), method.denoiser.embed.in_features
+    fixed = torch.randn(len(images), *tokens, device=device)
+    t = torch.randint(len(method.sigma), (len(images),), device=device)
+
+    def bare() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=method.bf16):
+            bare_network(fixed, t).float().square().mean().backward()
+        method.zero_grad()
+
+    def step() -> None:
+        network(images, positions).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    fused = not (method.bf16 and device.type == "cpu")
+    speeds: dict[str, list[float]] = {}
+    for _ in range(asked.rounds):
+        for name, run in (("bare", bare), ("step", step)):
+            speed = asked.batch_size / seconds_a_call(run, asked.steps, device)
+            speeds.setdefault(name, []).append(speed)
+        speeds.setdefault("loop", []).append(loop_speed(config, source, device, asked.steps))
+        if not compiled:
+            method.denoiser.fuse_attention(not fused)
+            other = asked.batch_size / seconds_a_call(step, asked.steps, device)
+            speeds.setdefault("step_plain" if fused else "step_fused", []).append(other)
+            method.denoiser.fuse_attention(fused)
+        print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
+
+    medians = {name: round(statistics.median(values), 2) for name, values in speeds.items()}
+    paired = [loop / step for loop, step in zip(speeds["loop"], speeds["step"])]
+    write_json(
+        asked.out,
+        {
+            "what": f"{config.model.name}, depth {asked.depth} + {asked.depth}, "
+            f"{config.data.img_size} px, batch {asked.batch_size}",
+            "unit": "images/s, median of the rounds",
+            "medians": medians,
+            "loop_over_step": round(statistics.median(paired), 4),
+            "loop_over_bare": round(medians["loop"] / medians["bare"], 4),
+            "rounds": {name: [round(v, 2) for v in values] for name, values in speeds.items()},
+            "bf16": method.bf16,
+            "compiled": compiled,
+            "data": asked.data,
+            "workers": asked.workers,
+            "environment": environment(device),
+        },
+    )
+
+
+def prepare(config: Config, device: torch.device, source) -> tuple[LDAE, bool]:
+    """A method as the verb would build it, its tokenizer fitted on one batch."""
+    bf16 = pretrain.runs_in_bf16(config.system.precision, device)
+    method = build(config, bf16=bf16)
+    method.tokenizer.fit([next(batches(config, source, device)(0)).images])
+    method.to(device).denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
+    return method, pretrain.compiles(config.system.compile, device)
+
+
+def batches(config: Config, source, device: torch.device) -> Callable:
+    return lambda start: train_batches(
+        source,
+        pretrain.transform_of(config),
+        seed=0,
+        start=start,
+        batch_size=config.optim.batch_size,
+        workers=config.system.workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def seconds_a_call(call: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Mean over ``steps`` calls after one call of burn-in."""
+    call()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / steps
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def loop_speed(config: Config, source, device: torch.device, steps: int) -> float:
+    """Images/s of the real loop over ``steps`` steps after two of burn-in, from its own clock."""
+    method, compiled = prepare(config, device, source)
+    size = config.optim.batch_size
+    plan = Plan(epoch=len(source), total=(steps + 2) * size, batch_size=size, micro_batches=1)
+    with tempfile.TemporaryDirectory() as folder:
+        records = []
+
+        class Recorded(Metrics):
+            def write(self, record: dict) -> None:
+                records.append(record)
+                super().write(record)
+
+        train(
+            method,
+            batches(config, source, device),
+            plan,
+            config.optim,
+            config.system,
+            device=device,
+            checkpoints=Checkpoints(Path(folder)),
+            open_metrics=lambda seen: Recorded(Path(folder), seen),
+            describe={},
+            compiled=compiled,
+        )
+    counted = records[2:]
+    return len(counted) * size / sum(size / r["images_per_second"] for r in counted)
+
+
+if __name__ == "__main__":
+    main()
