@@ -1,0 +1,112 @@
+import re
+
+import pytest
+
+from ldae import cli, trajectory
+
+
+def call(capsys, *argv):
+    """Exit status, standard output and standard error of one command."""
+    try:
+        status = cli.main(list(argv))
+    except SystemExit as exit:  # tyro's own refusals
+        status = exit.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_lists_every_verb(capsys):
+    status, out, _ = call(capsys, "--help")
+    assert status == 0 and all(verb in out for verb in cli.VERBS)
+    assert call(capsys)[1] == out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    status, out, _ = call(capsys, verb, "--help")
+    assert status == 0 and "usage" in out
+
+
+def test_wrong_verbs_rows_and_settings_get_the_nearest_name(capsys):
+    status, _, err = call(capsys, "pretain")
+    assert status == 2 and "'pretrain'" in err and len(err.splitlines()) == 1
+    status, _, err = call(capsys, "pretrain", "l_dea", "--run", "x")
+    assert status == 2 and "'l_dae'" in err
+    status, _, err = call(capsys, "pretrain", "l_dae", "--run", "x", "--optim.bl", "1")
+    assert status == 2 and "--optim.blr" in err
+    status, _, err = call(capsys, "pretrain", "l_dae", "--scale", "huge", "--run", "x")
+    assert status == 2 and "paper, small, demo" in err
+    status, _, err = call(capsys, "pretrain", "--run", "x")
+    assert status == 2 and "which row" in err
+
+
+def test_a_wrong_path_is_one_sentence(capsys, tmp_path):
+    argv = ["pretrain", "l_dae", "--data", str(tmp_path / "no"), "--run", str(tmp_path / "run")]
+    status, _, err = call(capsys, *argv)
+    assert status == 2 and str(tmp_path / "no") in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_show_prints_the_trajectory(capsys):
+    _, out, _ = call(capsys, "show")
+    for row in trajectory.ROWS:
+        assert re.search(rf"{row.number} {row.name} +{row.accuracy}", out)
+
+
+def test_show_prints_one_rows_configuration(capsys):
+    _, out, _ = call(capsys, "show", "l_dae_single")
+    assert "row 14" in out and "schedule: single" in out
+    assert call(capsys, "show", "14")[1] == out
+    assert "img_size: 32" in call(capsys, "show", "l_dae", "--scale", "small")[1]
+
+
+def test_diff_prints_what_differs(capsys):
+    _, out, _ = call(capsys, "diff", "predict_latent", "no_input_scaling")
+    assert out.splitlines() == [
+        f"{'noise.schedule':32} linear_gamma2 -> linear_sigma",
+        f"{'objective.weight':32} gamma2 -> inverse",
+    ]
+
+
+def test_a_dry_run_takes_settings_of_scale_file_and_command_line(capsys, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("tokenizer: {dim: 9}\n")
+    argv = ["--scale", "demo", "--data", "digits", "--run", str(tmp_path / "run"), "--dry-run"]
+    status, out, _ = call(capsys, "pretrain", str(file), *argv, "--optim.epochs", "2")
+    assert status == 0
+    for part in ("dim: 9", "embed_dim: 128", "epochs: 2.0", "source: digits", "steps  "):
+        assert part in out
+
+
+def test_a_run_goes_from_pretraining_to_a_graded_classifier(capsys, tmp_path):
+    """The main road by its commands, at the smallest size."""
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    data = "scattered-digits:200"
+    small = ["--model.depth", "1", "--model.embed-dim", "16", "--model.num-heads", "2"]
+    small += ["--optim.epochs", "1", "--optim.batch-size", "50", "--system.workers", "0"]
+    argv = ["pretrain", "l_dae", "--scale", "demo", "--data", data, "--run", run, *small]
+    assert call(capsys, *argv)[0] == 0
+    assert call(capsys, "export", run, out)[0] == 0
+    scores = []
+    for backbone in (run, out):
+        how = ["--data", data, "--eval-data", data, "--workers", "0"]
+        status, told, _ = call(capsys, "knn", backbone, *how, "--k", "5")
+        assert status == 0 and "results.json" in told
+        scores.append(re.search(r"top1_k5 ([\d.]+)", told)[1])
+        status, told, _ = call(capsys, "linear", backbone, *how, "--epochs", "2")
+        assert status == 0
+        scores.append(re.search(r"top1 ([\d.]+)", told)[1])
+    assert scores[:2] == scores[2:]
+    saved = tmp_path / "classifier"
+    assert call(capsys, "linear", out, *how, "--epochs", "2", "--save", str(saved))[0] == 0
+    import timm
+
+    assert timm.create_model(f"local-dir:{saved}", pretrained=True).num_classes == 10
+    again = ["pretrain", "l_dae", "--scale", "demo", "--data", data, *small, "--init-from", out]
+    assert call(capsys, *again, "--run", str(tmp_path / "second"))[0] == 0
+
+
+def test_too_many_neighbours_are_told(capsys):
+    argv = ["knn", "pixels", "--data", "scattered-digits:50", "--k", "100", "--workers", "0"]
+    status, _, err = call(capsys, *argv)
+    assert status == 2 and "100" in err and len(err.splitlines()) == 1

@@ -1,0 +1,30 @@
+import numpy as np
+import torch
+from PIL import Image
+
+from ldae import plots
+from ldae.method import build
+
+
+def test_a_grid_shows_its_pictures_in_place():
+    black, white = torch.zeros(3, 3, 32, 32), torch.ones(3, 3, 32, 32)
+    pixels = np.asarray(plots.grid([black, white], gap=0))
+    assert pixels.shape == (2 * 64, 3 * 64, 3)
+    assert (pixels[:64] == 0).all() and (pixels[64:] == 255).all()
+
+
+def test_grey_and_many_channels_can_be_shown():
+    for chans in (1, 2, 5):
+        assert plots.grid([torch.rand(2, chans, 8, 8)]).mode == "RGB"
+
+
+def test_pictures_are_written(tiny, images, tmp_path):
+    method = build(tiny())
+    method.tokenizer.fit([images])
+    plots.save_denoising(method, images[:5], tmp_path / "denoised.png")
+    plots.save_filters(method.tokenizer, tmp_path / "filters.png", columns=4)
+    # 3 rows of 5 images, 6 filters in 2 rows of 4; 64 pixels and a gap of 2 each.
+    assert Image.open(tmp_path / "denoised.png").size == (5 * 66, 3 * 66)
+    assert Image.open(tmp_path / "filters.png").size == (4 * 66, 2 * 66)
+    top = np.asarray(Image.open(tmp_path / "denoised.png"))[2:66:2, 2:66:2]
+    assert abs(top.transpose(2, 0, 1).astype(int) - images[0].numpy()).max() <= 1
