@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("ldae", "torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "pillow")
 
@@ -57,10 +58,22 @@ def _git_state() -> dict | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        tracked = git("ls-files", "log.py")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))} if tracked else None
+        if not git("ls-files", "log.py"):
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def progress(total: int, what: str) -> Any:
+    """A tqdm bar on rank 0, which a log file gets a line of only now and then."""
+    from tqdm import tqdm
+
+    from ldae.distributed import is_main
+
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=total, desc=what, leave=False, disable=not is_main(), mininterval=seconds)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -185,8 +185,15 @@ def _fit_tokenizer(
             workers=config.system.workers,
             bad_images=config.data.bad_images,
         )
+
+        def images() -> Iterator[torch.Tensor]:
+            with log.progress(stop, "tokenizer") as bar:
+                for found in batches:
+                    yield found.images
+                    bar.update(batch)
+
         tokenizer.to(device)
-        tokenizer.fit((batch.images for batch in batches), *_pixel_stats(config))
+        tokenizer.fit(images(), *_pixel_stats(config))
         kept = tokenizer.variances[: tokenizer.dim].sum() / tokenizer.variances.sum()
         _say(f"tokenizer: {tokenizer.dim} of {tokenizer.patch_dim} axes keep {kept:.1%} of the variance")
     if distributed.is_main() and not path.exists():

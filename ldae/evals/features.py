@@ -5,13 +5,13 @@ from typing import Callable, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ldae.backbone import EvalTransform, preprocessing
 from ldae.data.loader import eval_batches
 from ldae.data.sources import Source
-from ldae.distributed import all_reduce_sum, is_main, rank, world_size
+from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.errors import InputError
+from ldae.log import progress
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -53,7 +53,7 @@ def extract(
     features = torch.zeros(len(source), _dim(encode, transform, model))
     own = np.arange(rank(), len(source), world_size())
     batches = eval_batches(source, transform, own, batch_size, workers)
-    with tqdm(total=len(own), desc=source.spec, leave=False, disable=not is_main()) as progress:
+    with progress(len(own), source.spec) as bar:
         for images, _, indices in batches:
             rows = encode(images)
             finite = rows.isfinite().all(1)
@@ -61,7 +61,7 @@ def extract(
                 where = source.where(int(indices[~finite][0]))
                 raise InputError(f"the features of {where} in {precision} are not finite")
             features[indices] = rows
-            progress.update(len(images))
+            bar.update(len(images))
     # The other ranks' rows are zero here, so the sum is exact. In blocks: the device may be small.
     for block in features.split(_ROWS_PER_EXCHANGE) if world_size() > 1 else ():
         block.copy_(all_reduce_sum(block.to(device)))

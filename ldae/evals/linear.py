@@ -12,7 +12,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from ldae.backbone import preprocessing
 from ldae.data.loader import eval_batches
@@ -22,6 +21,7 @@ from ldae.errors import InputError
 from ldae.evals.accuracy import ranks, top
 from ldae.evals.features import Features, Precision, known_labels, names
 from ldae.evals.grading import grading
+from ldae.log import progress
 
 _ROWS_AT_ONCE = 1024
 _IMAGES_VERIFIED = 64
@@ -212,17 +212,19 @@ def train_heads(
     )
     generator = torch.Generator().manual_seed(protocol.seed)
     steps = max(len(features) // protocol.batch_size, 1)
-    for epoch in tqdm(range(protocol.epochs), "probe", leave=False, disable=not is_main()):
-        order = torch.randperm(len(features), generator=generator).to(device)
-        for step, batch in enumerate(order.split(protocol.batch_size)[:steps]):
-            progress = (epoch * steps + step) / (protocol.epochs * steps)
-            optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * progress)) / 2
-            logits = heads(features[batch])
-            targets = labels[batch, None].expand(-1, len(rates))
-            losses = F.cross_entropy(logits.movedim(1, 2), targets, reduction="none").mean(0)
-            optimizer.zero_grad()
-            (losses * scales).sum().backward()
-            optimizer.step()
+    with progress(protocol.epochs, "probe") as bar:
+        for epoch in range(protocol.epochs):
+            order = torch.randperm(len(features), generator=generator).to(device)
+            for step, batch in enumerate(order.split(protocol.batch_size)[:steps]):
+                done = (epoch * steps + step) / (protocol.epochs * steps)
+                optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * done)) / 2
+                logits = heads(features[batch])
+                targets = labels[batch, None].expand(-1, len(rates))
+                losses = F.cross_entropy(logits.movedim(1, 2), targets, reduction="none").mean(0)
+                optimizer.zero_grad()
+                (losses * scales).sum().backward()
+                optimizer.step()
+            bar.update()
     return heads.eval()
 
 

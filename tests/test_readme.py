@@ -1,0 +1,56 @@
+"""Every command of the README is one that the command line takes."""
+
+import functools
+import inspect
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from ldae import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+COMMANDS = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+LDAE = [command for command in COMMANDS if re.search(r"\bldae (?!/)", command)]
+
+
+def test_there_are_commands():
+    assert len(LDAE) >= 6 and "make demo" in COMMANDS and "make test" in COMMANDS
+
+
+@pytest.mark.parametrize("command", LDAE)
+def test_the_command_line_takes_it(command, monkeypatch):
+    """The function behind the verb is called, with these arguments; here it does nothing."""
+    called = []
+    for target in {verb: target for verb, (target, _) in cli.VERBS.items()}.values():
+        module, name = target.split(":")
+        original = getattr(import_module(module), name)
+
+        @functools.wraps(original)
+        def nothing(*args, original=original, **kwargs):
+            inspect.signature(original).bind(*args, **kwargs)
+            called.append(original.__name__)
+
+        monkeypatch.setattr(f"{module}.{name}", nothing)
+    words = shlex.split(command)
+    verb, *rest = words[words.index("ldae") + 1 :]
+    assert cli.main([verb, *rest]) == 0
+    assert called == [verb]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_make_has_the_target(command):
+    assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_linked_files_exist():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
