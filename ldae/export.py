@@ -59,7 +59,7 @@ def fold(method: LDAE, timestep: int = TIMESTEP) -> VisionTransformer:
     Raises: InputError when folded and unfolded features differ by more than 1e-5.
     """
     t = min(timestep, len(method.sigma) - 1)
-    exact = copy.deepcopy(method).double().eval()
+    exact = copy.deepcopy(method).cpu().double().eval()
     exact.bf16 = False
     condition = exact.denoiser.condition(torch.tensor([t]))
     state = {"pos_embed": exact.denoiser.pos_embed[None]} | _fold_embedding(exact, t)

@@ -194,6 +194,7 @@ def _fit_tokenizer(
 
         tokenizer.to(device)
         tokenizer.fit(images(), *_pixel_stats(config))
+        tokenizer.cpu()
         kept = tokenizer.variances[: tokenizer.dim].sum() / tokenizer.variances.sum()
         _say(f"tokenizer: {tokenizer.dim} of {tokenizer.patch_dim} axes keep {kept:.1%} of the variance")
     if distributed.is_main() and not path.exists():

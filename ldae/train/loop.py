@@ -131,7 +131,7 @@ def train(
         try:
             return next(batches)
         except InputError:  # wrong data, not a wrong state: what was learnt so far is kept
-            report.check()
+            report.read()
             save()
             raise
 
@@ -145,7 +145,7 @@ def train(
     model.train()
     metrics, saved_at, meter = open_metrics(seen), time.monotonic(), Meter(seen)
     batches = batches_from(seen) if seen < plan.total else iter(())
-    report = Report(torch.zeros(3, device=device), "")
+    report = nothing = Report(torch.zeros(3, device=device), "")
     with StopRequest() as stop:
         try:
             while seen < plan.total:
@@ -157,13 +157,12 @@ def train(
                 # late, so that the device never waits for the host; nothing is saved in between.
                 previous = report
                 report = Report.of(loss, stop.received > 0, late, f"to image {seen:,} at lr {lr:.3g}")
-                known = report if device.type == "cpu" else previous
-                known.check()
+                _, stop_now, save_now = (report if device.type == "cpu" else previous).read()
                 meter.losses.append(report.loss)
 
                 at_end = seen >= plan.total
                 if seen // plan.batch_size % system.log_every == 0 or at_end:
-                    report.check()
+                    report.read()
                     record = meter.record(seen, plan.epoch, lr)
                     last_line = (seen - 1) // plan.batch_size // system.log_every
                     for hook in hooks:
@@ -174,11 +173,11 @@ def train(
                     if distributed.is_main():
                         print(progress_line(record, plan.total), flush=True)
                     meter = Meter(seen)
-                if known.save or known.stop or at_end:
-                    report.check()
+                if save_now or stop_now or at_end:
+                    report.read()
                     save()
-                    saved_at = time.monotonic()
-                if known.stop and not at_end:
+                    report, saved_at = nothing, time.monotonic()  # what it asked for is done
+                if stop_now and not at_end:
                     raise Interrupted(
                         stop.received or signal.SIGTERM,
                         f"stopped at image {seen:,} of {plan.total:,}; it is saved, and the same "
@@ -212,36 +211,40 @@ def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 class Report:
-    """What all ranks know of one step: the mean loss, whether to stop, whether to save."""
+    """What all ranks know of one step: the mean loss, whether to stop, whether to save.
+
+    A GPU's copy to the host is started at once and waited for only when a value is read. Read a
+    step later, it never makes the host wait for work that is still queued.
+    """
 
     def __init__(self, values: torch.Tensor, where: str) -> None:
-        self.values, self.where = values, where
+        self.loss, self.where = values[0], where
+        self.host, self.copied = values.to("cpu", non_blocking=True), None
+        if values.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
 
     @classmethod
     def of(cls, loss: torch.Tensor, stop: bool, save: bool, where: str) -> "Report":
-        flags = torch.tensor([float(stop), float(save)], device=loss.device)
-        values = torch.cat([loss[None] / distributed.world_size(), flags])
+        # new_full and not a tensor from the host, whose copy could wait for the queue.
+        flags = [loss.new_full((), float(flag)) for flag in (stop, save)]
+        values = torch.stack([loss / distributed.world_size(), *flags])
         return cls(distributed.all_reduce_sum(values), where)
 
-    @property
-    def loss(self) -> torch.Tensor:
-        return self.values[0]
+    def read(self) -> tuple[float, bool, bool]:
+        """Loss, stop and save.
 
-    @property
-    def stop(self) -> bool:
-        return self.values[1].item() > 0
-
-    @property
-    def save(self) -> bool:
-        return self.values[2].item() > 0
-
-    def check(self) -> None:
-        """Raises: InputError when the loss is not finite."""
-        if not math.isfinite(self.loss.item()):
+        Raises: InputError when the loss is not finite.
+        """
+        if self.copied:
+            self.copied.synchronize()
+        loss, stop, save = self.host.tolist()
+        if not math.isfinite(loss):
             raise InputError(
-                f"the loss is {self.loss.item()} in the step {self.where}; the last checkpoint is "
-                "from before it (lower optim.blr, set optim.clip_grad, or look at the data)"
+                f"the loss is {loss} in the step {self.where}; the last checkpoint is from before "
+                "it (lower optim.blr, set optim.clip_grad, or look at the data)"
             )
+        return loss, stop > 0, save > 0
 
 
 class Meter:
