@@ -146,7 +146,7 @@ class System:
     """Recompute the blocks in the backward pass: less memory, a third more time."""
     device_batch: int = 0
     """Largest batch of one device at once; smaller than its share: gradients accumulate. 0: all."""
-    workers: int = 2
+    workers: int = 8  # ImageNet's photographs: about 150 a second and worker
     """Data workers of each process; 0: load in the process itself."""
     log_every: int = 20
     """Steps between two lines of progress."""

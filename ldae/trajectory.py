@@ -63,6 +63,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "model.name": "vit_tiny_patch16_224", "model.patch_size": 4, "model.depth": 4,
         "tokenizer.dim": 12,
         "optim.batch_size": 256, "optim.blr": 1e-3, "optim.epochs": 200, "optim.warmup_epochs": 10,
+        "system.workers": 2,
     },
     # The demonstration: minutes on two cores.
     "demo": {
@@ -71,7 +72,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "model.embed_dim": 128, "model.num_heads": 4,
         "tokenizer.dim": 8,
         "optim.batch_size": 128, "optim.blr": 2e-3, "optim.epochs": 5, "optim.warmup_epochs": 0.5,
-        "system.log_every": 50,
+        "system.log_every": 50, "system.workers": 2,
     },
 }  # fmt: skip
 
