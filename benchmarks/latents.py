@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 import ldae
+from ldae.evals.grading import Setup
 from ldae.evals.linear import linear
 from ldae.log import environment, write_json
 from ldae.pretrain import pretrain
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--blr", type=float, default=2e-3)
     arguments = parser.parse_args()
 
-    how = {"eval_data": arguments.eval_data, "workers": 0, "precision": "bf16", "epochs": 20}
+    setup = Setup(workers=0, precision="bf16")
     rows = []
     for changes in GRID:
         config = replace(
@@ -46,7 +47,9 @@ def main() -> None:
         )
         run = arguments.runs / "-".join(str(value) for value in changes.values())
         pretrain(config, run, "l_dae")
-        result = linear(str(run), arguments.data, **how)["results"]
+        result = linear(str(run), arguments.data, arguments.eval_data, epochs=20, setup=setup)[
+            "results"
+        ]
         rows.append(changes | {"top1": round(result["top1"], 2), "rate": result["learning_rate"]})
         print(f"{changes}: {result['top1']:.2f}", flush=True)
         write_json(

@@ -53,8 +53,18 @@ def main() -> None:
             for number in range(asked.rounds + 1):
                 for method in rounds:
                     out = Path(folder, f"{method}.npy")
-                    command = [sys.executable, __file__, "--fit", method, str(dim), str(images), str(out)]
-                    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                    command = [
+                        sys.executable,
+                        __file__,
+                        "--fit",
+                        method,
+                        str(dim),
+                        str(images),
+                        str(out),
+                    ]
+                    told = subprocess.run(
+                        command, check=True, capture_output=True, text=True
+                    ).stdout
                     if number:  # the first round is burn-in
                         rounds[method].append(json.loads(told))
                     print(dim, method, told.strip(), flush=True)
@@ -63,7 +73,11 @@ def main() -> None:
                 method: {
                     key: round(statistics.median(r[key] for r in found), 4) for key in found[0]
                 }
-                | {"largest_angle_rad": largest_angle(np.load(Path(folder, f"{method}.npy")), reference)}
+                | {
+                    "largest_angle_rad": largest_angle(
+                        np.load(Path(folder, f"{method}.npy")), reference
+                    )
+                }
                 for method, found in rounds.items()
             }
             results[f"D={dim}"] = rows | {
@@ -146,7 +160,9 @@ def largest_angle(axes: np.ndarray, reference: np.ndarray) -> float:
     # Through the sine, which is exact where the cosine is 1 to rounding.
     signs = np.sign((axes * reference).sum(1))[:, None]
     sines = np.linalg.norm(axes * signs - reference, axis=1) / 2
-    return float(np.where(cosines > 0.7, 2 * np.arcsin(np.clip(sines, 0, 1)), np.arccos(cosines)).max())
+    return float(
+        np.where(cosines > 0.7, 2 * np.arcsin(np.clip(sines, 0, 1)), np.arccos(cosines)).max()
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from ldae.train.interrupt import Interrupted
 
 # Verb -> (the function, what it does). Nothing is imported before its verb is called.
 VERBS = {
-    "pretrain": ("ldae.pretrain:pretrain", "pre-train a row of the paper; the same command resumes"),
+    "pretrain": (
+        "ldae.pretrain:pretrain",
+        "pre-train a row of the paper; the same command resumes",
+    ),
     "knn": ("ldae.evals.knn:knn", "grade a backbone by its nearest neighbours"),
     "linear": ("ldae.evals.linear:linear", "grade a backbone by a linear probe"),
     "export": ("ldae.export:export", "write a run's backbone as a folder for timm and the hub"),
@@ -78,7 +81,7 @@ def _call(verb: str, argv: Sequence[str]) -> None:
         return
     module, name = VERBS[verb][0].split(":")
     function = getattr(import_module(module), name)
-    tyro.cli(function, prog=f"ldae {verb}", args=argv)
+    tyro.cli(function, prog=f"ldae {verb}", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def _pretrain(argv: Sequence[str]) -> None:
@@ -92,7 +95,9 @@ def _pretrain(argv: Sequence[str]) -> None:
     chosen, rest = scales.parse_known_args(argv)
     row = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if row is None and not {"-h", "--help"} & set(rest):
-        raise InputError("say which row to pre-train: ldae pretrain l_dae ... (`ldae show` lists all)")
+        raise InputError(
+            "say which row to pre-train: ldae pretrain l_dae ... (`ldae show` lists all)"
+        )
     if row and Path(row).suffix in (".yaml", ".yml"):
         base = settings.load(row, trajectory.config("l_dae", chosen.scale))
     else:
@@ -118,6 +123,7 @@ def _pretrain(argv: Sequence[str]) -> None:
             "The same command again resumes."
         ),
         args=rest,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 

@@ -1,10 +1,12 @@
 """The whole road on built-in data: tokenizer, pre-training, evaluation with controls, export."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ldae import settings, trajectory
 from ldae.errors import InputError
+from ldae.evals.grading import Setup
 from ldae.evals.knn import knn
 from ldae.evals.linear import linear
 from ldae.export import export
@@ -60,7 +62,8 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 5.0) -> dict:
 def _grade(backbone: str, run: Path, random_init: bool = False) -> tuple[float, float]:
     """Top-1 of 20 nearest neighbours and of the linear probe, on ten thousand labels."""
     folder = run / "evals" / f"{Path(backbone).name}{'-random-init' if random_init else ''}"
-    how = {"data": "scattered-digits:10000", "random_init": random_init, "workers": 0}
-    neighbours = knn(backbone, k=(20,), out=folder / "knn", **how)
-    probe = linear(backbone, out=folder / "linear", **how)
+    setup = Setup(random_init=random_init, workers=0)
+    labels = "scattered-digits:10000"
+    neighbours = knn(backbone, labels, k=(20,), setup=replace(setup, out=folder / "knn"))
+    probe = linear(backbone, labels, setup=replace(setup, out=folder / "linear"))
     return neighbours["results"]["top1_k20"], probe["results"]["top1"]

@@ -3,9 +3,11 @@
 import copy
 import shutil
 from pathlib import Path
+from typing import Annotated
 
 import timm
 import torch
+import tyro
 from timm.models.vision_transformer import VisionTransformer
 
 from ldae.errors import InputError
@@ -172,7 +174,12 @@ def pretrained_cfg(method: LDAE) -> dict:
     }
 
 
-def export(run: Path, out: Path, /, timestep: int = TIMESTEP) -> Path:
+def export(
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    /,
+    timestep: int = TIMESTEP,
+) -> Path:
     """Write the backbone of a run as a folder that timm and the Hugging Face hub open.
 
     The folder holds config.json, model.safetensors and a model card, README.md. It is verified
@@ -278,7 +285,11 @@ def init_from(method: LDAE, folder: str | Path) -> None:
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
     }
-    if wanted != found or vit.cls_token is not None or vit.blocks[0].attn.num_heads != shape.num_heads:
+    if (
+        wanted != found
+        or vit.cls_token is not None
+        or vit.blocks[0].attn.num_heads != shape.num_heads
+    ):
         raise InputError(f"init_from {folder} has another shape: {found}; this run has {wanted}")
     embed = method.denoiser.embed
     weight, bias = vit.patch_embed.proj.weight.flatten(1), vit.patch_embed.proj.bias

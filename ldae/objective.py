@@ -51,9 +51,7 @@ class Objective(nn.Module):
             return tokenizer.inverse(z_0)
         return patches
 
-    def loss(
-        self, tokenizer: PatchTokenizer, error: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
+    def loss(self, tokenizer: PatchTokenizer, error: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The weighted mean square of error (B, N, C) at t (B,), a scalar."""
         square = error.square().sum(-1)
         if self.target_name == "image":

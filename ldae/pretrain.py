@@ -73,7 +73,9 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
             )
 
         def open_metrics(seen: int) -> Metrics:
-            _say(f"{run}: {row}, {schedule.total:,} images in {schedule.steps:,} steps, from {seen:,}")
+            _say(
+                f"{run}: {row}, {schedule.total:,} images in {schedule.steps:,} steps, from {seen:,}"
+            )
             return Metrics(run, seen, config.system.tensorboard, config.system.wandb)
 
         trained = train(
@@ -143,7 +145,9 @@ def _open_run(run: Path, config: Config, device: torch.device) -> None:
         changed = settings.difference(settings.load(record), config)
         changed = {key: pair for key, pair in changed.items() if not key.startswith("system.")}
         if changed:
-            told = ", ".join(f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items())
+            told = ", ".join(
+                f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items()
+            )
             raise InputError(f"run folder {run} holds another run: {told}")
     elif run.is_dir() and any(run.iterdir()):
         raise InputError(f"run folder {run} is not empty and holds no run")
@@ -196,7 +200,9 @@ def _fit_tokenizer(
         tokenizer.fit(images(), *_pixel_stats(config))
         tokenizer.cpu()
         kept = tokenizer.variances[: tokenizer.dim].sum() / tokenizer.variances.sum()
-        _say(f"tokenizer: {tokenizer.dim} of {tokenizer.patch_dim} axes keep {kept:.1%} of the variance")
+        _say(
+            f"tokenizer: {tokenizer.dim} of {tokenizer.patch_dim} axes keep {kept:.1%} of the variance"
+        )
     if distributed.is_main() and not path.exists():
         tokenizers.save(tokenizer, path)
     distributed.barrier()
@@ -210,14 +216,15 @@ def _pixel_stats(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if mean or std:
         for name, values in (("data.mean", mean), ("data.std", std)):
             if len(values) != chans:
-                raise InputError(f"{name} needs one number for each of {chans} channels, not {values}")
+                raise InputError(
+                    f"{name} needs one number for each of {chans} channels, not {values}"
+                )
     return mean, std
 
 
 def _hooks(config: Config, method: LDAE, schedule: Plan, device: torch.device) -> tuple[Hook, ...]:
     if not config.system.knn_every:
         return ()
-    from ldae.backbone import preprocessing
     from ldae.evals.features import extract, known_labels
     from ldae.evals.knn import KNNProtocol, knn_accuracy
 

@@ -102,7 +102,9 @@ class Model:
     """Width of the tokens."""
     num_heads: int | None = None
     """Attention heads."""
-    cond_ratio: float = 0.25  # DiT's conditioning at full width has as many parameters as its blocks
+    cond_ratio: float = (
+        0.25  # DiT's conditioning at full width has as many parameters as its blocks
+    )
     """Width of the conditioning as a share of embed_dim."""
     class_conditional: bool = False
     """Tell the network the label, as DiT does."""

@@ -4,8 +4,8 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldae.settings import Config, replace
 from ldae.errors import InputError
+from ldae.settings import Config, replace
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def row(name: str | int) -> Row:
         if str(name) in (candidate.name, str(candidate.number)):
             return candidate
     near = difflib.get_close_matches(str(name), [row.name for row in ROWS], n=1, cutoff=0)
-    raise InputError(f"there is no row {name!r}; the nearest is {near[0]!r} (`ldae show` lists all)")
+    raise InputError(
+        f"there is no row {name!r}; the nearest is {near[0]!r} (`ldae show` lists all)"
+    )
 
 
 def config(name: str | int = "l_dae", scale: str = "paper") -> Config:

@@ -110,7 +110,11 @@ ORIGINAL = exporting._fold_block
 
 def test_timm_opens_the_exported_folder(run, tmp_path, images):
     out = export(run(), tmp_path / "out")
-    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     trained, _ = exporting.load_run(tmp_path / "run-l_dae")
     x = normalised(trained, images)
@@ -179,7 +183,9 @@ def test_a_run_can_start_from_an_exported_backbone(row, run, tiny, images, tmp_p
     out = export(run(), tmp_path / "out")
     exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     fresh = build(tiny(row))
-    fresh.tokenizer.load_state_dict(exporting.load_run(tmp_path / "run-l_dae")[0].tokenizer.state_dict())
+    fresh.tokenizer.load_state_dict(
+        exporting.load_run(tmp_path / "run-l_dae")[0].tokenizer.state_dict()
+    )
     init_from(fresh, out)
     x = normalised(fresh, images)
     inside = fresh.tokenizer.decode(fresh.tokenizer.encode(x))

@@ -31,7 +31,7 @@ def reference_loss(row, method, images, positions) -> float:
     total = 0.0
     for image, t, position in zip(images, steps, positions):
         gamma, sigma = levels(row, int(t))
-        x = (image.double() / 255 - tokenizer.pixel_mean[:, None, None])
+        x = image.double() / 255 - tokenizer.pixel_mean[:, None, None]
         x = x / tokenizer.pixel_std[:, None, None]
         patches = torch.stack([
             x[:, i : i + p, j : j + p].reshape(-1)

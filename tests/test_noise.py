@@ -42,7 +42,9 @@ def test_a_process_without_input_scaling_is_the_vp_process_rescaled():
     gamma, sigma = schedule("linear_sigma")
     shrink = (1 + sigma**2).rsqrt()
     torch.testing.assert_close((gamma * shrink) ** 2, 1 / (1 + sigma**2))
-    torch.testing.assert_close((gamma * shrink) ** 2 + (sigma * shrink) ** 2, torch.ones_like(sigma))
+    torch.testing.assert_close(
+        (gamma * shrink) ** 2 + (sigma * shrink) ** 2, torch.ones_like(sigma)
+    )
 
 
 @pytest.mark.parametrize(

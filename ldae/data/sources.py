@@ -31,9 +31,7 @@ class Source:
     A source can be pickled, and read by several processes and threads at once.
     """
 
-    def __init__(
-        self, spec: str, split: str, classes: list[str] | None, labels: np.ndarray | None
-    ):
+    def __init__(self, spec: str, split: str, classes: list[str] | None, labels: np.ndarray | None):
         self.spec = spec
         self.split = split
         self.classes = classes

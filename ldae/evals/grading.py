@@ -4,9 +4,10 @@ import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Annotated, Iterator
 
 import torch
+import tyro
 from torch import nn
 
 from ldae.backbone import backbone_folder, load_backbone, preprocessing
@@ -17,6 +18,34 @@ from ldae.evals.features import Features, Precision, extract, known_labels
 from ldae.log import environment, write_json
 
 
+BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE")]
+SourceSpec = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every evaluator takes beside its protocol."""
+
+    random_init: bool = False
+    """Grade the untrained control: the same architecture with timm's random weights."""
+    in_chans: int = 3
+    """Channels of a timm name."""
+    img_size: int | None = None
+    """Side of the images of a timm name, in pixels."""
+    seed: int = 0
+    """Of the random weights, and of what the protocol draws."""
+    out: Path | None = None
+    """Folder of results.json; by default beside the backbone, or below evals/."""
+    batch_size: int = 256
+    """Images at a time through the backbone; it does not change the numbers."""
+    workers: int = 4
+    """Processes that decode images."""
+    precision: Precision = "fp32"
+    """Of the backbone's arithmetic."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
 @dataclass(frozen=True)
 class Grading:
     """One backbone, as an evaluator finds it: opened, beside two labelled splits."""
@@ -24,16 +53,11 @@ class Grading:
     task: str
     spec: str
     """The backbone as the user named it."""
-    random_init: bool
-    seed: int
-    """Of the random initialisation."""
+    setup: Setup
     model: nn.Module
     train: Source
     eval: Source
     device: torch.device
-    batch_size: int
-    workers: int
-    precision: Precision
 
     def features(self) -> tuple[Features, Features]:
         """Of the train and of the evaluation split."""
@@ -41,33 +65,34 @@ class Grading:
             extract(
                 self.model,
                 source,
-                batch_size=self.batch_size,
+                batch_size=self.setup.batch_size,
                 device=self.device,
-                workers=self.workers,
-                precision=self.precision,
+                workers=self.setup.workers,
+                precision=self.setup.precision,
             )
             for source in (self.train, self.eval)
         )
         return train, evaluation
 
-    def write(self, protocol: dict, results: dict, dim: int, out: Path | None) -> dict:
+    def write(self, protocol: dict, results: dict, dim: int) -> dict:
         """Write ``results.json``, say on one line what is in it, and return it.
 
         Args:
             protocol: every constant that decides the numbers.
             results: the numbers, accuracies in percent.
             dim: the width of the features.
-            out: the folder; by default inside the backbone's, else below ``evals/``.
         """
         classes = len(known_labels(self.train).unique())
-        path = (out or self._folder()) / "results.json"
+        path = (self.setup.out or self._folder()) / "results.json"
+        random_init = self.setup.random_init
         record = {
             "task": self.task,
-            "protocol": protocol | {"precision": self.precision, "top5_over": min(5, classes)},
+            "protocol": protocol
+            | {"precision": self.setup.precision, "top5_over": min(5, classes)},
             "backbone": {
                 "spec": self.spec,
-                "random_init": self.random_init,
-                "seed": self.seed if self.random_init else None,
+                "random_init": random_init,
+                "seed": self.setup.seed if random_init else None,
                 "params": sum(parameter.numel() for parameter in self.model.parameters()),
                 "dim": dim,
                 "preprocessing": asdict(preprocessing(self.model)),
@@ -84,7 +109,7 @@ class Grading:
         }
         if is_main():
             write_json(path, record)
-            control = " (random init)" if self.random_init else ""
+            control = " (random init)" if random_init else ""
             tops = [f"{name} {top:.2f}" for name, top in results.items() if name.startswith("top")]
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
             print(f"{subject}: {', '.join(tops)}; {path}")
@@ -96,7 +121,7 @@ class Grading:
         data = _file_name(self.train.spec)
         if self.eval.spec != self.train.spec:
             data += f"-on-{_file_name(self.eval.spec)}"
-        return above / f"{self.task}-{data}{'-random-init' if self.random_init else ''}"
+        return above / f"{self.task}-{data}{'-random-init' if self.setup.random_init else ''}"
 
 
 def _file_name(spec: str) -> str:
@@ -111,31 +136,24 @@ def grading(
     backbone: str,
     data: str,
     eval_data: str | None,
-    *,
-    random_init: bool,
-    in_chans: int,
-    img_size: int | None,
-    seed: int,
-    batch_size: int,
-    workers: int,
-    precision: Precision,
-    device: str,
+    setup: Setup,
 ) -> Iterator[Grading]:
     """Join the process group, if one was launched, and open what ``task`` grades.
 
     Raises: InputError when the backbone or the data can not be opened, or has no labels.
     """
-    where = device_for(device)
-    with process_group(where):
+    device = device_for(setup.device)
+    with process_group(device):
         train, evaluation = open_splits(data, eval_data)
         for source in (train, evaluation):
             known_labels(source)  # before anything that takes time
         if len(known_labels(train).unique()) < 2:
             raise InputError(f"{train.spec} has one class only, which any backbone tells apart")
         model = load_backbone(
-            backbone, random_init=random_init, in_chans=in_chans, img_size=img_size, seed=seed
+            backbone,
+            random_init=setup.random_init,
+            in_chans=setup.in_chans,
+            img_size=setup.img_size,
+            seed=setup.seed,
         )
-        yield Grading(
-            task, str(backbone), random_init, seed, model, train, evaluation,
-            where, batch_size, workers, precision,
-        )  # fmt: skip
+        yield Grading(task, str(backbone), setup, model, train, evaluation, device)

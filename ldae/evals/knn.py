@@ -2,16 +2,16 @@
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Callable
+from typing import Annotated, Callable
 
 import torch
 import torch.nn.functional as F
+import tyro
 
 from ldae.errors import InputError
 from ldae.evals.accuracy import ranks, top
-from ldae.evals.features import Features, Precision
-from ldae.evals.grading import grading
+from ldae.evals.features import Features
+from ldae.evals.grading import BackboneSpec, Setup, SourceSpec, grading
 
 _QUERIES_AT_ONCE = 1024
 _ROWS_AT_ONCE = 65_536  # of the train split: a block of similarities takes 256 MiB
@@ -34,22 +34,14 @@ class KNNProtocol:
 
 
 def knn(
-    backbone: str,
+    backbone: BackboneSpec,
     /,
-    data: str,
-    eval_data: str | None = None,
+    data: SourceSpec,
+    eval_data: SourceSpec | None = None,
     *,
     k: tuple[int, ...] = KNNProtocol.k,
     temperature: float = KNNProtocol.temperature,
-    random_init: bool = False,
-    in_chans: int = 3,
-    img_size: int | None = None,
-    seed: int = 0,
-    out: Path | None = None,
-    batch_size: int = 256,
-    workers: int = 4,
-    precision: Precision = "fp32",
-    device: str = "auto",
+    setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
 ) -> dict:
     """Grade a backbone by its nearest neighbours, without any training.
 
@@ -59,39 +51,18 @@ def knn(
         eval_data: the images to classify instead of the evaluation split of data.
         k: numbers of neighbours, each graded.
         temperature: a neighbour of cosine similarity s has the weight exp(s / temperature).
-        random_init: grade the untrained control, the same architecture with random weights.
-        in_chans: channels of a timm name.
-        img_size: side of the images of a timm name, in pixels.
-        seed: of the random weights.
-        out: folder of results.json; by default beside the backbone or below evals/.
-        batch_size: images at a time; it does not change the numbers.
-        workers: processes that decode images.
-        precision: of the backbone's arithmetic.
-        device: auto, cpu, cuda or cuda:N.
+        setup: how the backbone is opened and run.
 
     Returns: what results.json holds; its results are top-1 and top-5 in percent for every k.
 
     Raises: InputError for a backbone or data that can not be graded.
     """
     protocol = KNNProtocol(tuple(k), temperature)
-    with grading(
-        "knn",
-        backbone,
-        data,
-        eval_data,
-        random_init=random_init,
-        in_chans=in_chans,
-        img_size=img_size,
-        seed=seed,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        device=device,
-    ) as graded:
+    with grading("knn", backbone, data, eval_data, setup) as graded:
         _check_enough(max(protocol.k), len(graded.train))  # before the work, not after
         train, evaluation = graded.features()
         results = knn_accuracy(train, evaluation, protocol, graded.device)
-        return graded.write(asdict(protocol), results, train.features.shape[1], out)
+        return graded.write(asdict(protocol), results, train.features.shape[1])
 
 
 def knn_accuracy(

@@ -7,10 +7,12 @@ import shutil
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Annotated
 
 import timm
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import nn
 
 from ldae.backbone import preprocessing
@@ -19,8 +21,8 @@ from ldae.data.sources import Source
 from ldae.distributed import barrier, is_main
 from ldae.errors import InputError
 from ldae.evals.accuracy import ranks, top
-from ldae.evals.features import Features, Precision, known_labels, names
-from ldae.evals.grading import grading
+from ldae.evals.features import Features, known_labels, names
+from ldae.evals.grading import BackboneSpec, Setup, SourceSpec, grading
 from ldae.log import progress
 
 _ROWS_AT_ONCE = 1024
@@ -58,23 +60,15 @@ class LinearProtocol:
 
 
 def linear(
-    backbone: str,
+    backbone: BackboneSpec,
     /,
-    data: str,
-    eval_data: str | None = None,
+    data: SourceSpec,
+    eval_data: SourceSpec | None = None,
     *,
     learning_rates: tuple[float, ...] = LinearProtocol.learning_rates,
     epochs: int = LinearProtocol.epochs,
     save: Path | None = None,
-    random_init: bool = False,
-    in_chans: int = 3,
-    img_size: int | None = None,
-    seed: int = 0,
-    out: Path | None = None,
-    batch_size: int = 256,
-    workers: int = 4,
-    precision: Precision = "fp32",
-    device: str = "auto",
+    setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
 ) -> dict:
     """Grade a backbone by a linear classifier on its frozen features, extracted once.
 
@@ -85,36 +79,15 @@ def linear(
         learning_rates: at a batch of 256; the best on a tenth of train is used.
         epochs: passes over the features.
         save: folder to write the classifier to, backbone and head, as timm opens it.
-        random_init: grade the untrained control, the same architecture with random weights.
-        in_chans: channels of a timm name.
-        img_size: side of the images of a timm name, in pixels.
-        seed: of the random weights, the head and the order of the batches.
-        out: folder of results.json; by default beside the backbone or below evals/.
-        batch_size: images at a time through the backbone; it does not change the numbers.
-        workers: processes that decode images.
-        precision: of the backbone's arithmetic.
-        device: auto, cpu, cuda or cuda:N.
+        setup: how the backbone is opened and run.
 
     Returns: what results.json holds; its results are top-1 and top-5 in percent after the last
     epoch, the learning rate, and the top-1 of every rate on the tenth of train that chose it.
 
     Raises: InputError for a backbone or data that can not be graded.
     """
-    protocol = LinearProtocol(learning_rates=tuple(learning_rates), epochs=epochs, seed=seed)
-    with grading(
-        "linear",
-        backbone,
-        data,
-        eval_data,
-        random_init=random_init,
-        in_chans=in_chans,
-        img_size=img_size,
-        seed=seed,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        device=device,
-    ) as graded:
+    protocol = LinearProtocol(learning_rates=tuple(learning_rates), epochs=epochs, seed=setup.seed)
+    with grading("linear", backbone, data, eval_data, setup) as graded:
         # Before the work, not after.
         held_out(names(graded.train), known_labels(graded.train), protocol)
         if save:
@@ -123,7 +96,7 @@ def linear(
         heads, results = linear_probe(train, evaluation, protocol, graded.device)
         if save:
             save_classifier(graded.model, heads, graded.train.classes, save, graded.eval)
-        return graded.write(asdict(protocol), results, train.features.shape[1], out)
+        return graded.write(asdict(protocol), results, train.features.shape[1])
 
 
 class Heads(nn.Module):

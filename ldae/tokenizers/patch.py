@@ -25,9 +25,7 @@ class PatchTokenizer(nn.Module):
     Raises: InputError when ``patch_size`` does not divide ``img_size`` or ``dim`` is out of range.
     """
 
-    def __init__(
-        self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str
-    ) -> None:
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str) -> None:
         super().__init__()
         full = in_chans * patch_size**2
         if img_size % patch_size:
@@ -155,9 +153,7 @@ class PixelTokenizer(PatchTokenizer):
     Raises: InputError when no such k divides ``patch_size``.
     """
 
-    def __init__(
-        self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str
-    ) -> None:
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str) -> None:
         super().__init__(img_size, patch_size, in_chans, dim, scale)
         sizes = {in_chans * k**2: k for k in range(1, patch_size + 1) if patch_size % k == 0}
         if dim not in sizes:

@@ -46,7 +46,9 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             aside.unlink(missing_ok=True)
             last = self.paths()[-1].name if self.paths() else "none"
-            reason = error.strerror if isinstance(error, OSError) else "the file could not be written"
+            reason = (
+                error.strerror if isinstance(error, OSError) else "the file could not be written"
+            )
             raise InputError(
                 f"checkpoint {path} could not be saved ({reason}); the last good one: {last}"
             ) from None

@@ -156,7 +156,9 @@ def train(
                 # What every rank must agree on travels in one small sum. On a GPU it is read a step
                 # late, so that the device never waits for the host; nothing is saved in between.
                 previous = report
-                report = Report.of(loss, stop.received > 0, late, f"to image {seen:,} at lr {lr:.3g}")
+                report = Report.of(
+                    loss, stop.received > 0, late, f"to image {seen:,} at lr {lr:.3g}"
+                )
                 _, stop_now, save_now = (report if device.type == "cpu" else previous).read()
                 meter.losses.append(report.loss)
 

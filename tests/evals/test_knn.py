@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 """The vote is DINO's, the search is exact, and k-NN needs enough images."""
 
 import json
@@ -9,7 +11,10 @@ import torch
 
 from ldae.errors import InputError
 from ldae.evals.features import Features
+from ldae.evals.grading import Setup
 from ldae.evals.knn import KNNProtocol, knn, knn_accuracy, neighbours, vote
+
+SETUP = Setup(in_chans=1, workers=0, device="cpu")
 
 
 def cloud(count: int, classes: int, seed: int, dim: int = 5) -> Features:
@@ -100,7 +105,7 @@ def test_wrong_protocols_are_told(wrong):
 
 def test_verb_writes_what_it_returns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    record = knn("pixels:8", "digits", in_chans=1, k=(1, 20), workers=0, device="cpu")
+    record = knn("pixels:8", "digits", k=(1, 20), setup=SETUP)
     written = tmp_path / "evals" / "pixels-8" / "knn-digits" / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
     assert set(record) == {"task", "protocol", "backbone", "data", "results", "environment"}
@@ -113,12 +118,11 @@ def test_verb_writes_what_it_returns(tmp_path, monkeypatch, capsys):
 
 def test_control_does_not_overwrite(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = {"in_chans": 1, "img_size": 16, "k": (5,), "workers": 0, "device": "cpu"}
-    knn("test_vit", "digits", random_init=True, **args)
+    knn("test_vit", "digits", k=(5,), setup=replace(SETUP, img_size=16, random_init=True))
     assert [p.name for p in tmp_path.glob("evals/test_vit/*")] == ["knn-digits-random-init"]
 
 
 def test_too_few_images_are_told_before_the_work(monkeypatch):
     monkeypatch.setattr("ldae.evals.grading.extract", None)  # calling it would be a TypeError
     with pytest.raises(InputError, match="more neighbours than images"):
-        knn("pixels:8", "digits", in_chans=1, k=(5000,), workers=0, device="cpu")
+        knn("pixels:8", "digits", k=(5000,), setup=SETUP)

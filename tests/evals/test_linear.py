@@ -1,8 +1,9 @@
+from dataclasses import replace
+
 """The probe learns what one head alone learns, chooses on train, and folds into timm exactly."""
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from ldae.backbone import load_backbone
 from ldae.errors import InputError
 from ldae.evals.accuracy import ranks, top
 from ldae.evals.features import Features, extract
+from ldae.evals.grading import Setup
 from ldae.evals.linear import (
     LinearProtocol,
     fold_batchnorm,
@@ -22,6 +24,8 @@ from ldae.evals.linear import (
     save_classifier,
     train_heads,
 )
+
+SETUP = Setup(in_chans=1, workers=0, device="cpu")
 
 CPU = torch.device("cpu")
 SHORT = LinearProtocol(learning_rates=(0.01, 0.1, 1.0), epochs=3, batch_size=32)
@@ -177,15 +181,15 @@ def test_classifier_that_scores_otherwise_is_not_saved(pictures, tmp_path, monke
 
 def test_verb_writes_and_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = {"in_chans": 1, "img_size": 16, "random_init": True, "workers": 0, "device": "cpu"}
-    record = linear("test_vit", "digits", epochs=3, save=tmp_path / "out", **args)
+    control = replace(SETUP, img_size=16, random_init=True)
+    record = linear("test_vit", "digits", epochs=3, save=tmp_path / "out", setup=control)
     written = tmp_path / "evals" / "test_vit" / "linear-digits-random-init" / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
     assert record["results"]["top1"] > 30  # of ten classes
     assert record["protocol"]["learning_rates"] == LinearProtocol.learning_rates
     with pytest.raises(InputError, match="exists already"):
-        linear("test_vit", "digits", save=tmp_path / "out", **args)
-    below = linear(str(tmp_path / "out"), "digits", epochs=1, workers=0, device="cpu")
+        linear("test_vit", "digits", save=tmp_path / "out", setup=control)
+    below = linear(str(tmp_path / "out"), "digits", epochs=1, setup=SETUP)
     assert below["backbone"]["dim"] == 64
     assert (tmp_path / "out" / "evals" / "linear-digits" / "results.json").is_file()
 
@@ -193,4 +197,4 @@ def test_verb_writes_and_saves(tmp_path, monkeypatch):
 def test_classifier_of_pixels_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("ldae.evals.grading.extract", None)
     with pytest.raises(InputError, match="pixels is no timm model"):
-        linear("pixels:8", "digits", in_chans=1, save=tmp_path / "out", workers=0, device="cpu")
+        linear("pixels:8", "digits", save=tmp_path / "out", setup=SETUP)

@@ -87,7 +87,10 @@ def test_shapes_come_from_timms_names(name, width, depth, heads):
     [
         (("vit_lage_patch16_224",), "vit_large_patch16_224"),
         (("swin_tiny_patch4_window7_224",), "not one of timm's plain"),
-        (("vit_tiny_patch16_224", None, 100, None, 3), "num_heads 3 does not divide model.embed_dim 100"),
+        (
+            ("vit_tiny_patch16_224", None, 100, None, 3),
+            "num_heads 3 does not divide model.embed_dim 100",
+        ),
         (("vit_tiny_patch16_224", None, 6, None, 3), "embed_dim 6 .* multiple of 4"),
     ],
 )

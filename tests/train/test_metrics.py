@@ -44,7 +44,9 @@ def test_tensorboard_events_are_written(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(512, 0.25)]
 
 
-@pytest.mark.parametrize("extra, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    "extra, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
+)
 def test_a_logger_that_is_not_installed_is_told(tmp_path, monkeypatch, extra, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf"system.{extra} needs .*ldae\[{extra}\]"):
