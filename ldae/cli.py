@@ -1,8 +1,10 @@
 """The command line: a verb, then the arguments of the function behind it."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -42,19 +44,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
         return _refuse(f"there is no command {verb!r}; the nearest is {near!r} (`ldae --help`)")
     try:
-        _call(verb, rest)
+        with _stopped_by_sigterm():
+            _call(verb, rest)
     except InputError as error:
         return _refuse(str(error))
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 141
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("ldae: stopped", file=sys.stderr)
-        return 130
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except Interrupted as stopped:
         print(f"ldae: {stopped}", file=sys.stderr)
         return stopped.exit_status
     return 0
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, as a scheduler sends it, ends a command as Ctrl-C does: its workers end with it."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _usage() -> str:
@@ -107,8 +124,10 @@ def _pretrain(argv: Sequence[str]) -> None:
     def pretrain(
         config: Annotated[settings.Config, tyro.conf.arg(name="")] = base,
         *,
-        run: Path,
-        dry_run: bool = False,
+        run: Annotated[Path, tyro.conf.arg(help="The run folder, new or to go on with.")],
+        dry_run: Annotated[
+            bool, tyro.conf.arg(help="Print the configuration and the plan, and stop.")
+        ] = False,
     ) -> None:
         from ldae.pretrain import pretrain
 

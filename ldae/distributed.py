@@ -1,6 +1,7 @@
 """Process start-up and the few collectives that the rest of the package uses."""
 
 import os
+import re
 from contextlib import contextmanager
 from typing import Iterator
 
@@ -51,10 +52,12 @@ def gather_objects(value: object) -> list:
 def device_for(name: str = "auto") -> torch.device:
     """The torch device of this process for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
-    Raises: InputError when a GPU is asked for and there is none.
+    Raises: InputError for another name, and when a GPU is asked for and there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {name} was asked for, but torch finds no GPU here")
     if name == "cuda":
@@ -82,5 +85,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if not re.search("gloo|NCCL|connection", str(error), re.IGNORECASE):
+            raise
+        raise InputError(f"rank {rank()} lost the others, of which one has said why") from error
     finally:
         dist.destroy_process_group()

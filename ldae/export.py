@@ -8,7 +8,9 @@ from typing import Annotated
 import timm
 import torch
 import tyro
+from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from ldae.errors import InputError
 from ldae.method import LDAE, build
@@ -33,7 +35,10 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
     method = build(load(run / "config.yaml"), num_classes=len(state["describe"]["classes"]))
-    method.load_state_dict(state["average"] or state["model"])
+    try:
+        method.load_state_dict(state["average"] or state["model"])
+    except RuntimeError:
+        raise InputError(f"run folder {run}: config.yaml is not that of its checkpoints") from None
     return method.eval(), state
 
 
@@ -209,10 +214,12 @@ def export(
             vit, str(aside), safe_serialization=True, model_args=model_args(method)
         )
         (aside / "README.md").write_text(_model_card(run, method, state, timestep))
+        # safetensors' files are for their owner alone; a folder to share is as readable as its rest.
+        shutil.copymode(aside / "README.md", aside / "model.safetensors")
         _verify_file(vit, aside, method)
         aside.rename(out)
-    except OSError as error:
-        raise InputError(f"{out} could not be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{out} can not be written: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")
@@ -275,22 +282,16 @@ def init_from(method: LDAE, folder: str | Path) -> None:
     """
     try:
         vit = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (RuntimeError, OSError, AssertionError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # those of json, timm and safetensors have nothing in common
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"init_from {folder} is not an exported backbone: {reason}") from None
-    shape, tokenizer = method.denoiser.shape, method.tokenizer
-    wanted = {name: model_args(method)[name] for name in ("patch_size", "embed_dim", "depth")}
-    found = {
-        "patch_size": vit.patch_embed.patch_size[0],
-        "embed_dim": vit.embed_dim,
-        "depth": len(vit.blocks),
-    }
-    if (
-        wanted != found
-        or vit.cls_token is not None
-        or vit.blocks[0].attn.num_heads != shape.num_heads
-    ):
-        raise InputError(f"init_from {folder} has another shape: {found}; this run has {wanted}")
+    tokenizer = method.tokenizer
+    with torch.device("meta"):
+        wanted = timm.create_model(method.denoiser.shape.name, **model_args(method))
+    if _shapes(vit) != _shapes(wanted):
+        raise InputError(
+            f"init_from {folder} holds a model of another shape than this run's encoder"
+        )
     embed = method.denoiser.embed
     weight, bias = vit.patch_embed.proj.weight.flatten(1), vit.patch_embed.proj.bias
     if not method.image_input:
@@ -309,3 +310,11 @@ def init_from(method: LDAE, folder: str | Path) -> None:
             plain.norm2.bias, plain.norm2.weight - 1, ones,
         )  # fmt: skip
         block.adaLN_modulation[1].bias.copy_(torch.cat(modulation))
+
+
+def _shapes(vit: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the weights; positions are fixed, so their number does not matter."""
+    state = vit.state_dict()
+    heads = vit.blocks[0].attn.num_heads if isinstance(vit, VisionTransformer) else 0
+    shapes = {name: tuple(value.shape) for name, value in state.items() if name != "pos_embed"}
+    return shapes | {"heads": (heads,)}

@@ -5,9 +5,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ldae.errors import InputError
 
 _PACKAGES = ("ldae", "torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "pillow")
 
@@ -76,17 +80,38 @@ def progress(total: int, what: str) -> Any:
     return tqdm(total=total, desc=what, leave=False, disable=not is_main(), mininterval=seconds)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write ``value`` so that the file is complete or absent: aside, flushed to disk, renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``path`` (a full disk, no permission) into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} can not be written: {error.strerror or error}") from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Make ``path`` hold ``content``, wholly or not at all: aside, flushed to the disk, renamed.
+
+    Raises: InputError when it can not be written; what was there before stays.
+    """
     aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with told(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except OSError:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """``write`` for JSON."""
+    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def duration(seconds: float) -> str:

@@ -121,8 +121,8 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
     )
     if config.tokenizer.perceptual_weight or config.tokenizer.adversarial_weight:
         raise InputError(
-            "the perceptual and adversarial losses train conv tokenizers, which are not built yet: "
-            "this row can be shown but not run"
+            "tokenizer.perceptual_weight and tokenizer.adversarial_weight train conv tokenizers, "
+            "which are not built yet: rows 1 to 7 can be shown but not run"
         )
     tokenizer = tokenizers.create(
         config.tokenizer.name,

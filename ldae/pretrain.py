@@ -17,10 +17,13 @@ from ldae.tokenizers import PatchTokenizer
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.loop import Hook, Plan, plan, train
 from ldae.train.metrics import Metrics
+from ldae.train.optim import peak_lr
 
 # ImageNet's, of the RGB channels (torchvision's and timm's constants).
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _FIT_BATCH = 256
+_ONLINE_K = 20
+_MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # between the parts of a run
 
 
 def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None:
@@ -36,6 +39,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
     run = Path(run)
     device = distributed.device_for(config.system.device)
     with distributed.process_group(device):
+        settings.check(config)
         if not config.data.source:
             raise InputError("no images: say where they are with --data SOURCE")
         source = open_source(config.data.source, "train")
@@ -44,11 +48,19 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         schedule = plan(len(source), config.optim, config.system)
         bf16 = runs_in_bf16(config.system.precision, device)
         method = build(config, num_classes=len(source.classes or ()), bf16=bf16)
+        # All that can be refused is refused before anything is written.
+        stats, hooks = _pixel_stats(config), _hooks(config, method, schedule, device)
+        for name, path in (
+            ("tokenizer.path", config.tokenizer.path),
+            ("init_from", config.init_from),
+        ):
+            if path and not Path(path).exists():
+                raise InputError(f"{name}: there is no {path}")
         if dry_run:
-            print(_describe(config, method, schedule, source))
+            print(_describe(config, method, schedule, source, device))
             return
         _open_run(run, config, device)
-        _fit_tokenizer(method.tokenizer, run, config, source, device)
+        _fit_tokenizer(method.tokenizer, run, config, source, stats, device)
         if config.init_from:
             init_from(method, config.init_from)
         method.to(device)
@@ -89,11 +101,12 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
             open_metrics=open_metrics,
             describe={"row": row, "images": len(source), "classes": list(source.classes or ())},
             compiled=compiles(config.system.compile, device),
-            hooks=_hooks(config, method, schedule, device),
+            hooks=hooks,
         )
         if distributed.is_main():
-            plots.save_filters(trained.tokenizer, run / "filters.png")
-            plots.save_denoising(trained.eval(), _samples(config, device), run / "denoised.png")
+            with log.told(run):
+                plots.save_filters(trained.tokenizer, run / "filters.png")
+                plots.save_denoising(trained.eval(), _samples(config, device), run / "denoised.png")
             print(f"{run}: done; pictures in denoised.png and filters.png")
 
 
@@ -121,51 +134,59 @@ def compiles(mode: str, device: torch.device) -> bool:
     return device.type == "cuda" if mode == "auto" else mode == "on"
 
 
-def _describe(config: Config, method: LDAE, schedule: Plan, source: Source) -> str:
+def _describe(
+    config: Config, method: LDAE, schedule: Plan, source: Source, device: torch.device
+) -> str:
     count = sum(p.numel() for p in method.denoiser.parameters())
     encoder = sum(p.numel() for p in method.denoiser.encoder.parameters())
     tokens = len(method.denoiser.pos_embed)
     return (
         f"{settings.to_yaml(config)}\n"
         f"parameters        {count:,} ({encoder:,} in the encoder's blocks)\n"
-        f"tokens per image  {tokens} of {method.denoiser.embed.in_features} numbers\n"
+        f"tokens per image  {tokens}, each of {method.denoiser.embed.in_features} numbers\n"
         f"images            {len(source):,} in {source.spec}\n"
         f"steps             {schedule.steps:,} of {schedule.batch_size} images, "
-        f"{schedule.total:,} images seen"
+        f"{schedule.total:,} images seen\n"
+        f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
+        f"computed in       {'bfloat16' if method.bf16 else 'float32'} on {device}"
     )
 
 
 def _open_run(run: Path, config: Config, device: torch.device) -> None:
     """Make the run folder, or check that it is this run's.
 
-    Raises: InputError when it holds a run of other settings, naming them; ``system`` may change.
+    Until there is a checkpoint there is nothing to lose, and other settings begin anew.
+
+    Raises: InputError when it holds a run of other settings, naming them.
     """
     record = run / "config.yaml"
-    if record.exists():
-        changed = settings.difference(settings.load(record), config)
-        changed = {key: pair for key, pair in changed.items() if not key.startswith("system.")}
-        if changed:
-            told = ", ".join(
-                f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items()
-            )
-            raise InputError(f"run folder {run} holds another run: {told}")
-    elif run.is_dir() and any(run.iterdir()):
+    begun = bool(Checkpoints(run).paths())
+    changed = settings.difference(settings.load(record), config) if record.exists() else {}
+    changed = {name: pair for name, pair in changed.items() if not name.startswith(_MAY_CHANGE)}
+    if begun and changed:
+        told = ", ".join(
+            f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
+        )
+        raise InputError(f"run folder {run} holds another run: {told}; name another --run")
+    if not record.exists() and run.is_dir() and any(run.iterdir()):
         raise InputError(f"run folder {run} is not empty and holds no run")
-    # Every rank has looked before one of them writes.
-    distributed.barrier()
+    distributed.barrier()  # every rank has looked before one of them writes
     if distributed.is_main():
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            record.write_text(settings.to_yaml(config), encoding="utf-8")
-            environment = log.environment(device) | {"ranks": distributed.world_size()}
-            log.write_json(run / "environment.json", environment)
-        except OSError as error:
-            raise InputError(f"run folder {run} can not be written: {error.strerror}") from None
+        if changed:
+            (run / "tokenizer.safetensors").unlink(missing_ok=True)
+        log.write(record, settings.to_yaml(config).encode())
+        environment = log.environment(device) | {"ranks": distributed.world_size()}
+        log.write_json(run / "environment.json", environment)
     distributed.barrier()
 
 
 def _fit_tokenizer(
-    tokenizer: PatchTokenizer, run: Path, config: Config, source: Source, device: torch.device
+    tokenizer: PatchTokenizer,
+    run: Path,
+    config: Config,
+    source: Source,
+    stats: tuple[tuple[float, ...], tuple[float, ...]],
+    device: torch.device,
 ) -> None:
     """Load the run's tokenizer or the one that is given, or fit one on the run's first images."""
     path = run / "tokenizer.safetensors"
@@ -197,7 +218,7 @@ def _fit_tokenizer(
                     bar.update(batch)
 
         tokenizer.to(device)
-        tokenizer.fit(images(), *_pixel_stats(config))
+        tokenizer.fit(images(), *stats)
         tokenizer.cpu()
         kept = tokenizer.variances[: tokenizer.dim].sum() / tokenizer.variances.sum()
         _say(
@@ -226,11 +247,12 @@ def _hooks(config: Config, method: LDAE, schedule: Plan, device: torch.device) -
     if not config.system.knn_every:
         return ()
     from ldae.evals.features import extract, known_labels
-    from ldae.evals.knn import KNNProtocol, knn_accuracy
+    from ldae.evals.knn import KNNProtocol, check_enough, knn_accuracy
 
     splits = open_splits(config.data.source, config.data.eval_source or None)
     for split in splits:
-        known_labels(split)  # now, not after the first epochs
+        known_labels(split)
+    check_enough(_ONLINE_K, len(splits[0]))
 
     def online_knn() -> dict[str, float]:
         backbone = fold(method).to(device)
@@ -238,7 +260,7 @@ def _hooks(config: Config, method: LDAE, schedule: Plan, device: torch.device) -
             extract(backbone, split, device=device, workers=config.system.workers)
             for split in splits
         )
-        return knn_accuracy(train_set, test_set, KNNProtocol(k=(20,)), device)
+        return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
 
     return (Hook(config.system.knn_every * schedule.epoch, online_knn),)
 

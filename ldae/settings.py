@@ -6,12 +6,34 @@ import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 import yaml
 
 from ldae.errors import InputError
+
+
+class Range(NamedTuple):
+    """The finite numbers that a setting takes: at least ``low`` (above it, if ``open``) to ``high``."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open else value >= self.low
+        return above and value <= self.high and math.isfinite(value)
+
+    def __str__(self) -> str:
+        words = f"{'above' if self.open else 'at least'} {self.low:g}"
+        return words if self.high == math.inf else f"{words} and at most {self.high:g}"
+
+
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, open=True)
+COUNT = Range(1)
+SHARE = Range(0, 1)
 
 
 @dataclass(frozen=True)
@@ -22,9 +44,9 @@ class Data:
     """A folder, a .zip or .tar of one, torch/NAME@DIR, hfds/NAME, scattered-digits[:N] or digits."""
     eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
     """Images of the online k-NN; empty: the evaluation split of the source."""
-    img_size: int = 256  # 16 x 16 tokens of 16 x 16 pixels
+    img_size: Annotated[int, COUNT] = 256  # 16 x 16 tokens of 16 x 16 pixels
     """Side of the square that the network sees, in pixels."""
-    in_chans: int = 3
+    in_chans: Annotated[int, COUNT] = 3
     """Channels: 1 grey, 3 RGB, 4 RGBA, any number from .npy arrays."""
     crop: Literal["center", "random"] = "center"  # the paper: l-DAE hardly relies on augmentation
     """Center crop, or random resized crop (+0.5 points in the paper)."""
@@ -32,9 +54,9 @@ class Data:
     """Mirror half of the training images."""
     stats: Literal["auto", "imagenet"] = "auto"
     """Where mean and std come from when they are not given: the data itself, or ImageNet's."""
-    mean: tuple[float, ...] = ()
+    mean: Annotated[tuple[float, ...], SHARE] = ()
     """Mean of each channel, in [0, 1]."""
-    std: tuple[float, ...] = ()
+    std: Annotated[tuple[float, ...], POSITIVE] = ()
     """Standard deviation of each channel, in [0, 1]."""
     bad_images: Literal["stop", "skip"] = "stop"
     """What an undecodable image does: stop the run, or be replaced by the next one and counted."""
@@ -46,17 +68,17 @@ class Tokenizer:
 
     name: Literal["patch_pca", "pixel", "patch_ae", "patch_vae", "conv_vae"] = "patch_pca"
     """The map from pixels to tokens."""
-    dim: int = 32  # the best of 8 to 128 for PCA of 16 x 16 patches (Table 2)
+    dim: Annotated[int, COUNT] = 32  # the best of 8 to 128 for PCA of 16 x 16 patches (Table 2)
     """Latent dimension d of one token."""
     scale: Literal["raw", "global", "per-axis"] = "per-axis"  # benchmarks/results/cifar10-latents
     """Scale of latents before unit noise: as they are, unit mean variance, unit variance each."""
-    fit_images: int = 20_000  # at 256 patches an image: 5 million patches for 768 axes
+    fit_images: Annotated[int, NOT_NEGATIVE] = 20_000  # 5 million patches, for 768 axes
     """Images that the tokenizer is fitted on, the first in training order; 0: every image once."""
     path: str = ""
     """A fitted tokenizer.safetensors to use instead of fitting one."""
-    perceptual_weight: float = 0.0
+    perceptual_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the perceptual loss when a conv tokenizer is trained."""
-    adversarial_weight: float = 0.0
+    adversarial_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the adversarial loss when a conv tokenizer is trained."""
 
 
@@ -66,11 +88,11 @@ class Noise:
 
     schedule: Literal["ddpm", "cosine", "linear_gamma2", "linear_sigma", "single"] = "linear_sigma"
     """ddpm, cosine, linear_gamma2: gamma^2 + sigma^2 = 1. linear_sigma, single: gamma = 1."""
-    steps: int = 1000
+    steps: Annotated[int, COUNT] = 1000
     """Number T of noise levels; single has one."""
-    max_sigma: float = math.sqrt(2)  # a signal-to-noise ratio of 1/2
+    max_sigma: Annotated[float, POSITIVE] = math.sqrt(2)  # a signal-to-noise ratio of 1/2
     """Largest sigma of linear_sigma."""
-    single_sigma: float = math.sqrt(1 / 3)
+    single_sigma: Annotated[float, POSITIVE] = math.sqrt(1 / 3)
     """The sigma of single."""
 
 
@@ -84,7 +106,7 @@ class Objective:
     """The noise, the clean latent, its inverse projection, or the original image."""
     weight: Literal["uniform", "gamma2", "inverse"] = "inverse"
     """lambda_t: 1, gamma_t^2, or 1 / (1 + sigma_t^2)."""
-    residual_weight: float = 0.1
+    residual_weight: Annotated[float, NOT_NEGATIVE] = 0.1
     """Weight of the error outside the first d principal axes when the target is the image."""
 
 
@@ -94,21 +116,19 @@ class Model:
 
     name: str = "vit_large_patch16_224"
     """A timm ViT; the fields below override what it says."""
-    patch_size: int | None = None
+    patch_size: Annotated[int | None, COUNT] = None
     """Side of a patch in pixels."""
-    depth: int | None = 12  # "ViT-1/2L": DiT-L's 24 blocks are 12 + 12
+    depth: Annotated[int | None, COUNT] = 12  # "ViT-1/2L": DiT-L's 24 blocks are 12 + 12
     """Blocks of the encoder."""
-    embed_dim: int | None = None
+    embed_dim: Annotated[int | None, COUNT] = None
     """Width of the tokens."""
-    num_heads: int | None = None
+    num_heads: Annotated[int | None, COUNT] = None
     """Attention heads."""
-    cond_ratio: float = (
-        0.25  # DiT's conditioning at full width has as many parameters as its blocks
-    )
+    cond_ratio: Annotated[float, POSITIVE] = 0.25  # at full width it outweighs the blocks
     """Width of the conditioning as a share of embed_dim."""
     class_conditional: bool = False
     """Tell the network the label, as DiT does."""
-    label_dropout: float = 0.1
+    label_dropout: Annotated[float, SHARE] = 0.1
     """How often the label is withheld when class_conditional."""
 
 
@@ -116,21 +136,21 @@ class Model:
 class Optim:
     """The recipe. Progress is counted in images."""
 
-    batch_size: int = 2048
+    batch_size: Annotated[int, COUNT] = 2048
     """Images of one step, over all devices."""
-    blr: float = 1e-4
+    blr: Annotated[float, POSITIVE] = 1e-4
     """Learning rate at batch 256: lr = blr * batch_size / 256."""
-    epochs: float = 400
+    epochs: Annotated[float, POSITIVE] = 400
     """Passes over the data."""
-    warmup_epochs: float = 100
+    warmup_epochs: Annotated[float, NOT_NEGATIVE] = 100
     """Passes of linear warm-up, before the half-cosine to zero."""
-    weight_decay: float = 0.0  # DiT's and the paper's
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # DiT's and the paper's
     """AdamW's, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.999)  # unstated in the paper; DiT's
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.999)  # unstated in the paper; DiT's
     """AdamW's."""
-    clip_grad: float = 0.0
+    clip_grad: Annotated[float, NOT_NEGATIVE] = 0.0
     """Largest norm of the gradient; 0: no clipping."""
-    ema: float = 0.0
+    ema: Annotated[float, SHARE] = 0.0
     """Decay of the moving average of the weights, a step; 0: none. Evaluations use it if it is on."""
 
 
@@ -146,17 +166,19 @@ class System:
     """torch.compile; auto: on GPUs."""
     checkpoint_activations: bool = False
     """Recompute the blocks in the backward pass: less memory, a third more time."""
-    device_batch: int = 0
+    device_batch: Annotated[int, NOT_NEGATIVE] = 0
     """Largest batch of one device at once; smaller than its share: gradients accumulate. 0: all."""
-    workers: int = 8  # ImageNet's photographs: about 150 a second and worker
+    workers: Annotated[int, NOT_NEGATIVE] = (
+        8  # ImageNet's photographs: about 150 a second and worker
+    )
     """Data workers of each process; 0: load in the process itself."""
-    log_every: int = 20
+    log_every: Annotated[int, COUNT] = 20
     """Steps between two lines of progress."""
-    save_minutes: float = 10
+    save_minutes: Annotated[float, NOT_NEGATIVE] = 10
     """Minutes between two checkpoints; there is always one at the end."""
-    keep: int = 2
+    keep: Annotated[int, NOT_NEGATIVE] = 2
     """Newest checkpoints to keep; 0: all."""
-    knn_every: int = 0
+    knn_every: Annotated[int, NOT_NEGATIVE] = 0
     """Epochs between two online k-NN evaluations; 0: none."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (extra: tensorboard)."""
@@ -175,7 +197,7 @@ class Config:
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
     system: System = field(default_factory=System)
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """Of the weights, the data order, the augmentation and the noise."""
     init_from: str = ""
     """An exported backbone to start the encoder from."""
@@ -191,6 +213,19 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + part.name] = value
     return leaves
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Raises: InputError naming the first setting of the tree that is out of its range."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for part in dataclasses.fields(settings):
+        name, value = prefix + part.name, getattr(settings, part.name)
+        if dataclasses.is_dataclass(value):
+            check(value, f"{name}.")
+        allowed = [r for r in getattr(hints[part.name], "__metadata__", ()) if isinstance(r, Range)]
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not all(r.holds(number) for r in allowed):
+                raise InputError(f"{name} must be {allowed[0]}, not {number}")
 
 
 def replace(config: Any, changes: dict[str, Any]) -> Any:

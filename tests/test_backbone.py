@@ -145,6 +145,7 @@ def test_broken_timm_folder_is_told(folder):
 
 def test_run_folder_gives_the_exported_backbone_or_its_control(tmp_path, monkeypatch):
     backbone = trained()
+    backbone.model_args |= {"num_classes": 0}  # as the export gives them
     monkeypatch.setattr("ldae.export.backbone_of_run", lambda path: backbone)
     (tmp_path / "config.yaml").touch()
     assert backbone_folder(tmp_path) == tmp_path

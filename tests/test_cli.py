@@ -106,6 +106,30 @@ def test_a_run_goes_from_pretraining_to_a_graded_classifier(capsys, tmp_path):
     assert call(capsys, *again, "--run", str(tmp_path / "second"))[0] == 0
 
 
+def test_sigterm_ends_a_command_in_a_sentence(capsys, monkeypatch):
+    import os
+    import signal
+
+    def show(row: str = "", /) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "show", show)
+    assert call(capsys, "show") == (143, "", "ldae: stopped\n")
+
+
+def test_wrong_numbers_of_an_evaluator_are_told(capsys):
+    argv = ["knn", "pixels", "--data", "scattered-digits:50", "--batch-size", "-1"]
+    status, _, err = call(capsys, *argv)
+    assert status == 2 and "batch_size must be at least 1, not -1" in err
+
+
+def test_a_folder_that_takes_no_results_is_told(capsys, tmp_path):
+    (tmp_path / "text.txt").touch()
+    argv = ["knn", "pixels", "--data", "scattered-digits:50", "--k", "5", "--workers", "0"]
+    status, _, err = call(capsys, *argv, "--out", str(tmp_path / "text.txt"))
+    assert status == 2 and "text.txt" in err and "can not be written" in err
+
+
 def test_too_many_neighbours_are_told(capsys):
     argv = ["knn", "pixels", "--data", "scattered-digits:50", "--k", "100", "--workers", "0"]
     status, _, err = call(capsys, *argv)

@@ -1,8 +1,10 @@
 """The exactness of a run: interrupted, killed, divided over ranks, it is the same run."""
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 
+import ldae
 from ldae import distributed, settings
 from ldae import pretrain as verb
 from ldae.errors import InputError
@@ -105,22 +109,18 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
     ]
 
 
-def command(run, **changes):
-    given = {"optim.epochs": 4, "system.save_minutes": 0, "system.log_every": 1} | changes
-    config = "".join(f"{key}: {value}\n" for key, value in given.items())
-    return [sys.executable, "-c", SCRIPT, str(run), config]
+def command(run, *launcher, **changes):
+    """The command line of a tiny run, its settings in a file beside the run folder."""
+    given = TINY | {"optim.epochs": 4, "system.save_minutes": 0, "system.log_every": 1} | changes
+    config = settings.replace(ldae.config("l_dae"), given)
+    file = run.with_suffix(".yaml")
+    file.write_text(settings.to_yaml(config))
+    python = [sys.executable, "-m", *launcher]
+    return [*python, "ldae", "pretrain", str(file), "--run", str(run)]
 
 
-SCRIPT = """
-import sys, yaml, ldae, torch
-sys.path.insert(0, "tests")
-from conftest import TINY
-from ldae.settings import replace
-from ldae.pretrain import pretrain
-torch.set_num_threads(1)
-changes = yaml.safe_load(sys.argv[2])
-pretrain(replace(ldae.config("l_dae"), TINY | changes), sys.argv[1], "l_dae")
-"""
+# As the README has it: without -- torchrun takes --run for the start of one of its own options.
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--")
 
 
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path):
@@ -152,11 +152,7 @@ def test_two_gloo_ranks_are_one_process(tmp_path):
     """Tokenizer, data, noise and gradients: the same global batch, to fp32 tolerance."""
     changes = {"optim.epochs": 1, "optim.blr": 1e-3, "tokenizer.fit_images": 32}
     subprocess.run(command(tmp_path / "one", **changes), check=True, capture_output=True)
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = command(tmp_path / "two", **changes)[3:]
-    subprocess.run([*launched, str(script), *arguments], check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "two", *TORCHRUN, **changes), check=True, capture_output=True)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for state in (one, two):  # grey digits: axes without variance are any basis of their space
         state["tokenizer.basis"] = state["tokenizer.basis"][:6]
@@ -227,6 +223,14 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="tokenizer.dim is 6 there, 7 here"):
         pretrain(tiny(tokenizer__dim=7), run, "l_dae")
     pretrain(tiny(system__log_every=3), run, "l_dae")  # how it runs may change
+    pretrain(tiny(data__bad_images="skip"), run, "l_dae")
+    with pytest.raises(InputError, match="images of this run was 64 when it began, and is 65 now"):
+        moved = tmp_path / "moved"
+        shutil.copytree(run, moved)
+        (moved / "config.yaml").write_text(
+            settings.to_yaml(tiny(data__source="scattered-digits:65"))
+        )
+        pretrain(tiny(data__source="scattered-digits:65"), moved, "l_dae")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="full is not empty and holds no run"):
@@ -234,6 +238,32 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
         pretrain(tiny(), tmp_path / "file", "l_dae")
+
+
+def test_a_first_start_that_failed_leaves_the_folder_free(tiny, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="loss is nan|loss is inf"):
+        pretrain(tiny(optim__blr=1e30, optim__warmup_epochs=0), run, "l_dae")
+    assert not (run / "checkpoints").exists()
+    pretrain(tiny(tokenizer__dim=5), run, "l_dae")
+    assert weights(run)["tokenizer.scales"].shape == (5,)
+
+
+def test_a_data_worker_that_dies_is_one_sentence(tiny, tmp_path, monkeypatch):
+    """Its death reaches the main process in the middle of the forward pass."""
+    original, calls = verb.LDAE.forward, []
+
+    def forward(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(verb.LDAE, "forward", forward)
+    with pytest.raises(InputError, match="a data worker was killed"):
+        pretrain(tiny(system__workers=1, optim__epochs=20), tmp_path / "run", "l_dae")
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize(

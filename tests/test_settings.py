@@ -47,6 +47,39 @@ def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, senten
         settings.load(path)
 
 
+@pytest.mark.parametrize(
+    "name, value, sentence",
+    [
+        ("optim.epochs", -1.0, "optim.epochs must be above 0, not -1.0"),
+        ("optim.epochs", float("inf"), "optim.epochs must be above 0, not inf"),
+        ("optim.blr", float("nan"), "optim.blr must be above 0, not nan"),
+        ("optim.batch_size", 0, "optim.batch_size must be at least 1, not 0"),
+        ("optim.betas", (0.9, 2.0), "optim.betas must be at least 0 and at most 1, not 2.0"),
+        ("data.std", (0.2, 0.0), "data.std must be above 0, not 0.0"),
+        ("model.depth", 0, "model.depth must be at least 1, not 0"),
+        ("system.log_every", 0, "system.log_every must be at least 1, not 0"),
+        ("system.device_batch", -1, "system.device_batch must be at least 0, not -1"),
+        ("seed", -1, "seed must be at least 0, not -1"),
+    ],
+)
+def test_a_number_out_of_range_is_told(name, value, sentence):
+    settings.check(Config())
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        settings.check(settings.replace(Config(), {name: value}))
+
+
+def test_every_number_has_a_range():
+    """A setting without one would be wrong in silence, or a traceback."""
+    for name, value in settings.flatten(Config()).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if name in ("data.mean", "data.std", "model.depth") or any(
+            isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
+        ):
+            wrong = (-1e9,) if isinstance(value, tuple) else type(value)(-1e9)
+            with pytest.raises(InputError, match=re.escape(name)):
+                settings.check(settings.replace(Config(), {name: wrong}))
+
+
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(InputError, match="nothing.yaml can not be read"):
         settings.load(tmp_path / "nothing.yaml")

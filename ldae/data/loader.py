@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import os
 import signal
 import sys
+from contextlib import contextmanager
 from typing import Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
 
 import numpy as np
@@ -173,7 +175,7 @@ def _load(
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=min(workers, _processors()),
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
@@ -184,11 +186,28 @@ def _load(
 
 
 def _without_tracebacks(loader: DataLoader) -> Iterator[Batch]:
+    with dead_worker():
+        yield from _batches(loader)
+
+
+def _batches(loader: DataLoader) -> Iterator[Batch]:
     try:
         for batch in loader:
             if isinstance(batch, InputError):
                 raise batch
             yield batch
+    except (EOFError, ConnectionError) as error:  # from the pipe of a worker that is gone
+        raise RuntimeError(f"DataLoader worker: {error}") from error
+
+
+@contextmanager
+def dead_worker() -> Iterator[None]:
+    """Tell in a sentence that a data worker died.
+
+    torch raises its error in a signal handler: wherever the main process is just then.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -196,6 +215,11 @@ def _without_tracebacks(loader: DataLoader) -> Iterator[Batch]:
             "a data worker was killed, most often for want of memory or of shared memory "
             "(/dev/shm): use fewer workers"
         ) from error
+
+
+def _processors() -> int:
+    """How many this process may use; more workers than that only wait for each other."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _ignore_signals(worker: int) -> None:

@@ -71,7 +71,7 @@ def open_source(spec: str, split: Literal["train", "eval"]) -> Source:
 
     Raises: InputError when there is no such source or no image in it.
     """
-    return _choose(_splits(spec), split)()
+    return _choose(spec, _splits(spec), split)
 
 
 def open_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
@@ -87,13 +87,17 @@ def open_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
     if eval_data is None and "eval" not in splits:
         raise InputError(f"{data} has no evaluation split: give one by --eval-data")
     eval_splits = splits if eval_data is None else _splits(eval_data)
-    train, evaluation = _choose(splits, "train")(), _choose(eval_splits, "eval")()
+    train = _choose(data, splits, "train")
+    evaluation = _choose(eval_data or data, eval_splits, "eval")
     _adopt_classes(evaluation, train)
     return train, evaluation
 
 
-def _choose(splits: dict[str, Opener], split: str) -> Opener:
-    return splits[split if split in splits else "all"]
+def _choose(spec: str, splits: dict[str, Opener], split: str) -> Source:
+    opener = splits.get(split) or splits.get("all")
+    if opener is None:
+        raise InputError(f"{spec} holds only an evaluation split: there is nothing to train on")
+    return opener()
 
 
 def _adopt_classes(evaluation: Source, train: Source) -> None:
@@ -210,7 +214,7 @@ def _first_folder(name: str, inner: str) -> str:
 
 
 def _find_splits(images: list[str]) -> dict[str, str]:
-    """The folder, with its slash, that each split lies in: either train and eval, or all."""
+    """The folder, with its slash, that each split lies in: train and eval, or all, or eval alone."""
     inner = ""
     while True:
         folders = {_first_folder(name, inner) for name in images}
@@ -220,6 +224,8 @@ def _find_splits(images: list[str]) -> dict[str, str]:
         lone = f"{inner}{min(folders)}/"
         if len(folders) > 1 or "" in folders or not all(_first_folder(n, lone) for n in images):
             return {"all": inner}
+        if lone.rstrip("/").rpartition("/")[2] in _HELD_OUT:
+            return {"eval": lone}
         inner = lone  # around all folders: as a class it would say nothing
 
 

@@ -4,7 +4,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Iterator
+from typing import Annotated, Any, Iterator
 
 import torch
 import tyro
@@ -16,7 +16,10 @@ from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
 from ldae.evals.features import Features, Precision, extract, known_labels
 from ldae.log import environment, write_json
+from ldae.settings import COUNT, NOT_NEGATIVE, check
 
+# Settings that do not decide the numbers, or that a name tells in words.
+_NOT_IN_NAMES = ("random_init", "out", "batch_size", "workers", "device")
 
 BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE")]
 SourceSpec = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
@@ -28,17 +31,17 @@ class Setup:
 
     random_init: bool = False
     """Grade the untrained control: the same architecture with timm's random weights."""
-    in_chans: int = 3
+    in_chans: Annotated[int, COUNT] = 3
     """Channels of a timm name."""
-    img_size: int | None = None
+    img_size: Annotated[int | None, COUNT] = None
     """Side of the images of a timm name, in pixels."""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """Of the random weights, and of what the protocol draws."""
     out: Path | None = None
     """Folder of results.json; by default beside the backbone, or below evals/."""
-    batch_size: int = 256
+    batch_size: Annotated[int, COUNT] = 256
     """Images at a time through the backbone; it does not change the numbers."""
-    workers: int = 4
+    workers: Annotated[int, NOT_NEGATIVE] = 4
     """Processes that decode images."""
     precision: Precision = "fp32"
     """Of the backbone's arithmetic."""
@@ -74,21 +77,21 @@ class Grading:
         )
         return train, evaluation
 
-    def write(self, protocol: dict, results: dict, dim: int) -> dict:
+    def write(self, protocol: Any, results: dict, dim: int) -> dict:
         """Write ``results.json``, say on one line what is in it, and return it.
 
         Args:
-            protocol: every constant that decides the numbers.
+            protocol: a dataclass of every constant that decides the numbers.
             results: the numbers, accuracies in percent.
             dim: the width of the features.
         """
         classes = len(known_labels(self.train).unique())
-        path = (self.setup.out or self._folder()) / "results.json"
+        constants = asdict(protocol) | {"precision": self.setup.precision}
+        path = self._folder(protocol) / "results.json"
         random_init = self.setup.random_init
         record = {
             "task": self.task,
-            "protocol": protocol
-            | {"precision": self.setup.precision, "top5_over": min(5, classes)},
+            "protocol": constants | {"top5_over": min(5, classes)},
             "backbone": {
                 "spec": self.spec,
                 "random_init": random_init,
@@ -115,13 +118,23 @@ class Grading:
             print(f"{subject}: {', '.join(tops)}; {path}")
         return record
 
-    def _folder(self) -> Path:
+    def _folder(self, protocol: Any) -> Path:
+        """Where results.json goes: what decides the numbers is in the name, so that none is lost."""
+        if self.setup.out:
+            return self.setup.out
         home = backbone_folder(self.spec)
         above = home / "evals" if home else Path("evals", _file_name(self.spec))
-        data = _file_name(self.train.spec)
+        parts = [self.task, _file_name(self.train.spec)]
         if self.eval.spec != self.train.spec:
-            data += f"-on-{_file_name(self.eval.spec)}"
-        return above / f"{self.task}-{data}{'-random-init' if self.setup.random_init else ''}"
+            parts += ["on", _file_name(self.eval.spec)]
+        if self.setup.random_init:
+            parts.append("random-init")
+        for settings in (protocol, self.setup):
+            for key, value in asdict(settings).items():
+                if value != getattr(type(settings)(), key) and key not in _NOT_IN_NAMES:
+                    values = value if isinstance(value, tuple) else (value,)
+                    parts.append(f"{key}={'-'.join(map(str, values))}")
+        return above / "-".join(parts)
 
 
 def _file_name(spec: str) -> str:
@@ -142,6 +155,7 @@ def grading(
 
     Raises: InputError when the backbone or the data can not be opened, or has no labels.
     """
+    check(setup)
     device = device_for(setup.device)
     with process_group(device):
         train, evaluation = open_splits(data, eval_data)

@@ -1,6 +1,6 @@
 """The weighted k-nearest-neighbour classifier of DINO, searched exactly."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Callable
 
@@ -59,10 +59,10 @@ def knn(
     """
     protocol = KNNProtocol(tuple(k), temperature)
     with grading("knn", backbone, data, eval_data, setup) as graded:
-        _check_enough(max(protocol.k), len(graded.train))  # before the work, not after
+        check_enough(max(protocol.k), len(graded.train))  # before the work, not after
         train, evaluation = graded.features()
         results = knn_accuracy(train, evaluation, protocol, graded.device)
-        return graded.write(asdict(protocol), results, train.features.shape[1])
+        return graded.write(protocol, results, train.features.shape[1])
 
 
 def knn_accuracy(
@@ -110,7 +110,7 @@ def neighbours(
 
     Raises: InputError when ``k`` is larger than N.
     """
-    _check_enough(k, len(train))
+    check_enough(k, len(train))
     search = _searcher(train)
     similarities, indices = zip(*(search(block, k) for block in queries.split(chunk)))
     return torch.cat(similarities), torch.cat(indices)
@@ -132,7 +132,8 @@ def vote(
     return scores.scatter_add_(1, labels_of_neighbours, (relative / temperature).exp())
 
 
-def _check_enough(k: int, images: int) -> None:
+def check_enough(k: int, images: int) -> None:
+    """Raises: InputError for more neighbours than images."""
     if k > images:
         raise InputError(f"k = {k} is more neighbours than images: the train split has {images}")
 

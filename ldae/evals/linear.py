@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
+from safetensors import SafetensorError
 from torch import nn
 
 from ldae.backbone import preprocessing
@@ -96,7 +97,7 @@ def linear(
         heads, results = linear_probe(train, evaluation, protocol, graded.device)
         if save:
             save_classifier(graded.model, heads, graded.train.classes, save, graded.eval)
-        return graded.write(asdict(protocol), results, train.features.shape[1])
+        return graded.write(protocol, results, train.features.shape[1])
 
 
 class Heads(nn.Module):
@@ -251,9 +252,14 @@ def save_classifier(
         backbone, heads = copy.deepcopy(backbone).cpu(), copy.deepcopy(heads).cpu()
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        _write_classifier(backbone, heads, classes, aside)
-        _verify(aside, backbone, heads, source)
-        aside.rename(folder)
+        try:
+            _write_classifier(backbone, heads, classes, aside)
+            _verify(aside, backbone, heads, source)
+            aside.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder} can not be written: {error}") from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     barrier()
 
 

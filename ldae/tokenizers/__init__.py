@@ -7,6 +7,7 @@ import safetensors
 import safetensors.torch
 
 from ldae.errors import InputError
+from ldae.log import write
 from ldae.tokenizers.patch import PatchPCA, PatchTokenizer, PixelTokenizer
 
 _CLASSES = {"patch_pca": PatchPCA, "pixel": PixelTokenizer}
@@ -34,11 +35,12 @@ def _describe(tokenizer: PatchTokenizer) -> dict:
 
 
 def save(tokenizer: PatchTokenizer, path: Path) -> None:
-    """Write a fitted tokenizer as safetensors, complete or not at all."""
-    aside = path.with_name(path.name + ".partial")
+    """Write a fitted tokenizer as safetensors.
+
+    Raises: InputError when the disk does not take it.
+    """
     metadata = {"tokenizer": json.dumps(_describe(tokenizer))}
-    safetensors.torch.save_file(tokenizer.state_dict(), aside, metadata)
-    aside.replace(path)
+    write(path, safetensors.torch.save(tokenizer.state_dict(), metadata))
 
 
 def load(tokenizer: PatchTokenizer, path: Path) -> None:

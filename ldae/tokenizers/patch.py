@@ -102,8 +102,11 @@ class PatchTokenizer(nn.Module):
             power = (moments.second.diagonal() / moments.count).reshape(chans, -1).mean(1)
             std = (power - mean**2).clamp(min=0).sqrt()
         mean, std = (torch.as_tensor(part).to(moments.sum) for part in (mean, std))
-        if not (std > 1e-6).all():
-            raise InputError("the images of the tokenizer's fit do not vary: nothing to learn from")
+        for channel in (std <= 1e-6).nonzero()[:1, 0].tolist():
+            raise InputError(
+                f"channel {channel} is the same in every pixel of the tokenizer's images; there is "
+                "nothing to learn from it (data.in_chans)"
+            )
         per_patch = self.patch_dim // chans
         shift, gain = mean.repeat_interleave(per_patch), 1 / std.repeat_interleave(per_patch)
         covariance = gain[:, None] * moments.covariance() * gain

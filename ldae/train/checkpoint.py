@@ -8,6 +8,7 @@ import torch
 
 from ldae.errors import InputError
 
+_KEYS = ("images_seen", "model", "average", "optimizer", "describe")
 _NAME = re.compile(r"images-(\d{12})\.pt")
 
 
@@ -66,6 +67,10 @@ class Checkpoints:
             return None
         path = self.paths()[-1]
         try:
-            return torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location=device, weights_only=True)
+            return {key: state[key] for key in _KEYS}
         except Exception as error:  # torch raises many kinds for one fact: the file is not whole
-            raise InputError(f"checkpoint {path} is damaged ({type(error).__name__})") from None
+            raise InputError(
+                f"checkpoint {path} is damaged ({type(error).__name__}); delete it to go on from the "
+                "one before it, if there is one"
+            ) from None

@@ -4,7 +4,7 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldae import distributed
-from ldae.data.loader import Batch
+from ldae.data.loader import Batch, dead_worker
 from ldae.errors import InputError
 from ldae.settings import Optim, System
 from ldae.train.checkpoint import Checkpoints
@@ -70,7 +70,7 @@ class Hook:
 
 def train(
     model: nn.Module,
-    batches_from: Callable[[int], Iterator[Batch]],
+    batches_from: Callable[[int], Generator[Batch]],
     plan: Plan,
     optim: Optim,
     system: System,
@@ -94,7 +94,7 @@ def train(
     world = distributed.world_size()
     optimizer = adamw(model, optim)
     average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
-    seen = _restore(checkpoints.load(device), model, average, optimizer)
+    seen = _restore(checkpoints.load(device), describe, model, average, optimizer)
     network = torch.compile(model) if compiled else model
     if world > 1:
         on = [device] if device.type == "cuda" else None
@@ -144,9 +144,9 @@ def train(
 
     model.train()
     metrics, saved_at, meter = open_metrics(seen), time.monotonic(), Meter(seen)
-    batches = batches_from(seen) if seen < plan.total else iter(())
+    batches = batches_from(seen)
     report = nothing = Report(torch.zeros(3, device=device), "")
-    with StopRequest() as stop:
+    with StopRequest() as stop, dead_worker():
         try:
             while seen < plan.total:
                 lr = lr_at(seen, peak=peak_lr(optim), warmup=warmup, total=plan.total)
@@ -187,18 +187,28 @@ def train(
                     )
         finally:
             metrics.close()
+            batches.close()  # its workers end now, and not with the process
     return average or model
 
 
 def _restore(
     state: dict | None,
+    describe: dict,
     model: nn.Module,
     average: nn.Module | None,
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Put a checkpoint's state in place and return its images seen, 0 without one."""
+    """Put a checkpoint's state in place and return its images seen, 0 without one.
+
+    Raises: InputError when the run was begun on something else, such as other images.
+    """
     if state is None:
         return 0
+    for what, before in state["describe"].items():
+        if before != describe[what]:
+            raise InputError(
+                f"{what} of this run was {before} when it began, and is {describe[what]} now"
+            )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if average:
@@ -243,8 +253,8 @@ class Report:
         loss, stop, save = self.host.tolist()
         if not math.isfinite(loss):
             raise InputError(
-                f"the loss is {loss} in the step {self.where}; the last checkpoint is from before "
-                "it (lower optim.blr, set optim.clip_grad, or look at the data)"
+                f"the loss is {loss} in the step {self.where}, which is not saved; begin a run with "
+                "a lower optim.blr or with optim.clip_grad, or look at the data"
             )
         return loss, stop > 0, save > 0
 

@@ -1,11 +1,12 @@
 """What a run writes down while it trains: metrics.jsonl, lines of progress, TensorBoard, W&B."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from ldae.distributed import is_main
 from ldae.errors import InputError
-from ldae.log import duration
+from ldae.log import duration, told, write
 
 
 class Metrics:
@@ -21,11 +22,11 @@ class Metrics:
         self.file = self.board = self.wandb = None
         if not is_main():
             return
-        path = run / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _images(line) <= seen]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path, "a", buffering=1)
+        self.path = run / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line + "\n" for line in lines if _images(line) <= seen]
+        write(self.path, "".join(kept).encode())
+        self.file = open(self.path, "a")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -43,7 +44,9 @@ class Metrics:
         """Add one record, which holds ``images`` seen and numbers."""
         if self.file is None:
             return
-        self.file.write(json.dumps(record) + "\n")
+        with told(self.path):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
         for name, value in record.items():
             if self.board:
                 self.board.add_scalar(name, value, record["images"])
@@ -53,7 +56,8 @@ class Metrics:
     def close(self) -> None:
         for part in (self.file, self.board):
             if part:
-                part.close()
+                with suppress(OSError):  # of a full disk, which write() has told of already
+                    part.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -62,7 +66,7 @@ def _images(line: str) -> float:
     """Images seen of one line; a line that a kill cut in half counts as never written."""
     try:
         return json.loads(line)["images"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

@@ -221,3 +221,13 @@ def test_hfds_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"hfds/some/data needs the package datasets: pip install"):
         open_source("hfds/some/data", "train")
+
+
+def test_only_an_evaluation_split_is_nothing_to_train_on(tmp_path):
+    folder = tmp_path / "data" / "val" / "cat"
+    folder.mkdir(parents=True)
+    (tmp_path / "data" / "train").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "1.png")
+    assert len(open_source(str(tmp_path / "data"), "eval")) == 1
+    with pytest.raises(InputError, match="holds only an evaluation split"):
+        open_source(str(tmp_path / "data"), "train")

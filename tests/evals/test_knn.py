@@ -106,7 +106,7 @@ def test_wrong_protocols_are_told(wrong):
 def test_verb_writes_what_it_returns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     record = knn("pixels:8", "digits", k=(1, 20), setup=SETUP)
-    written = tmp_path / "evals" / "pixels-8" / "knn-digits" / "results.json"
+    written = tmp_path / "evals" / "pixels-8" / "knn-digits-k=1-20-in_chans=1" / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
     assert set(record) == {"task", "protocol", "backbone", "data", "results", "environment"}
     assert record["protocol"]["k"] == (1, 20)
@@ -119,7 +119,9 @@ def test_verb_writes_what_it_returns(tmp_path, monkeypatch, capsys):
 def test_control_does_not_overwrite(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     knn("test_vit", "digits", k=(5,), setup=replace(SETUP, img_size=16, random_init=True))
-    assert [p.name for p in tmp_path.glob("evals/test_vit/*")] == ["knn-digits-random-init"]
+    assert [p.name for p in tmp_path.glob("evals/test_vit/*")] == [
+        "knn-digits-random-init-k=5-in_chans=1-img_size=16"
+    ]
 
 
 def test_too_few_images_are_told_before_the_work(monkeypatch):

@@ -183,7 +183,8 @@ def test_verb_writes_and_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     control = replace(SETUP, img_size=16, random_init=True)
     record = linear("test_vit", "digits", epochs=3, save=tmp_path / "out", setup=control)
-    written = tmp_path / "evals" / "test_vit" / "linear-digits-random-init" / "results.json"
+    name = "linear-digits-random-init-epochs=3-in_chans=1-img_size=16"
+    written = tmp_path / "evals" / "test_vit" / name / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
     assert record["results"]["top1"] > 30  # of ten classes
     assert record["protocol"]["learning_rates"] == LinearProtocol.learning_rates
@@ -191,7 +192,9 @@ def test_verb_writes_and_saves(tmp_path, monkeypatch):
         linear("test_vit", "digits", save=tmp_path / "out", setup=control)
     below = linear(str(tmp_path / "out"), "digits", epochs=1, setup=SETUP)
     assert below["backbone"]["dim"] == 64
-    assert (tmp_path / "out" / "evals" / "linear-digits" / "results.json").is_file()
+    assert (
+        tmp_path / "out" / "evals" / "linear-digits-epochs=1-in_chans=1" / "results.json"
+    ).is_file()
 
 
 def test_classifier_of_pixels_is_refused_before_the_work(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_nothing_to_fit_on_is_told():
     tokenizer = PatchPCA(32, 4, 3, 6, "raw")
     with pytest.raises(InputError, match="no image"):
         tokenizer.fit([])
-    with pytest.raises(InputError, match="do not vary"):
+    with pytest.raises(InputError, match="channel 0 is the same"):
         tokenizer.fit([torch.full((2, 3, 32, 32), 7, dtype=torch.uint8)])
 
 

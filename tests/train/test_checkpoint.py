@@ -9,7 +9,8 @@ from ldae.train.checkpoint import Checkpoints
 
 
 def state(seen):
-    return {"images_seen": seen, "model": {"w": torch.full((3,), float(seen))}}
+    model = {"w": torch.full((3,), float(seen))}
+    return {"images_seen": seen, "model": model, "average": None, "optimizer": {}, "describe": {}}
 
 
 def test_the_newest_is_loaded_without_unpickling(tmp_path):
