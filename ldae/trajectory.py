@@ -61,7 +61,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "small": {
         "data.img_size": 32,
         "model.name": "vit_tiny_patch16_224", "model.patch_size": 4, "model.depth": 4,
-        "tokenizer.dim": 12,
+        "tokenizer.dim": 24,
         "optim.batch_size": 256, "optim.blr": 1e-3, "optim.epochs": 200, "optim.warmup_epochs": 10,
         "system.workers": 2,
     },
@@ -71,8 +71,8 @@ SCALES: dict[str, dict[str, Any]] = {
         "model.name": "vit_tiny_patch16_224", "model.patch_size": 4, "model.depth": 2,
         "model.embed_dim": 128, "model.num_heads": 4,
         "tokenizer.dim": 8,
-        "optim.batch_size": 128, "optim.blr": 2e-3, "optim.epochs": 5, "optim.warmup_epochs": 0.5,
-        "system.log_every": 50, "system.workers": 2,
+        "optim.batch_size": 128, "optim.blr": 2e-3, "optim.epochs": 4, "optim.warmup_epochs": 0.5,
+        "system.log_every": 50, "system.workers": 0,
     },
 }  # fmt: skip
 
