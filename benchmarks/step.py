@@ -3,8 +3,8 @@
 python benchmarks/step.py [--data SOURCE] [--out FILE]
 
 In one process and in turn: the network alone on fixed tokens, the step (tokenizer, noise, loss,
-AdamW) on a fixed batch, and the loop with its data, logging and checkpoint. Also the step with
-fused and with plain attention.
+AdamW) on a fixed batch, and the same with the other way of attention. Then the loop with its data and
+logging, after each of whose steps a bare step is timed: a machine whose speed drifts drifts for both.
 """
 
 import argparse
@@ -37,8 +37,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="counted in each round")
+    parser.add_argument("--pairs", type=int, default=12, help="steps of the loop and bare in turn")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
     asked = parser.parse_args()
 
@@ -80,16 +81,18 @@ def main() -> None:
         for name, run in (("bare", bare), ("step", step)):
             speed = asked.batch_size / seconds_a_call(run, asked.steps, device)
             speeds.setdefault(name, []).append(speed)
-        speeds.setdefault("loop", []).append(loop_speed(config, source, device, asked.steps))
         if not compiled:
             method.denoiser.fuse_attention(not fused)
             other = asked.batch_size / seconds_a_call(step, asked.steps, device)
             speeds.setdefault("step_plain" if fused else "step_fused", []).append(other)
             method.denoiser.fuse_attention(fused)
         print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
+    pairs = in_turn(config, source, device, step, asked.pairs)
+    speeds["loop"], speeds["step_in_turn"] = (
+        [asked.batch_size / seconds for seconds in times] for times in zip(*pairs, strict=True)
+    )
 
     medians = {name: round(statistics.median(values), 2) for name, values in speeds.items()}
-    paired = [loop / step for loop, step in zip(speeds["loop"], speeds["step"])]
     write_json(
         asked.out,
         {
@@ -97,8 +100,8 @@ def main() -> None:
             f"{config.data.img_size} px, batch {asked.batch_size}",
             "unit": "images/s, median of the rounds",
             "medians": medians,
-            "loop_over_step": round(statistics.median(paired), 4),
-            "loop_over_bare": round(medians["loop"] / medians["bare"], 4),
+            "loop_over_step": round(statistics.median(step / loop for loop, step in pairs), 4),
+            "step_over_bare": round(medians["step"] / medians["bare"], 4),
             "rounds": {name: [round(v, 2) for v in values] for name, values in speeds.items()},
             "bf16": method.bf16,
             "compiled": compiled,
@@ -146,19 +149,32 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def loop_speed(config: Config, source, device: torch.device, steps: int) -> float:
-    """Images/s of the real loop over ``steps`` steps after two of burn-in, from its own clock."""
+def in_turn(
+    config: Config, source, device: torch.device, step: Callable[[], None], count: int
+) -> list[tuple[float, float]]:
+    """Seconds of a step of the real loop and of a bare step right after it, after two of burn-in."""
     method, compiled = prepare(config, device, source)
     size = config.optim.batch_size
-    plan = Plan(epoch=len(source), total=(steps + 2) * size, batch_size=size, micro_batches=1)
+    plan = Plan(epoch=len(source), total=(count + 2) * size, batch_size=size, micro_batches=1)
+    pairs: list[tuple[float, float]] = []
+
+    class Timed(Metrics):
+        """Written to after every step of the loop."""
+
+        resumed = time.perf_counter()
+
+        def write(self, record: dict) -> None:
+            super().write(record)
+            synchronize(device)
+            loop = time.perf_counter() - self.resumed
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            self.resumed = time.perf_counter()
+            pairs.append((loop, self.resumed - start))
+            print(f"loop {loop:.3f} s, step {pairs[-1][1]:.3f} s", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        records = []
-
-        class Recorded(Metrics):
-            def write(self, record: dict) -> None:
-                records.append(record)
-                super().write(record)
-
         train(
             method,
             batches(config, source, device),
@@ -167,12 +183,11 @@ def loop_speed(config: Config, source, device: torch.device, steps: int) -> floa
             config.system,
             device=device,
             checkpoints=Checkpoints(Path(folder)),
-            open_metrics=lambda seen: Recorded(Path(folder), seen),
+            open_metrics=lambda seen: Timed(Path(folder), seen),
             describe={},
             compiled=compiled,
         )
-    counted = records[2:]
-    return len(counted) * size / sum(size / r["images_per_second"] for r in counted)
+    return pairs[2:]
 
 
 if __name__ == "__main__":
