@@ -64,8 +64,8 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         if config.init_from:
             init_from(method, config.init_from)
         method.to(device)
-        # In bf16 on CPUs, the backward of torch's fused attention is slower than the plain
-        # products: benchmarks/step.py, 1.7 times for the whole step at 64 tokens.
+        # In bf16 on CPUs, the backward of torch's fused attention is slower than plain products:
+        # by a third of the whole step at 64 tokens (benchmarks/results/step.json).
         method.denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
 
         def batches_from(start: int) -> Iterator:
