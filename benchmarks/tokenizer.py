@@ -156,7 +156,7 @@ def largest_angle(axes: np.ndarray, reference: np.ndarray) -> float:
     """In radians, between axes of the same rank, whatever their signs."""
     axes = axes.astype(np.float64)
     axes /= np.linalg.norm(axes, axis=1, keepdims=True)
-    cosines = np.abs((axes * reference).sum(1))
+    cosines = np.abs((axes * reference).sum(1)).clip(max=1)
     # Through the sine, which is exact where the cosine is 1 to rounding.
     signs = np.sign((axes * reference).sum(1))[:, None]
     sines = np.linalg.norm(axes * signs - reference, axis=1) / 2
