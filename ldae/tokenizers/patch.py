@@ -89,7 +89,9 @@ class PatchTokenizer(nn.Module):
         """
         moments = Moments(self.patch_dim, self.basis.device)
         for batch in images:
-            pixels = batch.to(self.basis.device, torch.float32) / 255
+            # Whole numbers around 0, whose moments are exact: so are then the fits of any number of
+            # ranks the same, and four times faster than in float64.
+            pixels = batch.to(self.basis.device, torch.float32) - 128
             moments.update(patchify(pixels, self.patch_size).flatten(0, 1))
         moments.all_reduce()
         if not moments.count:
@@ -97,9 +99,10 @@ class PatchTokenizer(nn.Module):
 
         # Moments of normalised patches follow from those of the pixels: one pass is enough.
         chans = self.in_chans
+        centre, covariance = (moments.mean() + 128) / 255, moments.covariance() / 255**2
         if not mean:
-            mean = moments.mean().reshape(chans, -1).mean(1)
-            power = (moments.second.diagonal() / moments.count).reshape(chans, -1).mean(1)
+            mean = centre.reshape(chans, -1).mean(1)
+            power = (covariance.diagonal() + centre**2).reshape(chans, -1).mean(1)
             std = (power - mean**2).clamp(min=0).sqrt()
         mean, std = (torch.as_tensor(part).to(moments.sum) for part in (mean, std))
         for channel in (std <= 1e-6).nonzero()[:1, 0].tolist():
@@ -109,13 +112,13 @@ class PatchTokenizer(nn.Module):
             )
         per_patch = self.patch_dim // chans
         shift, gain = mean.repeat_interleave(per_patch), 1 / std.repeat_interleave(per_patch)
-        covariance = gain[:, None] * moments.covariance() * gain
+        covariance = gain[:, None] * covariance * gain
 
         basis = self.axes(covariance)
         variances = (basis @ covariance * basis).sum(1).clamp(min=0)
         self.pixel_mean.copy_(mean)
         self.pixel_std.copy_(std)
-        self.patch_mean.copy_((moments.mean() - shift) * gain)
+        self.patch_mean.copy_((centre - shift) * gain)
         self.basis.copy_(basis)
         self.variances.copy_(variances)
         self.scales.copy_(self._scales(variances[: self.dim]))

@@ -4,14 +4,17 @@ from ldae.tokenizers.moments import Moments
 
 
 def test_moments_equal_those_of_all_vectors_at_once():
-    vectors = torch.randn(1000, 5) @ torch.randn(5, 5) + 3
+    """Exactly: pixels are whole numbers, and a block's products add up below 2^24."""
+    vectors = torch.randint(-128, 128, (5000, 5)).float()
+    vectors[:1024] = -128  # the largest sum there is
     moments = Moments(5)
-    for part in vectors.split(17):
+    for part in vectors.split(1700):
         moments.update(part)
     exact = vectors.double()
+    assert torch.equal(moments.second, exact.T @ exact)
     torch.testing.assert_close(moments.mean(), exact.mean(0))
     torch.testing.assert_close(moments.covariance(), exact.T.cov(correction=0))
-    assert moments.count == 1000
+    assert moments.count == 5000
 
 
 def test_memory_does_not_grow_with_the_number_of_vectors():
