@@ -14,7 +14,7 @@ from ldae.log import duration, write_json
 from ldae.pretrain import pretrain
 
 DATA = "scattered-digits:20000"
-_PROBE_EPOCHS = 30  # of 90: the same numbers within a point, in a third of the time
+_PROBE_EPOCHS = 30  # of 90: the demo has five minutes
 
 
 def demo(run: Path = Path("runs/demo"), epochs: float = 4.0) -> dict:

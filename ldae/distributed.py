@@ -40,15 +40,6 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather_objects(value: object) -> list:
-    """The values of all ranks, in the order of the ranks, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def device_for(name: str = "auto") -> torch.device:
     """The torch device of this process for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 

@@ -65,7 +65,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
             init_from(method, config.init_from)
         method.to(device)
         # In bf16 on CPUs, the backward of torch's fused attention is slower than plain products:
-        # by a third of the whole step at 64 tokens (benchmarks/results/step.json).
+        # by a quarter of the whole step at 64 tokens (benchmarks/results/step.json).
         method.denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
 
         def batches_from(start: int) -> Iterator:

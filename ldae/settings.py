@@ -124,7 +124,7 @@ class Model:
     """Width of the tokens."""
     num_heads: Annotated[int | None, COUNT] = None
     """Attention heads."""
-    cond_ratio: Annotated[float, POSITIVE] = 0.25  # at full width it outweighs the blocks
+    cond_ratio: Annotated[float, POSITIVE] = 0.25  # at DiT's 1 it is a third of the parameters
     """Width of the conditioning as a share of embed_dim."""
     class_conditional: bool = False
     """Tell the network the label, as DiT does."""
@@ -169,7 +169,7 @@ class System:
     device_batch: Annotated[int, NOT_NEGATIVE] = 0
     """Largest batch of one device at once; smaller than its share: gradients accumulate. 0: all."""
     workers: Annotated[int, NOT_NEGATIVE] = (
-        8  # ImageNet's photographs: about 150 a second and worker
+        8
     )
     """Data workers of each process; 0: load in the process itself."""
     log_every: Annotated[int, COUNT] = 20

@@ -90,7 +90,7 @@ class PatchTokenizer(nn.Module):
         moments = Moments(self.patch_dim, self.basis.device)
         for batch in images:
             # Whole numbers around 0, whose moments are exact: so are then the fits of any number of
-            # ranks the same, and four times faster than in float64.
+            # ranks the same, and faster than in float64.
             pixels = batch.to(self.basis.device, torch.float32) - 128
             moments.update(patchify(pixels, self.patch_size).flatten(0, 1))
         moments.all_reduce()
