@@ -1,35 +1,16 @@
 """Any encoder as a plain timm model: of a run, a folder, a timm name or a checkpoint file."""
 
-import argparse
 import difflib
 import json
-import pickle
-import sys
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
-from timm.models import adapt_input_conv
 from torch import nn
 
-from ldae.data.image import to_planes
-from ldae.distributed import is_main
-from ldae.errors import InputError
-
-Weights = dict[str, torch.Tensor]
-
-# Where checkpoints keep their weights. Averaged copies first: they win where two fit equally well.
-_NESTS = (
-    "state_dict_ema", "model_ema", "teacher", "target_encoder", "model", "state_dict", "encoder"
-)  # fmt: skip
-_WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.", "encoder.", "encoder_q.")
-_NAMES_SHOWN = 8
+from ldae.errors import InputError, first_line
+from ldae.weights import load_weights
 
 
 def load_backbone(
@@ -42,7 +23,7 @@ def load_backbone(
 ) -> nn.Module:
     """A timm model without classifier, in eval mode: normalised (B, C, H, W) -> (B, D).
 
-    Its ``pretrained_cfg`` tells its preprocessing, see :func:`preprocessing`; its ``model_args``
+    Its ``pretrained_cfg`` tells its preprocessing, see ``ldae.preprocessing``; its ``model_args``
     are what timm needs to build it again. ``spec`` is one of
 
     - a run folder: the backbone of its newest checkpoint;
@@ -92,7 +73,7 @@ def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> 
         return _from_timm_name(spec, not random_init, in_chans, img_size)
     model = _from_timm_name(name, not (random_init or at), in_chans, img_size)
     if at and not random_init:
-        _load_file(model, Path(file), spec)
+        load_weights(model, Path(file), name)
     return model
 
 
@@ -112,7 +93,7 @@ def _from_timm_folder(folder: Path, random_init: bool) -> nn.Module:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = timm.create_model(f"local-dir:{folder}", not random_init, num_classes=0)
     except Exception as error:  # those of json, timm, safetensors and torch have nothing in common
-        raise InputError(f"{folder} can not be opened by timm: {_first_line(error)}") from error
+        raise InputError(f"{folder} can not be opened by timm: {first_line(error)}") from error
     model.model_args = config.get("model_args", {})
     return model
 
@@ -195,180 +176,3 @@ def _pixels(spec: str, random_init: bool, in_chans: int) -> nn.Module:
         "std": (0.5,) * in_chans,
     }
     return model
-
-
-def _load_file(model: nn.Module, file: Path, spec: str) -> None:
-    """Load what fits of ``file``, and list on the console what does not."""
-    own = model.state_dict()
-    candidates = [
-        {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
-        for weights in _weight_sets(_read(file))
-        for prefix in _prefixes(weights)
-    ]
-    if not candidates:
-        raise InputError(f"{file} holds no weights")
-    weights = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
-    weights = _without_heads(weights, model.pretrained_cfg.get("classifier"))
-    weights = _with_channels(_converter(model)(weights, model), model)
-    fitting = {
-        name: value
-        for name, value in weights.items()
-        if name in own and value.shape == own[name].shape
-    }
-    if not fitting:
-        raise InputError(f"nothing in {file} fits {spec.partition('@')[0]}")
-    model.load_state_dict(fitting, strict=False)
-    if is_main():
-        print(f"{file}: {len(fitting)} of the {len(own)} tensors of {spec.partition('@')[0]}")
-        _show("not in the file, left as initialised", own.keys() - weights.keys())
-        _show("not in the model, left out", weights.keys() - own.keys())
-        other_shape = weights.keys() & own.keys() - fitting.keys()
-        _show(
-            "of another shape, left as initialised",
-            [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in other_shape],
-        )
-
-
-def _show(what: str, names: Any) -> None:
-    names = sorted(names)
-    if names:
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        print(f"  {what} ({len(names)}): {', '.join(names[:_NAMES_SHOWN])}{more}")
-
-
-def _read(file: Path) -> Any:
-    """The content of a checkpoint, without running any code that it may hold."""
-    if not file.is_file():
-        raise InputError(f"there is no checkpoint file {file}")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        # Many training scripts keep their command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{file} holds pickled code, which is not run here; if you trust it, convert it once "
-            f"by torch.save(torch.load({str(file)!r}, weights_only=False)['model'], 'weights.pth') "
-            "with the key of its weights"
-        ) from error
-    except Exception as error:  # a damaged file makes the two readers raise nearly every type
-        raise InputError(f"{file} is no readable checkpoint: {_first_line(error)}") from error
-
-
-def _weight_sets(content: Any) -> Iterator[Weights]:
-    """Every set of named tensors in a checkpoint, the nested ones first."""
-    if not isinstance(content, dict):
-        return
-    for nest in _NESTS:
-        yield from _weight_sets(content.get(nest))
-    weights = {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, torch.Tensor)
-    }
-    if weights:
-        yield weights
-
-
-def _prefixes(weights: Weights) -> list[str]:
-    """The chains of wrappers' prefixes that names begin with, the empty one first."""
-    found = {""}
-    for name in weights:
-        chain = ""
-        while wrapper := next((w for w in _WRAPPERS if name.startswith(w, len(chain))), None):
-            chain += wrapper
-            found.add(chain)
-    return sorted(found, key=len)
-
-
-def _without_heads(weights: Weights, classifier: str | tuple[str, ...] | None) -> Weights:
-    """Leave out the classifier, and MAE's decoder with the mask token that belongs to it."""
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    dropped = tuple(f"{head}." for head in heads)
-    if any(name.startswith("decoder") for name in weights):
-        dropped += ("decoder", "mask_token")
-    return {name: value for name, value in weights.items() if not name.startswith(dropped)}
-
-
-def _converter(model: nn.Module) -> Callable[[Weights, nn.Module], Weights]:
-    """timm's own conversion of foreign names and sizes for this architecture, if it has one."""
-    module = sys.modules[type(model).__module__]
-    return getattr(module, "checkpoint_filter_fn", lambda weights, _: weights)
-
-
-def _with_channels(weights: Weights, model: nn.Module) -> Weights:
-    """Fit the first convolution to the channels of the model, as timm does for its own weights."""
-    name = f"{model.pretrained_cfg.get('first_conv')}.weight"
-    in_chans = model.pretrained_cfg["input_size"][0]
-    if name in weights and weights[name].shape[1:2] == (3,) and in_chans != 3:
-        return {**weights, name: adapt_input_conv(in_chans, weights[name])}
-    return weights
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(" .")
-
-
-@dataclass(frozen=True)
-class EvalTransform:
-    """What a backbone expects: timm's evaluation transform, split at the 8-bit pixels.
-
-    Called on a decoded image it returns uint8 (C, H, W); an image that already has the size is
-    copied untouched when ``crop_pct`` is 1. :meth:`normalise` does the rest, on the device.
-    """
-
-    input_size: tuple[int, int, int]
-    """C, H, W."""
-    interpolation: str
-    crop_pct: float
-    """H over the side to which the image is scaled before the crop."""
-    crop_mode: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Of each channel, in [0, 1]."""
-
-    def __call__(self, image: Image.Image | np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        planes = to_planes(image, self.input_size[0])
-        if len(planes) == 1:
-            return self._resize(planes[0])
-        # Pillow has no images of such channels, but resizes each channel by itself anyway.
-        parts = [resize(plane) for resize, plane in zip(self._resize_channel, planes, strict=True)]
-        return torch.cat(parts)
-
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) as the float32 that the backbone takes, on the same device."""
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, device=images.device)[:, None, None]
-        return images.float().div_(255).sub_(mean).div_(std)
-
-    @cached_property
-    def _resize(self) -> Callable[[Image.Image], torch.Tensor]:
-        return self._timm_transform(self.mean)
-
-    @cached_property
-    def _resize_channel(self) -> list[Callable[[Image.Image], torch.Tensor]]:
-        return [self._timm_transform((mean,)) for mean in self.mean]
-
-    def _timm_transform(self, mean: tuple[float, ...]) -> Callable[[Image.Image], torch.Tensor]:
-        return create_transform(
-            input_size=self.input_size,
-            interpolation=self.interpolation,
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-            mean=mean,  # the border that crop_mode "border" adds
-            normalize=False,
-        )
-
-
-def preprocessing(model: nn.Module) -> EvalTransform:
-    """The transform that the ``pretrained_cfg`` of a backbone asks for."""
-    config = resolve_model_data_config(model)
-    chans = config["input_size"][0]
-    for key in ("mean", "std"):
-        values = tuple(config[key])
-        config[key] = values * chans if len(values) == 1 else values
-    config["input_size"] = tuple(config["input_size"])
-    return EvalTransform(**config)

@@ -66,5 +66,7 @@ def _grade(backbone: str, run: Path, random_init: bool = False) -> tuple[float, 
     setup = Setup(random_init=random_init, workers=0)
     labels = "scattered-digits:10000"
     neighbours = knn(backbone, labels, k=(20,), setup=replace(setup, out=folder / "knn"))
-    probe = linear(backbone, labels, epochs=_PROBE_EPOCHS, setup=replace(setup, out=folder / "linear"))
+    probe = linear(
+        backbone, labels, epochs=_PROBE_EPOCHS, setup=replace(setup, out=folder / "linear")
+    )
     return neighbours["results"]["top1_k20"], probe["results"]["top1"]

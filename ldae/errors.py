@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The command line prints the sentence without a traceback and exits with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, short enough to stand inside of a sentence."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(" .")

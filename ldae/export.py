@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ldae.errors import InputError
+from ldae.errors import InputError, first_line
 from ldae.method import LDAE, build
 from ldae.models.dit import Block
 from ldae.settings import load
@@ -283,8 +283,9 @@ def init_from(method: LDAE, folder: str | Path) -> None:
     try:
         vit = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # those of json, timm and safetensors have nothing in common
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"init_from {folder} is not an exported backbone: {reason}") from None
+        raise InputError(
+            f"init_from {folder} is not an exported backbone: {first_line(error)}"
+        ) from None
     tokenizer = method.tokenizer
     with torch.device("meta"):
         wanted = timm.create_model(method.denoiser.shape.name, **model_args(method))

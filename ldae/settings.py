@@ -168,9 +168,7 @@ class System:
     """Recompute the blocks in the backward pass: less memory, a third more time."""
     device_batch: Annotated[int, NOT_NEGATIVE] = 0
     """Largest batch of one device at once; smaller than its share: gradients accumulate. 0: all."""
-    workers: Annotated[int, NOT_NEGATIVE] = (
-        8
-    )
+    workers: Annotated[int, NOT_NEGATIVE] = 8
     """Data workers of each process; 0: load in the process itself."""
     log_every: Annotated[int, COUNT] = 20
     """Steps between two lines of progress."""

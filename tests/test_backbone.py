@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
-from ldae.backbone import backbone_folder, load_backbone, preprocessing
+from ldae.backbone import backbone_folder, load_backbone
 from ldae.errors import InputError
+from ldae.preprocessing import preprocessing
 
 VIT = "test_vit"  # timm's smallest: 6 blocks of width 64
 SIZE = 32

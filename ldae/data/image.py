@@ -85,14 +85,6 @@ def to_planes(image: Image.Image | np.ndarray, in_chans: int) -> list[Image.Imag
     return [image if image.mode == mode else image.convert(mode)]
 
 
-def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
-    """A decoded image as uint8 (H, W, in_chans).
-
-    Raises: InputError when the image can not have ``in_chans`` channels.
-    """
-    return np.dstack(to_planes(image, in_chans))
-
-
 def _decode(file: BinaryIO) -> Image.Image | np.ndarray:
     magic = file.read(len(_NPY_MAGIC))
     if not magic:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ldae.backbone import EvalTransform, preprocessing
 from ldae.data.loader import eval_batches
 from ldae.data.sources import Source
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.errors import InputError
 from ldae.log import progress
+from ldae.preprocessing import EvalTransform, preprocessing
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

@@ -10,12 +10,13 @@ import torch
 import tyro
 from torch import nn
 
-from ldae.backbone import backbone_folder, load_backbone, preprocessing
+from ldae.backbone import backbone_folder, load_backbone
 from ldae.data.sources import Source, open_splits
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
 from ldae.evals.features import Features, Precision, extract, known_labels
 from ldae.log import environment, write_json
+from ldae.preprocessing import preprocessing
 from ldae.settings import COUNT, NOT_NEGATIVE, check
 
 # Settings that do not decide the numbers, or that a name tells in words.

@@ -16,7 +16,6 @@ import tyro
 from safetensors import SafetensorError
 from torch import nn
 
-from ldae.backbone import preprocessing
 from ldae.data.loader import eval_batches
 from ldae.data.sources import Source
 from ldae.distributed import barrier, is_main
@@ -25,6 +24,7 @@ from ldae.evals.accuracy import ranks, top
 from ldae.evals.features import Features, known_labels, names
 from ldae.evals.grading import BackboneSpec, Setup, SourceSpec, grading
 from ldae.log import progress
+from ldae.preprocessing import preprocessing
 
 _ROWS_AT_ONCE = 1024
 _IMAGES_VERIFIED = 64

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldae.data.image import BadImage, decode, image_extensions, to_array
+from ldae.data.image import BadImage, decode, image_extensions, to_planes
 from ldae.errors import InputError
 
 GREY16 = (np.arange(64, dtype=np.uint16) * 1040).reshape(8, 8)
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+
+
+def to_array(image, in_chans: int) -> np.ndarray:
+    return np.dstack(to_planes(image, in_chans))
 
 
 def encoded(image, format: str, **options) -> bytes:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ldae.backbone import load_backbone, preprocessing
+from ldae.backbone import load_backbone
 from ldae.data.sources import open_source
 from ldae.errors import InputError
 from ldae.evals.features import extract
+from ldae.preprocessing import preprocessing
 
 CPU = torch.device("cpu")
 
