@@ -13,7 +13,7 @@ from ldae.evals.grading import Setup
 from ldae.evals.linear import linear
 from ldae.log import environment, write_json
 from ldae.pretrain import pretrain
-from ldae.settings import replace
+from ldae.tree import replace
 
 DIM = 12
 GRID = [

@@ -17,16 +17,18 @@ from pathlib import Path
 import torch
 
 import ldae
-from ldae import distributed, pretrain
+from ldae import distributed
 from ldae.data.loader import train_batches
 from ldae.data.sources import open_source
 from ldae.log import environment, write_json
 from ldae.method import LDAE, build
-from ldae.settings import Config, replace
+from ldae.settings import Config
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.loop import Plan, train
 from ldae.train.metrics import Metrics
 from ldae.train.optim import adamw
+from ldae.train.run import compiles, runs_in_bf16, transform_of
+from ldae.tree import replace
 
 
 def main() -> None:
@@ -114,17 +116,17 @@ def main() -> None:
 
 def prepare(config: Config, device: torch.device, source) -> tuple[LDAE, bool]:
     """A method as the verb would build it, its tokenizer fitted on one batch."""
-    bf16 = pretrain.runs_in_bf16(config.system.precision, device)
+    bf16 = runs_in_bf16(config.system.precision, device)
     method = build(config, bf16=bf16)
     method.tokenizer.fit([next(batches(config, source, device)(0)).images])
     method.to(device).denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
-    return method, pretrain.compiles(config.system.compile, device)
+    return method, compiles(config.system.compile, device)
 
 
 def batches(config: Config, source, device: torch.device) -> Callable:
     return lambda start: train_batches(
         source,
-        pretrain.transform_of(config),
+        transform_of(config),
         seed=0,
         start=start,
         batch_size=config.optim.batch_size,

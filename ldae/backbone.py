@@ -45,6 +45,29 @@ def load_backbone(
     return model.eval()
 
 
+def load_classifier(spec: str | Path, in_chans: int = 3) -> nn.Module:
+    """A timm classifier in eval mode, to compute with: normalised (B, C, H, W) -> (B, num_classes).
+
+    ``spec`` is a folder that timm wrote, or ``ldae linear --save``, or a timm name; ``in_chans`` is
+    for timm names. Its ``pretrained_cfg`` tells its preprocessing, and its ``label_names``, if known.
+
+    Raises: InputError, naming ``spec``, when it can not be opened, or has no classifier.
+    """
+    spec = str(spec)
+    folder = backbone_folder(spec)
+    if folder and not _is_run(folder):
+        model = _from_timm_folder(folder, False, head=True)
+    elif folder or "@" in spec.removeprefix("hf-hub:") or spec.partition(":")[0] == "pixels":
+        raise InputError(
+            f"{spec} has no classifier: name a folder of `ldae linear --save`, or a timm model"
+        )
+    else:
+        model = _from_timm_name(spec, True, in_chans, None, head=True)
+    if not model.num_classes:
+        raise InputError(f"{spec} has no classifier: its num_classes is 0")
+    return model.eval().requires_grad_(False)
+
+
 def backbone_folder(spec: str | Path) -> Path | None:
     """The run or timm folder that ``spec`` names; None when it names something else."""
     folder = Path(spec)
@@ -88,17 +111,24 @@ def _from_run(folder: Path, random_init: bool) -> nn.Module:
     return model
 
 
-def _from_timm_folder(folder: Path, random_init: bool) -> nn.Module:
+def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> nn.Module:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = timm.create_model(f"local-dir:{folder}", not random_init, num_classes=0)
+        model = timm.create_model(f"local-dir:{folder}", not random_init, **_head(head))
     except Exception as error:  # those of json, timm, safetensors and torch have nothing in common
         raise InputError(f"{folder} can not be opened by timm: {first_line(error)}") from error
     model.model_args = config.get("model_args", {})
     return model
 
 
-def _from_timm_name(name: str, pretrained: bool, in_chans: int, img_size: int | None) -> nn.Module:
+def _head(wanted: bool) -> dict[str, int]:
+    """The argument that makes timm leave the classifier out, if it is not wanted."""
+    return {} if wanted else {"num_classes": 0}
+
+
+def _from_timm_name(
+    name: str, pretrained: bool, in_chans: int, img_size: int | None, head: bool = False
+) -> nn.Module:
     from huggingface_hub.errors import HfHubHTTPError
 
     known = None if name.startswith("hf-hub:") else _known(name)
@@ -112,7 +142,7 @@ def _from_timm_name(name: str, pretrained: bool, in_chans: int, img_size: int | 
     if img_size is not None and (known is None or known.fixed_input_size):
         args["img_size"] = img_size
     try:
-        model = timm.create_model(name, pretrained, num_classes=0, **args)
+        model = timm.create_model(name, pretrained, **_head(head), **args)
     except (OSError, HfHubHTTPError) as error:
         raise InputError(
             f"the weights of {name} can not be downloaded ({type(error).__name__}); "

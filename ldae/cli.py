@@ -3,7 +3,7 @@
 import argparse
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -12,14 +12,22 @@ from typing import Annotated
 from ldae.errors import InputError
 from ldae.train.interrupt import Interrupted
 
+_OF_A_ROW = ("pretrain", "fit-tokenizer")  # verbs that take ROW, --scale, all settings and --run
+
 # Verb -> (the function, what it does). Nothing is imported before its verb is called.
 VERBS = {
     "pretrain": (
         "ldae.pretrain:pretrain",
         "pre-train a row of the paper; the same command resumes",
     ),
+    "fit-tokenizer": (
+        "ldae.fit:fit_tokenizer",
+        "fit or train a row's tokenizer by itself; the same command resumes",
+    ),
     "knn": ("ldae.evals.knn:knn", "grade a backbone by its nearest neighbours"),
     "linear": ("ldae.evals.linear:linear", "grade a backbone by a linear probe"),
+    "fid": ("ldae.evals.fid:fid", "measure how far images are from a reference set"),
+    "sample": ("ldae.sample:sample", "sample images from a run: a grid, a folder or a file.npz"),
     "export": ("ldae.export:export", "write a run's backbone as a folder for timm and the hub"),
     "show": ("ldae.cli:show", "the paper's trajectory, or one row's configuration"),
     "diff": ("ldae.cli:diff", "what differs between two rows"),
@@ -75,7 +83,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:<10} {what}" for verb, (_, what) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<14} {what}" for verb, (_, what) in VERBS.items())
     return (
         "usage: ldae COMMAND ...\n\n"
         "Pre-train image encoders by latent denoising (l-DAE); export them to timm.\n\n"
@@ -93,19 +101,24 @@ def _refuse(sentence: str) -> int:
 def _call(verb: str, argv: Sequence[str]) -> None:
     import tyro
 
-    if verb == "pretrain":
-        _pretrain(argv)
+    if verb in _OF_A_ROW:
+        _call_with_row(verb, argv)
         return
+    tyro.cli(
+        _function(verb), prog=f"ldae {verb}", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+
+
+def _function(verb: str) -> Callable:
     module, name = VERBS[verb][0].split(":")
-    function = getattr(import_module(module), name)
-    tyro.cli(function, prog=f"ldae {verb}", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    return getattr(import_module(module), name)
 
 
-def _pretrain(argv: Sequence[str]) -> None:
+def _call_with_row(verb: str, argv: Sequence[str]) -> None:
     """The settings' defaults are those of the row and the scale, so these two are read first."""
     import tyro
 
-    from ldae import settings, trajectory
+    from ldae import settings, trajectory, tree
 
     scales = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scales.add_argument("--scale", default="paper")
@@ -113,15 +126,15 @@ def _pretrain(argv: Sequence[str]) -> None:
     row = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if row is None and not {"-h", "--help"} & set(rest):
         raise InputError(
-            "say which row to pre-train: ldae pretrain l_dae ... (`ldae show` lists all)"
+            f"say which row of the paper: ldae {verb} l_dae ... (`ldae show` lists all)"
         )
     if row and Path(row).suffix in (".yaml", ".yml"):
-        base = settings.load(row, trajectory.config("l_dae", chosen.scale))
+        base = tree.load(row, trajectory.config("l_dae", chosen.scale))
     else:
         base = trajectory.config(row or "l_dae", chosen.scale)
         row = trajectory.row(row or "l_dae").name
 
-    def pretrain(
+    def call(
         config: Annotated[settings.Config, tyro.conf.arg(name="")] = base,
         *,
         run: Annotated[Path, tyro.conf.arg(help="The run folder, new or to go on with.")],
@@ -129,15 +142,14 @@ def _pretrain(argv: Sequence[str]) -> None:
             bool, tyro.conf.arg(help="Print the configuration and the plan, and stop.")
         ] = False,
     ) -> None:
-        from ldae.pretrain import pretrain
+        _function(verb)(config, run, row, dry_run)
 
-        pretrain(config, run, row, dry_run)
-
+    what = VERBS[verb][1].partition(";")[0]
     tyro.cli(
-        pretrain,
-        prog="ldae pretrain ROW [--scale SCALE]",
+        call,
+        prog=f"ldae {verb} ROW [--scale SCALE]",
         description=(
-            "Pre-train ROW of the paper (a name or number of `ldae show`, or a .yaml file of "
+            f"{what[0].upper()}{what[1:]}: ROW (a name or number of `ldae show`, or a .yaml file of "
             f"settings) at SCALE ({', '.join(trajectory.SCALES)}) in the folder of --run. "
             "The same command again resumes."
         ),
@@ -153,17 +165,21 @@ def show(row: str = "", /, scale: str = "paper") -> None:
         row: a row's name or number; empty for the table.
         scale: the scale of the configuration.
     """
-    from ldae import settings, trajectory
+    from ldae import trajectory, tree
 
     if row:
         found = trajectory.row(row)
-        print(f"# row {found.number}, {found.name}: {found.summary}")
-        print(settings.to_yaml(trajectory.config(row, scale)), end="")
+        place = f"row {found.number}" if found.number else f"beside the rows, from {found.base}"
+        print(f"# {place}, {found.name}: {found.summary}")
+        print(tree.to_yaml(trajectory.config(row, scale)), end="")
         return
     print("  # row               top-1  FID-50K  what changes")
-    for entry in trajectory.ROWS:
-        fid = f"{entry.fid:7.1f}" if entry.fid is not None else "      -"
-        print(f"{entry.number:3} {entry.name:17} {entry.accuracy:5.1f}  {fid}  {entry.summary}")
+    for entry in (*trajectory.ROWS, *trajectory.BESIDE):
+        accuracy, fid = (
+            f"{number:.1f}" if number is not None else "-" for number in (entry.accuracy, entry.fid)
+        )
+        summary = entry.summary + (f" ({entry.base} changed)" if entry.base else "")
+        print(f"{entry.number or '':3} {entry.name:17} {accuracy:>5}  {fid:>7}  {summary}")
     print("\nImageNet, 400 epochs, as published; linear probing of the encoder half.")
 
 
@@ -175,8 +191,8 @@ def diff(first: str, second: str, /, scale: str = "paper") -> None:
         second: another's.
         scale: the scale of both configurations.
     """
-    from ldae import settings, trajectory
+    from ldae import trajectory, tree
 
     old, new = (trajectory.config(name, scale) for name in (first, second))
-    for name, (before, after) in settings.difference(old, new).items():
+    for name, (before, after) in tree.difference(old, new).items():
         print(f"{name:32} {before} -> {after}")

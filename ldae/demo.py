@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ldae import settings, trajectory
+from ldae import trajectory, tree
 from ldae.errors import InputError
 from ldae.evals.grading import Setup
 from ldae.evals.knn import knn
@@ -31,7 +31,7 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 4.0) -> dict:
     Raises: InputError when the exported backbone does not score as the run does.
     """
     start = time.perf_counter()
-    config = settings.replace(
+    config = tree.replace(
         trajectory.config("l_dae", scale="demo"),
         {"data.source": DATA, "optim.epochs": epochs},
     )

@@ -12,11 +12,14 @@ from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ldae import tokenizers
 from ldae.errors import InputError, first_line
 from ldae.method import LDAE, build
 from ldae.models.dit import Block
-from ldae.settings import load
+from ldae.settings import Config
+from ldae.tokenizers import PatchTokenizer
 from ldae.train.checkpoint import Checkpoints
+from ldae.tree import load
 
 TIMESTEP = 10  # of 1000, the best of the paper's appendix with clean input
 TOLERANCE = 1e-5  # relative, in float32
@@ -34,7 +37,9 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
     state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
-    method = build(load(run / "config.yaml"), num_classes=len(state["describe"]["classes"]))
+    method = build(
+        load(run / "config.yaml", Config()), num_classes=len(state["describe"]["classes"])
+    )
     try:
         method.load_state_dict(state["average"] or state["model"])
     except RuntimeError:
@@ -42,13 +47,41 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
     return method.eval(), state
 
 
-def backbone_of_run(run: str | Path) -> VisionTransformer:
-    """The encoder of a run's newest checkpoint as a timm model, folded and verified.
+class TokenizerAndEncoder(nn.Module):
+    """What ``fold`` gives, where the tokenizer is a network that no convolution can stand for.
+
+    It is graded as any backbone is, but it is no timm model and is not exported.
+    """
+
+    def __init__(self, method: LDAE, timestep: int) -> None:
+        super().__init__()
+        self.method, self.timestep = method, timestep
+        self.pretrained_cfg, self.model_args = pretrained_cfg(method), model_args(method)
+        self.pretrained_cfg["architecture"] = method.denoiser.shape.name
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return features(self.method, images, self.timestep)
+
+
+def backbone_of(method: LDAE) -> nn.Module:
+    """The encoder as evaluators see it: normalised images (B, C, H, W) to features (B, W).
+
+    Raises: InputError as ``fold`` does.
+    """
+    if isinstance(method.tokenizer, PatchTokenizer):
+        return fold(method)
+    alone = copy.deepcopy(method).eval()
+    alone.bf16 = False
+    return TokenizerAndEncoder(alone, min(TIMESTEP, len(method.sigma) - 1))
+
+
+def backbone_of_run(run: str | Path) -> nn.Module:
+    """The encoder of a run's newest checkpoint, see ``backbone_of``.
 
     Raises: InputError as ``load_run`` and ``fold`` do.
     """
     method, _ = load_run(Path(run))
-    return fold(method)
+    return backbone_of(method)
 
 
 @torch.no_grad()
@@ -63,8 +96,14 @@ def fold(method: LDAE, timestep: int = TIMESTEP) -> VisionTransformer:
 
     Rows of a single noise level have a single t; class-conditional rows get the null label.
 
-    Raises: InputError when folded and unfolded features differ by more than 1e-5.
+    Raises: InputError when the tokenizer is a network, and when folded and unfolded features differ
+        by more than 1e-5.
     """
+    if not isinstance(method.tokenizer, PatchTokenizer):
+        raise InputError(
+            f"tokenizer.name {tokenizers.name_of(method.tokenizer)} is a network, which can not be "
+            "folded into a timm ViT: ldae knn and linear grade the run itself"
+        )
     t = min(timestep, len(method.sigma) - 1)
     exact = copy.deepcopy(method).cpu().double().eval()
     exact.bf16 = False
@@ -118,7 +157,7 @@ def _fold_block(block: Block, condition: torch.Tensor) -> dict[str, torch.Tensor
 @torch.no_grad()
 def features(method: LDAE, images: torch.Tensor, t: int) -> torch.Tensor:
     """What the unfolded encoder gives for clean normalised images (B, C, H, W): (B, W)."""
-    z = method.gamma[t] * method.tokenizer.encode(images)
+    z = method.gamma[t] * method.encode(images)
     tokens = method.tokenizer.inverse(z) if method.image_input else z
     steps = torch.full((len(images),), t, device=images.device)
     return method.denoiser.encode(tokens, method.denoiser.condition(steps)).mean(1)
@@ -278,8 +317,13 @@ def init_from(method: LDAE, folder: str | Path) -> None:
     become 1, and the patch embedding is taken back through the tokenizer. The decoder stays as it
     is. Positions are fixed, so another image size is fine.
 
-    Raises: InputError when the folder holds no backbone of this shape.
+    Raises: InputError when the folder holds no backbone of this shape, and for a tokenizer that is a
+        network, for whose latents no image model was trained.
     """
+    if not isinstance(method.tokenizer, PatchTokenizer):
+        raise InputError(
+            f"init_from needs a patch-wise tokenizer, not {type(method.tokenizer).__name__}"
+        )
     try:
         vit = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # those of json, timm and safetensors have nothing in common

@@ -13,7 +13,18 @@ from typing import Any
 
 from ldae.errors import InputError
 
-_PACKAGES = ("ldae", "torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "pillow")
+_PACKAGES = (
+    "ldae",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scikit-learn",
+    "faiss-cpu",
+    "torch-fidelity",
+    "diffusers",
+    "pillow",
+)
 
 
 def environment(device: object = None) -> dict:

@@ -6,11 +6,11 @@ from torch import nn
 from ldae import noise, tokenizers
 from ldae.errors import InputError
 from ldae.models.dit import Denoiser
-from ldae.models.vit import vit_shape
-from ldae.objective import Objective
-from ldae.patches import patchify, unpatchify
+from ldae.models.vit import ViTShape, vit_shape
+from ldae.objective import IMAGE_TARGETS, Objective
+from ldae.patches import unpatchify
 from ldae.settings import Config
-from ldae.tokenizers import PatchTokenizer
+from ldae.tokenizers import PatchTokenizer, Tokenizer
 
 
 class LDAE(nn.Module):
@@ -22,22 +22,25 @@ class LDAE(nn.Module):
 
     def __init__(
         self,
-        tokenizer: PatchTokenizer,
+        tokenizer: Tokenizer,
         denoiser: Denoiser,
         objective: Objective,
         gamma: torch.Tensor,
         sigma: torch.Tensor,
         *,
         image_input: bool,
+        samples_posterior: bool = False,
         label_dropout: float = 0.0,
         seed: int = 0,
         bf16: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer, self.denoiser, self.objective = tokenizer, denoiser, objective
+        self.tokenizer.requires_grad_(False)  # whatever it is, it was fitted before
         self.register_buffer("gamma", gamma.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
-        self.image_input, self.label_dropout = image_input, label_dropout
+        self.image_input, self.samples_posterior = image_input, samples_posterior
+        self.label_dropout = label_dropout
         self.seed, self.bf16 = seed, bf16
 
     def forward(
@@ -48,31 +51,73 @@ class LDAE(nn.Module):
         Args:
             images: uint8 (B, C, H, W).
             positions: int64 (B,), the number of each image in the run; with the seed it determines
-                t, the noise and the dropped labels.
+                t, the noise, the posterior's draw and the dropped labels.
             labels: int64 (B,), read only when the row is class-conditional.
         """
         x = self.tokenizer.normalize(images)  #                          (B, C, H, W)
-        patches = patchify(x, self.tokenizer.patch_size)  #              (B, N, D)
-        z_0 = self.tokenizer.project(patches)  #                         (B, N, d)
+        z_0 = self.encode(x, positions)  #                               (B, N, d)
         t = noise.timesteps(self.seed, positions, len(self.sigma))  #    (B,)
         eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  # (B, N, d)
-        z_t = self.corrupt(z_0, t, eps)  #                               (B, N, d)
+        gamma, sigma = self.level(t)  #                                  (B, 1, 1)
+        z_t = gamma * z_0 + sigma * eps  #                               (B, N, d)
         output = self.predict(z_t, t, self.drop_labels(labels, positions))
-        target = self.objective.target(self.tokenizer, patches, z_0, eps)
+        target = self.objective.target(self.tokenizer, x, z_0, eps, gamma, sigma)
         return self.objective.loss(self.tokenizer, target - output, t)
 
-    def corrupt(self, z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """z_t = gamma_t z_0 + sigma_t eps."""
-        return self.gamma[t, None, None] * z_0 + self.sigma[t, None, None] * eps
+    def encode(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """z_0 (B, N, d) of normalised images: where the tokenizer has a posterior, its mean, or the
+        draw of these positions when the method samples it."""
+        eps = None
+        if self.samples_posterior and positions is not None:
+            shape = (self.tokenizer.tokens, self.tokenizer.dim)
+            eps = noise.normal(self.seed, positions, shape, noise.POSTERIOR).to(x)
+        with torch.no_grad(), self._autocast(self.tokenizer.trained):
+            return self.tokenizer.encode(x, eps).to(x)
+
+    def level(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gamma_t and sigma_t of t (B,), (B, 1, 1) each."""
+        return self.gamma[t, None, None], self.sigma[t, None, None]
 
     def predict(
         self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The network's output for z_t (B, N, d) at t (B,): (B, N, d), or (B, N, D) for images."""
         tokens = self.tokenizer.inverse(z_t) if self.image_input else z_t
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+        with self._autocast():
             output = self.denoiser(tokens, t, labels)
         return output.to(z_t)
+
+    def denoise(
+        self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The z_0 (B, N, d) that the network sees behind z_t at t (B,): what samplers ask for.
+
+        The null label when ``labels`` are None. Where the network predicts the noise or the score,
+        gamma_t must be above 0.
+        """
+        return self.objective.clean(
+            self.tokenizer, self.predict(z_t, t, labels), z_t, *self.level(t)
+        )
+
+    def picture(
+        self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The normalised image (B, C, H, W) that the network sees behind z_t at t (B,).
+
+        A network that predicts images shows its own; otherwise z_0 is decoded.
+        """
+        if self.objective.target_name not in IMAGE_TARGETS:
+            return self.decode(self.denoise(z_t, t, labels))
+        patches = self.predict(z_t, t, labels)
+        return unpatchify(patches, self.tokenizer.patch_size, self.tokenizer.in_chans)
+
+    def decode(self, z_0: torch.Tensor) -> torch.Tensor:
+        """Latents (B, N, d) to normalised images (B, C, H, W)."""
+        with self._autocast(self.tokenizer.trained):
+            return self.tokenizer.decode(z_0).to(z_0)
+
+    def _autocast(self, wanted: bool = True) -> torch.autocast:
+        return torch.autocast(self.gamma.device.type, torch.bfloat16, enabled=self.bf16 and wanted)
 
     def drop_labels(
         self, labels: torch.Tensor | None, positions: torch.Tensor
@@ -89,21 +134,14 @@ class LDAE(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Clean, noised and denoised pictures in [0, 1] of uint8 images, all (B, C, H, W).
 
-        The noised picture is the inverse projection of z_t. Where the network predicts eps, the
-        denoised one is that of (z_t - sigma_t eps) / gamma_t, which needs gamma_t > 0.
+        The noised picture is z_t decoded.
         """
         x = self.tokenizer.normalize(images)
-        z_0 = self.tokenizer.encode(x)
+        z_0 = self.encode(x)
         steps = torch.full_like(positions, t)
-        eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)
-        z_t = self.corrupt(z_0, steps, eps)
-        output = self.predict(z_t, steps)
-        if self.objective.target_name == "eps":
-            output = (z_t - self.sigma[t] * output) / self.gamma[t]
-        if self.objective.target_name in ("eps", "latent"):
-            output = self.tokenizer.inverse(output)
-        denoised = unpatchify(output, self.tokenizer.patch_size, self.tokenizer.in_chans)
-        pictures = (x, self.tokenizer.decode(z_t), denoised)
+        gamma, sigma = self.level(steps)
+        z_t = gamma * z_0 + sigma * noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)
+        pictures = (x, self.decode(z_t), self.picture(z_t, steps))
         return tuple(self.tokenizer.denormalize(part).clamp(0, 1) for part in pictures)
 
 
@@ -112,34 +150,29 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
 
     Raises: InputError when settings do not fit together.
     """
-    shape = vit_shape(
-        config.model.name,
-        config.model.patch_size,
-        config.model.embed_dim,
-        config.model.depth,
-        config.model.num_heads,
-    )
-    if config.tokenizer.perceptual_weight or config.tokenizer.adversarial_weight:
+    shape = shape_of(config)
+    tokenizer = build_tokenizer(config, shape.patch_size)
+    image_input = config.objective.input == "image"
+    if image_input and not isinstance(tokenizer, PatchTokenizer):
         raise InputError(
-            "tokenizer.perceptual_weight and tokenizer.adversarial_weight train conv tokenizers, "
-            "which are not built yet: rows 1 to 7 can be shown but not run"
+            f"objective.input image needs a patch-wise tokenizer, not {config.tokenizer.name}"
         )
-    tokenizer = tokenizers.create(
-        config.tokenizer.name,
-        img_size=config.data.img_size,
-        patch_size=shape.patch_size,
-        in_chans=config.data.in_chans,
-        dim=config.tokenizer.dim,
-        scale=config.tokenizer.scale,
-    )
     gamma, sigma = noise.schedule(
         config.noise.schedule,
         config.noise.steps,
         config.noise.max_sigma,
         config.noise.single_sigma,
+        config.noise.min_sigma,
     )
-    image_input = config.objective.input == "image"
-    image_output = config.objective.target in ("projected", "image")
+    objective = Objective(
+        config.objective.target,
+        config.objective.weight,
+        config.objective.residual_weight,
+        gamma,
+        sigma,
+        tokenizer,
+    )
+    image_output = config.objective.target in IMAGE_TARGETS
     torch.manual_seed(config.seed)
     denoiser = Denoiser(
         shape,
@@ -150,13 +183,6 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         num_classes=num_classes if config.model.class_conditional else 0,
         checkpoint_activations=config.system.checkpoint_activations,
     )
-    objective = Objective(
-        config.objective.target,
-        config.objective.weight,
-        config.objective.residual_weight,
-        gamma,
-        sigma,
-    )
     return LDAE(
         tokenizer,
         denoiser,
@@ -164,7 +190,42 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         gamma,
         sigma,
         image_input=image_input,
+        samples_posterior=tokenizer.stochastic and config.tokenizer.posterior == "sample",
         label_dropout=config.model.label_dropout,
         seed=config.seed,
         bf16=bf16,
+    )
+
+
+def shape_of(config: Config) -> ViTShape:
+    """The sizes of the encoder.
+
+    Raises: InputError as ``vit_shape`` does.
+    """
+    return vit_shape(
+        config.model.name,
+        config.model.patch_size,
+        config.model.embed_dim,
+        config.model.depth,
+        config.model.num_heads,
+    )
+
+
+def build_tokenizer(config: Config, patch_size: int) -> Tokenizer:
+    """The unfitted tokenizer of a configuration, seeded by its seed.
+
+    Raises: InputError when settings do not fit together.
+    """
+    torch.manual_seed(config.seed)
+    tokenizer = config.tokenizer
+    return tokenizers.create(
+        tokenizer.name,
+        img_size=config.data.img_size,
+        patch_size=patch_size,
+        in_chans=config.data.in_chans,
+        dim=tokenizer.dim,
+        scale=tokenizer.scale,
+        width=tokenizer.width,
+        codes=tokenizer.codes,
+        pretrained=tokenizer.pretrained,
     )

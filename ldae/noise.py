@@ -10,11 +10,11 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 # The fourth word of the counter separates what is drawn for one image.
-_NOISE, _TIMESTEP, _LABEL = range(3)
+NOISE, _TIMESTEP, _LABEL, POSTERIOR, SAMPLING = range(5)
 
 
 def schedule(
-    name: str, steps: int, max_sigma: float, single_sigma: float
+    name: str, steps: int, max_sigma: float, single_sigma: float, min_sigma: float = 0.01
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """gamma and sigma of t = 0 .. T - 1, two float64 tensors of shape (T,).
 
@@ -22,34 +22,46 @@ def schedule(
     ``cosine``: Nichol and Dhariwal 2021, betas at most 0.999.
     ``linear_gamma2``: gamma_t^2 = 1 - (t + 1) / T (paper, section 4.1).
     ``linear_sigma``: gamma = 1, sigma_t = max_sigma * t / (T - 1) (paper, section 4.3).
+    ``geometric``: gamma = 1, sigma_t = min_sigma (max_sigma / min_sigma)^(t / (T - 1)), the
+    variance-exploding process of Song et al. 2021.
     ``single``: gamma = 1 and one sigma; T is 1 whatever ``steps`` says.
+    ``rectified_flow``: sigma_t = (t + 1) / T, gamma_t = 1 - sigma_t (Liu et al. 2023).
     """
-    if name in ("linear_sigma", "single"):
+    time = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    if name == "rectified_flow":
+        return 1 - time, time
+    if name in ("linear_sigma", "geometric", "single"):
         sigma = torch.linspace(0, max_sigma, steps, dtype=torch.float64)
+        if name == "geometric":
+            ends = torch.tensor([min_sigma, max_sigma], dtype=torch.float64).log()
+            sigma = torch.linspace(*ends.tolist(), steps, dtype=torch.float64).exp()
         if name == "single":
             sigma = torch.tensor([single_sigma], dtype=torch.float64)
         return torch.ones_like(sigma), sigma
     if name == "ddpm":
         gamma2 = (1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)).cumprod(0)
     elif name == "cosine":
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
-        bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        ends = torch.arange(steps + 1, dtype=torch.float64) / steps
+        bar = torch.cos((ends + 0.008) / 1.008 * math.pi / 2) ** 2
         gamma2 = (bar[1:] / bar[:-1]).clamp(min=0.001).cumprod(0)
     elif name == "linear_gamma2":
-        gamma2 = 1 - torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        gamma2 = 1 - time
     else:
         raise ValueError(f"unknown noise schedule {name!r}")
     return gamma2.sqrt(), (1 - gamma2).sqrt()
 
 
-def normal(seed: int, positions: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def normal(
+    seed: int, positions: torch.Tensor, shape: tuple[int, ...], stream: int = NOISE
+) -> torch.Tensor:
     """Standard normal noise, float32 (B, *shape), one draw for each image number.
 
-    The noise of image n depends on the seed and n alone: not on the batch around it, the rank, the
-    device, or whether the run was interrupted. ``positions`` is int64 (B,).
+    The noise of image n depends on the seed, the stream and n alone: not on the batch around it, the
+    rank, the device, or whether the run was interrupted. ``positions`` is int64 (B,). From
+    ``SAMPLING`` on, each number is the stream of one step of a sampler.
     """
     count = math.prod(shape)
-    words = _philox(seed, positions, -(-count // 4), _NOISE)  # (B, blocks, 4)
+    words = _philox(seed, positions, -(-count // 4), stream)  # (B, blocks, 4)
     uniform = (words.float() + 0.5) * 2**-32
     # Box-Muller: two uniforms give two normals. Half a step off zero keeps the logarithm finite.
     radius = torch.sqrt(-2 * torch.log(uniform[..., :2]))

@@ -1,12 +1,14 @@
 """Pictures of a run: what the denoiser does, and what the tokenizer sees."""
 
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ldae.log import write
 from ldae.method import LDAE
-from ldae.tokenizers import PatchTokenizer
+from ldae.tokenizers import PatchTokenizer, Tokenizer
 
 _MIN_TILE = 64  # smaller pictures are enlarged by whole pixels, so that they can be looked at
 
@@ -26,6 +28,16 @@ def grid(rows: list[torch.Tensor], gap: int = 2) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
+def save(rows: list[torch.Tensor], path: Path) -> None:
+    """``grid`` as a PNG file, whole or not at all.
+
+    Raises: InputError when it can not be written.
+    """
+    content = BytesIO()
+    grid(rows).save(content, "PNG")
+    write(path, content.getvalue())
+
+
 def save_denoising(method: LDAE, images: torch.Tensor, path: Path) -> None:
     """Clean, noised and denoised pictures, one above the other (paper, Fig. 8).
 
@@ -33,14 +45,25 @@ def save_denoising(method: LDAE, images: torch.Tensor, path: Path) -> None:
     """
     t = len(method.sigma) // 2
     positions = torch.arange(len(images), device=images.device)
-    grid(list(method.denoise_images(images, positions, t))).save(path)
+    save(list(method.denoise_images(images, positions, t)), path)
 
 
+@torch.no_grad()
+def save_reconstruction(tokenizer: Tokenizer, images: torch.Tensor, path: Path) -> None:
+    """Clean pictures over reconstructed ones; ``images`` is uint8 (n, C, H, W)."""
+    x = tokenizer.normalize(images)
+    made = tokenizer.decode(tokenizer.encode(x))
+    save([tokenizer.denormalize(part).clamp(0, 1) for part in (x, made)], path)
+
+
+@torch.no_grad()
 def save_filters(tokenizer: PatchTokenizer, path: Path, columns: int = 16) -> None:
-    """The kept axes as patches, each stretched to the full range around mid grey (paper, Fig. 4)."""
+    """What each latent number sees of a patch, each stretched to the full range around mid grey
+    (paper, Fig. 4)."""
     size = (-1, tokenizer.in_chans, tokenizer.patch_size, tokenizer.patch_size)
-    filters = tokenizer.basis[: tokenizer.dim].reshape(size)
+    unit = torch.eye(tokenizer.patch_dim, device=tokenizer.scales.device)
+    filters = (tokenizer.project(unit) - tokenizer.project(torch.zeros_like(unit))).T.reshape(size)
     filters = 0.5 + 0.5 * filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True)
     columns = min(columns, len(filters))
     blank = torch.ones_like(filters[:1]).expand(-len(filters) % columns, -1, -1, -1)
-    grid(list(torch.cat([filters, blank]).split(columns))).save(path)
+    save(list(torch.cat([filters, blank]).split(columns)), path)

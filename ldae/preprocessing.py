@@ -1,11 +1,13 @@
 """How a backbone wants its images: timm's evaluation transform, by its ``pretrained_cfg``."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
@@ -44,6 +46,21 @@ class EvalTransform:
         mean = torch.tensor(self.mean, device=images.device)[:, None, None]
         std = torch.tensor(self.std, device=images.device)[:, None, None]
         return images.float().div_(255).sub_(mean).div_(std)
+
+    def adapt(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Square pictures (B, C, S, S) in [0, 1] as the backbone takes them, differentiably.
+
+        Grey becomes any number of equal channels.
+        """
+        chans, side, _ = self.input_size
+        scaled = math.floor(side / self.crop_pct)  # timm's rule
+        if pictures.shape[-1] != scaled:
+            mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
+            pictures = F.interpolate(pictures, (scaled, scaled), mode=mode, antialias=True)
+        edge = round((scaled - side) / 2)
+        pictures = pictures[..., edge : edge + side, edge : edge + side]
+        mean, std = (pictures.new_tensor(part)[:, None, None] for part in (self.mean, self.std))
+        return (pictures.expand(-1, chans, -1, -1) - mean) / std
 
     @cached_property
     def _resize(self) -> Callable[[Image.Image], torch.Tensor]:

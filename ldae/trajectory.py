@@ -5,26 +5,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldae.errors import InputError
-from ldae.settings import Config, replace
+from ldae.settings import Config
+from ldae.tree import flatten, replace
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of the trajectory with its published ImageNet numbers (DiT-L, 400 epochs)."""
 
-    number: int
+    number: int | None
+    """Its place in the trajectory; None beside it."""
     name: str
     summary: str
     changes: dict[str, Any] = field(hash=False)
-    accuracy: float
+    """From the row before, or from ``base``."""
+    accuracy: float | None = None
     """Linear probing of the encoder half, top-1 in percent."""
     fid: float | None = None
     """FID-50K, where the paper gives one."""
+    base: str = ""
+    """Beside the trajectory: the row that this one changes."""
 
 
 ROWS = (
     Row(1, "dit", "DiT-L on a VQGAN-KL tokenizer, class-conditional", {
         "tokenizer.name": "conv_vae", "tokenizer.dim": 16,
+        "tokenizer.kl_weight": 1e-6,
         "tokenizer.perceptual_weight": 1.0, "tokenizer.adversarial_weight": 0.5,
         "noise.schedule": "ddpm",
         "objective.input": "latent", "objective.target": "eps", "objective.weight": "uniform",
@@ -38,8 +44,10 @@ ROWS = (
         {"tokenizer.adversarial_weight": 0.0}, 59.0, 75.6),
     Row(5, "linear_gamma2", "replace the noise schedule",
         {"noise.schedule": "linear_gamma2"}, 63.4, 93.2),
-    Row(6, "patch_vae", "patch-wise VAE", {"tokenizer.name": "patch_vae"}, 64.9),
-    Row(7, "patch_ae", "patch-wise AE", {"tokenizer.name": "patch_ae"}, 64.7),
+    Row(6, "patch_vae", "patch-wise VAE",
+        {"tokenizer.name": "patch_vae", "tokenizer.kl_weight": 1.0}, 64.9),
+    Row(7, "patch_ae", "patch-wise AE",
+        {"tokenizer.name": "patch_ae", "tokenizer.kl_weight": 0.0}, 64.7),
     Row(8, "patch_pca", "patch-wise PCA",
         {"tokenizer.name": "patch_pca", "tokenizer.dim": 32}, 65.1),
     Row(9, "predict_latent", "predict clean data",
@@ -53,27 +61,53 @@ ROWS = (
     Row(14, "l_dae_single", "a single noise level", {"noise.schedule": "single"}, 61.5),
 )  # fmt: skip
 
-# What a row is run at. Applied after the row, so that a scale fits every row.
-SCALES: dict[str, dict[str, Any]] = {
+# Beside the trajectory: what the paper only mentions, and what it could have begun from.
+BESIDE = (
+    Row(None, "dae", "a classical DAE: noise on pixels, no latent",
+        {"tokenizer.name": "pixel", "tokenizer.dim": 768, "tokenizer.scale": "raw"},
+        base="l_dae_single"),
+    Row(None, "vqvae", "row 4 on a VQ-VAE",
+        {"tokenizer.codes": 16_384, "tokenizer.kl_weight": 0.0}, base="no_adversarial"),
+    Row(None, "vqgan", "row 2 on a VQGAN",
+        {"tokenizer.codes": 16_384, "tokenizer.kl_weight": 0.0}, base="unconditional"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a row is run at; it fits every row."""
+
+    changes: dict[str, Any] = field(hash=False)
+    """Applied after the row."""
+    sizes: dict[str, dict[int, int]] = field(hash=False)
+    """What the row's own numbers become: setting -> number at the paper's scale -> number here."""
+
+
+SCALES: dict[str, Scale] = {
     # ViT-1/2L, 256 x 256, batch 2048, 400 epochs: the defaults of settings.py.
-    "paper": {},
+    "paper": Scale({}, {}),
     # 32 x 32 images on one device.
-    "small": {
+    "small": Scale({
         "data.img_size": 32,
         "model.name": "vit_tiny_patch16_224", "model.patch_size": 4, "model.depth": 4,
-        "tokenizer.dim": 24,
+        "tokenizer.width": 32,
+        "tokenizer.optim.batch_size": 64, "tokenizer.optim.epochs": 20,
+        "tokenizer.adversarial_start": 2_000,
         "optim.batch_size": 256, "optim.blr": 1e-3, "optim.epochs": 200, "optim.warmup_epochs": 10,
         "system.workers": 2,
-    },
+    }, {"tokenizer.dim": {16: 16, 32: 24, 768: 48}, "tokenizer.codes": {16_384: 1_024}}),
     # The demonstration: minutes on two cores.
-    "demo": {
+    "demo": Scale({
         "data.img_size": 32,
         "model.name": "vit_tiny_patch16_224", "model.patch_size": 4, "model.depth": 2,
         "model.embed_dim": 128, "model.num_heads": 4,
-        "tokenizer.dim": 8,
+        "tokenizer.width": 16,
+        "tokenizer.optim.batch_size": 32, "tokenizer.optim.epochs": 2,
+        "tokenizer.optim.warmup_epochs": 0.1,
+        "tokenizer.adversarial_start": 500,
         "optim.batch_size": 128, "optim.blr": 2e-3, "optim.epochs": 4, "optim.warmup_epochs": 0.5,
         "system.log_every": 50, "system.workers": 0,
-    },
+    }, {"tokenizer.dim": {16: 8, 32: 8, 768: 48}, "tokenizer.codes": {16_384: 256}}),
 }  # fmt: skip
 
 
@@ -82,10 +116,11 @@ def row(name: str | int) -> Row:
 
     Raises: InputError with the nearest name when there is none.
     """
-    for candidate in ROWS:
+    rows = (*ROWS, *BESIDE)
+    for candidate in rows:
         if str(name) in (candidate.name, str(candidate.number)):
             return candidate
-    near = difflib.get_close_matches(str(name), [row.name for row in ROWS], n=1, cutoff=0)
+    near = difflib.get_close_matches(str(name), [row.name for row in rows], n=1, cutoff=0)
     raise InputError(
         f"there is no row {name!r}; the nearest is {near[0]!r} (`ldae show` lists all)"
     )
@@ -100,6 +135,12 @@ def config(name: str | int = "l_dae", scale: str = "paper") -> Config:
         raise InputError(f"there is no scale {scale!r}; there are {', '.join(SCALES)}")
     last = row(name)
     built = Config()
-    for step in ROWS[: last.number]:
+    for step in ROWS[: row(last.base).number if last.base else last.number]:
         built = replace(built, step.changes)
-    return replace(built, SCALES[scale])
+    if last.base:
+        built = replace(built, last.changes)
+    numbers = flatten(built)
+    sizes = {
+        name: size.get(numbers[name], numbers[name]) for name, size in SCALES[scale].sizes.items()
+    }
+    return replace(built, SCALES[scale].changes | sizes)

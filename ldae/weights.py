@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, file: Path, name: str) -> None:
     own = model.state_dict()
     candidates = [
         {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
-        for weights in _weight_sets(_read(file))
+        for weights in _weight_sets(read_checkpoint(file))
         for prefix in _prefixes(weights)
     ]
     if not candidates:
@@ -65,8 +65,11 @@ def _show(what: str, names: Any) -> None:
         print(f"  {what} ({len(names)}): {', '.join(names[:_NAMES_SHOWN])}{more}")
 
 
-def _read(file: Path) -> Any:
-    """The content of a checkpoint, without running any code that it may hold."""
+def read_checkpoint(file: Path) -> Any:
+    """The content of a checkpoint, without running any code that it may hold.
+
+    Raises: InputError when the file is missing or can not be read so.
+    """
     if not file.is_file():
         raise InputError(f"there is no checkpoint file {file}")
     try:

@@ -4,13 +4,22 @@ import pytest
 import torch
 
 import ldae
-from ldae.settings import Config, replace
+from ldae.settings import Config
+from ldae.tokenizers import Tokenizer
+from ldae.tree import replace
 
 TINY = {
     "data.source": "scattered-digits:64",
     "data.img_size": 32,
     "tokenizer.dim": 6,
     "tokenizer.fit_images": 64,
+    "tokenizer.width": 8,
+    "tokenizer.perceptual_weight": 0.0,  # VGG16's weights are a download
+    "tokenizer.adversarial_start": 4,
+    "tokenizer.optim.batch_size": 8,
+    "tokenizer.optim.blr": 0.1,
+    "tokenizer.optim.epochs": 1,
+    "tokenizer.optim.warmup_epochs": 0.25,
     "model.name": "vit_tiny_patch16_224",
     "model.patch_size": 8,
     "model.depth": 2,
@@ -26,13 +35,27 @@ TINY = {
 }
 
 
+# tokenizer.dim where 6 numbers are none that the tokenizer could have.
+_DIMS = {"conv_vae": 8, "pixel": 192}
+
+
+@pytest.fixture(autouse=True)
+def no_cached_weights(monkeypatch, tmp_path_factory):
+    """What a machine has downloaded before does not change a test."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch-home"))
+
+
 @pytest.fixture
 def tiny():
     """tiny(row, **changes): a row small enough to train in a second; a__b stands for a.b."""
 
     def make(row: str = "l_dae", **changes) -> Config:
+        config = ldae.config(row)
         given = {name.replace("__", "."): value for name, value in changes.items()}
-        return replace(ldae.config(row), TINY | given)
+        kind = given.get("tokenizer.name", config.tokenizer.name)
+        sizes = {"tokenizer.dim": _DIMS.get(kind, TINY["tokenizer.dim"])}
+        sizes["tokenizer.codes"] = min(config.tokenizer.codes, 16)
+        return replace(config, TINY | sizes | given)
 
     return make
 
@@ -46,6 +69,22 @@ def images() -> torch.Tensor:
     waves = weights[..., :1, None] * axis[:, None] + weights[..., 1:2, None] * axis
     noise = 0.1 * torch.randn(8, 3, 32, 32, generator=generator)
     return ((waves + weights[..., 2:, None]).sin() * 100 + 128 + 20 * noise).clamp(0, 255).byte()
+
+
+@pytest.fixture
+def fitted(images):
+    """fitted(tokenizer): with the statistics of the images; of what gradients train, the weights
+    stay as they are."""
+
+    def fit(tokenizer: Tokenizer) -> Tokenizer:
+        if tokenizer.trained:
+            tokenizer.fit_pixels([images])
+            tokenizer.fit_latents([images])
+        else:
+            tokenizer.fit([images])
+        return tokenizer
+
+    return fit
 
 
 @pytest.fixture

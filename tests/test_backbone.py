@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
-from ldae.backbone import backbone_folder, load_backbone
+from ldae.backbone import backbone_folder, load_backbone, load_classifier
 from ldae.errors import InputError
 from ldae.preprocessing import preprocessing
 
@@ -153,6 +153,30 @@ def test_run_folder_gives_the_exported_backbone_or_its_control(tmp_path, monkeyp
     assert load_backbone(tmp_path) is backbone
     control = load_backbone(tmp_path, random_init=True, seed=7)  # the seed of the stand-in
     assert torch.equal(features(control, images()), features(backbone, images()))
+
+
+# Classifiers
+
+
+def test_a_folder_opens_with_its_classifier(tmp_path):
+    model = timm.create_model(VIT, img_size=SIZE, num_classes=4).eval()
+    how = {"model_config": {"label_names": list("abcd")}, "model_args": {"img_size": SIZE}}
+    timm.models.save_for_hf(model, tmp_path / "vit", safe_serialization=True, **how)
+    opened = load_classifier(tmp_path / "vit")
+    assert torch.equal(features(opened, images()), features(model, images()))
+    assert opened.num_classes == 4 and list(opened.pretrained_cfg["label_names"]) == list("abcd")
+    assert not opened.training and not any(p.requires_grad for p in opened.parameters())
+
+
+def test_what_has_no_classifier_is_told(folder, tmp_path):
+    model, path = folder
+    model.reset_classifier(0)
+    timm.models.save_for_hf(model, path, safe_serialization=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    for spec in (path, tmp_path / "run", "pixels:16", f"{VIT}@file.pth"):
+        with pytest.raises(InputError, match=f"{re.escape(str(spec))} has no classifier"):
+            load_classifier(spec)
 
 
 # Checkpoint files

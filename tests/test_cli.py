@@ -38,6 +38,8 @@ def test_wrong_verbs_rows_and_settings_get_the_nearest_name(capsys):
     assert status == 2 and "paper, small, demo" in err
     status, _, err = call(capsys, "pretrain", "--run", "x")
     assert status == 2 and "which row" in err
+    status, _, err = call(capsys, "fit-tokenizer", "--run", "x")
+    assert status == 2 and "ldae fit-tokenizer l_dae" in err
 
 
 def test_a_wrong_path_is_one_sentence(capsys, tmp_path):

@@ -10,14 +10,14 @@ from ldae.export import export, features, fold, init_from
 from ldae.method import build
 from ldae.train.checkpoint import Checkpoints
 
-ROWS = range(8, 15)
+ROWS = range(6, 15)
 
 
 @pytest.fixture
-def method(tiny, images, awake):
+def method(tiny, images, awake, fitted):
     def make(row="l_dae", num_classes=0, **changes):
         method = build(tiny(row, **changes), num_classes=num_classes)
-        method.tokenizer.fit([images])
+        fitted(method.tokenizer)
         awake(method.denoiser)
         return method.eval()
 
@@ -27,7 +27,7 @@ def method(tiny, images, awake):
 @pytest.fixture
 def run(method, tiny, tmp_path):
     """run(row): a run folder with one checkpoint of a random network."""
-    from ldae.settings import to_yaml
+    from ldae.tree import to_yaml
 
     def make(row="l_dae", **changes):
         folder = tmp_path / f"run-{row}"
@@ -63,6 +63,29 @@ def test_pixels_fold_too(row, method, images):
     with torch.no_grad():
         wanted, found = features(unfolded, x, 10), fold(unfolded)(x)
     assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["patch_ae", "patch_vae"])
+def test_trained_patches_fold_with_image_input_too(kind, method, images):
+    unfolded = method("image_input", tokenizer__name=kind)
+    x = normalised(unfolded, images)
+    with torch.no_grad():
+        wanted, found = features(unfolded, x, 10), fold(unfolded)(x)
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("row", ["dit", "no_adversarial", "vqvae"])
+def test_a_tokenizer_that_is_a_network_is_graded_but_not_folded(row, method, images):
+    trained = method(row, num_classes=10)
+    with pytest.raises(InputError, match="conv_vae is a network, which can not be folded"):
+        fold(trained)
+    x = normalised(trained, images)
+    with torch.no_grad():
+        found = exporting.backbone_of(trained)(x)
+        torch.testing.assert_close(found, features(trained, x, 10))
+        if row == "dit":
+            trained.denoiser.y_embed.weight[:10].add_(1.0)
+            assert torch.equal(exporting.backbone_of(trained)(x), found)
 
 
 def test_the_export_projects(method, images):

@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from ldae import noise
-from ldae.errors import InputError
 from ldae.method import build
 
 T = 1000
+CLASSES = 5
 
 
 def levels(row: int, t: int) -> tuple[float, float]:
     """gamma_t and sigma_t of the rows that run (paper, sections 4.1 to 4.4)."""
+    if row <= 4:  # DDPM: beta linear from 1e-4 to 0.02
+        gamma2 = math.prod(1 - (1e-4 + (0.02 - 1e-4) * s / (T - 1)) for s in range(t + 1))
+        return math.sqrt(gamma2), math.sqrt(1 - gamma2)
     if row <= 9:
         gamma2 = 1 - (t + 1) / T
         return math.sqrt(gamma2), math.sqrt(1 - gamma2)
@@ -22,14 +25,42 @@ def levels(row: int, t: int) -> tuple[float, float]:
     return 1.0, math.sqrt(1 / 3)
 
 
-def reference_loss(row, method, images, positions) -> float:
+def draw(method, position, shape, stream=noise.NOISE):
+    return noise.normal(method.seed, position[None], shape, stream)[0].double()
+
+
+def clean_latents(row, method, x, patches, position):
+    """z_0 (N, d) of one normalised image: rows 1 to 6 draw it from a posterior."""
+    tokenizer, d = method.tokenizer, method.tokenizer.dim
+    if row >= 8:
+        axes, mean = tokenizer.basis[:d], tokenizer.patch_mean
+        return torch.stack([tokenizer.scales * (axes @ (patch - mean)) for patch in patches])
+    if row >= 6:
+        weight, bias = tokenizer.encoder.weight, tokenizer.encoder.bias
+        found = torch.stack([weight @ patch + bias for patch in patches])
+        h, log_variance = found[:, :d], found[:, d:]
+    else:
+        map_ = tokenizer.network.encode(x[None]).latent_dist
+        h, log_variance = (
+            torch.stack([
+                part[0, :, i : i + 2, j : j + 2].reshape(-1)
+                for i in range(0, 8, 2) for j in range(0, 8, 2)
+            ])
+            for part in (map_.mean, map_.logvar)
+        )  # fmt: skip
+    if row <= 6:
+        h = h + (log_variance / 2).exp() * draw(method, position, h.shape, noise.POSTERIOR)
+    return (h - tokenizer.latent_mean) * tokenizer.scales
+
+
+def reference_loss(row, method, images, positions, labels) -> float:
     """One image, one token, one number at a time."""
     tokenizer, p = method.tokenizer, method.tokenizer.patch_size
-    basis, mean, scales = tokenizer.basis, tokenizer.patch_mean, tokenizer.scales
     d, full = tokenizer.dim, tokenizer.patch_dim
     steps = noise.timesteps(method.seed, positions, len(method.sigma))
+    withheld = noise.dropped(method.seed, positions, 0.1)
     total = 0.0
-    for image, t, position in zip(images, steps, positions):
+    for number, (image, t, position) in enumerate(zip(images, steps, positions)):
         gamma, sigma = levels(row, int(t))
         x = image.double() / 255 - tokenizer.pixel_mean[:, None, None]
         x = x / tokenizer.pixel_std[:, None, None]
@@ -37,15 +68,17 @@ def reference_loss(row, method, images, positions) -> float:
             x[:, i : i + p, j : j + p].reshape(-1)
             for i in range(0, 32, p) for j in range(0, 32, p)
         ])  # fmt: skip
-        z_0 = torch.stack([scales * (basis[:d] @ (patch - mean)) for patch in patches])
-        eps = noise.normal(method.seed, position[None], z_0.shape)[0].double()
+        z_0 = clean_latents(row, method, x, patches, position)
+        eps = draw(method, position, z_0.shape)
         z_t = gamma * z_0 + sigma * eps
 
         def image_of(z):
-            return torch.stack([basis[:d].T @ (token / scales) + mean for token in z])
+            axes, mean = tokenizer.basis[:d], tokenizer.patch_mean
+            return torch.stack([axes.T @ (token / tokenizer.scales) + mean for token in z])
 
         seen = image_of(z_t) if row >= 11 else z_t
-        output = method.denoiser(seen[None], t[None])[0]
+        label = torch.tensor([CLASSES if withheld[number] else int(labels[number])])
+        output = method.denoiser(seen[None], t[None], label if row == 1 else None)[0]
         for token in range(len(patches)):
             if row <= 8:
                 error = ((eps[token] - output[token]) ** 2).sum() / d
@@ -57,7 +90,7 @@ def reference_loss(row, method, images, positions) -> float:
                 target = image_of(z_0)[token]
                 error = 1 / (1 + sigma**2) * ((target - output[token]) ** 2).sum() / full
             else:
-                r = basis @ (patches[token] - output[token])
+                r = tokenizer.basis @ (patches[token] - output[token])
                 weighted = sum((1.0 if i < d else 0.1) * r[i] ** 2 for i in range(full))
                 error = 1 / (1 + sigma**2) * weighted / full
             total += float(error) / len(patches) / len(images)
@@ -65,30 +98,36 @@ def reference_loss(row, method, images, positions) -> float:
 
 
 @pytest.mark.parametrize("scale", ["raw", "global", "per-axis"])
-@pytest.mark.parametrize("row", range(8, 15))
-def test_the_loss_of_each_row_is_its_equation(row, scale, tiny, images, awake):
-    method = build(tiny(row, tokenizer__scale=scale)).double()
-    method.tokenizer.fit([images])
+@pytest.mark.parametrize("row", range(1, 15))
+def test_the_loss_of_each_row_is_its_equation(row, scale, tiny, images, awake, fitted):
+    method = build(tiny(row, tokenizer__scale=scale), num_classes=CLASSES).double()
+    fitted(method.tokenizer)
     awake(method.denoiser)
-    positions = torch.tensor([5, 3, 2**33 + 1])
+    # The label of position 21 is withheld from row 1, those of the others are not.
+    positions, labels = torch.tensor([21, 3, 2**33 + 1]), torch.tensor([4, 0, 2])
+    assert noise.dropped(0, positions, 0.1).tolist() == [True, False, False]
     with torch.no_grad():
-        found = method(images[:3], positions).item()
-        wanted = reference_loss(row, method, images[:3], positions)
+        found = method(images[:3], positions, labels).item()
+        wanted = reference_loss(row, method, images[:3], positions, labels)
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
-def test_row_5_is_eps_prediction_on_the_linear_gamma2_schedule(tiny, images, awake):
-    """Its conv tokenizer is not built yet; schedule and objective are those of row 8."""
-    five, eight = tiny("linear_gamma2"), tiny("patch_pca")
-    assert (five.noise, five.objective) == (eight.noise, eight.objective)
-    with pytest.raises(InputError, match="conv_vae is not built yet"):
-        build(five)
+@pytest.mark.parametrize("row", ["dit", "patch_vae"])
+def test_the_posteriors_mean_can_be_asked_for(row, tiny, images, awake, fitted):
+    drawn, mean = (build(tiny(row, tokenizer__posterior=how), 5) for how in ("sample", "mean"))
+    for method in (drawn, mean):
+        fitted(method.tokenizer)
+    x, positions = drawn.tokenizer.normalize(images), torch.arange(8)
+    assert torch.equal(mean.encode(x, positions), mean.tokenizer.encode(x))
+    assert torch.equal(drawn.encode(x), mean.encode(x))  # without positions: evaluation
+    assert not torch.equal(drawn.encode(x, positions), drawn.encode(x))
 
 
-@pytest.mark.parametrize("row", range(1, 8))
-def test_rows_whose_tokenizer_is_not_built_say_so(row, tiny):
-    with pytest.raises(InputError, match="not built yet"):
-        build(tiny(row))
+@pytest.mark.parametrize("row", ["vqvae", "vqgan", "dae"])
+def test_the_rows_beside_the_trajectory_have_a_loss_too(row, tiny, images, fitted):
+    method = build(tiny(row))
+    fitted(method.tokenizer)
+    assert method(images, torch.arange(8)).isfinite()
 
 
 def test_the_same_seed_is_the_same_network(tiny):
@@ -123,10 +162,8 @@ def test_a_perfect_network_denoises_perfectly(row, tiny, images, monkeypatch):
     def perfect(z_t, t, labels=None):
         z_0 = method.tokenizer.encode(x)
         eps = noise.normal(method.seed, positions, z_0.shape[1:]).double()
-        from ldae.patches import patchify
-
-        patches = patchify(x, method.tokenizer.patch_size)
-        return method.objective.target(method.tokenizer, patches, z_0, eps)
+        gamma, sigma = method.level(t)
+        return method.objective.target(method.tokenizer, x, z_0, eps, gamma, sigma)
 
     monkeypatch.setattr(method, "predict", perfect)
     clean, _, denoised = method.denoise_images(images, positions, 500)

@@ -1,8 +1,10 @@
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from ldae import plots
+from ldae.errors import InputError
 from ldae.method import build
 
 
@@ -23,8 +25,26 @@ def test_pictures_are_written(tiny, images, tmp_path):
     method.tokenizer.fit([images])
     plots.save_denoising(method, images[:5], tmp_path / "denoised.png")
     plots.save_filters(method.tokenizer, tmp_path / "filters.png", columns=4)
+    plots.save_reconstruction(method.tokenizer, images[:5], tmp_path / "reconstructed.png")
+    assert Image.open(tmp_path / "reconstructed.png").size == (5 * 66, 2 * 66)
     # 3 rows of 5 images, 6 filters in 2 rows of 4; 64 pixels and a gap of 2 each.
     assert Image.open(tmp_path / "denoised.png").size == (5 * 66, 3 * 66)
     assert Image.open(tmp_path / "filters.png").size == (4 * 66, 2 * 66)
     top = np.asarray(Image.open(tmp_path / "denoised.png"))[2:66:2, 2:66:2]
     assert abs(top.transpose(2, 0, 1).astype(int) - images[0].numpy()).max() <= 1
+
+
+def test_clean_pictures_are_over_reconstructed_ones(tiny, images, tmp_path):
+    method = build(tiny("dae"))
+    method.tokenizer.fit([images])
+    plots.save_reconstruction(method.tokenizer, images[:3], tmp_path / "pairs.png")
+    pixels = np.asarray(Image.open(tmp_path / "pairs.png")).astype(int)
+    clean, made = (pixels[row + 2 : row + 66 : 2, 2:66:2] for row in (0, 66))
+    assert abs(clean.transpose(2, 0, 1) - images[0].numpy()).max() <= 1
+    assert abs(made - clean).max() <= 1  # all pixels are kept by this tokenizer
+
+
+def test_a_picture_that_can_not_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="can not be written"):
+        plots.save([torch.rand(2, 3, 8, 8)], tmp_path / "file" / "picture.png")

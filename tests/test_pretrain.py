@@ -18,10 +18,11 @@ from conftest import TINY
 from PIL import Image
 
 import ldae
-from ldae import distributed, settings
+from ldae import distributed, tree
 from ldae import pretrain as verb
 from ldae.errors import InputError
 from ldae.pretrain import pretrain
+from ldae.settings import Config
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.interrupt import Interrupted
 
@@ -59,9 +60,9 @@ def test_a_run_leaves_what_it_says(row, tiny, tmp_path, capsys):
     left = {path.name for path in run.iterdir()}
     assert left == {
         "config.yaml", "environment.json", "tokenizer.safetensors", "metrics.jsonl",
-        "checkpoints", "filters.png", "denoised.png",
+        "checkpoints", "filters.png", "denoised.png", "reconstruction.json", "reconstructed.png",
     }  # fmt: skip
-    assert settings.load(run / "config.yaml") == config
+    assert tree.load(run / "config.yaml", Config()) == config
     records = lines(run)
     assert records[-1]["images"] == 192
     if row.startswith("l_dae"):  # eps takes longer than this to be predicted better than by 0
@@ -112,9 +113,9 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
 def command(run, *launcher, **changes):
     """The command line of a tiny run, its settings in a file beside the run folder."""
     given = TINY | {"optim.epochs": 4, "system.save_minutes": 0, "system.log_every": 1} | changes
-    config = settings.replace(ldae.config("l_dae"), given)
+    config = tree.replace(ldae.config("l_dae"), given)
     file = run.with_suffix(".yaml")
-    file.write_text(settings.to_yaml(config))
+    file.write_text(tree.to_yaml(config))
     python = [sys.executable, "-m", *launcher]
     return [*python, "ldae", "pretrain", str(file), "--run", str(run)]
 
@@ -197,10 +198,10 @@ def test_a_bad_image_stops_or_is_skipped_and_counted(folder, tiny, tmp_path):
     tokenizer = str(tmp_path / "fits" / "tokenizer.safetensors")
     good = (folder / "11.png").read_bytes()
     (folder / "11.png").write_bytes(good[:100])
-    config = settings.replace(config, {"tokenizer.path": tokenizer})
+    config = tree.replace(config, {"tokenizer.path": tokenizer})
     with pytest.raises(InputError, match="11.png"):
         pretrain(config, tmp_path / "stops", "l_dae")
-    skips = settings.replace(config, {"data.bad_images": "skip"})
+    skips = tree.replace(config, {"data.bad_images": "skip"})
     pretrain(skips, tmp_path / "skips", "l_dae")
     assert sum(line["skipped"] for line in lines(tmp_path / "skips")) == 1
     assert lines(tmp_path / "skips")[-1]["images"] == 24
@@ -212,7 +213,7 @@ def test_a_bad_image_stops_or_is_skipped_and_counted(folder, tiny, tmp_path):
 
 def test_online_knn_is_in_the_metrics(tiny, tmp_path):
     config = tiny(system__knn_every=1, optim__epochs=2, system__log_every=8)
-    config = settings.replace(config, {"data.source": "scattered-digits:64"})
+    config = tree.replace(config, {"data.source": "scattered-digits:64"})
     pretrain(config, tmp_path / "run", "l_dae")
     assert [0 < line["top1_k20"] < 100 for line in lines(tmp_path / "run")] == [True, True]
 
@@ -227,9 +228,7 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="images of this run was 64 when it began, and is 65 now"):
         moved = tmp_path / "moved"
         shutil.copytree(run, moved)
-        (moved / "config.yaml").write_text(
-            settings.to_yaml(tiny(data__source="scattered-digits:65"))
-        )
+        (moved / "config.yaml").write_text(tree.to_yaml(tiny(data__source="scattered-digits:65")))
         pretrain(tiny(data__source="scattered-digits:65"), moved, "l_dae")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import ldae
-from ldae import settings
+from ldae import tree
 from ldae.errors import InputError
 from ldae.settings import Config
 
@@ -14,15 +14,15 @@ from ldae.settings import Config
 def test_a_saved_configuration_loads_as_it_was(tmp_path):
     config = ldae.config("patch_pca", scale="small")
     path = tmp_path / "config.yaml"
-    path.write_text(settings.to_yaml(config))
-    assert settings.load(path) == config
+    path.write_text(tree.to_yaml(config))
+    assert tree.load(path, Config()) == config
 
 
 def test_a_file_may_be_only_a_difference(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("tokenizer: {dim: 7}\noptim:\n  blr: 3e-4\n")
-    loaded = settings.load(path)
-    assert settings.difference(Config(), loaded) == {
+    loaded = tree.load(path, Config())
+    assert tree.difference(Config(), loaded) == {
         "tokenizer.dim": (32, 7),
         "optim.blr": (1e-4, 3e-4),
     }
@@ -44,7 +44,7 @@ def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, senten
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=f"mine.yaml.*{sentence}"):
-        settings.load(path)
+        tree.load(path, Config())
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, senten
         ("optim.epochs", float("inf"), "optim.epochs must be above 0, not inf"),
         ("optim.blr", float("nan"), "optim.blr must be above 0, not nan"),
         ("optim.batch_size", 0, "optim.batch_size must be at least 1, not 0"),
-        ("optim.betas", (0.9, 2.0), "optim.betas must be at least 0 and at most 1, not 2.0"),
+        ("optim.betas", (0.9, 2.0), "optim.betas must be at least 0 and below 1, not 2.0"),
         ("data.std", (0.2, 0.0), "data.std must be above 0, not 0.0"),
         ("model.depth", 0, "model.depth must be at least 1, not 0"),
         ("system.log_every", 0, "system.log_every must be at least 1, not 0"),
@@ -63,26 +63,26 @@ def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, senten
     ],
 )
 def test_a_number_out_of_range_is_told(name, value, sentence):
-    settings.check(Config())
+    tree.check(Config())
     with pytest.raises(InputError, match=re.escape(sentence)):
-        settings.check(settings.replace(Config(), {name: value}))
+        tree.check(tree.replace(Config(), {name: value}))
 
 
 def test_every_number_has_a_range():
     """A setting without one would be wrong in silence, or a traceback."""
-    for name, value in settings.flatten(Config()).items():
+    for name, value in tree.flatten(Config()).items():
         numbers = value if isinstance(value, tuple) else (value,)
         if name in ("data.mean", "data.std", "model.depth") or any(
             isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
         ):
             wrong = (-1e9,) if isinstance(value, tuple) else type(value)(-1e9)
             with pytest.raises(InputError, match=re.escape(name)):
-                settings.check(settings.replace(Config(), {name: wrong}))
+                tree.check(tree.replace(Config(), {name: wrong}))
 
 
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(InputError, match="nothing.yaml can not be read"):
-        settings.load(tmp_path / "nothing.yaml")
+        tree.load(tmp_path / "nothing.yaml", Config())
 
 
 def test_every_setting_is_read_by_some_code():
@@ -92,7 +92,7 @@ def test_every_setting_is_read_by_some_code():
     )
     unread = [
         name
-        for name in settings.flatten(Config())
+        for name in tree.flatten(Config())
         if not re.search(rf"(?<![\w\"']){re.escape(_attribute(name))}\b", code)
     ]
     assert unread == []
@@ -100,12 +100,13 @@ def test_every_setting_is_read_by_some_code():
 
 def _attribute(name: str) -> str:
     """``optim.blr`` as code reads it: the group's variable and the field."""
+    name = name.removeprefix("tokenizer.") if name.count(".") == 2 else name
     return name if "." in name else f"config.{name}"
 
 
 def test_settings_are_plain_values():
     """What YAML and a checkpoint opened with weights_only can hold."""
-    assert yaml.safe_load(settings.to_yaml(Config())) is not None
-    for value in settings.flatten(Config()).values():
+    assert yaml.safe_load(tree.to_yaml(Config())) is not None
+    for value in tree.flatten(Config()).values():
         assert isinstance(value, bool | int | float | str | tuple | None)
     assert dataclasses.is_dataclass(Config().system)

@@ -3,7 +3,9 @@ import pytest
 import ldae
 from ldae import trajectory
 from ldae.errors import InputError
-from ldae.settings import Config, difference, flatten
+from ldae.method import build
+from ldae.settings import Config
+from ldae.tree import difference, flatten
 
 
 def test_l_dae_at_the_papers_scale_is_the_defaults():
@@ -16,6 +18,22 @@ def test_each_row_changes_exactly_what_it_says():
         assert {name: new for name, (_, new) in changed.items()} == after.changes
         assert 1 <= len(after.changes) <= 3
         assert after.number == before.number + 1
+
+
+def test_rows_beside_the_trajectory_change_exactly_what_they_say():
+    for row in trajectory.BESIDE:
+        changed = difference(ldae.config(row.base), ldae.config(row.name))
+        assert {name: new for name, (_, new) in changed.items()} == row.changes
+        assert row.number is None and row.accuracy is None
+
+
+def test_rows_1_3_and_4_differ_by_one_number_each():
+    assert difference(ldae.config("unconditional"), ldae.config("no_perceptual")) == {
+        "tokenizer.perceptual_weight": (1.0, 0.0)
+    }
+    assert difference(ldae.config("no_perceptual"), ldae.config("no_adversarial")) == {
+        "tokenizer.adversarial_weight": (0.5, 0.0)
+    }
 
 
 # The table of the paper, written a second time from its text.
@@ -55,6 +73,8 @@ def test_wrong_names_are_told_with_the_nearest():
 
 @pytest.mark.parametrize("scale", trajectory.SCALES)
 def test_every_row_takes_every_scale(scale):
-    for row in trajectory.ROWS:
+    for row in (*trajectory.ROWS, *trajectory.BESIDE):
         config = ldae.config(row.name, scale)
         assert config.objective == ldae.config(row.name).objective
+        if scale != "paper":  # too large to build in a test
+            build(config, num_classes=10)

@@ -64,6 +64,15 @@ def decode(file: BinaryIO | str | bytes | os.PathLike, name: str) -> Image.Image
         raise BadImage(f"{name} can not be decoded: {_reason(error)}") from error
 
 
+def from_array(array: np.ndarray) -> Image.Image | np.ndarray:
+    """An array, uint8 (H, W) or (H, W, C), as :func:`decode` returns an image."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim == 2 or array.shape[2] == 3:
+        return Image.fromarray(np.ascontiguousarray(array))
+    return array
+
+
 def to_planes(image: Image.Image | np.ndarray, in_chans: int) -> list[Image.Image]:
     """A decoded image as the Pillow images that are resized one by one: one of mode L, RGB or
     RGBA, or ``in_chans`` of mode L when the channels are an array's.
@@ -136,12 +145,9 @@ def _decode_npy(file: BinaryIO) -> Image.Image | np.ndarray:
     data = file.read(math.prod(shape))
     if len(data) < math.prod(shape):
         raise ValueError(f"the array is truncated at {len(data)} of {math.prod(shape)} bytes")
-    array = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran_order else "C")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim == 2 or array.shape[2] == 3:
-        return Image.fromarray(np.ascontiguousarray(array))
-    return array
+    return from_array(
+        np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran_order else "C")
+    )
 
 
 def _reason(error: Exception) -> str:

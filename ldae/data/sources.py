@@ -1,4 +1,4 @@
-"""Where images come from: folders, archives, timm's data sets and built-in data."""
+"""Where images come from: folders, archives, arrays, timm's data sets and built-in data."""
 
 import difflib
 import functools
@@ -66,6 +66,7 @@ def open_source(spec: str, split: Literal["train", "eval"]) -> Source:
       ``train`` and one of ``val``, ``valid``, ``validation``, ``test`` are its splits. Images
       directly inside make it unlabelled; otherwise the first-level sub-folders are the classes,
       sorted. A lone outer folder around folders, as archives often have, is looked through.
+    - A ``.npz`` file of samples: ``arr_0``, uint8 (N, H, W, C), without splits.
     - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: timm's data sets.
     - ``digits`` and ``scattered-digits[:N[:SEED]]``: built in; ``./digits`` would be a folder.
 
@@ -128,6 +129,10 @@ def _splits(spec: str) -> dict[str, Opener]:
         close = difflib.get_close_matches(name, BUILT_IN, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"no folder, archive or built-in data set is named {spec!r}{hint}")
+    if path.lower().endswith(".npz") and os.path.isfile(path):
+        from ldae.data.npz import NpzSource  # which is a Source
+
+        return {"all": functools.partial(NpzSource, spec, Path(path))}
     return _file_splits(spec, open_container(Path(path)))
 
 

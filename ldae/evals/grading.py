@@ -17,10 +17,10 @@ from ldae.errors import InputError
 from ldae.evals.features import Features, Precision, extract, known_labels
 from ldae.log import environment, write_json
 from ldae.preprocessing import preprocessing
-from ldae.settings import COUNT, NOT_NEGATIVE, check
+from ldae.tree import COUNT, NOT_NEGATIVE, check
 
 # Settings that do not decide the numbers, or that a name tells in words.
-_NOT_IN_NAMES = ("random_init", "out", "batch_size", "workers", "device")
+_NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
 
 BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE")]
 SourceSpec = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
@@ -124,21 +124,27 @@ class Grading:
         if self.setup.out:
             return self.setup.out
         home = backbone_folder(self.spec)
-        above = home / "evals" if home else Path("evals", _file_name(self.spec))
-        parts = [self.task, _file_name(self.train.spec)]
+        above = home / "evals" if home else Path("evals", file_name(self.spec))
+        parts = [self.task, file_name(self.train.spec)]
         if self.eval.spec != self.train.spec:
-            parts += ["on", _file_name(self.eval.spec)]
+            parts += ["on", file_name(self.eval.spec)]
         if self.setup.random_init:
             parts.append("random-init")
-        for settings in (protocol, self.setup):
-            for key, value in asdict(settings).items():
-                if value != getattr(type(settings)(), key) and key not in _NOT_IN_NAMES:
-                    values = value if isinstance(value, tuple) else (value,)
-                    parts.append(f"{key}={'-'.join(map(str, values))}")
-        return above / "-".join(parts)
+        return above / "-".join(parts + changes(protocol, self.setup))
 
 
-def _file_name(spec: str) -> str:
+def changes(*settings: Any) -> list[str]:
+    """What of dataclasses of settings differs from its default and decides a number, for a name."""
+    parts = []
+    for part in settings:
+        for key, value in asdict(part).items():
+            if value != getattr(type(part)(), key) and key not in _NOT_IN_NAMES:
+                values = value if isinstance(value, tuple) else (value,)
+                parts.append(f"{key}={'-'.join(file_name(str(value)) for value in values)}")
+    return parts
+
+
+def file_name(spec: str) -> str:
     """The last part of a path that exists, else all of ``spec``, as a name for a folder."""
     path = Path(spec)
     return re.sub(r"[^\w.=]+", "-", path.resolve().name if path.exists() else spec).strip("-")

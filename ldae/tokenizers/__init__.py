@@ -8,42 +8,72 @@ import safetensors.torch
 
 from ldae.errors import InputError
 from ldae.log import write
-from ldae.tokenizers.patch import PatchPCA, PatchTokenizer, PixelTokenizer
+from ldae.tokenizers.contract import PatchTokenizer, Tokenizer
+from ldae.tokenizers.conv import ConvTokenizer
+from ldae.tokenizers.linear import PatchAE, PatchVAE
+from ldae.tokenizers.orthonormal import OrthonormalTokenizer, PatchPCA, PixelTokenizer
+from ldae.tokenizers.trained import TrainedTokenizer
 
-_CLASSES = {"patch_pca": PatchPCA, "pixel": PixelTokenizer}
+__all__ = [
+    "ConvTokenizer", "OrthonormalTokenizer", "PatchAE", "PatchPCA", "PatchTokenizer", "PatchVAE",
+    "PixelTokenizer", "Tokenizer", "TrainedTokenizer",
+]  # fmt: skip
+
+_CLASSES = {
+    "patch_pca": PatchPCA,
+    "pixel": PixelTokenizer,
+    "patch_ae": PatchAE,
+    "patch_vae": PatchVAE,
+    "conv_vae": ConvTokenizer,
+}
 
 
 def create(
-    name: str, *, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str
-) -> PatchTokenizer:
-    """An unfitted tokenizer.
+    name: str,
+    *,
+    img_size: int,
+    patch_size: int,
+    in_chans: int,
+    dim: int,
+    scale: str,
+    width: int = 128,
+    codes: int = 0,
+    pretrained: str = "",
+) -> Tokenizer:
+    """An unfitted tokenizer; ``width``, ``codes`` and ``pretrained`` are read by ``conv_vae``.
 
-    Raises: InputError when its settings do not fit together, or for a tokenizer that is not built.
+    Raises: InputError when its settings do not fit together.
     """
-    if name not in _CLASSES:
-        raise InputError(
-            f"tokenizer.name {name} is not built yet, so rows 1 to 7 can be shown but not run; "
-            f"there are {', '.join(_CLASSES)}"
-        )
-    return _CLASSES[name](img_size, patch_size, in_chans, dim, scale)
+    sizes = (img_size, patch_size, in_chans, dim, scale)
+    if name == "conv_vae":
+        return ConvTokenizer(*sizes, width, codes, pretrained)
+    return _CLASSES[name](*sizes)
 
 
-def _describe(tokenizer: PatchTokenizer) -> dict:
-    name = next(name for name, kind in _CLASSES.items() if type(tokenizer) is kind)
+def name_of(tokenizer: Tokenizer) -> str:
+    """The ``tokenizer.name`` that makes such a tokenizer."""
+    return next(name for name, kind in _CLASSES.items() if type(tokenizer) is kind)
+
+
+def describe(tokenizer: Tokenizer) -> dict:
+    """The name and the sizes that make such a tokenizer."""
     keys = ("img_size", "patch_size", "in_chans", "dim", "scale")
-    return {"name": name} | {key: getattr(tokenizer, key) for key in keys}
+    if isinstance(tokenizer, ConvTokenizer):
+        keys += ("width", "codes", "pretrained")
+    return {"name": name_of(tokenizer)} | {key: getattr(tokenizer, key) for key in keys}
 
 
-def save(tokenizer: PatchTokenizer, path: Path) -> None:
+def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write a fitted tokenizer as safetensors.
 
     Raises: InputError when the disk does not take it.
     """
-    metadata = {"tokenizer": json.dumps(_describe(tokenizer))}
-    write(path, safetensors.torch.save(tokenizer.state_dict(), metadata))
+    metadata = {"tokenizer": json.dumps(describe(tokenizer))}
+    state = {name: value.cpu().contiguous() for name, value in tokenizer.state_dict().items()}
+    write(path, safetensors.torch.save(state, metadata))
 
 
-def load(tokenizer: PatchTokenizer, path: Path) -> None:
+def load(tokenizer: Tokenizer, path: Path) -> None:
     """Fill ``tokenizer`` from a file that ``save`` wrote.
 
     Raises: InputError when the file is missing or damaged, or fits another tokenizer.
@@ -54,8 +84,11 @@ def load(tokenizer: PatchTokenizer, path: Path) -> None:
         state = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError, TypeError, KeyError):
         raise InputError(f"tokenizer file {path} is missing or damaged") from None
-    wanted = _describe(tokenizer)
+    wanted = describe(tokenizer)
     for key, value in wanted.items():
         if found[key] != value:
             raise InputError(f"tokenizer file {path} has {key} {found[key]}, this run {value}")
-    tokenizer.load_state_dict(state)
+    try:
+        tokenizer.load_state_dict(state)
+    except RuntimeError:
+        raise InputError(f"tokenizer file {path} holds another network than this run's") from None

@@ -84,6 +84,9 @@ def train(
 ) -> nn.Module:
     """Train ``model``, whose forward(images, positions, labels) is the loss, to the plan's end.
 
+    The forward may also return (loss, {name: part of it}), always of the same names; the parts go to
+    the metrics as the loss does, as means over the batch and over the steps between two records.
+
     It starts from the newest checkpoint if there is one. ``batches_from(n)`` yields this rank's
     micro batches from image n on. ``describe`` is kept in every checkpoint. Returns the model, or
     the moving average of it where the recipe has one.
@@ -101,11 +104,11 @@ def train(
         network = DistributedDataParallel(network, device_ids=on, broadcast_buffers=False)
     warmup = round(optim.warmup_epochs * plan.epoch)
 
-    def step(lr: float) -> torch.Tensor:
-        """Update the weights once; the loss of the whole batch, the same on every rank."""
+    def step(lr: float) -> dict[str, torch.Tensor]:
+        """Update the weights once; the loss of this rank's share of the batch, and its parts."""
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=device)
+        total = {"loss": torch.zeros((), device=device)}
         for micro in range(plan.micro_batches):
             with meter.waiting():
                 batch = next_batch()
@@ -116,9 +119,11 @@ def train(
             )
             reduce_now = world == 1 or micro == plan.micro_batches - 1
             with nullcontext() if reduce_now else network.no_sync():
-                loss = network(images, positions, labels) / plan.micro_batches
-                loss.backward()
-            total += loss.detach()
+                told = network(images, positions, labels)
+                loss, parts = told if isinstance(told, tuple) else (told, {})
+                (loss / plan.micro_batches).backward()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                total[name] = total.get(name, 0) + value / plan.micro_batches
         if optim.clip_grad:
             nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
         optimizer.step()
@@ -145,22 +150,22 @@ def train(
     model.train()
     metrics, saved_at, meter = open_metrics(seen), time.monotonic(), Meter(seen)
     batches = batches_from(seen)
-    report = nothing = Report(torch.zeros(3, device=device), "")
+    report = nothing = Report(torch.zeros(3, device=device), ("loss",), "")
     with StopRequest() as stop, dead_worker():
         try:
             while seen < plan.total:
                 lr = lr_at(seen, peak=peak_lr(optim), warmup=warmup, total=plan.total)
-                loss = step(lr)
+                losses = step(lr)
                 seen += plan.batch_size
                 late = time.monotonic() - saved_at >= 60 * system.save_minutes
                 # What every rank must agree on travels in one small sum. On a GPU it is read a step
                 # late, so that the device never waits for the host; nothing is saved in between.
                 previous = report
                 report = Report.of(
-                    loss, stop.received > 0, late, f"to image {seen:,} at lr {lr:.3g}"
+                    losses, stop.received > 0, late, f"to image {seen:,} at lr {lr:.3g}"
                 )
                 _, stop_now, save_now = (report if device.type == "cpu" else previous).read()
-                meter.losses.append(report.loss)
+                meter.reports.append(report)
 
                 at_end = seen >= plan.total
                 if seen // plan.batch_size % system.log_every == 0 or at_end:
@@ -223,25 +228,26 @@ def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 class Report:
-    """What all ranks know of one step: the mean loss, whether to stop, whether to save.
+    """What all ranks know of one step: the mean loss and its parts, whether to stop or to save.
 
     A GPU's copy to the host is started at once and waited for only when a value is read. Read a
     step later, it never makes the host wait for work that is still queued.
     """
 
-    def __init__(self, values: torch.Tensor, where: str) -> None:
-        self.loss, self.where = values[0], where
+    def __init__(self, values: torch.Tensor, names: tuple[str, ...], where: str) -> None:
+        self.losses, self.names, self.where = values[2:], names, where
         self.host, self.copied = values.to("cpu", non_blocking=True), None
         if values.is_cuda:
             self.copied = torch.cuda.Event()
             self.copied.record()
 
     @classmethod
-    def of(cls, loss: torch.Tensor, stop: bool, save: bool, where: str) -> "Report":
+    def of(cls, losses: dict[str, torch.Tensor], stop: bool, save: bool, where: str) -> "Report":
         # new_full and not a tensor from the host, whose copy could wait for the queue.
-        flags = [loss.new_full((), float(flag)) for flag in (stop, save)]
-        values = torch.stack([loss / distributed.world_size(), *flags])
-        return cls(distributed.all_reduce_sum(values), where)
+        flags = [losses["loss"].new_full((), float(flag)) for flag in (stop, save)]
+        means = [value.float() / distributed.world_size() for value in losses.values()]
+        values = distributed.all_reduce_sum(torch.stack([*flags, *means]))
+        return cls(values, tuple(losses), where)
 
     def read(self) -> tuple[float, bool, bool]:
         """Loss, stop and save.
@@ -250,7 +256,7 @@ class Report:
         """
         if self.copied:
             self.copied.synchronize()
-        loss, stop, save = self.host.tolist()
+        stop, save, loss = self.host.tolist()[:3]
         if not math.isfinite(loss):
             raise InputError(
                 f"the loss is {loss} in the step {self.where}, which is not saved; begin a run with "
@@ -260,11 +266,11 @@ class Report:
 
 
 class Meter:
-    """Loss, speed and waiting between two lines of progress."""
+    """Losses, speed and waiting between two lines of progress."""
 
     def __init__(self, since: int) -> None:
         self.since, self.start = since, time.perf_counter()
-        self.wait, self.losses, self.skipped = 0.0, [], 0
+        self.wait, self.reports, self.skipped = 0.0, [], 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -274,12 +280,12 @@ class Meter:
 
     def record(self, seen: int, epoch: int, lr: float) -> dict:
         """Means over the images since the last record."""
-        loss = torch.stack(self.losses).mean().item()
+        means = torch.stack([report.losses for report in self.reports]).mean(0).tolist()
         elapsed = time.perf_counter() - self.start
         return {
             "images": seen,
             "epoch": round(seen / epoch, 4),
-            "loss": loss,
+            **dict(zip(self.reports[-1].names, means, strict=True)),
             "lr": lr,
             "images_per_second": round((seen - self.since) / elapsed, 1),
             "data_wait": round(self.wait / elapsed, 4),

@@ -41,8 +41,10 @@ def batches_from(micro_batches=1, bad_at=None, nan_at=None):
     return stream
 
 
-def run(folder, stream=batches_from(), optim=OPTIM, system=SYSTEM, micro_batches=1, hooks=()):
-    model = Line()
+def run(
+    folder, stream=batches_from(), optim=OPTIM, system=SYSTEM, micro_batches=1, hooks=(), model=None
+):
+    model = model or Line()
     records = []
     log = SimpleNamespace(write=records.append, close=lambda: None)
     trained = train(
@@ -74,6 +76,32 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
     whole, _ = run(tmp_path / "whole")
     pieces, _ = run(tmp_path / "pieces", batches_from(micro_batches=2), micro_batches=2)
     assert pieces == pytest.approx(whole, rel=1e-6)
+
+
+class LineInParts(Line):
+    """Tells the largest number of each batch and the weight beside its loss."""
+
+    def forward(self, images, positions, labels):
+        loss = super().forward(images, positions, labels)
+        return loss, {"largest": images.max(), "weight": self.w.detach().mean()}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_parts_of_the_loss_are_told_as_means(micro_batches, tmp_path):
+    """Over the micro batches of a step, and over the steps between two records."""
+    stream = batches_from(micro_batches)
+    plain, without = run(tmp_path / "plain", stream, micro_batches=micro_batches)
+    weight, records = run(
+        tmp_path / "parts", stream, micro_batches=micro_batches, model=LineInParts()
+    )
+    assert weight == plain
+    size = 4 // micro_batches
+    for record, other in zip(records, without, strict=True):
+        assert record["loss"] == other["loss"] and "largest" not in other
+        first = record["images"] - 8
+        largest = [max(n % 7 for n in range(i, i + size)) for i in range(first, first + 8, size)]
+        assert record["largest"] == pytest.approx(sum(largest) / len(largest))
+    assert records[0]["weight"] < records[-1]["weight"] < 3
 
 
 def test_bad_data_stops_with_everything_before_it_saved(tmp_path):

@@ -133,8 +133,3 @@ def test_nothing_to_fit_on_is_told():
         tokenizer.fit([])
     with pytest.raises(InputError, match="channel 0 is the same"):
         tokenizer.fit([torch.full((2, 3, 32, 32), 7, dtype=torch.uint8)])
-
-
-def test_a_tokenizer_that_is_not_built_says_so():
-    with pytest.raises(InputError, match="conv_vae is not built yet"):
-        tokenizers.create("conv_vae", img_size=32, patch_size=4, in_chans=3, dim=4, scale="raw")

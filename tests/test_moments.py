@@ -1,6 +1,6 @@
 import torch
 
-from ldae.tokenizers.moments import Moments
+from ldae.moments import Moments
 
 
 def test_moments_equal_those_of_all_vectors_at_once():
@@ -13,7 +13,9 @@ def test_moments_equal_those_of_all_vectors_at_once():
     exact = vectors.double()
     assert torch.equal(moments.second, exact.T @ exact)
     torch.testing.assert_close(moments.mean(), exact.mean(0))
-    torch.testing.assert_close(moments.covariance(), exact.T.cov(correction=0))
+    for correction in (0, 1):
+        wanted = exact.T.cov(correction=correction)
+        torch.testing.assert_close(moments.covariance(correction), wanted)
     assert moments.count == 5000
 
 

@@ -15,10 +15,10 @@ class Moments:
         self.second = torch.zeros(dim, dim, **double)
 
     def update(self, vectors: torch.Tensor) -> None:
-        """Add float32 vectors (n, D), in blocks that are multiplied in float32 and added in float64.
+        """Add vectors (n, D), in blocks that are multiplied in their precision and added in float64.
 
-        Nothing is lost when the vectors are integers of at most 128 in size: a block's sums of
-        products are at most 1024 * 128^2 = 2^24, up to which float32 counts exactly.
+        In float32 nothing is lost when the vectors are integers of at most 128 in size: a block's
+        sums of products are at most 1024 * 128^2 = 2^24, up to which float32 counts exactly.
         """
         for block in vectors.split(1024):
             self.count += len(block)
@@ -33,6 +33,8 @@ class Moments:
     def mean(self) -> torch.Tensor:
         return self.sum / self.count
 
-    def covariance(self) -> torch.Tensor:
+    def covariance(self, correction: int = 0) -> torch.Tensor:
+        """(D, D), divided by count - ``correction``: 1 for the unbiased estimate."""
         mean = self.mean()
-        return self.second / self.count - mean[:, None] * mean
+        biased = self.second / self.count - mean[:, None] * mean
+        return biased * (self.count / (self.count - correction))

@@ -1,0 +1,137 @@
+"""What pre-training and the training of a tokenizer share: the run folder, and the loop over its data."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldae import distributed, log, tree
+from ldae.data.loader import train_batches
+from ldae.data.sources import Source, open_source
+from ldae.data.transforms import CropTransform
+from ldae.errors import InputError
+from ldae.settings import Config, Optim
+from ldae.train.checkpoint import Checkpoints
+from ldae.train.loop import Hook, Plan, train
+from ldae.train.metrics import Metrics
+
+TOKENIZER = "tokenizer.safetensors"
+RECONSTRUCTION = "reconstruction.json"
+_MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # between the parts of a run
+
+
+def open_run(run: Path, config: Config, device: torch.device, unread: tuple[str, ...] = ()) -> None:
+    """Make the run folder, or check that it is this run's.
+
+    Until there is a checkpoint there is nothing to lose, and other settings begin anew. ``unread``
+    are the beginnings of settings that do not matter to this run.
+
+    Raises: InputError when it holds a run of other settings, naming them.
+    """
+    record = run / "config.yaml"
+    begun = bool(Checkpoints(run).paths())
+    changed = tree.difference(tree.load(record, Config()), config) if record.exists() else {}
+    free = (*_MAY_CHANGE, *unread)
+    changed = {name: pair for name, pair in changed.items() if not name.startswith(free)}
+    if begun and changed:
+        told = ", ".join(
+            f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
+        )
+        raise InputError(f"run folder {run} holds another run: {told}; name another --run")
+    if not record.exists() and run.is_dir() and any(run.iterdir()):
+        raise InputError(f"run folder {run} is not empty and holds no run")
+    distributed.barrier()  # every rank has looked before one of them writes
+    if distributed.is_main():
+        if changed:
+            for name in (TOKENIZER, RECONSTRUCTION):
+                (run / name).unlink(missing_ok=True)
+        log.write(record, tree.to_yaml(config).encode())
+        environment = log.environment(device) | {"ranks": distributed.world_size()}
+        log.write_json(run / "environment.json", environment)
+    distributed.barrier()
+
+
+def train_in(
+    run: Path,
+    model: nn.Module,
+    config: Config,
+    optim: Optim,
+    schedule: Plan,
+    source: Source,
+    *,
+    row: str,
+    device: torch.device,
+    compiled: bool = False,
+    hooks: tuple[Hook, ...] = (),
+) -> nn.Module:
+    """Train ``model`` in the run folder on the images of ``source``, see ``train``."""
+
+    def batches_from(start: int) -> Iterator:
+        return train_batches(
+            source,
+            transform_of(config),
+            seed=config.seed,
+            start=start,
+            stop=schedule.total,
+            batch_size=schedule.batch_size,
+            micro_batches=schedule.micro_batches,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=config.system.workers,
+            bad_images=config.data.bad_images,
+            pin_memory=device.type == "cuda",
+        )
+
+    def open_metrics(seen: int) -> Metrics:
+        say(f"{run}: {row}, {schedule.total:,} images in {schedule.steps:,} steps, from {seen:,}")
+        return Metrics(run, seen, config.system.tensorboard, config.system.wandb)
+
+    return train(
+        model,
+        batches_from,
+        schedule,
+        optim,
+        config.system,
+        device=device,
+        checkpoints=Checkpoints(run, config.system.keep),
+        open_metrics=open_metrics,
+        describe={"row": row, "images": len(source), "classes": list(source.classes or ())},
+        compiled=compiled,
+        hooks=hooks,
+    )
+
+
+def say(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)
+
+
+def transform_of(config: Config) -> CropTransform:
+    data = config.data
+    return CropTransform(data.img_size, data.in_chans, data.crop, data.flip)
+
+
+def runs_in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether the network runs in bfloat16; ``auto`` asks whether the device has it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
+def compiles(mode: str, device: torch.device) -> bool:
+    return device.type == "cuda" if mode == "auto" else mode == "on"
+
+
+def samples(config: Config, device: torch.device, count: int = 12) -> torch.Tensor:
+    """A few images for the pictures, of the evaluation split where there is one."""
+    source = open_source(config.data.source, "eval")
+    center = CropTransform(config.data.img_size, config.data.in_chans)
+    count = min(count, len(source))
+    batches = train_batches(
+        source, center, seed=0, start=0, stop=count, batch_size=count, bad_images="skip"
+    )
+    return next(batches).images.to(device)

@@ -1,0 +1,161 @@
+"""Operations on a tree of frozen dataclasses: ranges, dotted names, changes, differences, YAML."""
+
+import dataclasses
+import difflib
+import math
+import typing
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from ldae.errors import InputError
+
+
+class Range(NamedTuple):
+    """The finite numbers that a setting takes, ``low`` to ``high``, without the ends that are open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        words = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        if self.high < math.inf:
+            words += f" and {'below' if self.open_high else 'at most'} {self.high:g}"
+        return words
+
+
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, open_low=True)
+COUNT = Range(1)
+SHARE = Range(0, 1)
+DECAY = Range(0, 1, open_high=True)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf under its dotted name, in the order of the tree."""
+    leaves = {}
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flatten(value, f"{prefix}{part.name}.")
+        else:
+            leaves[prefix + part.name] = value
+    return leaves
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Raises: InputError naming the first setting of the tree that is out of its range."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for part in dataclasses.fields(settings):
+        name, value = prefix + part.name, getattr(settings, part.name)
+        if dataclasses.is_dataclass(value):
+            check(value, f"{name}.")
+        allowed = [r for r in getattr(hints[part.name], "__metadata__", ()) if isinstance(r, Range)]
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not all(r.holds(number) for r in allowed):
+                raise InputError(f"{name} must be {allowed[0]}, not {number}")
+
+
+def replace(config: Any, changes: dict[str, Any]) -> Any:
+    """``config`` with the leaves of these dotted names changed.
+
+    Raises: InputError for a name that does not exist, with the nearest one that does, and for a
+        value that the setting does not take.
+    """
+    known = flatten(config)
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            raise InputError(f"there is no setting {name!r}; the nearest is {near[0]!r}")
+    return _replace(config, changes, "")
+
+
+def _replace(config: Any, changes: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    values = {}
+    for part in dataclasses.fields(config):
+        name, value = prefix + part.name, getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            values[part.name] = _replace(value, changes, f"{name}.")
+        elif name in changes:
+            values[part.name] = _checked(name, changes[name], hints[part.name])
+    return dataclasses.replace(config, **values)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type that the setting has; YAML knows no tuples and reads 1e-4 as text."""
+    options = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
+    if options and value in options:
+        return value
+    if not options and not _is_union(hint) and typing.get_origin(hint) is None:
+        if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        if type(value) is hint:
+            return value
+    if _is_union(hint) and (value is None or type(value) in typing.get_args(hint)):
+        return value
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(float(part) for part in value)
+    wanted = " or ".join(map(str, options)) if options else getattr(hint, "__name__", str(hint))
+    raise InputError(f"setting {name!r} takes {wanted}, not {value!r}")
+
+
+def _is_union(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """The leaves that differ: dotted name -> (old value, new value)."""
+    before, after = flatten(old), flatten(new)
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def to_yaml(config: Any) -> str:
+    """A tree as YAML that :func:`load` reads."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def load(path: str | Path, base: Any) -> Any:
+    """``base`` changed by what the YAML file says, which may be a whole tree or a few settings.
+
+    Raises: InputError naming the file when it is missing, no YAML, or sets what does not exist.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"configuration {path} can not be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InputError(f"configuration {path} is not a YAML file") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"configuration {path} holds no settings")
+    changes: dict[str, Any] = {}
+
+    def collect(part: dict, prefix: str) -> None:
+        for key, value in part.items():
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{key}.")
+            else:
+                changes[f"{prefix}{key}"] = value
+
+    collect(tree, "")
+    try:
+        return replace(base, changes)
+    except InputError as error:
+        raise InputError(f"configuration {path}: {error}") from None

@@ -1,0 +1,95 @@
+"""Targets and weights against what their names say, number by number."""
+
+import pytest
+import torch
+
+from ldae import noise
+from ldae.errors import InputError
+from ldae.method import build
+from ldae.objective import Objective
+from ldae.patches import patchify
+from ldae.prediction import PREDICTIONS
+
+GAMMA = torch.tensor([1.0, 0.8, 0.3])
+SIGMA = torch.tensor([0.1, 0.6, 0.9])
+
+
+def objective(tiny, target: str, weight: str = "uniform", sigma: torch.Tensor = SIGMA) -> Objective:
+    return Objective(target, weight, 0.1, GAMMA, sigma, build(tiny()).tokenizer)
+
+
+@pytest.mark.parametrize(
+    "weight, wanted",
+    [
+        ("uniform", [1.0, 1.0, 1.0]),
+        ("gamma2", [1.0, 0.64, 0.09]),
+        ("sigma2", [0.01, 0.36, 0.81]),
+        ("inverse", [1 / 1.01, 1 / 1.36, 1 / 1.81]),
+    ],
+)
+def test_an_image_counts_by_the_weight_of_its_level(tiny, weight, wanted):
+    found = objective(tiny, "eps", weight)
+    for t, value in enumerate(wanted):
+        error = torch.full((1, 16, 6), 2.0)
+        loss = found.loss(None, error, torch.tensor([t]))
+        assert loss.item() == pytest.approx(4 * value)
+
+
+def test_a_score_weighted_by_sigma2_has_the_loss_of_eps(tiny):
+    eps, guess = torch.randn(2, 3, 16, 6)
+    t = torch.arange(3)
+    sigma = SIGMA[:, None, None]
+    as_eps = objective(tiny, "eps").loss(None, eps - guess, t)
+    as_score = objective(tiny, "score", "sigma2").loss(None, (guess - eps) / sigma, t)
+    torch.testing.assert_close(as_score, as_eps)
+
+
+def test_the_residual_of_the_image_counts_a_tenth_outside_of_the_kept_axes(tiny, images):
+    method = build(tiny("l_dae"))
+    method.tokenizer.fit([images])
+    basis, d = method.tokenizer.basis, method.tokenizer.dim
+    for axis, weight in ((0, 1.0), (d - 1, 1.0), (d, 0.1), (191, 0.1)):
+        error = basis[axis].expand(1, 16, -1)
+        loss = method.objective.loss(method.tokenizer, error, torch.tensor([0]))
+        assert loss.item() == pytest.approx(weight / 192, rel=1e-4)
+
+
+@pytest.mark.parametrize("target", [*PREDICTIONS, "projected", "image"])
+def test_clean_gives_z_0_back_from_the_target(tiny, images, target):
+    """Exactly, where the target says what z_0 is: an image says it by its projection."""
+    changes = {"noise__schedule": "cosine", "objective__target": target}
+    method = build(tiny("l_dae", **changes)).double()
+    method.tokenizer.fit([images])
+    x = method.tokenizer.normalize(images)
+    z_0, t = method.encode(x), torch.tensor([0, 10, 200, 500, 700, 900, 950, 990])
+    eps = noise.normal(0, torch.arange(8), z_0.shape[1:]).double()
+    gamma, sigma = method.level(t)
+    output = method.objective.target(method.tokenizer, x, z_0, eps, gamma, sigma)
+    z_t = gamma * z_0 + sigma * eps
+    found = method.objective.clean(method.tokenizer, output, z_t, gamma, sigma)
+    torch.testing.assert_close(found, z_0, atol=1e-6, rtol=1e-6)
+    if target == "image":
+        assert torch.equal(output, patchify(x, method.tokenizer.patch_size))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"objective__target": "score"}, "score is undefined where noise.schedule has no noise"),
+        (
+            {"tokenizer__name": "patch_ae"},
+            "objective.target image needs a tokenizer that is patch-wise and orthonormal",
+        ),
+        (
+            {"tokenizer__name": "conv_vae", "tokenizer__dim": 8, "objective__input": "latent"},
+            "objective.target image needs a tokenizer that is patch-wise and orthonormal",
+        ),
+        (
+            {"tokenizer__name": "conv_vae", "tokenizer__dim": 8, "objective__target": "projected"},
+            "needs a.*patch-wise",
+        ),
+    ],
+)
+def test_targets_that_do_not_fit_are_told(tiny, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        build(tiny("l_dae", **changes))
