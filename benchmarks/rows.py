@@ -3,8 +3,8 @@ r"""Every row of the trajectory, and those beside it, on one data set at one sma
 python benchmarks/rows.py --data SOURCE [--eval-data SOURCE] --perceptual-net SPEC [--rows ROW ...] \
     [settings of ldae pretrain, such as --model.depth 2]
 
-For each row: its tokenizer (rows with the same one share it), pre-training, linear probe and k-NN,
-and a grid of samples. All is done by the commands that a user would type; they are printed, and what
+For each row: its tokenizer (rows with the same one share it), pre-training, linear probe, and a grid
+of samples. All is done by the commands that a user would type; they are printed, and what
 is finished is skipped, so the same command goes on where it stopped. The records of every row go to
 --out, and table.json and table.md collect them.
 """
@@ -45,7 +45,8 @@ def main() -> None:
 
 def run_row(name: str, asked: argparse.Namespace, settings: list[str]) -> None:
     config = ldae.config(name, asked.scale)
-    settings = ["--data", asked.data, *settings]
+    splits = ["--data", asked.data, *(["--eval-data", asked.eval_data] if asked.eval_data else [])]
+    settings = [*splits, *settings]
     if config.tokenizer.perceptual_weight:
         settings += ["--tokenizer.perceptual-net", asked.perceptual_net]
     fit = asked.runs / "tokenizers" / tokenizer_name(name, asked.scale)
@@ -54,12 +55,9 @@ def run_row(name: str, asked: argparse.Namespace, settings: list[str]) -> None:
     ldae_("fit-tokenizer", name, *scale, *settings, "--run", fit)
     tokenizer = ["--tokenizer.path", fit / "tokenizer.safetensors"]
     ldae_("pretrain", name, *scale, *settings, *tokenizer, "--run", run)
-    splits = ["--data", asked.data, *(["--eval-data", asked.eval_data] if asked.eval_data else [])]
-    linear, neighbours = run / "evals" / "linear", run / "evals" / "knn"
+    linear = run / "evals" / "linear"
     if not (linear / "results.json").exists():
         ldae_("linear", run, *splits, "--epochs", asked.probe_epochs, "--out", linear)
-    if not (neighbours / "results.json").exists():
-        ldae_("knn", run, *splits, "--k", 20, "--out", neighbours)
     if not list(run.glob("samples/*.png")):
         ldae_("sample", run)
 
@@ -83,8 +81,7 @@ def collect(name: str, asked: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for file in _COPIED:
         shutil.copyfile(run / file, out / file)
-    for task in ("linear", "knn"):
-        shutil.copyfile(run / "evals" / task / "results.json", out / f"{task}.json")
+    shutil.copyfile(run / "evals" / "linear" / "results.json", out / "linear.json")
     fit = asked.runs / "tokenizers" / tokenizer_name(name, asked.scale)
     shutil.copyfile(fit / "reconstruction.json", out / "reconstruction.json")
 
@@ -94,28 +91,27 @@ def write_table(asked: argparse.Namespace) -> None:
     table = []
     for row in (*trajectory.ROWS, *trajectory.BESIDE):
         out = asked.out / row.name
-        if not (out / "knn.json").exists():
+        if not (out / "reconstruction.json").exists():
             continue
-        read = {kind: json.loads((out / f"{kind}.json").read_text()) for kind in ("linear", "knn")}
+        linear = json.loads((out / "linear.json").read_text())
         reconstruction = json.loads((out / "reconstruction.json").read_text())
         table.append(
             {
                 "row": row.number,
                 "name": row.name,
                 "published": row.accuracy,
-                "linear": read["linear"]["results"]["top1"],
-                "knn": read["knn"]["results"]["top1_k20"],
+                "linear": linear["results"]["top1"],
                 "psnr": reconstruction["results"]["psnr"],
             }
         )
     write_json(asked.out / "table.json", {"rows": table, "environment": environment()})
     lines = [
-        "| # | row | reconstruction, dB | k-NN, k = 20 | linear probe | published (ImageNet) |",
-        "|---|---|---|---|---|---|",
+        "| # | row | reconstruction, dB | linear probe | published (ImageNet) |",
+        "|---|---|---|---|---|",
     ]
     for line in table:
         lines.append(
-            f"| {line['row'] or ''} | {line['name']} | {line['psnr']:.1f} | {line['knn']:.1f} "
+            f"| {line['row'] or ''} | {line['name']} | {line['psnr']:.1f} "
             f"| {line['linear']:.1f} | {line['published'] or ''} |"
         )
     write(asked.out / "table.md", ("\n".join(lines) + "\n").encode())
