@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ldae.errors import InputError, first_line
+from ldae.train.run import CLASSIFIER
 from ldae.weights import load_weights
 
 
@@ -69,8 +70,13 @@ def load_classifier(spec: str | Path, in_chans: int = 3) -> nn.Module:
 
 
 def backbone_folder(spec: str | Path) -> Path | None:
-    """The run or timm folder that ``spec`` names; None when it names something else."""
+    """The run or timm folder that ``spec`` names; None when it names something else.
+
+    Of a fine-tuning that is done it is the folder of its classifier.
+    """
     folder = Path(spec)
+    if (folder / CLASSIFIER / "config.json").is_file():
+        return folder / CLASSIFIER
     return folder if _is_run(folder) or (folder / "config.json").is_file() else None
 
 
@@ -149,7 +155,7 @@ def _from_timm_name(
             "a checkpoint on this machine is opened by NAME@FILE, with its timm name"
         ) from error
     model.model_args = args
-    _adapt_cfg(model, in_chans, img_size)
+    adapt_cfg(model, in_chans, img_size)
     return model
 
 
@@ -173,7 +179,7 @@ def _known(name: str) -> Any:
     raise InputError(f"there is no folder {name} and no timm model of that name{hint}")
 
 
-def _adapt_cfg(model: nn.Module, in_chans: int, img_size: int | None) -> None:
+def adapt_cfg(model: nn.Module, in_chans: int, img_size: int | None) -> None:
     """Make ``pretrained_cfg``, which describes the weights, describe the model that was built."""
     cfg = dict(model.pretrained_cfg)
     own_chans, height, width = cfg["input_size"]

@@ -26,6 +26,11 @@ VERBS = {
     ),
     "knn": ("ldae.evals.knn:knn", "grade a backbone by its nearest neighbours"),
     "linear": ("ldae.evals.linear:linear", "grade a backbone by a linear probe"),
+    "finetune": (
+        "ldae.finetune:finetune",
+        "fine-tune a backbone by a recipe; the same command resumes",
+    ),
+    "grid": ("ldae.evals.grid:grid", "probe a run at every t and after every block"),
     "fid": ("ldae.evals.fid:fid", "measure how far images are from a reference set"),
     "sample": ("ldae.sample:sample", "sample images from a run: a grid, a folder or a file.npz"),
     "export": ("ldae.export:export", "write a run's backbone as a folder for timm and the hub"),
@@ -104,6 +109,9 @@ def _call(verb: str, argv: Sequence[str]) -> None:
     if verb in _OF_A_ROW:
         _call_with_row(verb, argv)
         return
+    if verb == "finetune":
+        _call_with_recipe(verb, argv)
+        return
     tyro.cli(
         _function(verb), prog=f"ldae {verb}", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
     )
@@ -116,15 +124,10 @@ def _function(verb: str) -> Callable:
 
 def _call_with_row(verb: str, argv: Sequence[str]) -> None:
     """The settings' defaults are those of the row and the scale, so these two are read first."""
-    import tyro
+    from ldae import trajectory, tree
 
-    from ldae import settings, trajectory, tree
-
-    scales = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scales.add_argument("--scale", default="paper")
-    chosen, rest = scales.parse_known_args(argv)
-    row = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    if row is None and not {"-h", "--help"} & set(rest):
+    chosen, row, rest = _read_first(argv, scale="paper")
+    if row is None and not _asks_help(rest):
         raise InputError(
             f"say which row of the paper: ldae {verb} l_dae ... (`ldae show` lists all)"
         )
@@ -133,28 +136,84 @@ def _call_with_row(verb: str, argv: Sequence[str]) -> None:
     else:
         base = trajectory.config(row or "l_dae", chosen.scale)
         row = trajectory.row(row or "l_dae").name
+    _call_with_settings(
+        verb,
+        rest,
+        base,
+        row,
+        usage="ROW [--scale SCALE]",
+        what="ROW (a name or number of `ldae show`, or a .yaml file of settings) at SCALE "
+        f"({', '.join(trajectory.SCALES)})",
+    )
+
+
+def _call_with_recipe(verb: str, argv: Sequence[str]) -> None:
+    """The settings' defaults are those of the recipe for the size of the backbone."""
+    from ldae.finetuning import recipes
+    from ldae.tree import replace
+
+    chosen, backbone, rest = _read_first(argv, recipe="", size="")
+    names = ", ".join(found.name for found in recipes.RECIPES)
+    if _asks_help(rest):
+        base = recipes.config(chosen.recipe or "mae", chosen.size or "B")
+    elif backbone is None or not chosen.recipe:
+        raise InputError(f"say what and how: ldae {verb} BACKBONE --recipe NAME ... ({names})")
+    else:
+        recipes.recipe(chosen.recipe)  # told before anything is opened
+        size = chosen.size or recipes.size_of(backbone)
+        base = replace(recipes.config(chosen.recipe, size), {"backbone": backbone})
+    _call_with_settings(
+        verb,
+        rest,
+        base,
+        usage="BACKBONE --recipe NAME [--size SIZE]",
+        what="BACKBONE (a run folder, an exported folder, a timm name or NAME@FILE) by the recipe "
+        f"NAME ({names}) with its constants for SIZE (B, L or H; by default by the backbone's width)",
+    )
+
+
+def _read_first(
+    argv: Sequence[str], **options: str
+) -> tuple[argparse.Namespace, str | None, list[str]]:
+    """What the defaults of the settings depend on: options, a positional argument; and the rest."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", default=default)
+    chosen, rest = parser.parse_known_args(argv)
+    first = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    return chosen, first, rest
+
+
+def _asks_help(argv: Sequence[str]) -> bool:
+    return bool({"-h", "--help"} & set(argv))
+
+
+def _call_with_settings(
+    verb: str, argv: Sequence[str], base: object, *more: object, usage: str, what: str
+) -> None:
+    """Call the function of ``verb`` with ``base`` changed by the command line, and ``more``."""
+    import tyro
 
     def call(
-        config: Annotated[settings.Config, tyro.conf.arg(name="")] = base,
+        config: Annotated[type(base), tyro.conf.arg(name="")] = base,
         *,
         run: Annotated[Path, tyro.conf.arg(help="The run folder, new or to go on with.")],
         dry_run: Annotated[
             bool, tyro.conf.arg(help="Print the configuration and the plan, and stop.")
         ] = False,
     ) -> None:
-        _function(verb)(config, run, row, dry_run)
+        _function(verb)(config, run, *more, dry_run)
 
-    what = VERBS[verb][1].partition(";")[0]
+    does = VERBS[verb][1].partition(";")[0]
     tyro.cli(
         call,
-        prog=f"ldae {verb} ROW [--scale SCALE]",
+        prog=f"ldae {verb} {usage}",
         description=(
-            f"{what[0].upper()}{what[1:]}: ROW (a name or number of `ldae show`, or a .yaml file of "
-            f"settings) at SCALE ({', '.join(trajectory.SCALES)}) in the folder of --run. "
+            f"{does[0].upper()}{does[1:]}: {what} in the folder of --run. "
             "The same command again resumes."
         ),
-        args=rest,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
     )
 
 

@@ -1,14 +1,13 @@
 """From a run to a stock timm VisionTransformer: fold, verify, write; and back into a new run."""
 
 import copy
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import timm
 import torch
 import tyro
-from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -17,6 +16,7 @@ from ldae.errors import InputError, first_line
 from ldae.method import LDAE, build
 from ldae.models.dit import Block
 from ldae.settings import Config
+from ldae.timm_folder import write_timm_folder
 from ldae.tokenizers import PatchTokenizer
 from ldae.train.checkpoint import Checkpoints
 from ldae.tree import load
@@ -37,6 +37,10 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
     state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
+    if not any(name.startswith("denoiser.") for name in state["model"]):
+        raise InputError(
+            f"run folder {run} holds no pre-training, but the {state['describe']['row']}"
+        )
     method = build(
         load(run / "config.yaml", Config()), num_classes=len(state["describe"]["classes"])
     )
@@ -157,10 +161,22 @@ def _fold_block(block: Block, condition: torch.Tensor) -> dict[str, torch.Tensor
 @torch.no_grad()
 def features(method: LDAE, images: torch.Tensor, t: int) -> torch.Tensor:
     """What the unfolded encoder gives for clean normalised images (B, C, H, W): (B, W)."""
+    return method.denoiser.encode(*input_at(method, images, t)).mean(1)
+
+
+def input_at(
+    method: LDAE, images: torch.Tensor, t: int, eps: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the denoiser sees of normalised images at ``t``: tokens (B, N, in_dim) and condition.
+
+    Without ``eps`` (B, N, d) the input is clean: what the network saw at that t, less the noise.
+    """
     z = method.gamma[t] * method.encode(images)
-    tokens = method.tokenizer.inverse(z) if method.image_input else z
+    if eps is not None:
+        z = z + method.sigma[t] * eps
     steps = torch.full((len(images),), t, device=images.device)
-    return method.denoiser.encode(tokens, method.denoiser.condition(steps)).mean(1)
+    tokens = method.tokenizer.inverse(z) if method.image_input else z
+    return tokens, method.denoiser.condition(steps)
 
 
 def _verify(exact: LDAE, vit: VisionTransformer, t: int) -> None:
@@ -245,28 +261,13 @@ def export(
         if len(method.sigma) > 1:
             raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
     vit = fold(method, timestep)
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        timm.models.save_for_hf(
-            vit, str(aside), safe_serialization=True, model_args=model_args(method)
-        )
-        (aside / "README.md").write_text(_model_card(run, method, state, timestep))
-        # safetensors' files are for their owner alone; a folder to share is as readable as its rest.
-        shutil.copymode(aside / "README.md", aside / "model.safetensors")
-        _verify_file(vit, aside, method)
-        aside.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{out} can not be written: {error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    card = _model_card(run, method, state, timestep)
+    write_timm_folder(out, vit, model_args(method), partial(_verify_file, vit, method), card=card)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")
     return out
 
 
-def _verify_file(vit: VisionTransformer, folder: Path, method: LDAE) -> None:
-    opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> None:
     side = method.tokenizer.img_size
     images = torch.randn(2, method.tokenizer.in_chans, side, side)
     with torch.no_grad():

@@ -123,6 +123,8 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
                 "of tokenizer.optim"
             )
         tokenizer_loss(fit)  # what is absent or does not fit is told now
+    if config.tokenizer.path:
+        tokenizers.load(tokenizer, Path(config.tokenizer.path))
     return fit
 
 
@@ -134,9 +136,7 @@ def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
     if path.exists() and (given or fit.schedule):
         tokenizers.load(fit.tokenizer, path)
         return fit.tokenizer
-    if given:
-        tokenizers.load(fit.tokenizer, Path(given))
-    else:
+    if not given:  # which is loaded already
         if fit.schedule:
             _open_fit(fit, folder)
         _carry_out(fit, folder, row)
@@ -148,7 +148,8 @@ def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
 
 def _open_fit(fit: Fit, run: Path) -> None:
     patch_size = {"model.patch_size": fit.tokenizer.patch_size}
-    open_run(run, tree.replace(fit.config, patch_size), fit.device, _UNREAD)
+    begun = (run / TOKENIZER).exists()
+    open_run(run, tree.replace(fit.config, patch_size), fit.device, _UNREAD, begun)
 
 
 def _carry_out(fit: Fit, run: Path, row: str) -> None:
@@ -192,6 +193,7 @@ def _train(fit: Fit, run: Path, row: str) -> None:
             fit.schedule,
             fit.source,
             row=f"tokenizer of {row}",
+            transform=transform_of(config),
             device=fit.device,
         )
         fit.tokenizer = trained.tokenizer  # the moving average's, where the recipe has one

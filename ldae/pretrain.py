@@ -14,7 +14,7 @@ from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
 from ldae.train.loop import Hook, Plan, plan
 from ldae.train.optim import peak_lr
-from ldae.train.run import compiles, open_run, runs_in_bf16, samples, train_in
+from ldae.train.run import compiles, open_run, runs_in_bf16, samples, train_in, transform_of
 
 _ONLINE_K = 20
 
@@ -44,7 +44,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         bf16 = runs_in_bf16(config.system.precision, device)
         method = build(config, num_classes=len(source.classes or ()), bf16=bf16)
         # All that can be refused is refused before anything is written.
-        hooks = _hooks(config, method, schedule, device)
+        hooks = _hooks(config, schedule, device)
         fit = prepare(config, source, device, run)
         for name, path in (
             ("tokenizer.path", config.tokenizer.path),
@@ -72,6 +72,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
             schedule,
             source,
             row=row,
+            transform=transform_of(config),
             device=device,
             compiled=compiles(config.system.compile, device),
             hooks=hooks,
@@ -103,22 +104,22 @@ def _describe(
     )
 
 
-def _hooks(config: Config, method: LDAE, schedule: Plan, device: torch.device) -> tuple[Hook, ...]:
+def _hooks(config: Config, schedule: Plan, device: torch.device) -> tuple[Hook, ...]:
     if not config.system.knn_every:
         return ()
-    from ldae.evals.features import extract, known_labels
-    from ldae.evals.knn import KNNProtocol, check_enough, knn_accuracy
+    from ldae.evals.features import Encoder, known_labels, own_rows
+    from ldae.evals.knn import KNNProtocol, knn_accuracy
+    from ldae.evals.neighbours import check_enough
 
     splits = open_splits(config.data.source, config.data.eval_source or None)
     for split in splits:
         known_labels(split)
     check_enough(_ONLINE_K, len(splits[0]))
 
-    def online_knn() -> dict[str, float]:
-        backbone = backbone_of(method).to(device)
+    def online_knn(method: LDAE) -> dict[str, float]:
+        encoder = Encoder(backbone_of(method), device)
         train_set, test_set = (
-            extract(backbone, split, device=device, workers=config.system.workers)
-            for split in splits
+            own_rows(encoder, split, workers=config.system.workers) for split in splits
         )
         return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
 

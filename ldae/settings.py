@@ -46,7 +46,9 @@ class Optim:
     epochs: Annotated[float, POSITIVE] = 400
     """Passes over the data."""
     warmup_epochs: Annotated[float, NOT_NEGATIVE] = 100
-    """Passes of linear warm-up, before the half-cosine to zero."""
+    """Passes of linear warm-up, before the half-cosine to min_lr."""
+    min_lr: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Learning rate at the end of the half-cosine."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # DiT's and the paper's
     """AdamW's, on matrices only."""
     betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.999)  # unstated in the paper; DiT's
@@ -158,8 +160,8 @@ class Model:
 
 
 @dataclass(frozen=True)
-class System:
-    """How a run is executed. These settings may change between the parts of a resumed run."""
+class Execution:
+    """How any run is executed. These settings may change between the parts of a resumed run."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -179,12 +181,18 @@ class System:
     """Minutes between two checkpoints; there is always one at the end."""
     keep: Annotated[int, NOT_NEGATIVE] = 2
     """Newest checkpoints to keep; 0: all."""
-    knn_every: Annotated[int, NOT_NEGATIVE] = 0
-    """Epochs between two online k-NN evaluations; 0: none."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (extra: tensorboard)."""
     wandb: str = ""
     """Weights & Biases project to log to (extra: wandb)."""
+
+
+@dataclass(frozen=True)
+class System(Execution):
+    """How a pre-training is executed."""
+
+    knn_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Epochs between two online k-NN evaluations; 0: none."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ PACKAGE = Path(ldae.__file__).parent
 # Lower layers never import higher ones, nor their neighbours of the same line in a circle.
 LAYERS = [
     ["errors"],
-    ["tree", "patches", "distributed", "log", "moments"],
+    ["tree", "patches", "distributed", "log", "moments", "timm_folder"],
     ["settings"],
     ["noise", "prediction", "sampling", "trajectory"],
     ["tokenizers", "models"],
@@ -28,8 +28,9 @@ LAYERS = [
     ["sample"],
     ["perceptual"],
     ["evals"],
+    ["finetuning"],
     ["fit"],
-    ["pretrain"],
+    ["pretrain", "finetune"],
     ["demo"],
     ["cli"],
     ["__init__", "__main__"],

@@ -48,3 +48,18 @@ def test_a_picture_that_can_not_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="can not be written"):
         plots.save([torch.rand(2, 3, 8, 8)], tmp_path / "file" / "picture.png")
+
+
+def test_a_heat_map_shows_its_numbers_in_the_colours_of_all(tmp_path):
+    """The darkest cell is the largest number of all maps, the lightest the least."""
+    first = plots.HeatMap("a", ["t = 0"], ["1", "2"], "blocks", [[50.0, 10.0]], framed=(0, 0))
+    second = plots.HeatMap("b", ["t = 0"], ["1"], "blocks", [[90.0]])
+    plots.save_heat_maps([first, second], tmp_path / "maps.png")
+    pixels = np.asarray(Image.open(tmp_path / "maps.png")).reshape(-1, 3)
+    low, high = (np.array(colour) for colour in plots._COLOURS)
+    shares = {
+        share: tuple(np.rint(low + share * (high - low)).astype(int)) for share in (0, 0.5, 1)
+    }
+    counts = {share: (pixels == colour).all(1).sum() for share, colour in shares.items()}
+    cell = plots._CELL[0] * plots._CELL[1]
+    assert all(0.5 * cell < count < cell for count in counts.values()), counts

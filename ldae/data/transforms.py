@@ -13,8 +13,7 @@ from ldae.errors import InputError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 
-# MAE's random resized crop: the part of the area that is kept, and its width / height.
-_SCALE = (0.2, 1.0)
+# Of torchvision's random resized crop: width / height, and how often a box is drawn.
 _RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 
@@ -24,10 +23,12 @@ class CropTransform:
     """A square crop as uint8 (in_chans, img_size, img_size): a pure function of image and ``rng``.
 
     ``center`` scales the short side to ``img_size`` and keeps the middle; ``random`` is
-    torchvision's RandomResizedCrop with MAE's scale 0.2..1 and ratio 3/4..4/3. Both resize
-    bicubically with antialiasing, in one step from the source pixels, so that no image of extreme
-    shape is ever enlarged whole; a crop that already has the size is copied untouched.
+    torchvision's RandomResizedCrop with the ratio 3/4..4/3. Both resize bicubically with
+    antialiasing, in one step from the source pixels, so that no image of extreme shape is ever
+    enlarged whole; a crop that already has the size is copied untouched.
     ``flip`` mirrors left and right with probability 1/2.
+    ``area`` is the part of the image that a random crop keeps; MAE pre-trains with this one.
+    ``clip`` cuts a box that is too wide or too high, as BYOL does, where torchvision draws another.
 
     Raises: InputError for a setting or an image that does not fit.
     """
@@ -36,6 +37,8 @@ class CropTransform:
     in_chans: int = 3
     crop: Literal["center", "random"] = "center"
     flip: bool = False
+    area: tuple[float, float] = (0.2, 1.0)
+    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.crop not in ("center", "random"):
@@ -51,7 +54,7 @@ class CropTransform:
         if self.crop == "center":
             box = _center_box(width, height, self.img_size)
         else:
-            box = _random_box(width, height, rng)
+            box = _random_box(width, height, rng, self.area, self.clip)
         array = np.dstack([_cut(plane, box, self.img_size) for plane in planes])
         if self.flip and rng.random() < 0.5:
             array = array[:, ::-1]
@@ -80,12 +83,16 @@ def _center_span(length: int, resized: int, img_size: int) -> tuple[float, float
     return start * length / resized, (start + img_size) * length / resized
 
 
-def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+def _random_box(
+    width: int, height: int, rng: np.random.Generator, part: tuple[float, float], clip: bool
+) -> Box:
     """A box of random area and ratio at a random place, or the middle when ten tries do not fit."""
     for _ in range(_ATTEMPTS):
-        area = width * height * rng.uniform(*_SCALE)
+        area = width * height * rng.uniform(*part)
         ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if clip:
+            w, h = (min(max(side, 1), whole) for side, whole in ((w, width), (h, height)))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
             return float(left), float(top), float(left + w), float(top + h)

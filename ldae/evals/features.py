@@ -1,6 +1,7 @@
 """The features of a source under a backbone, each image once, at any batch size and world size."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,8 @@ from ldae.data.loader import eval_batches
 from ldae.data.sources import Source
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.errors import InputError
+from ldae.evals.storage import new_rows
+from ldae.evals.taps import Reader, Tap, TapReader
 from ldae.log import progress
 from ldae.preprocessing import EvalTransform, preprocessing
 
@@ -25,11 +28,13 @@ class Features(NamedTuple):
     """What a probe learns from, in the order of the source, on the CPU."""
 
     features: torch.Tensor
-    """float32 (N, D)."""
+    """float32 (N, D): those of all taps, side by side."""
     labels: torch.Tensor
     """int64 (N,)."""
     names: list[str]
     """Stable and unique, so that a split by name is the same on every machine."""
+    columns: dict[Tap, slice] = {Tap(): slice(None)}
+    """The columns of each tap."""
 
 
 class Encoder:
@@ -37,7 +42,7 @@ class Encoder:
 
     ``precision`` is that of the backbone's arithmetic; in fp32 no TF32 is used, so that the batch
     size changes features by less than 1e-5 of their size. ``transform`` is the model's own
-    preprocessing unless it is given.
+    preprocessing unless it is given, and ``reader`` reads the model's own output.
     """
 
     def __init__(
@@ -46,38 +51,50 @@ class Encoder:
         device: torch.device,
         precision: Precision = "fp32",
         transform: EvalTransform | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.model, self.device, self.precision = model.to(device).eval(), device, precision
         self.transform = transform or preprocessing(model)
+        self.reader = reader or TapReader(self.model, (Tap(),))
+
+    def __call__(self, images: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """``indices`` (B,) are those of the images in their source, for who draws noise by them."""
+        return self.on_device(images, indices).cpu()
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def on_device(self, images: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """The features where the backbone is."""
         images = self.transform.normalise(images.to(self.device, non_blocking=True))
-        dtype = _AUTOCAST.get(self.precision)
-        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with no_tf32, torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return self.model(images).float().cpu()
+        with self._arithmetic():
+            parts = self.reader(images, indices)
+        return torch.cat([part.float() for part in parts], 1)
 
-    def checked(self, images: torch.Tensor, where: Callable[[int], str]) -> torch.Tensor:
+    def checked(
+        self,
+        images: torch.Tensor,
+        where: Callable[[int], str],
+        indices: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The features of a batch; ``where`` names the image of a row.
 
         Raises: InputError when one is not finite, naming the image.
         """
-        rows = self(images)
+        rows = self(images, indices)
         for row in (~rows.isfinite().all(1)).nonzero()[:1, 0].tolist():
             raise InputError(f"the features of {where(row)} in {self.precision} are not finite")
         return rows
 
     @cached_property
+    def columns(self) -> dict[Tap, slice]:
+        """Of the features of each tap. Raises: InputError when the model gives a map."""
+        blank = torch.zeros(1, *self.transform.input_size, dtype=torch.uint8, device=self.device)
+        with torch.inference_mode(), self._arithmetic():
+            return self.reader.columns(self.transform.normalise(blank))
+
+    @property
     def dim(self) -> int:
         """D. Raises: InputError when the model gives a map and not a vector."""
-        shape = self(torch.zeros(1, *self.transform.input_size, dtype=torch.uint8)).shape[1:]
-        if len(shape) != 1:
-            raise InputError(
-                f"{self.model.pretrained_cfg['architecture']} gives a map of shape {tuple(shape)} "
-                "and not one vector for an image: it has no global pooling"
-            )
-        return shape[0]
+        return max(span.stop for span in self.columns.values())
 
     def share(
         self, source: Source, batch_size: int, workers: int
@@ -90,8 +107,16 @@ class Encoder:
         batches = eval_batches(source, self.transform, own, batch_size, workers)
         with progress(len(own), source.spec) as bar:
             for images, _, indices in batches:
-                yield self.checked(images, lambda row: source.where(int(indices[row]))), indices
+                rows = self.checked(images, lambda row: source.where(int(indices[row])), indices)
+                yield rows, indices
                 bar.update(len(images))
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        dtype = _AUTOCAST.get(self.precision)
+        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with no_tf32, torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            yield
 
 
 def extract(
@@ -102,22 +127,54 @@ def extract(
     device: torch.device,
     workers: int = 0,
     precision: Precision = "fp32",
+    taps: tuple[Tap, ...] = (Tap(),),
 ) -> Features:
     """The features of every image of ``source``, on every rank; ``model`` moves to ``device``.
 
     The ranks share the work by index.
 
+    Raises: InputError when the source has no labels, and as ``TapReader`` and ``Encoder`` do.
+    """
+    encoder = Encoder(model, device, precision, reader=TapReader(model, taps))
+    return all_rows(own_rows(encoder, source, batch_size, workers), source, device)
+
+
+def own_rows(encoder: Encoder, source: Source, batch_size: int = 256, workers: int = 0) -> Features:
+    """The features of this rank's share of ``source``: images rank, rank + world size, and so on.
+
     Raises: InputError when the source has no labels, and as ``Encoder`` does.
     """
     labels = known_labels(source)
-    encoder = Encoder(model, device, precision)
-    features = torch.zeros(len(source), encoder.dim)
+    own = range(rank(), len(source), world_size())
+    features = new_rows(len(own), encoder.dim)
     for rows, indices in encoder.share(source, batch_size, workers):
-        features[indices] = rows
-    # The other ranks' rows are zero here, so the sum is exact. In blocks: the device may be small.
-    for block in features.split(_ROWS_PER_EXCHANGE) if world_size() > 1 else ():
-        block.copy_(all_reduce_sum(block.to(device)))
-    return Features(features, labels, names(source))
+        features[indices // world_size()] = rows
+    return Features(
+        features, labels[rank() :: world_size()], [source.name(i) for i in own], encoder.columns
+    )
+
+
+def all_rows(own: Features, source: Source, device: torch.device) -> Features:
+    """The features of every rank's share, on every rank; ``device`` is where the ranks exchange."""
+    if world_size() == 1:
+        return own
+    features = gathered(own.features, len(source), device)
+    return Features(features, known_labels(source), names(source), own.columns)
+
+
+def gathered(own: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+    """What the ranks hold of ``count`` rows, row r of a rank being row r * world size + rank."""
+    if world_size() == 1:
+        return own
+    found = new_rows(count, own.shape[1]) if own.ndim == 2 else own.new_zeros(count)
+    # In blocks: the device may be small. The other ranks' rows are zero here: the sum is exact.
+    for first in range(0, count, _ROWS_PER_EXCHANGE * world_size()):
+        block = found[first : first + _ROWS_PER_EXCHANGE * world_size()]
+        mine = own[first // world_size() :][: len(range(rank(), len(block), world_size()))]
+        sent = torch.zeros_like(block, device=device)
+        sent[rank() :: world_size()] = mine.to(device)
+        block.copy_(all_reduce_sum(sent))
+    return found
 
 
 def known_labels(source: Source) -> torch.Tensor:

@@ -82,13 +82,16 @@ class Grading:
         """Write ``results.json``, say on one line what is in it, and return it.
 
         Args:
-            protocol: a dataclass of every constant that decides the numbers.
+            protocol: a dataclass of every constant that decides the numbers, which records as
+                modified what is not its default, unless it says so itself.
             results: the numbers, accuracies in percent.
             dim: the width of the features.
         """
         classes = len(known_labels(self.train).unique())
         constants = asdict(protocol) | {"precision": self.setup.precision}
-        path = self._folder(protocol) / "results.json"
+        if "modified" not in constants:
+            constants["modified"] = changes(protocol)
+        path = self.folder(protocol) / "results.json"
         random_init = self.setup.random_init
         record = {
             "task": self.task,
@@ -114,12 +117,13 @@ class Grading:
         if is_main():
             write_json(path, record)
             control = " (random init)" if random_init else ""
-            tops = [f"{name} {top:.2f}" for name, top in results.items() if name.startswith("top")]
+            told = ("top", "mean_average_precision", "recall")
+            numbers = [f"{name} {x:.2f}" for name, x in results.items() if name.startswith(told)]
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
-            print(f"{subject}: {', '.join(tops)}; {path}")
+            print(f"{subject}: {', '.join(numbers)}; {path}")
         return record
 
-    def _folder(self, protocol: Any) -> Path:
+    def folder(self, protocol: Any) -> Path:
         """Where results.json goes: what decides the numbers is in the name, so that none is lost."""
         if self.setup.out:
             return self.setup.out
@@ -130,7 +134,7 @@ class Grading:
             parts += ["on", file_name(self.eval.spec)]
         if self.setup.random_init:
             parts.append("random-init")
-        return above / "-".join(parts + changes(protocol, self.setup))
+        return above / "-".join(dict.fromkeys(parts + changes(protocol, self.setup)))
 
 
 def changes(*settings: Any) -> list[str]:
@@ -140,14 +144,19 @@ def changes(*settings: Any) -> list[str]:
         for key, value in asdict(part).items():
             if value != getattr(type(part)(), key) and key not in _NOT_IN_NAMES:
                 values = value if isinstance(value, tuple) else (value,)
-                parts.append(f"{key}={'-'.join(file_name(str(value)) for value in values)}")
+                parts.append(f"{key}={'-'.join(map(_word, values))}")
     return parts
+
+
+def _word(value: object) -> str:
+    """``value`` in a name; numbers keep their sign."""
+    return str(value) if isinstance(value, int | float) else file_name(str(value))
 
 
 def file_name(spec: str) -> str:
     """The last part of a path that exists, else all of ``spec``, as a name for a folder."""
     path = Path(spec)
-    return re.sub(r"[^\w.=]+", "-", path.resolve().name if path.exists() else spec).strip("-")
+    return re.sub(r"[^\w.=+]+", "-", path.resolve().name if path.exists() else spec).strip("-")
 
 
 @contextmanager

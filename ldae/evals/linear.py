@@ -1,63 +1,70 @@
-"""The linear probe: a linear classifier on frozen features, its learning rate chosen on train."""
+"""The linear probe: a linear classifier on frozen features, by three protocols of the field."""
 
-import copy
-import math
-import os
-import shutil
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import timm
 import torch
-import torch.nn.functional as F
 import tyro
-from safetensors import SafetensorError
-from torch import nn
 
-from ldae.data.loader import eval_batches
-from ldae.data.sources import Source
-from ldae.distributed import barrier, is_main
 from ldae.errors import InputError
-from ldae.evals.accuracy import ranks, top
-from ldae.evals.features import Features, known_labels, names
-from ldae.evals.grading import BackboneSpec, Setup, SourceSpec, grading
-from ldae.log import progress
-from ldae.preprocessing import preprocessing
-
-_ROWS_AT_ONCE = 1024
-_IMAGES_VERIFIED = 64
+from ldae.evals.classifier import check_savable, save_classifier
+from ldae.evals.features import Encoder, Features, known_labels, names, own_rows
+from ldae.evals.grading import BackboneSpec, Grading, Setup, SourceSpec, grading
+from ldae.evals.heads import Head, Heads, grade_heads, train_heads
+from ldae.evals.holdout import held_out
+from ldae.evals.online import OnlineProtocol, check_sizes, train_online
+from ldae.evals.sweep import SweepProtocol, sweep
+from ldae.evals.taps import Pool, Tap, TapReader
+from ldae.tree import POSITIVE
 
 
 @dataclass(frozen=True)
-class LinearProtocol:
-    """Every constant of the number.
+class CachedProtocol(SweepProtocol):
+    """Every constant of the number of a sweep over features that are extracted once."""
 
-    Source: head, schedule and epochs of MAE, main_linprobe.py; rates and optimizer of DINOv2,
-    eval/linear.py, over a range that also fits averaged features of small models.
-    """
-
-    learning_rates: tuple[float, ...] = (
-        0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
-    )  # fmt: skip
-    """At a batch of 256; times batch_size / 256 in use."""
-    epochs: int = 90
-    batch_size: int = 512
-    momentum: float = 0.9
-    weight_decay: float = 0.0  # the sweep in one pass relies on it
-    batchnorm_eps: float = 1e-6
-    init_std: float = 0.01
-    held_out: int = 10
-    """One in so many train images chooses the learning rate."""
-    seed: int = 0
-    """Of the initial weights and of the order of the batches."""
+    name: str = "cached"
+    version: int = 2
+    """1 was without weight decays, blocks and pools; its numbers are those of 2 without them."""
+    blocks: tuple[int, ...] = ()
+    """None: the model's own output."""
+    pools: tuple[Pool, ...] = ("default",)
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or not min(self.learning_rates) > 0:
-            raise InputError(f"learning_rates must be above 0, not {self.learning_rates}")
-        if self.epochs < 1:
-            raise InputError(f"epochs must be at least 1, not {self.epochs}")
+        super().__post_init__()
+        if not self.pools:
+            raise InputError("pools must name at least one")
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        return tuple(Tap(block, pool) for block in self.blocks or (None,) for pool in self.pools)
+
+    @property
+    def heads(self) -> list[Head]:
+        """Every candidate."""
+        return self.heads_of(self.taps)
+
+
+@dataclass(frozen=True)
+class MAEProtocol(OnlineProtocol):
+    """Source: MAE, main_linprobe.py, util/lars.py, util/crop.py, util/lr_sched.py, FINETUNE.md."""
+
+    name: str = "mae"
+    blr: Annotated[float, POSITIVE] = 0.1
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+
+
+@dataclass(frozen=True)
+class LDAEProtocol(OnlineProtocol):
+    """MAE's with the rate of the l-DAE paper, 6.4e-3, whose optimizer is not stated."""
+
+    name: str = "ldae"
+    blr: Annotated[float, POSITIVE] = 1e-4
+    optimizer: Literal["lars", "sgd", "adamw"] = "sgd"
+
+
+PROTOCOLS = {"cached": CachedProtocol, "mae": MAEProtocol, "ldae": LDAEProtocol}
 
 
 def linear(
@@ -66,249 +73,145 @@ def linear(
     data: SourceSpec,
     eval_data: SourceSpec | None = None,
     *,
-    learning_rates: tuple[float, ...] = LinearProtocol.learning_rates,
-    epochs: int = LinearProtocol.epochs,
+    protocol: Literal["cached", "mae", "ldae"] = "cached",
+    learning_rates: tuple[float, ...] | None = None,
+    weight_decays: tuple[float, ...] | None = None,
+    blocks: tuple[int, ...] | None = None,
+    pools: tuple[Pool, ...] | None = None,
+    epochs: int | None = None,
+    total_batch: int | None = None,
+    blr: float | None = None,
+    warmup_epochs: int | None = None,
+    optimizer: Literal["lars", "sgd", "adamw"] | None = None,
     save: Path | None = None,
     setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
 ) -> dict:
-    """Grade a backbone by a linear classifier on its frozen features, extracted once.
+    """Grade a backbone by a linear classifier on its frozen features.
+
+    What is not given is the protocol's. A changed constant is part of the results' name, and their
+    protocol is recorded as modified.
 
     Args:
         backbone: a run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE].
         data: the labelled images whose train split is learned from.
         eval_data: the images to classify instead of the evaluation split of data.
-        learning_rates: at a batch of 256; the best on a tenth of train is used.
-        epochs: passes over the features.
+        protocol: cached: features once, the best of many heads on a tenth of train, then all of it;
+            mae: LARS at batch 16384 on augmented images; ldae: the same at the paper's rate.
+        learning_rates: cached: at a batch of 256, all trained together.
+        weight_decays: cached: each with each learning rate.
+        blocks: cached: numbers of blocks or stages, from the end if negative, instead of the output.
+        pools: cached: default, avg, cls or cls+avg, each at each block.
+        epochs: passes over train.
+        total_batch: images of one update.
+        blr: mae, ldae: learning rate at a batch of 256.
+        warmup_epochs: mae, ldae: passes of linear warm-up.
+        optimizer: mae, ldae: lars, sgd or adamw.
         save: folder to write the classifier to, backbone and head, as timm opens it.
         setup: how the backbone is opened and run.
 
     Returns: what results.json holds; its results are top-1 and top-5 in percent after the last
-    epoch, the learning rate, and the top-1 of every rate on the tenth of train that chose it.
+    epoch, and of a sweep the chosen head and the top-1 of each on the tenth of train.
 
-    Raises: InputError for a backbone or data that can not be graded.
+    Raises: InputError for a backbone or data that can not be graded, and for a setting that the
+        protocol has not.
     """
-    protocol = LinearProtocol(learning_rates=tuple(learning_rates), epochs=epochs, seed=setup.seed)
-    with grading("linear", backbone, data, eval_data, setup) as graded:
-        # Before the work, not after.
-        held_out(names(graded.train), known_labels(graded.train), protocol)
-        if save:
-            _check_savable(graded.model, save)
-        train, evaluation = graded.features()
-        heads, results = linear_probe(train, evaluation, protocol, graded.device)
+    constants = _constants(
+        protocol,
+        setup.seed,
+        learning_rates=learning_rates,
+        weight_decays=weight_decays,
+        blocks=blocks,
+        pools=pools,
+        epochs=epochs,
+        total_batch=total_batch,
+        blr=blr,
+        warmup_epochs=warmup_epochs,
+        optimizer=optimizer,
+    )
+    run = _run_cached if protocol == "cached" else _run_online
+    task = "linear" if protocol == "cached" else f"linear-{protocol}"
+    with grading(task, backbone, data, eval_data, setup) as graded:
+        if save:  # before the work, not after
+            if constants.taps != (Tap(),):
+                raise InputError("--save takes the model's own output, not blocks or other pools")
+            check_savable(graded.model, save)
+        learn = run(graded, constants)
+        heads, results, dim = learn()
         if save:
             save_classifier(graded.model, heads, graded.train.classes, save, graded.eval)
-        return graded.write(protocol, results, train.features.shape[1])
+        return graded.write(constants, results, dim)
 
 
-class Heads(nn.Module):
-    """H linear classifiers behind one BatchNorm without affine: (B, D) -> (B, H, C)."""
+def _constants(protocol: str, seed: int, **given: object) -> CachedProtocol | OnlineProtocol:
+    """The protocol with what is given in the place of its own.
 
-    def __init__(self, heads: int, dim: int, classes: int, protocol: LinearProtocol):
-        super().__init__()
-        generator = torch.Generator().manual_seed(protocol.seed)
-        weight = torch.empty(classes, dim)
-        nn.init.trunc_normal_(weight, std=protocol.init_std, generator=generator)
-        self.norm = nn.BatchNorm1d(dim, eps=protocol.batchnorm_eps, affine=False)
-        self.weight = nn.Parameter(weight.repeat(heads, 1, 1))  # all start from the same
-        self.bias = nn.Parameter(torch.zeros(heads, classes))
+    Raises: InputError for what it has not, or does not take.
+    """
+    base = PROTOCOLS[protocol](seed=seed)
+    changes = {key: value for key, value in given.items() if value is not None}
+    for key in changes:
+        if not hasattr(base, key):
+            raise InputError(f"{key.replace('_', '-')} is no setting of the protocol {protocol}")
+    return replace(base, **changes)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(self.norm(features), self.weight.flatten(0, 1), self.bias.flatten())
-        return logits.unflatten(1, self.bias.shape)
+
+Learn = Callable[[], tuple[Heads, dict, int]]
+
+
+def _run_cached(graded: Grading, protocol: CachedProtocol) -> Learn:
+    """What learns, once all that can be refused has been."""
+    labels = known_labels(graded.train)
+    held = held_out(names(graded.train), labels, protocol.held_out)
+    setup = graded.setup
+    reader = TapReader(graded.model, protocol.taps)
+    encoder = Encoder(graded.model, graded.device, setup.precision, reader=reader)
+
+    def learn() -> tuple[Heads, dict, int]:
+        train, evaluation = (
+            own_rows(encoder, source, setup.batch_size, setup.workers)
+            for source in (graded.train, graded.eval)
+        )
+        classes = int(labels.max()) + 1
+        heads, results = linear_probe(train, evaluation, held, classes, protocol, graded.device)
+        return heads, results, heads.weight.shape[2]
+
+    return learn
+
+
+def _run_online(graded: Grading, protocol: OnlineProtocol) -> Learn:
+    setup = graded.setup
+    encoder = Encoder(graded.model, graded.device, setup.precision)
+    check_sizes(encoder, len(graded.train), protocol)
+
+    def learn() -> tuple[Heads, dict, int]:
+        how = (setup.batch_size, setup.workers)
+        heads, record = train_online(encoder, graded.train, protocol, *how)
+        evaluation = own_rows(encoder, graded.eval, *how)
+        top1, top5 = grade_heads({Tap(): heads}, evaluation, graded.device)[Tap()][0].tolist()
+        return heads, {"top1": top1, "top5": top5, **record}, encoder.dim
+
+    return learn
 
 
 def linear_probe(
     train: Features,
     evaluation: Features,
-    protocol: LinearProtocol = LinearProtocol(),
+    held: torch.Tensor,
+    classes: int,
+    protocol: CachedProtocol = CachedProtocol(),
     device: torch.device = torch.device("cpu"),
 ) -> tuple[Heads, dict]:
     """The chosen head, trained on all of ``train``, and its results on ``evaluation`` in percent.
 
-    Raises: InputError when no tenth of ``train`` can choose the learning rate.
+    Both are this rank's share; ``held`` (N,) tells which of all train images choose.
     """
-    held_out_top1 = sweep(train, protocol, device)
-    rate = max(held_out_top1, key=held_out_top1.get)
-    heads = train_heads(train, _num_classes(train), (rate,), protocol, device)
-    placed = _placed(heads, evaluation)[:, 0]
-    return heads, {
-        "top1": top(placed, 1),
-        "top5": top(placed, 5),
-        "learning_rate": rate,
-        "held_out_top1": {str(rate): top1 for rate, top1 in held_out_top1.items()},
+    swept = sweep(train, held, classes, protocol.heads, protocol, device)
+    best = max(swept, key=swept.get)
+    trained = train_heads(train, [best], classes, protocol, device)
+    top1, top5 = grade_heads(trained, evaluation, device)[best.tap][0].tolist()
+    return trained[best.tap], {
+        "top1": top1,
+        "top5": top5,
+        **best.record(),
+        "sweep": [head.record() | {"held_out_top1": found} for head, found in swept.items()],
     }
-
-
-def sweep(train: Features, protocol: LinearProtocol, device: torch.device) -> dict[float, float]:
-    """Top-1 in percent of every learning rate on the held-out part of ``train``, from one pass."""
-    held = held_out(train.names, train.labels, protocol)
-    rates = protocol.learning_rates
-    heads = train_heads(_subset(train, ~held), _num_classes(train), rates, protocol, device)
-    placed = _placed(heads, _subset(train, held))
-    return {rate: top(placed[:, head], 1) for head, rate in enumerate(rates)}
-
-
-def held_out(names: list[str], labels: torch.Tensor, protocol: LinearProtocol) -> torch.Tensor:
-    """Which images choose the learning rate, bool (N,): a pure function of each image's name.
-
-    Raises: InputError when there are none, or none of a class that is left to learn from.
-    """
-    digests = (blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
-    held = torch.tensor(
-        [int.from_bytes(digest, "big") % protocol.held_out == 0 for digest in digests]
-    )
-    if not torch.isin(labels[held], labels[~held]).any():
-        raise InputError(
-            f"{len(names)} train images of {len(labels.unique())} classes are too few to hold "
-            f"one in {protocol.held_out} out: no class has images in both parts"
-        )
-    return held
-
-
-def train_heads(
-    train: Features,
-    classes: int,
-    rates: tuple[float, ...],
-    protocol: LinearProtocol,
-    device: torch.device,
-) -> Heads:
-    """One head for each learning rate, trained together; each is what it would be alone.
-
-    A last batch that is short is left out, and its images come earlier in other epochs: BatchNorm
-    has no variance for a batch of one. Fewer images than a batch are one batch.
-    """
-    features, labels = train.features.to(device), train.labels.to(device)
-    heads = Heads(len(rates), features.shape[1], classes, protocol).to(device)
-    # Without weight decay, to scale a head's loss is to scale its learning rate.
-    scales = torch.tensor(rates, device=device) * protocol.batch_size / 256
-    optimizer = torch.optim.SGD(
-        heads.parameters(), momentum=protocol.momentum, weight_decay=protocol.weight_decay
-    )
-    generator = torch.Generator().manual_seed(protocol.seed)
-    steps = max(len(features) // protocol.batch_size, 1)
-    with progress(protocol.epochs, "probe") as bar:
-        for epoch in range(protocol.epochs):
-            order = torch.randperm(len(features), generator=generator).to(device)
-            for step, batch in enumerate(order.split(protocol.batch_size)[:steps]):
-                done = (epoch * steps + step) / (protocol.epochs * steps)
-                optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * done)) / 2
-                logits = heads(features[batch])
-                targets = labels[batch, None].expand(-1, len(rates))
-                losses = F.cross_entropy(logits.movedim(1, 2), targets, reduction="none").mean(0)
-                optimizer.zero_grad()
-                (losses * scales).sum().backward()
-                optimizer.step()
-            bar.update()
-    return heads.eval()
-
-
-def _num_classes(train: Features) -> int:
-    return int(train.labels.max()) + 1
-
-
-def _subset(features: Features, chosen: torch.Tensor) -> Features:
-    return Features(
-        features.features[chosen],
-        features.labels[chosen],
-        [features.names[i] for i in chosen.nonzero()[:, 0]],
-    )
-
-
-@torch.inference_mode()
-def _placed(heads: Heads, features: Features) -> torch.Tensor:
-    """The rank of the true class of every image under every head, (N, H)."""
-    device = heads.weight.device
-    placed = []
-    for rows, labels in zip(
-        features.features.split(_ROWS_AT_ONCE), features.labels.split(_ROWS_AT_ONCE)
-    ):
-        logits, labels = heads(rows.to(device)), labels.to(device)
-        placed.append(torch.stack([ranks(scores, labels) for scores in logits.unbind(1)], 1))
-    return torch.cat(placed).cpu()
-
-
-@torch.no_grad()
-def fold_batchnorm(
-    norm: nn.BatchNorm1d, weight: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight (C, D) and bias (C,) that do what ``norm`` in eval mode and the given ones do."""
-    scaled = weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    shifted = bias.double() - scaled @ norm.running_mean.double()
-    return scaled.to(weight.dtype), shifted.to(bias.dtype)
-
-
-def save_classifier(
-    backbone: nn.Module, heads: Heads, classes: list[str] | None, folder: Path, source: Source
-) -> None:
-    """Write ``backbone`` and the first of ``heads`` as one timm classifier, on the main rank.
-
-    The folder appears under its name once timm has read it back and its logits of the first images
-    of ``source`` are those of backbone and head.
-
-    Raises: InputError when ``backbone`` takes no plain linear head, or the logits differ.
-    """
-    if is_main():
-        # On the CPU, where float32 is float32; the caller's stay where they are.
-        backbone, heads = copy.deepcopy(backbone).cpu(), copy.deepcopy(heads).cpu()
-        aside = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            _write_classifier(backbone, heads, classes, aside)
-            _verify(aside, backbone, heads, source)
-            aside.rename(folder)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder} can not be written: {error}") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    barrier()
-
-
-def _check_savable(backbone: nn.Module, folder: Path) -> None:
-    if folder.exists():
-        raise InputError(f"{folder} exists already; save to another folder")
-    if not hasattr(backbone, "reset_classifier"):
-        name = backbone.pretrained_cfg["architecture"]
-        raise InputError(f"{name} is no timm model: its classifier can not be saved")
-
-
-def _write_classifier(
-    backbone: nn.Module, heads: Heads, classes: list[str] | None, folder: Path
-) -> None:
-    weight, bias = fold_batchnorm(heads.norm, heads.weight[0], heads.bias[0])
-    model = copy.deepcopy(backbone)
-    model.reset_classifier(len(bias))
-    head = model.get_classifier()
-    if not isinstance(head, nn.Linear) or head.weight.shape != weight.shape:
-        raise InputError(
-            f"{model.pretrained_cfg['architecture']} ends in more than a linear layer on its "
-            "features: its classifier can not be saved"
-        )
-    head.load_state_dict({"weight": weight, "bias": bias})
-    # Else timm records these of the weights that the backbone came from.
-    model.pretrained_cfg = backbone.pretrained_cfg | {
-        "tag": "linear",
-        "num_classes": len(bias),
-        "custom_load": False,
-    }
-    timm.models.save_for_hf(
-        model,
-        folder,
-        model_config={"label_names": classes[: len(bias)]} if classes else None,
-        model_args=backbone.model_args | {"num_classes": len(bias)},
-        safe_serialization=True,
-    )
-
-
-@torch.inference_mode()
-def _verify(folder: Path, backbone: nn.Module, heads: Heads, source: Source) -> None:
-    indices = range(min(_IMAGES_VERIFIED, len(source)))
-    opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    transform = preprocessing(opened)
-    pixels, _, _ = next(iter(eval_batches(source, transform, indices, len(indices), workers=0)))
-    images = transform.normalise(pixels)
-    wanted = heads(backbone(images))[:, 0]
-    error = (opened(images) - wanted).abs().max() / wanted.abs().max()
-    if not error < 1e-3:
-        raise InputError(
-            f"not saved: the logits of {folder} differ from those of the probe by {error:.1e}"
-        )

@@ -1,6 +1,7 @@
 """The denoiser: a stack of DiT blocks, whose first half is the encoder and whose second decodes."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from timm.layers import Mlp
@@ -134,6 +135,13 @@ class Denoiser(nn.Module):
     def encode(self, tokens: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """The encoder half: tokens (B, N, in_dim) to features (B, N, W)."""
         return self._run(self.encoder, self.embed(tokens) + self.pos_embed, c)
+
+    def outputs(self, tokens: torch.Tensor, c: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Features (B, N, W) after each block of the encoder, then after each of the decoder."""
+        x = self.embed(tokens) + self.pos_embed
+        for block in (*self.encoder, *self.decoder):
+            x = block(x, c)
+            yield x
 
     def forward(
         self, tokens: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,7 @@ from ldae.settings import Optim, System
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.metrics import Metrics, progress_line
-from ldae.train.optim import adamw, lr_at, peak_lr
+from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def plan(images: int, optim: Optim, system: System) -> Plan:
 
 
 class Hook:
-    """Something to do every ``every`` images; returns numbers for the metrics."""
+    """Something to do every ``every`` images with the model, or with its moving average where there
+    is one; returns numbers for the metrics."""
 
-    def __init__(self, every: int, call: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, every: int, call: Callable[[nn.Module], dict[str, float]]) -> None:
         self.every, self.call = every, call
 
     def due(self, before: int, now: int) -> bool:
@@ -81,6 +83,7 @@ def train(
     describe: dict,
     compiled: bool,
     hooks: tuple[Hook, ...] = (),
+    seed: int = 0,
 ) -> nn.Module:
     """Train ``model``, whose forward(images, positions, labels) is the loss, to the plan's end.
 
@@ -88,7 +91,9 @@ def train(
     the metrics as the loss does, as means over the batch and over the steps between two records.
 
     It starts from the newest checkpoint if there is one. ``batches_from(n)`` yields this rank's
-    micro batches from image n on. ``describe`` is kept in every checkpoint. Returns the model, or
+    micro batches from image n on. ``describe`` is kept in every checkpoint. What the model draws from
+    torch's global generators, as dropout does, is a function of ``seed`` and of the first position of
+    the micro batch. A model may declare its parameter groups, see ``adamw``. Returns the model, or
     the moving average of it where the recipe has one.
 
     Raises: InputError on a loss that is not finite, and whatever the data raises, with all progress
@@ -106,13 +111,13 @@ def train(
 
     def step(lr: float) -> dict[str, torch.Tensor]:
         """Update the weights once; the loss of this rank's share of the batch, and its parts."""
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         total = {"loss": torch.zeros((), device=device)}
         for micro in range(plan.micro_batches):
             with meter.waiting():
                 batch = next_batch()
             meter.skipped += len(batch.bad)
+            torch.manual_seed(_seed_of(seed, batch))
             images, positions, labels = (
                 part.to(device, non_blocking=True)
                 for part in (batch.images, batch.positions, batch.labels)
@@ -154,7 +159,13 @@ def train(
     with StopRequest() as stop, dead_worker():
         try:
             while seen < plan.total:
-                lr = lr_at(seen, peak=peak_lr(optim), warmup=warmup, total=plan.total)
+                lr = lr_at(
+                    seen,
+                    peak=peak_lr(optim),
+                    warmup=warmup,
+                    total=plan.total,
+                    least=optim.min_lr,
+                )
                 losses = step(lr)
                 seen += plan.batch_size
                 late = time.monotonic() - saved_at >= 60 * system.save_minutes
@@ -174,7 +185,7 @@ def train(
                     last_line = (seen - 1) // plan.batch_size // system.log_every
                     for hook in hooks:
                         if hook.due(last_line * system.log_every * plan.batch_size, seen):
-                            record |= hook.call()
+                            record |= hook.call(average or model)
                             model.train()
                     metrics.write(record)
                     if distributed.is_main():
@@ -221,10 +232,17 @@ def _restore(
     return state["images_seen"]
 
 
+def _seed_of(seed: int, batch: Batch) -> int:
+    return int(np.random.SeedSequence([seed, int(batch.positions[0])]).generate_state(1)[0])
+
+
 @torch.no_grad()
 def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    """average <- decay * average + (1 - decay) * model; the statistics of a BatchNorm, too."""
+    for kind in (nn.Module.parameters, nn.Module.buffers):
+        pairs = [pair for pair in zip(kind(average), kind(model)) if pair[0].is_floating_point()]
+        if pairs:
+            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
 
 class Report:

@@ -77,9 +77,10 @@ def _missing(extra: str) -> InputError:
 def progress_line(record: dict, total: int) -> str:
     """One record for people."""
     left = (total - record["images"]) / max(record["images_per_second"], 1e-9)
+    top1 = f"top-1 {record['top1']:.2f}  " if "top1" in record else ""
     return (
         f"images {record['images']:>10,}/{total:,}  epoch {record['epoch']:.2f}  "
-        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+        f"loss {record['loss']:.4f}  {top1}lr {record['lr']:.2e}  "
         f"{record['images_per_second']:,.0f} images/s  data {record['data_wait']:.0%}  "
         f"left {duration(left)}"
     )

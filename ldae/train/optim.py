@@ -9,13 +9,26 @@ from ldae.settings import Optim
 
 
 def adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; vectors and scalars are never decayed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Fused AdamW over the trainable parameters; vectors and scalars are never decayed.
+
+    A model with a method ``parameter_groups(weight_decay)`` declares its own groups; the ``lr_scale``
+    of one multiplies its learning rate, see :func:`set_lr`.
+    """
+    if hasattr(model, "parameter_groups"):
+        groups = model.parameter_groups(optim.weight_decay)
+    else:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
     return torch.optim.AdamW(groups, lr=peak_lr(optim), betas=tuple(optim.betas), fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the rate ``lr``, times its ``lr_scale`` if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def peak_lr(optim: Optim) -> float:
@@ -23,8 +36,10 @@ def peak_lr(optim: Optim) -> float:
     return optim.blr * optim.batch_size / 256
 
 
-def lr_at(seen: int, *, peak: float, warmup: int, total: int) -> float:
-    """The rate after ``seen`` of ``total`` images: linear to ``peak`` in ``warmup``, half-cosine to 0."""
+def lr_at(seen: int, *, peak: float, warmup: int, total: int, least: float = 0.0) -> float:
+    """The rate after ``seen`` of ``total`` images: linear from 0 to ``peak`` in ``warmup``, half-cosine
+    to ``least``."""
     if seen < warmup:
         return peak * seen / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (seen - warmup) / max(1, total - warmup)))
+    left = 0.5 * (1 + math.cos(math.pi * (seen - warmup) / max(1, total - warmup)))
+    return least + (peak - least) * left

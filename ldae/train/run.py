@@ -1,37 +1,56 @@
-"""What pre-training and the training of a tokenizer share: the run folder, and the loop over its data."""
+"""What every training run shares: the run folder, and the loop over its data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ldae import distributed, log, tree
-from ldae.data.loader import train_batches
+from ldae.data.loader import Batch, Transform, train_batches
 from ldae.data.sources import Source, open_source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
-from ldae.settings import Config, Optim
+from ldae.settings import Config, Execution, Optim
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.loop import Hook, Plan, train
 from ldae.train.metrics import Metrics
 
 TOKENIZER = "tokenizer.safetensors"
 RECONSTRUCTION = "reconstruction.json"
+CLASSIFIER = "classifier"  # folder of a fine-tuning
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # between the parts of a run
 
 
-def open_run(run: Path, config: Config, device: torch.device, unread: tuple[str, ...] = ()) -> None:
+class Settings(Protocol):
+    """What a tree of settings holds, of whichever kind of run."""
+
+    data: Any  # with bad_images
+    system: Execution
+    seed: int
+
+
+def open_run(
+    run: Path,
+    config: Settings,
+    device: torch.device,
+    unread: tuple[str, ...] = (),
+    begun: bool = False,
+) -> None:
     """Make the run folder, or check that it is this run's.
 
-    Until there is a checkpoint there is nothing to lose, and other settings begin anew. ``unread``
+    Until there is a checkpoint, or ``begun`` says that there is something else to lose, other settings
+    begin anew. ``unread``
     are the beginnings of settings that do not matter to this run.
 
     Raises: InputError when it holds a run of other settings, naming them.
     """
     record = run / "config.yaml"
-    begun = bool(Checkpoints(run).paths())
-    changed = tree.difference(tree.load(record, Config()), config) if record.exists() else {}
+    begun = begun or bool(Checkpoints(run).paths())
+    before = _settings_of(run, type(config)) if record.exists() else config
+    changed = tree.difference(before, config)
     free = (*_MAY_CHANGE, *unread)
     changed = {name: pair for name, pair in changed.items() if not name.startswith(free)}
     if begun and changed:
@@ -52,25 +71,39 @@ def open_run(run: Path, config: Config, device: torch.device, unread: tuple[str,
     distributed.barrier()
 
 
+def _settings_of(run: Path, kind: type) -> Settings:
+    """Raises: InputError when the run folder is not of this kind of run."""
+    try:
+        return tree.load(run / "config.yaml", kind())
+    except InputError as error:
+        raise InputError(f"run folder {run} holds another kind of run: {error}") from None
+
+
 def train_in(
     run: Path,
     model: nn.Module,
-    config: Config,
+    config: Settings,
     optim: Optim,
     schedule: Plan,
     source: Source,
     *,
     row: str,
+    transform: Transform,
+    mixing: Callable[[Batch], Batch] | None = None,
     device: torch.device,
     compiled: bool = False,
     hooks: tuple[Hook, ...] = (),
 ) -> nn.Module:
-    """Train ``model`` in the run folder on the images of ``source``, see ``train``."""
+    """Train ``model`` in the run folder on the images of ``source``, see ``train``.
 
-    def batches_from(start: int) -> Iterator:
-        return train_batches(
+    ``transform`` makes an image what the loader yields, and ``mixing`` a batch of that what the model
+    sees. ``row`` says in the records what is trained.
+    """
+
+    def batches_from(start: int) -> Iterator[Batch]:
+        batches = train_batches(
             source,
-            transform_of(config),
+            transform,
             seed=config.seed,
             start=start,
             stop=schedule.total,
@@ -82,6 +115,7 @@ def train_in(
             bad_images=config.data.bad_images,
             pin_memory=device.type == "cuda",
         )
+        return _mixed(batches, mixing) if mixing else batches
 
     def open_metrics(seen: int) -> Metrics:
         say(f"{run}: {row}, {schedule.total:,} images in {schedule.steps:,} steps, from {seen:,}")
@@ -99,7 +133,14 @@ def train_in(
         describe={"row": row, "images": len(source), "classes": list(source.classes or ())},
         compiled=compiled,
         hooks=hooks,
+        seed=config.seed,
     )
+
+
+def _mixed(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    with closing(batches):
+        for batch in batches:
+            yield mixing(batch)
 
 
 def say(line: str) -> None:

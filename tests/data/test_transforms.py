@@ -110,3 +110,29 @@ def test_random_crops_have_maes_areas_and_ratios():
 def test_settings_that_do_not_fit_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         CropTransform(**{"img_size": 8, **settings})
+
+
+def test_clipped_crops_have_the_sides_of_maes_probe():
+    """util/crop.py: one draw, of which each side is cut to the image."""
+
+    class Box:
+        """Notes the crop that is asked for."""
+
+        size = (200, 50)
+        mode = "RGB"
+
+        def resize(self, size, resample, box, reducing_gap):
+            self.sides = (box[2] - box[0], box[3] - box[1])
+            return Image.new("RGB", size)
+
+    found, wanted = [], []
+    for seed in range(200):
+        image, draws = Box(), rng(seed)
+        CropTransform(64, 3, "random", area=(0.08, 1.0), clip=True)(image, rng(seed))
+        area = 200 * 50 * draws.uniform(0.08, 1.0)
+        ratio = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
+        wanted.append(
+            (min(round((area * ratio) ** 0.5), 200), min(round((area / ratio) ** 0.5), 50))
+        )
+        found.append(image.sides)
+    assert found == wanted and 0 < [h for _, h in found].count(50) < 200

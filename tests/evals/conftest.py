@@ -1,10 +1,12 @@
-"""Small labelled images that a test makes itself."""
+"""Small labelled images, and features, that a test makes itself."""
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldae.data.sources import Source
+from ldae.evals.features import Features
 
 
 class Pictures(Source):
@@ -31,3 +33,17 @@ class Pictures(Source):
 @pytest.fixture
 def pictures():
     return Pictures
+
+
+@pytest.fixture
+def cloud():
+    """cloud(count, seed): features of classes that overlap."""
+
+    def make(count: int, seed: int, classes: int = 4, dim: int = 8) -> Features:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(classes, (count,), generator=generator)
+        noise = 3 + 0.7 * torch.randn(count, dim, generator=generator)
+        names = [f"{seed}/{i}" for i in range(count)]
+        return Features(noise + torch.eye(classes, dim)[labels], labels, names)
+
+    return make

@@ -4,18 +4,24 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ldae.backbone import load_backbone
-from ldae.data.sources import open_source
+from ldae.data.sources import Source, open_source
 from ldae.errors import InputError
-from ldae.evals.features import extract
+from ldae.evals.features import Encoder, all_rows, extract, own_rows
+from ldae.evals.heads import grade_heads, train_heads
+from ldae.evals.linear import CachedProtocol, MAEProtocol
+from ldae.evals.online import train_online
+from ldae.evals.taps import Tap, TapReader
 from ldae.preprocessing import preprocessing
 
 CPU = torch.device("cpu")
+TAPS = (Tap(), Tap(2, "cls+avg"), Tap(2, "cls"))
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +41,38 @@ def test_features_are_the_backbones_in_the_order_of_the_source(vit, pictures):
     assert found.features.dtype == torch.float32
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
 def test_batch_size_does_not_matter(vit, pictures, batch_size):
     source = pictures(11)
-    reference = extract(vit, source, device=CPU, batch_size=11).features
-    found = extract(vit, source, device=CPU, batch_size=batch_size).features
+    reference = extract(vit, source, device=CPU, batch_size=11, taps=TAPS).features
+    found = extract(vit, source, device=CPU, batch_size=batch_size, taps=TAPS).features
     assert (found - reference).norm() < 1e-5 * reference.norm()
+
+
+def test_order_of_the_source_does_not_matter(vit, pictures):
+    source, shuffled = pictures(11), pictures(11)
+    order = np.random.default_rng(1).permutation(11)
+    shuffled.pixels, shuffled.labels = source.pixels[order], source.labels[order]
+    wanted = extract(vit, source, device=CPU, batch_size=4)
+    found = extract(vit, shuffled, device=CPU, batch_size=4)
+    assert (found.features - wanted.features[order]).norm() < 1e-5 * wanted.features.norm()
+    assert torch.equal(found.labels, wanted.labels[order])
+
+
+def test_taps_are_columns_and_the_output_is_what_it_is_alone(vit, pictures):
+    found = extract(vit, pictures(5), device=CPU, taps=TAPS)
+    assert found.features.shape == (5, 3 * 64)
+    alone = extract(vit, pictures(5), device=CPU)
+    torch.testing.assert_close(found.features[:, found.columns[Tap()]], alone.features)
+    both, cls = (found.features[:, found.columns[tap]] for tap in TAPS[1:])
+    assert torch.equal(both[:, :64], cls) and not torch.equal(both[:, 64:], cls)
+
+
+def test_features_in_a_file_are_those_in_memory(vit, pictures, monkeypatch):
+    wanted = extract(vit, pictures(11), device=CPU, taps=TAPS)
+    monkeypatch.setattr("ldae.evals.storage.IN_MEMORY", 0)
+    found = extract(vit, pictures(11), device=CPU, taps=TAPS)
+    assert torch.equal(found.features, wanted.features)
 
 
 def test_low_precision_is_close_and_not_equal(vit, pictures):
@@ -80,20 +112,42 @@ def test_map_is_refused(pictures):
 
 SCRIPT = """
 import sys, torch
-from ldae.backbone import load_backbone
+sys.path.append(sys.argv[3])
+from test_features import grades
 from ldae.data.sources import open_source
 from ldae.distributed import process_group
-from ldae.evals.features import extract
-cpu = torch.device("cpu")
-with process_group(cpu):
-    source = open_source(sys.argv[1], "train")
-    found = extract(load_backbone("pixels:16"), source, device=cpu, batch_size=3)
-torch.save(tuple(found), sys.argv[2])
+with process_group(torch.device("cpu")):
+    found = grades(open_source(sys.argv[1], "train"))
+torch.save(found, sys.argv[2])
 """
 
 
+def grades(source: Source) -> dict:
+    """What the ranks find together."""
+    model = load_backbone("test_vit", random_init=True, img_size=16)
+    encoder = Encoder(model, CPU, reader=TapReader(model, TAPS))
+    own = own_rows(encoder, source, batch_size=3)
+    every = all_rows(own, source, CPU)
+    held = torch.arange(len(source)) % 5 == 0
+    sweep = CachedProtocol(learning_rates=(0.1, 1.0), epochs=3, total_batch=4, pools=("avg",))
+    wanted = sweep.heads_of(TAPS[:2])
+    heads = train_heads(own, wanted, 3, sweep, CPU, ~held)
+    online = MAEProtocol(blr=50.0, epochs=3, warmup_epochs=1, total_batch=12, batchnorm_batch=4)
+    head, _ = train_online(Encoder(model, CPU), source, online, batch_size=3, workers=0)
+    return {
+        "features": every.features,
+        "labels": every.labels,
+        "names": every.names,
+        "share": len(own.labels),
+        "heads": {str(tap): part.state_dict() for tap, part in heads.items()},
+        "held out": {str(t): top for t, top in grade_heads(heads, own, CPU, held).items()},
+        "online": head.state_dict(),
+    }
+
+
 def test_two_ranks_find_what_one_finds(pictures, tmp_path):
-    """13 images over two ranks in batches of 3: neither the ranks nor the batches come out even."""
+    """13 images over two ranks in batches of 3: neither the ranks nor the batches come out even,
+    nor do three of BatchNorm's batches in an update."""
     made = pictures(13)
     for i in range(13):
         path = tmp_path / "images" / made.classes[made.labels[i]] / f"{i}.png"
@@ -103,18 +157,30 @@ def test_two_ranks_find_what_one_finds(pictures, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    here = str(Path(__file__).parent)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / "images"), str(tmp_path / str(rank))],
+            [
+                sys.executable,
+                "-c",
+                SCRIPT,
+                str(tmp_path / "images"),
+                str(tmp_path / str(rank)),
+                here,
+            ],
             env=os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    source = open_source(str(tmp_path / "images"), "train")
-    alone = extract(load_backbone("pixels:16"), source, device=CPU, batch_size=13)
-    for rank in range(2):
-        features, labels, names = torch.load(tmp_path / str(rank))
-        assert torch.equal(features, alone.features)
-        assert torch.equal(labels, alone.labels)
-        assert names == alone.names
+    alone = grades(open_source(str(tmp_path / "images"), "train"))
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    assert [one.pop("share") for one in found] == [7, 6] and alone.pop("share") == 13
+    names = alone.pop("names")
+    for one in found:
+        assert one.pop("names") == names
+        torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-5)
+        same = (one[key] for key in ("features", "heads", "online"))
+        torch.testing.assert_close(
+            list(same), [found[0][key] for key in ("features", "heads", "online")], rtol=0, atol=0
+        )

@@ -1,195 +1,95 @@
-from dataclasses import replace
-
-"""The probe learns what one head alone learns, chooses on train, and folds into timm exactly."""
+"""The sweep chooses on train and reports the last epoch; a verb's protocol is what it says."""
 
 import json
-import math
+from dataclasses import replace
 
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
 
-from ldae.backbone import load_backbone
 from ldae.errors import InputError
-from ldae.evals.accuracy import ranks, top
-from ldae.evals.features import Features, extract
 from ldae.evals.grading import Setup
-from ldae.evals.linear import (
-    LinearProtocol,
-    fold_batchnorm,
-    held_out,
-    linear,
-    linear_probe,
-    save_classifier,
-    train_heads,
-)
+from ldae.evals.heads import train_heads
+from ldae.evals.holdout import held_out
+from ldae.evals.linear import CachedProtocol, LDAEProtocol, MAEProtocol, linear, linear_probe
+from ldae.evals.taps import Tap
 
 SETUP = Setup(in_chans=1, workers=0, device="cpu")
-
+CONTROL = replace(SETUP, img_size=16, random_init=True)
 CPU = torch.device("cpu")
-SHORT = LinearProtocol(learning_rates=(0.01, 0.1, 1.0), epochs=3, batch_size=32)
+SHORT = CachedProtocol(
+    learning_rates=(0.01, 0.1, 1.0), weight_decays=(0.0, 0.1), epochs=3, total_batch=32
+)
 
 
-def cloud(count: int, seed: int, classes: int = 4, dim: int = 8) -> Features:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (count,), generator=generator)
-    noise = 3 + 0.7 * torch.randn(count, dim, generator=generator)
-    names = [f"{seed}/{i}" for i in range(count)]
-    return Features(noise + torch.eye(classes, dim)[labels], labels, names)
+def probe(train, evaluation, protocol=SHORT):
+    held = held_out(train.names, train.labels, protocol.held_out)
+    return linear_probe(train, evaluation, held, 4, protocol)
 
 
-def slow_probe(train: Features, rate: float, protocol: LinearProtocol) -> torch.nn.Sequential:
-    """One head as MAE's script writes it: modules, torch's SGD at the rate, a fixed order."""
-    generator = torch.Generator().manual_seed(protocol.seed)
-    classes = int(train.labels.max()) + 1
-    norm = torch.nn.BatchNorm1d(train.features.shape[1], affine=False, eps=1e-6)
-    head = torch.nn.Linear(train.features.shape[1], classes)
-    torch.nn.init.trunc_normal_(head.weight, std=0.01, generator=generator)
-    torch.nn.init.zeros_(head.bias)
-    model = torch.nn.Sequential(norm, head)
-    optimizer = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9)
-    generator.manual_seed(protocol.seed)
-    steps = len(train.features) // protocol.batch_size
-    for epoch in range(protocol.epochs):
-        order = torch.randperm(len(train.features), generator=generator)
-        for step in range(steps):
-            batch = order[step * protocol.batch_size : (step + 1) * protocol.batch_size]
-            done = (epoch * steps + step) / (protocol.epochs * steps)
-            for group in optimizer.param_groups:
-                cosine = 0.5 * (1 + math.cos(math.pi * done))
-                group["lr"] = rate * protocol.batch_size / 256 * cosine
-            optimizer.zero_grad()
-            F.cross_entropy(model(train.features[batch]), train.labels[batch]).backward()
-            optimizer.step()
-    return model.eval()
-
-
-def test_heads_together_are_the_head_alone():
-    train, queries = cloud(100, 0), cloud(50, 1).features  # a last batch of 4 is left out
-    together = train_heads(train, 4, SHORT.learning_rates, SHORT, CPU)(queries)
-    for number, rate in enumerate(SHORT.learning_rates):
-        alone = slow_probe(train, rate, SHORT)(queries)
-        assert torch.allclose(together[:, number], alone, atol=1e-4)
-        assert alone.std() > 0.01  # it moved away from where all heads start
-
-
-def test_diverged_head_leaves_the_others_alone():
-    train, queries = cloud(100, 0), cloud(50, 1).features
-    alone = train_heads(train, 4, (0.1,), SHORT, CPU)(queries)[:, 0]
-    both = train_heads(train, 4, (0.1, float("inf")), SHORT, CPU)(queries)
-    assert torch.allclose(both[:, 0], alone, atol=1e-5)
-    assert both[:, 1].isnan().any()
-
-
-@pytest.mark.parametrize("count", [2, 33, 65])
-def test_short_last_batches_do_not_spoil_the_statistics(count):
-    heads = train_heads(cloud(count, 0), 4, (0.1,), SHORT, CPU)
-    assert heads(cloud(9, 1).features).isfinite().all()
-
-
-def test_same_seed_same_result_other_seed_another():
+def test_same_seed_same_result_other_seed_another(cloud):
     train, evaluation = cloud(300, 0), cloud(50, 1)
     first, again, other = (
-        linear_probe(train, evaluation, protocol)[0].weight
+        probe(train, evaluation, protocol)[0].weight
         for protocol in (SHORT, SHORT, replace(SHORT, seed=1))
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_rate_is_chosen_on_train_only():
+def test_head_is_chosen_on_train_only(cloud):
     train, evaluation = cloud(300, 0), cloud(90, 1)
-    _, honest = linear_probe(train, evaluation, SHORT)
-    _, permuted = linear_probe(train, evaluation._replace(labels=evaluation.labels.roll(1)), SHORT)
+    _, honest = probe(train, evaluation)
+    _, permuted = probe(train, evaluation._replace(labels=evaluation.labels.roll(1)))
     assert permuted["learning_rate"] == honest["learning_rate"]
-    assert permuted["held_out_top1"] == honest["held_out_top1"]
+    assert permuted["sweep"] == honest["sweep"]
     assert permuted["top1"] < honest["top1"]
 
 
-def test_chosen_rate_is_the_best_on_the_held_out_tenth_and_retrained_on_all():
-    train, evaluation = cloud(300, 0), cloud(90, 1)
-    heads, results = linear_probe(train, evaluation, SHORT)
-    assert results["held_out_top1"][str(results["learning_rate"])] == max(
-        results["held_out_top1"].values()
-    )
-    again = train_heads(train, 4, (results["learning_rate"],), SHORT, CPU)
+def test_chosen_head_is_the_best_on_the_held_out_tenth_and_retrained_on_all(cloud):
+    """Of two taps, of which one has seen nothing of the classes."""
+    split = {Tap(0, "avg"): slice(0, 4), Tap(1, "avg"): slice(4, 8)}
+    train, evaluation = (cloud(*size)._replace(columns=split) for size in ((300, 0), (90, 1)))
+    protocol = replace(SHORT, blocks=(0, 1), pools=("avg",))
+    heads, results = probe(train, evaluation, protocol)
+    assert len(results["sweep"]) == 12 and results["tap"] == "block 0, avg"
+    chosen = {key: results[key] for key in ("tap", "learning_rate", "weight_decay")}
+    best = max(results["sweep"], key=lambda head: head["held_out_top1"])
+    assert best == chosen | {"held_out_top1": best["held_out_top1"]}
+    wanted = next(head for head in protocol.heads if head.record() == chosen)
+    again = train_heads(train, [wanted], 4, protocol, CPU)[wanted.tap]
     assert torch.equal(heads.weight, again.weight)
-    right = (heads(evaluation.features)[:, 0].argmax(1) == evaluation.labels).double().mean()
+    logits = heads(evaluation.features[:, :4])[:, 0]
+    right = (logits.argmax(1) == evaluation.labels).double().mean()
     assert results["top1"] == pytest.approx(100 * right.item())
 
 
-def test_held_out_tenth_is_a_pure_function_of_the_names():
-    names = [f"{i}.jpg" for i in range(5000)]
-    labels = torch.arange(5000) % 7
-    held = held_out(names, labels, SHORT)
-    backwards = held_out(names[::-1], labels.flip(0), SHORT)
-    assert torch.equal(backwards.flip(0), held)
-    assert 0.08 < held.double().mean() < 0.12
-    assert held_out(["\udcff.jpg", *names], labels[[0, *range(5000)]], SHORT)[1:].equal(held)
-
-
-@pytest.mark.parametrize(("count", "classes"), [(1, 1), (2, 2), (60, 60)])
-def test_too_few_images_to_choose_are_told(count, classes):
-    names = [str(i) for i in range(count)]
-    with pytest.raises(InputError, match=f"{count} train images of {classes} classes are too few"):
-        held_out(names, torch.arange(count) % classes, SHORT)
-
-
 @pytest.mark.parametrize(
-    "wrong", [{"learning_rates": ()}, {"learning_rates": (0.1, 0.0)}, {"epochs": 0}]
+    "wrong",
+    [{"learning_rates": ()}, {"learning_rates": (0.1, 0.0)}, {"epochs": 0}, {"pools": ()}],
 )
 def test_wrong_protocols_are_told(wrong):
-    with pytest.raises(InputError, match="must be"):
-        LinearProtocol(**wrong)
+    with pytest.raises(InputError, match="must"):
+        CachedProtocol(**wrong)
 
 
-def test_folded_head_is_the_unfolded_one():
-    train, queries = cloud(300, 0), cloud(50, 1).features
-    heads = train_heads(train, 4, (0.5,), SHORT, CPU)
-    folded = fold_batchnorm(heads.norm, heads.weight[0], heads.bias[0])
-    assert torch.allclose(F.linear(queries, *folded), heads(queries)[:, 0], atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_saved_classifier_scores_in_timm_what_the_probe_scored(name, pictures, tmp_path):
-    backbone = load_backbone(name, random_init=True, img_size=16)
-    train, evaluation = pictures(200), pictures(61, "eval", seed=1)
-    fits = [extract(backbone, source, device=CPU) for source in (train, evaluation)]
-    heads, results = linear_probe(*fits, SHORT)
-    save_classifier(backbone, heads, train.classes, tmp_path / "out", evaluation)
-    opened = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    logits = extract(opened, evaluation, device=CPU).features
-    assert torch.allclose(logits, heads(fits[1].features)[:, 0], atol=1e-3)
-    assert top(ranks(logits, fits[1].labels), 1) == results["top1"]
-    assert opened.pretrained_cfg["label_names"] == train.classes
-    assert opened.pretrained_cfg["tag"] == "linear"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    again = load_backbone(tmp_path / "out")
-    assert torch.equal(extract(again, evaluation, device=CPU).features, fits[1].features)
-
-
-def test_classifier_that_scores_otherwise_is_not_saved(pictures, tmp_path, monkeypatch):
-    backbone = load_backbone("test_vit", random_init=True, img_size=16)
-    source = pictures(64)
-    heads = train_heads(extract(backbone, source, device=CPU), 3, (0.1,), SHORT, CPU)
-    monkeypatch.setattr("ldae.evals.linear.fold_batchnorm", lambda norm, *unfolded: unfolded)
-    with pytest.raises(InputError, match="not saved"):
-        save_classifier(backbone, heads, None, tmp_path / "out", source)
-    assert not (tmp_path / "out").exists()
+def test_rates_are_those_of_the_papers():
+    mae, paper = MAEProtocol(), LDAEProtocol()
+    assert mae.blr * mae.total_batch / 256 == pytest.approx(6.4)
+    assert paper.blr * paper.total_batch / 256 == pytest.approx(6.4e-3)
 
 
 def test_verb_writes_and_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    control = replace(SETUP, img_size=16, random_init=True)
-    record = linear("test_vit", "digits", epochs=3, save=tmp_path / "out", setup=control)
+    record = linear("test_vit", "digits", epochs=3, save=tmp_path / "out", setup=CONTROL)
     name = "linear-digits-random-init-epochs=3-in_chans=1-img_size=16"
     written = tmp_path / "evals" / "test_vit" / name / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
     assert record["results"]["top1"] > 30  # of ten classes
-    assert record["protocol"]["learning_rates"] == LinearProtocol.learning_rates
+    protocol = record["protocol"]
+    assert protocol["learning_rates"] == CachedProtocol.learning_rates
+    assert (protocol["name"], protocol["modified"]) == ("cached", ["epochs=3"])
     with pytest.raises(InputError, match="exists already"):
-        linear("test_vit", "digits", save=tmp_path / "out", setup=control)
+        linear("test_vit", "digits", save=tmp_path / "out", setup=CONTROL)
     below = linear(str(tmp_path / "out"), "digits", epochs=1, setup=SETUP)
     assert below["backbone"]["dim"] == 64
     assert (
@@ -197,7 +97,56 @@ def test_verb_writes_and_saves(tmp_path, monkeypatch):
     ).is_file()
 
 
+def test_verb_sweeps_blocks_and_pools(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    taps = {"blocks": (0, -1), "pools": ("avg", "cls+avg")}
+    record = linear("test_vit", "digits", epochs=1, **taps, setup=CONTROL)
+    assert len({head["tap"] for head in record["results"]["sweep"]}) == 4
+    assert record["backbone"]["dim"] == (128 if "cls" in record["results"]["tap"] else 64)
+    name = "linear-digits-random-init-epochs=1-blocks=0--1-pools=avg-cls+avg-in_chans=1-img_size=16"
+    assert [path.name for path in tmp_path.glob("evals/test_vit/*")] == [name]
+    with pytest.raises(InputError, match="--save takes the model's own output"):
+        linear("test_vit", "digits", **taps, save=tmp_path / "out", setup=CONTROL)
+
+
+def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    changes = {"epochs": 2, "warmup_epochs": 1, "optimizer": "adamw"}
+    record = linear(
+        "test_vit", "digits", protocol="ldae", **changes, save=tmp_path / "out", setup=CONTROL
+    )
+    assert record["task"] == "linear-ldae" and record["protocol"]["name"] == "ldae"
+    assert sorted(record["protocol"]["modified"]) == [
+        "epochs=2", "optimizer=adamw", "warmup_epochs=1",
+    ]  # fmt: skip
+    results = record["results"]
+    assert (results["batch"], results["batchnorm_batch"]) == (1024, 512)
+    assert results["learning_rate"] == pytest.approx(1e-4 * 1024 / 256)
+    told = capsys.readouterr().out
+    assert "1,348 train images are fewer than a batch of 16,384; it is 1,024 here" in told
+    again = linear(str(tmp_path / "out"), "digits", epochs=1, setup=SETUP)
+    assert again["backbone"]["params"] == record["backbone"]["params"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"protocol": "mae", "learning_rates": (1.0,)}, "learning-rates is no setting of .* mae"),
+        ({"optimizer": "sgd"}, "optimizer is no setting of the protocol cached"),
+        ({"protocol": "mae", "epochs": 5}, "warmup_epochs must be fewer than epochs: 10 of 5"),
+        ({"protocol": "mae", "total_batch": 700}, "total_batch 700 is no whole number"),
+        ({"blocks": (1,)}, "block 1 has no pooling of its own"),
+        ({"blocks": (7,), "pools": ("avg",)}, "test_vit has blocks 0 to 5, and no block 7"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told_before_the_work(given, told, monkeypatch):
+    monkeypatch.setattr("ldae.evals.linear.own_rows", None)
+    monkeypatch.setattr("ldae.evals.linear.train_online", None)
+    with pytest.raises(InputError, match=told):
+        linear("test_vit", "digits", **given, setup=CONTROL)
+
+
 def test_classifier_of_pixels_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldae.evals.grading.extract", None)
+    monkeypatch.setattr("ldae.evals.linear.own_rows", None)
     with pytest.raises(InputError, match="pixels is no timm model"):
         linear("pixels:8", "digits", save=tmp_path / "out", setup=SETUP)

@@ -157,9 +157,54 @@ def test_clipping_bounds_the_step(tmp_path, monkeypatch):
 
 def test_hooks_run_when_their_images_are_seen(tmp_path):
     calls = []
-    hook = Hook(16, lambda: {"knn": float(len(calls))} | {"n": calls.append(1) or 0})
+    hook = Hook(16, lambda model: {"knn": float(len(calls))} | {"n": calls.append(1) or 0})
     _, records = run(tmp_path, hooks=(hook,))
     assert [r["images"] for r in records if "knn" in r] == [16, 32, 48]
+
+
+def test_hooks_see_the_average_where_there_is_one(tmp_path):
+    seen = []
+    hook = Hook(16, lambda model: {"w": seen.append(model) or 0.0})
+    model = Line()
+    run(tmp_path / "plain", hooks=(hook,), model=model)
+    assert all(other is model for other in seen)
+    seen.clear()
+    optim = Optim(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
+    averaged, _ = run(tmp_path / "averaged", optim=optim, hooks=(hook,), model=model)
+    assert all(other is not model for other in seen) and seen[-1].w.item() == averaged
+
+
+class NoisyLine(Line):
+    """Draws from torch's generator, as dropout does, and counts in a buffer, as BatchNorm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("level", torch.zeros(1))
+
+    def forward(self, images, positions, labels):
+        self.level += 1
+        return super().forward(images * (1 + 0.1 * torch.randn(())), positions, labels)
+
+
+def test_what_a_model_draws_depends_on_seed_and_place_alone(tmp_path):
+    for name, global_seed in (("whole", 1), ("parts", 2)):
+        torch.manual_seed(global_seed)
+        if name == "parts":
+            with pytest.raises(InputError):
+                run(tmp_path / name, batches_from(bad_at=24), model=NoisyLine())
+            torch.manual_seed(5)
+        weight, _ = run(tmp_path / name, model=NoisyLine())
+        assert weight == Checkpoints(tmp_path / "whole").load()["model"]["w"].item()
+    assert weight != run(tmp_path / "without noise")[0]
+
+
+def test_the_average_has_averaged_statistics(tmp_path):
+    optim = Optim(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.5)
+    run(tmp_path, optim=optim, model=NoisyLine())
+    expected = 0.0
+    for step in range(1, 13):
+        expected = 0.5 * expected + 0.5 * step
+    assert Checkpoints(tmp_path).load()["average"]["level"].item() == pytest.approx(expected)
 
 
 def test_plans_divide_the_batch_or_refuse():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ldae.settings import Optim
-from ldae.train.optim import adamw, lr_at, peak_lr
+from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
 
 
 def test_the_rate_scales_with_the_batch():
@@ -20,6 +20,25 @@ def test_warmup_is_linear_and_the_rest_half_a_cosine():
     assert rate(200) == pytest.approx(1.0) and rate(300) == pytest.approx(0.0)
     assert rate(250) == pytest.approx(1 + math.cos(math.pi * 0.75))
     assert lr_at(0, peak=2.0, warmup=0, total=300) == 2.0
+
+
+def test_the_cosine_ends_at_the_least_rate():
+    rates = [lr_at(n, peak=2.0, warmup=100, total=300, least=0.5) for n in (50, 100, 200, 300)]
+    assert rates == pytest.approx([1.0, 2.0, 1.25, 0.5])
+
+
+def test_a_model_may_declare_its_groups():
+    class Layers(nn.Linear):
+        def parameter_groups(self, weight_decay):
+            return [
+                {"params": [self.weight], "weight_decay": weight_decay, "lr_scale": 0.25},
+                {"params": [self.bias], "weight_decay": 0.0},
+            ]
+
+    optimizer = adamw(Layers(2, 3), Optim(weight_decay=0.1))
+    set_lr(optimizer, 0.8)
+    told = [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
+    assert told == [(0.1, 0.2), (0.0, 0.8)]
 
 
 def test_only_matrices_are_decayed():

@@ -1,0 +1,97 @@
+"""A linear head and its backbone as one timm classifier: folded, written, verified."""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldae.data.loader import eval_batches
+from ldae.data.sources import Source
+from ldae.distributed import barrier, is_main
+from ldae.errors import InputError
+from ldae.evals.heads import Heads
+from ldae.preprocessing import preprocessing
+from ldae.timm_folder import write_timm_folder
+
+_IMAGES_VERIFIED = 64
+
+
+@torch.no_grad()
+def fold_batchnorm(
+    norm: nn.BatchNorm1d, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight (C, D) and bias (C,) that do what ``norm`` in eval mode and the given ones do."""
+    scaled = weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    shifted = bias.double() - scaled @ norm.running_mean.double()
+    return scaled.to(weight.dtype), shifted.to(bias.dtype)
+
+
+def save_classifier(
+    backbone: nn.Module, heads: Heads, classes: list[str] | None, folder: Path, source: Source
+) -> None:
+    """Write ``backbone`` and the first of ``heads`` as one timm classifier, on the main rank.
+
+    The folder appears under its name once timm has read it back and its logits of the first images
+    of ``source`` are those of backbone and head.
+
+    Raises: InputError when ``backbone`` takes no plain linear head, or the logits differ.
+    """
+    if is_main():
+        # On the CPU, where float32 is float32; the caller's stay where they are.
+        backbone, heads = copy.deepcopy(backbone).cpu(), copy.deepcopy(heads).cpu()
+        model = _with_head(backbone, heads)
+        write_timm_folder(
+            folder,
+            model,
+            backbone.model_args | {"num_classes": model.num_classes},
+            partial(_verify, folder, backbone, heads, source),
+            classes=classes[: model.num_classes] if classes else None,
+        )
+    barrier()
+
+
+def check_savable(backbone: nn.Module, folder: Path) -> None:
+    """Raises: InputError when ``backbone`` is no timm model, or ``folder`` exists."""
+    if folder.exists():
+        raise InputError(f"{folder} exists already; save to another folder")
+    if not hasattr(backbone, "reset_classifier"):
+        name = backbone.pretrained_cfg["architecture"]
+        raise InputError(f"{name} is no timm model: its classifier can not be saved")
+
+
+def _with_head(backbone: nn.Module, heads: Heads) -> nn.Module:
+    weight, bias = fold_batchnorm(heads.norm, heads.weight[0], heads.bias[0])
+    model = copy.deepcopy(backbone)
+    model.reset_classifier(len(bias))
+    head = model.get_classifier()
+    if not isinstance(head, nn.Linear) or head.weight.shape != weight.shape:
+        raise InputError(
+            f"{model.pretrained_cfg['architecture']} ends in more than a linear layer on its "
+            "features: its classifier can not be saved"
+        )
+    head.load_state_dict({"weight": weight, "bias": bias})
+    # Else timm records these of the weights that the backbone came from.
+    model.pretrained_cfg = backbone.pretrained_cfg | {
+        "tag": "linear",
+        "num_classes": len(bias),
+        "custom_load": False,
+    }
+    return model
+
+
+@torch.inference_mode()
+def _verify(
+    folder: Path, backbone: nn.Module, heads: Heads, source: Source, opened: nn.Module
+) -> None:
+    indices = range(min(_IMAGES_VERIFIED, len(source)))
+    transform = preprocessing(opened)
+    pixels, _, _ = next(iter(eval_batches(source, transform, indices, len(indices), workers=0)))
+    images = transform.normalise(pixels)
+    wanted = heads(backbone(images))[:, 0]
+    error = (opened(images) - wanted).abs().max() / wanted.abs().max()
+    if not error < 1e-3:
+        raise InputError(
+            f"not saved: the logits of {folder} differ from those of the probe by {error:.1e}"
+        )

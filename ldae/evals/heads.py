@@ -1,0 +1,202 @@
+"""Linear heads on frozen features: many trained in one pass, each as if it were alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ldae.distributed import all_reduce_sum, rank, world_size
+from ldae.evals.accuracy import ranks
+from ldae.evals.features import Features
+from ldae.evals.storage import rows_on
+from ldae.evals.taps import Tap
+from ldae.log import progress
+
+_ROWS_AT_ONCE = 1024
+_BATCHNORM_MOMENTUM = 0.1  # PyTorch's
+
+
+class HeadConstants(Protocol):
+    """What a protocol says of a head."""
+
+    batchnorm_eps: float
+    init_std: float
+    seed: int
+
+
+class PassConstants(HeadConstants, Protocol):
+    """What a protocol says of the training of heads on features that were extracted before."""
+
+    epochs: int
+    total_batch: int
+    momentum: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """One candidate of a sweep."""
+
+    tap: Tap
+    learning_rate: float
+    """At a batch of 256."""
+    weight_decay: float = 0.0
+    """Of the weight, not of the bias."""
+
+    def record(self) -> dict:
+        return {
+            "tap": str(self.tap),
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+        }
+
+
+class Heads(nn.Module):
+    """H linear classifiers behind one BatchNorm without affine: (B, D) -> (B, H, C)."""
+
+    def __init__(self, heads: int, dim: int, classes: int, protocol: HeadConstants):
+        super().__init__()
+        generator = torch.Generator().manual_seed(protocol.seed)
+        weight = torch.empty(classes, dim)
+        nn.init.trunc_normal_(weight, std=protocol.init_std, generator=generator)
+        self.norm = nn.BatchNorm1d(dim, eps=protocol.batchnorm_eps, affine=False)
+        self.weight = nn.Parameter(weight.repeat(heads, 1, 1))  # all start from the same
+        self.bias = nn.Parameter(torch.zeros(heads, classes))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.norm(features))
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """(B, H, C) of features that went through BatchNorm, in one product."""
+        logits = F.linear(normed, self.weight.flatten(0, 1), self.bias.flatten())
+        return logits.unflatten(1, self.bias.shape)
+
+    def normalise(
+        self, features: torch.Tensor, mean: torch.Tensor, var: torch.Tensor
+    ) -> torch.Tensor:
+        """BatchNorm by the statistics (D,) of a batch."""
+        return (features - mean) * (var + self.norm.eps).rsqrt()
+
+    def track(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+        """Move the running statistics towards those of a batch of ``count`` images."""
+        unbiased = var * (count / max(count - 1, 1))
+        self.norm.running_mean.lerp_(mean, _BATCHNORM_MOMENTUM)
+        self.norm.running_var.lerp_(unbiased, _BATCHNORM_MOMENTUM)
+
+    @torch.no_grad()
+    def gradients(
+        self, normed: torch.Tensor, labels: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the summed cross-entropy over ``count``, by weight (H, C, D) and by bias (H, C)."""
+        error = self.logits(normed).softmax(2)  #                  (B, H, C)
+        error[torch.arange(len(labels), device=labels.device), :, labels] -= 1
+        error = error.flatten(1) / count  #                        (B, H * C)
+        weight = (error.T @ normed).unflatten(0, self.bias.shape)
+        return weight, error.sum(0).view_as(self.bias)
+
+
+class _Pass:
+    """The heads of one tap while they are trained by SGD with momentum, each at its own rate."""
+
+    def __init__(self, wanted: Sequence[Head], heads: Heads, protocol: PassConstants) -> None:
+        self.heads, self.momentum = heads, protocol.momentum
+        device, scale = heads.weight.device, protocol.total_batch / 256
+        self.rates = torch.tensor([head.learning_rate * scale for head in wanted], device=device)
+        self.decays = torch.tensor([head.weight_decay for head in wanted], device=device)
+        self.moments = [torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)]
+
+    @torch.no_grad()
+    def update(
+        self, features: torch.Tensor, labels: torch.Tensor, count: int, schedule: float
+    ) -> None:
+        """One step on a batch of ``count`` images, of which this rank holds these."""
+        heads = self.heads
+        mean = all_reduce_sum(features.sum(0)) / count
+        var = all_reduce_sum((features - mean).square().sum(0)) / count
+        heads.track(mean, var, count)
+        normed = heads.normalise(features, mean, var)
+        slopes = [all_reduce_sum(part) for part in heads.gradients(normed, labels, count)]
+        slopes[0] += self.decays[:, None, None] * heads.weight
+        for value, moment, slope in zip((heads.weight, heads.bias), self.moments, slopes):
+            moment.mul_(self.momentum).add_(slope)
+            rates = self.rates.view(-1, *[1] * (value.ndim - 1))
+            value.sub_(schedule * rates * moment)
+
+
+def train_heads(
+    train: Features,
+    wanted: Sequence[Head],
+    classes: int,
+    protocol: PassConstants,
+    device: torch.device,
+    chosen: torch.Tensor | None = None,
+) -> dict[Tap, Heads]:
+    """All of ``wanted`` trained together, by their taps and in their order.
+
+    Each is what it would be alone. ``train`` is this rank's share, and ``chosen`` (N,) tells of all
+    images which are learned from; each rank computes with what it has of a batch, and all ranks
+    come to the same heads. A last batch that is short is left out, and its images come earlier in
+    other epochs: BatchNorm has no variance for a batch of one. Fewer images than a batch are one.
+    """
+    images = images_of(train, device)
+    numbers = torch.arange(images) if chosen is None else chosen.nonzero()[:, 0]
+    features, labels = rows_on(train.features, device), train.labels.to(device)
+    passes = {}
+    for tap, columns in train.columns.items():
+        mine = [head for head in wanted if head.tap == tap]
+        if mine:
+            dim = len(range(*columns.indices(features.shape[1])))
+            heads = Heads(len(mine), dim, classes, protocol).to(device)
+            passes[tap] = _Pass(mine, heads, protocol)
+    generator = torch.Generator().manual_seed(protocol.seed)
+    steps = max(len(numbers) // protocol.total_batch, 1)
+    with progress(protocol.epochs, "probe") as bar:
+        for epoch in range(protocol.epochs):
+            order = numbers[torch.randperm(len(numbers), generator=generator)]
+            for step, batch in enumerate(order.split(protocol.total_batch)[:steps]):
+                done = (epoch * steps + step) / (protocol.epochs * steps)
+                schedule = (1 + math.cos(math.pi * done)) / 2
+                own = batch[batch % world_size() == rank()] // world_size()
+                rows = features[own.to(features.device)].to(device)
+                targets = labels[own.to(device)]
+                for tap, training in passes.items():
+                    training.update(rows[:, train.columns[tap]], targets, len(batch), schedule)
+            bar.update()
+    return {tap: training.heads.eval() for tap, training in passes.items()}
+
+
+@torch.inference_mode()
+def grade_heads(
+    heads: dict[Tap, Heads],
+    features: Features,
+    device: torch.device,
+    chosen: torch.Tensor | None = None,
+) -> dict[Tap, torch.Tensor]:
+    """Top-1 and top-5 of every head in percent, float64 (H, 2), by tap; all images count once.
+
+    ``features`` are this rank's share, ``chosen`` (N,) tells of all images which are graded.
+    """
+    own = torch.arange(len(features.labels))
+    if chosen is not None:
+        own = chosen[rank() :: world_size()].nonzero()[:, 0]
+    hits = {tap: torch.zeros(len(part.bias), 2, dtype=torch.float64) for tap, part in heads.items()}
+    for batch in own.split(_ROWS_AT_ONCE):
+        rows, labels = features.features[batch].to(device), features.labels[batch].to(device)
+        for tap, part in heads.items():
+            logits = part(rows[:, features.columns[tap]])  #                   (B, H, C)
+            placed = ranks(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]))
+            placed = placed.view(logits.shape[:2])
+            found = torch.stack([(placed < n).sum(0) for n in (1, 5)], 1)
+            hits[tap] += found.cpu()
+    graded = all_reduce_sum(torch.tensor(len(own), device=device)).item()
+    return {
+        tap: 100 * all_reduce_sum(found.to(device)).cpu() / graded for tap, found in hits.items()
+    }
+
+
+def images_of(share: Features, device: torch.device) -> int:
+    """How many images all ranks hold together."""
+    return int(all_reduce_sum(torch.tensor(len(share.labels), device=device)))

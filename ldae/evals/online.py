@@ -1,0 +1,210 @@
+"""A linear head trained on the features of images that are augmented anew in every epoch."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from timm.optim import Lars
+
+from ldae.data.loader import train_batches
+from ldae.data.sources import Source
+from ldae.data.transforms import CropTransform
+from ldae.distributed import all_reduce_sum, is_main, rank, world_size
+from ldae.errors import InputError
+from ldae.evals.features import Encoder, known_labels
+from ldae.evals.heads import Heads
+from ldae.evals.taps import Tap
+from ldae.log import progress
+from ldae.train.optim import lr_at, set_lr
+from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE, check
+
+
+@dataclass(frozen=True)
+class OnlineProtocol:
+    """Every constant of the number. Source: MAE, main_linprobe.py and FINETUNE.md."""
+
+    name: str
+    blr: Annotated[float, POSITIVE]
+    """Learning rate at a batch of 256: lr = blr * total_batch / 256."""
+    optimizer: Literal["lars", "sgd", "adamw"]
+    version: int = 1
+    epochs: Annotated[int, COUNT] = 90
+    warmup_epochs: Annotated[int, NOT_NEGATIVE] = 10
+    """Of linear warm-up, before a half-cosine to 0 in every update."""
+    total_batch: Annotated[int, COUNT] = 16_384
+    """Images of one update, over all devices."""
+    batchnorm_batch: int = 512
+    """Images of BatchNorm's statistics, as MAE ran it on 32 GPUs; the running ones see each in turn."""
+    momentum: float = 0.9
+    """Of lars and sgd."""
+    trust_coefficient: float = 0.001
+    """Of lars, for the weight; the bias is not adapted."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of adamw."""
+    weight_decay: float = 0.0
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Part of an image that a crop keeps; a crop too wide or too high is cut, not drawn again."""
+    flip: bool = True
+    batchnorm_eps: float = 1e-6
+    init_std: float = 0.01
+    seed: int = 0
+    """Of the initial weights, the order of the images and their augmentation."""
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        return (Tap(),)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.warmup_epochs >= self.epochs:
+            raise InputError(
+                f"warmup_epochs must be fewer than epochs: {self.warmup_epochs} of {self.epochs}"
+            )
+
+
+class Sizes(NamedTuple):
+    """How a run over so many images is divided."""
+
+    group: int
+    """Images of BatchNorm's statistics."""
+    groups: int
+    """Of one update."""
+    updates: int
+
+    @property
+    def batch(self) -> int:
+        return self.group * self.groups
+
+
+def sizes(images: int, protocol: OnlineProtocol) -> Sizes:
+    """The protocol's own, or the largest whole groups that a smaller set fills.
+
+    Raises: InputError for a batch that is no whole number of groups.
+    """
+    group = min(protocol.batchnorm_batch, protocol.total_batch)
+    if protocol.total_batch % group:
+        raise InputError(
+            f"total_batch {protocol.total_batch} is no whole number of BatchNorm's batches of {group}"
+        )
+    group = min(group, images)
+    groups = min(protocol.total_batch // group, images // group)
+    updates = -(-protocol.epochs * images // (group * groups))
+    return Sizes(group, groups, updates)
+
+
+def check_sizes(encoder: Encoder, images: int, protocol: OnlineProtocol) -> None:
+    """Tell of a batch that a small set can not fill.
+
+    Raises: InputError as ``sizes`` does, and for a backbone of images that are no squares.
+    """
+    _, height, width = encoder.transform.input_size
+    if height != width:
+        raise InputError(f"the protocol {protocol.name} crops squares, not {width} x {height}")
+    found = sizes(images, protocol)
+    if found.batch < protocol.total_batch and is_main():
+        print(
+            f"{protocol.name}: {images:,} train images are fewer than a batch of "
+            f"{protocol.total_batch:,}; it is {found.batch:,} here, {found.groups} of "
+            f"BatchNorm's batches of {found.group}",
+            flush=True,
+        )
+
+
+def train_online(
+    encoder: Encoder, source: Source, protocol: OnlineProtocol, batch_size: int, workers: int
+) -> tuple[Heads, dict]:
+    """The head after the last epoch, and the sizes and the rate that it was trained with.
+
+    The group of images that BatchNorm sees is group ``g`` of the endless training order, whatever
+    the ranks and ``batch_size``, the images that go through the backbone at once: each group is one
+    rank's, g mod world size, and its statistics move the running ones in the order of groups.
+
+    Raises: InputError when features are not finite.
+    """
+    found, device = sizes(len(source), protocol), encoder.device
+    classes = int(known_labels(source).max()) + 1
+    heads = Heads(1, encoder.dim, classes, protocol).to(device)
+    optimizer = optimizer_of(heads, protocol)
+    peak, images = protocol.blr * found.batch / 256, found.updates * found.batch
+    warmup = protocol.warmup_epochs * len(source)
+    batches = _groups(encoder, source, protocol, found, workers)
+    with progress(images, f"{protocol.name} probe") as bar:
+        for update in range(found.updates):
+            first = update * found.groups
+            statistics = torch.zeros(found.groups, 2, encoder.dim, device=device)
+            slopes = [torch.zeros_like(value) for value in (heads.weight, heads.bias)]
+            for group in range(found.groups):
+                if (first + group) % world_size() != rank():
+                    continue
+                batch = next(batches)
+                features = _augmented(encoder, batch.images, batch_size, source)
+                statistics[group] = torch.stack([features.mean(0), features.var(0, correction=0)])
+                normed = heads.normalise(features, *statistics[group])
+                labels = batch.labels.to(device)
+                for total, slope in zip(slopes, heads.gradients(normed, labels, found.batch)):
+                    total += slope
+            for mean, var in all_reduce_sum(statistics):
+                heads.track(mean, var, found.group)
+            heads.weight.grad, heads.bias.grad = (all_reduce_sum(slope) for slope in slopes)
+            seen = update * found.batch
+            set_lr(optimizer, lr_at(seen, peak=peak, warmup=warmup, total=images))
+            optimizer.step()
+            bar.update(found.batch)
+    record = {"learning_rate": peak, "batch": found.batch, "batchnorm_batch": found.group}
+    return heads.eval(), record | {"images_seen": images}
+
+
+def _groups(encoder: Encoder, source: Source, protocol: OnlineProtocol, found: Sizes, workers: int):
+    """Batches of this rank's groups, one after the other."""
+    chans, side, _ = encoder.transform.input_size
+    transform = CropTransform(
+        side, chans, "random", protocol.flip, area=protocol.crop_area, clip=True
+    )
+    return train_batches(
+        source,
+        transform,
+        seed=protocol.seed,
+        start=0,
+        stop=found.updates * found.batch,
+        batch_size=found.group * world_size(),
+        rank=rank(),
+        world_size=world_size(),
+        workers=workers,
+        pin_memory=encoder.device.type == "cuda",
+    )
+
+
+def _augmented(
+    encoder: Encoder, images: torch.Tensor, batch_size: int, source: Source
+) -> torch.Tensor:
+    """Features (B, D), on the device."""
+    features = torch.cat([encoder.on_device(part) for part in images.split(batch_size)])
+    if not features.isfinite().all():
+        raise InputError(
+            f"the features of an augmented image of {source.spec} in {encoder.precision} are not "
+            "finite"
+        )
+    return features
+
+
+def optimizer_of(heads: Heads, protocol: OnlineProtocol) -> torch.optim.Optimizer:
+    """The optimizer of the head; its rate is set before each step.
+
+    timm's LARS is MAE's, with the rate outside of the momentum, when the trust ratio is asked for in
+    spite of a decay of 0, for the weight alone, and no epsilon is added to its denominator.
+    """
+    decay = {"weight_decay": protocol.weight_decay}
+    if protocol.optimizer == "lars":
+        groups = [
+            {"params": [heads.weight], "always_adapt": True, **decay},
+            {"params": [heads.bias], "always_adapt": False, "weight_decay": 0.0},
+        ]
+        trust = protocol.trust_coefficient
+        return Lars(groups, lr=0.0, momentum=protocol.momentum, trust_coeff=trust, eps=0.0)
+    groups = [
+        {"params": [heads.weight], **decay},
+        {"params": [heads.bias], "weight_decay": 0.0},
+    ]
+    if protocol.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=protocol.momentum)
+    return torch.optim.AdamW(groups, lr=0.0, betas=protocol.betas)

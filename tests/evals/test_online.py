@@ -1,0 +1,148 @@
+"""The online probes are MAE's recipe, whatever device and batch compute them."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldae.backbone import load_backbone
+from ldae.data.loader import epoch_order
+from ldae.data.transforms import CropTransform
+from ldae.errors import InputError
+from ldae.evals.features import Encoder
+from ldae.evals.heads import Heads
+from ldae.evals.linear import LDAEProtocol, MAEProtocol
+from ldae.evals.online import optimizer_of, sizes, train_online
+from ldae.preprocessing import preprocessing
+
+CPU = torch.device("cpu")
+# At MAE's own rate so small a batch would hardly move the head.
+SHORT = MAEProtocol(blr=200.0, epochs=4, warmup_epochs=1, total_batch=24, batchnorm_batch=8)
+
+
+def mae_lars(weight, bias, moments, slopes, rate):
+    """util/lars.py's update in float64: the rate outside of the momentum, the bias not adapted."""
+    slope = slopes[0]
+    if np.linalg.norm(weight) > 0 and np.linalg.norm(slope) > 0:
+        slope = slope * 0.001 * np.linalg.norm(weight) / np.linalg.norm(slope)
+    for value, moment, part in zip((weight, bias), moments, (slope, slopes[1]), strict=True):
+        moment *= 0.9
+        moment += part
+        value -= rate * moment
+
+
+def test_lars_is_maes():
+    rng = np.random.default_rng(0)
+    heads = Heads(1, 5, 3, SHORT)
+    optimizer = optimizer_of(heads, SHORT)
+    values = [part.detach().double().numpy()[0].copy() for part in (heads.weight, heads.bias)]
+    moments = [np.zeros_like(value) for value in values]
+    for step in range(6):
+        slopes = [rng.normal(size=value.shape) * 10.0 ** rng.integers(-3, 3) for value in values]
+        if step == 2:
+            slopes = [0 * slope for slope in slopes]
+        for part, slope in zip((heads.weight, heads.bias), slopes, strict=True):
+            part.grad = torch.tensor(slope[None], dtype=torch.float32)
+        rate = (0.0, 3.0, 6.4, 6.4, 1.0, 0.1)[step]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        mae_lars(*values, moments, slopes, rate)
+        for part, value in zip((heads.weight, heads.bias), values, strict=True):
+            np.testing.assert_allclose(part.detach()[0].numpy(), value, rtol=2e-5, atol=1e-7)
+
+
+def slow_probe(model, source, protocol) -> tuple[torch.nn.BatchNorm1d, torch.nn.Linear]:
+    """MAE's main_linprobe.py in float64, one of BatchNorm's batches after the other."""
+    norm = torch.nn.BatchNorm1d(64, affine=False, eps=1e-6).double()
+    linear = torch.nn.Linear(64, 3)
+    generator = torch.Generator().manual_seed(protocol.seed)
+    torch.nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
+    torch.nn.init.zeros_(linear.bias)
+    linear.double()
+    moments = [np.zeros((3, 64)), np.zeros(3)]
+    transform = CropTransform(16, 3, "random", flip=True, area=(0.08, 1.0), clip=True)
+    normalise = preprocessing(model).normalise
+    count = len(source)
+    updates = math.ceil(protocol.epochs * count / protocol.total_batch)
+    for update in range(updates):
+        linear.zero_grad()
+        first = update * protocol.total_batch
+        for start in range(first, first + protocol.total_batch, protocol.batchnorm_batch):
+            positions = range(start, start + protocol.batchnorm_batch)
+            chosen = [
+                int(epoch_order(protocol.seed, n // count, count)[n % count]) for n in positions
+            ]
+            images = torch.stack([
+                transform(source.image(i), np.random.default_rng([protocol.seed, n]))
+                for i, n in zip(chosen, positions, strict=True)
+            ])  # fmt: skip
+            with torch.no_grad():
+                features = model(normalise(images)).double()
+            labels = torch.tensor(source.labels[chosen])
+            loss = F.cross_entropy(linear(norm(features)), labels, reduction="sum")
+            (loss / protocol.total_batch).backward()
+        epoch, peak = first / count, protocol.blr * protocol.total_batch / 256
+        rate = peak * epoch / protocol.warmup_epochs
+        if epoch >= protocol.warmup_epochs:
+            length = updates * protocol.total_batch / count - protocol.warmup_epochs
+            rate = peak * (1 + math.cos(math.pi * (epoch - protocol.warmup_epochs) / length)) / 2
+        values = (linear.weight.data.numpy(), linear.bias.data.numpy())
+        slopes = [linear.weight.grad.numpy(), linear.bias.grad.numpy()]
+        mae_lars(*values, moments, slopes, rate)
+    return norm, linear
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return load_backbone("test_vit", random_init=True, img_size=16)
+
+
+def test_probe_is_maes_recipe_at_any_batch_of_the_device(vit, pictures):
+    source = pictures(61)
+    norm, linear = slow_probe(vit, source, SHORT)
+    for batch_size in (3, 64):
+        heads, record = train_online(Encoder(vit, CPU), source, SHORT, batch_size, workers=0)
+        torch.testing.assert_close(heads.weight[0].double(), linear.weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(heads.bias[0].double(), linear.bias, rtol=1e-3, atol=1e-6)
+        for name in ("running_mean", "running_var"):
+            found, wanted = getattr(heads.norm, name).double(), getattr(norm, name)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert record == {
+        "learning_rate": pytest.approx(200 * 24 / 256),
+        "batch": 24,
+        "batchnorm_batch": 8,
+        "images_seen": 11 * 24,
+    }
+    start = Heads(1, 64, 3, SHORT).weight
+    assert (heads.weight - start).norm() > 0.1 * start.norm()  # it moved
+
+
+def test_batches_of_the_protocol_and_of_small_sets():
+    mae = MAEProtocol()
+    assert sizes(1_281_167, mae)[:2] == (512, 32)
+    assert sizes(1_281_167, mae).updates == 7038  # 90 epochs
+    assert sizes(1348, mae) == (512, 2, 119)
+    assert sizes(100, mae) == (100, 1, 90)
+    assert sizes(1348, replace(mae, total_batch=128)) == (128, 1, 948)
+    with pytest.raises(InputError, match="total_batch 600 is no whole number of .* of 512"):
+        sizes(1348, replace(mae, total_batch=600))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_other_optimizers_learn_too(vit, pictures, optimizer):
+    protocol = LDAEProtocol(
+        blr=0.01, epochs=2, warmup_epochs=0, total_batch=8, batchnorm_batch=8, optimizer=optimizer
+    )
+    heads, _ = train_online(Encoder(vit, CPU), pictures(16), protocol, 64, workers=0)
+    assert not torch.allclose(heads.weight, Heads(1, 64, 3, protocol).weight, atol=1e-5)
+
+
+def test_features_that_are_not_finite_are_told(pictures):
+    model = load_backbone("pixels:16")
+    model.forward = lambda images: images.flatten(1) / 0
+    with pytest.raises(InputError, match="an augmented image of pictures in fp32 are not finite"):
+        train_online(Encoder(model, CPU), pictures(16), SHORT, 64, workers=0)

@@ -1,0 +1,80 @@
+from types import SimpleNamespace
+
+import pytest
+
+from ldae import tree
+from ldae.errors import InputError
+from ldae.finetuning import recipes
+from ldae.train.optim import peak_lr
+
+# The constants of ../shared/spec/protocols.md and paper.md, written once more by hand.
+COMMON = {
+    "optim.batch_size": 1024, "optim.weight_decay": 0.05, "optim.warmup_epochs": 5,
+    "optim.min_lr": 1e-6, "optim.betas": (0.9, 0.999), "optim.clip_grad": 0,
+    "augment.label_smoothing": 0.1, "augment.policy": "rand-m9-mstd0.5-inc1",
+    "augment.erasing": 0.25, "augment.mixup": 0.8, "augment.cutmix": 1.0, "augment.mix_prob": 1.0,
+    "augment.switch_prob": 0.5, "augment.min_area": 0.08, "augment.flip": 0.5,
+    "model.pool": "fc_norm", "model.head_std": 2e-5, "model.random_init": False, "version": 1,
+}  # fmt: skip
+OWN = {  # epochs, blr, layer decay, drop path, moving average
+    ("mae", "B"): (100, 5e-4, 0.65, 0.1, 0),
+    ("mae", "L"): (50, 1e-3, 0.75, 0.2, 0),
+    ("mae", "H"): (50, 1e-3, 0.75, 0.3, 0),
+    ("ldae", "B"): (100, 1e-3, 0.85, 0.1, 0.9999),
+    ("ldae", "L"): (100, 1e-3, 0.65, 0.1, 0.9999),
+    ("ldae", "H"): (100, 1e-3, 0.65, 0.1, 0.9999),
+}
+
+
+@pytest.mark.parametrize("name, size", OWN)
+def test_recipes_have_the_published_constants(name, size):
+    epochs, blr, layer_decay, drop_path, ema = OWN[name, size]
+    wanted = COMMON | {
+        "optim.epochs": epochs, "optim.blr": blr, "optim.ema": ema,
+        "model.layer_decay": layer_decay, "model.drop_path": drop_path,
+        "recipe": name, "size": size,
+    }  # fmt: skip
+    found = tree.flatten(recipes.config(name, size))
+    assert {key: found[key] for key in wanted} == wanted
+    tree.check(recipes.config(name, size))
+
+
+def test_the_papers_rate_is_that_of_its_batch():
+    assert peak_lr(recipes.config("ldae").optim) == pytest.approx(4e-3)
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in recipes.RECIPES])
+def test_a_recipe_leaves_no_constant_to_a_default(name):
+    """Else a change of a default would move its numbers without a new version."""
+    stated = recipes.recipe(name)
+    for size, own in stated.sizes.items():
+        constants = {
+            key
+            for key in tree.flatten(recipes.config(name, size))
+            if key.startswith(("augment.", "model.", "optim.")) and key != "model.random_init"
+        }
+        assert constants == {*stated.constants, *own}
+
+
+def test_what_is_changed_is_told():
+    used = tree.replace(
+        recipes.config("mae", "L"),
+        {"optim.epochs": 7, "system.workers": 0, "data.source": "digits", "seed": 3},
+    )
+    assert recipes.changed(used) == {"optim.epochs": (50.0, 7.0)}
+
+
+def test_the_width_of_a_backbone_picks_the_size(monkeypatch):
+    assert recipes.size_of("test_vit") == "B"
+    assert recipes.size_of("pixels:8") == "B"
+    for width, size in ((384, "B"), (768, "B"), (769, "L"), (1024, "L"), (1280, "H"), (2048, "H")):
+        network = SimpleNamespace(num_features=width)
+        monkeypatch.setattr(recipes, "load_backbone", lambda spec, random_init: network)
+        assert recipes.size_of("of that width") == size
+
+
+def test_wrong_names_get_the_nearest():
+    with pytest.raises(InputError, match="no recipe 'l-dae'; the nearest is 'ldae'"):
+        recipes.config("l-dae")
+    with pytest.raises(InputError, match="no size 'XL'; there are B, L, H"):
+        recipes.config("mae", "XL")
