@@ -10,4 +10,6 @@ class InputError(ValueError):
 
 def first_line(error: Exception) -> str:
     """What a library's exception says, short enough to stand inside of a sentence."""
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"there is no {error}"
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(" .")

@@ -105,7 +105,8 @@ def choose(method: LDAE, classes: list[str], how: Sampling) -> Choice:
     if not conditional:
         targets = _find(how.labels, names or _numbers(classifier), how.classifier)
     elif names:
-        targets = _find([classes[label] for label in labels], names, how.classifier)
+        asked = [classes[label] for label in labels]
+        targets = _find(asked, names, how.classifier, by_number=False)
     elif classifier.num_classes == len(classes):
         targets = labels.tolist()
     else:
@@ -199,7 +200,9 @@ def _guided(
     return sampling.classifier_guided(denoise, log_likelihood, how.classifier_scale, gamma, sigma)
 
 
-def _find(asked: tuple[str, ...] | list[str], names: list[str], whose: str) -> list[int]:
+def _find(
+    asked: tuple[str, ...] | list[str], names: list[str], whose: str, by_number: bool = True
+) -> list[int]:
     """The numbers of classes that are named, or numbered; all when none is asked for.
 
     Raises: InputError for one that is not among the names, with the nearest.
@@ -208,7 +211,7 @@ def _find(asked: tuple[str, ...] | list[str], names: list[str], whose: str) -> l
     for label in asked or names:
         if label in names:
             found.append(names.index(label))
-        elif label.isdecimal() and int(label) < len(names):
+        elif by_number and label.isdecimal() and int(label) < len(names):
             found.append(int(label))
         else:
             near = difflib.get_close_matches(label, names, n=1, cutoff=0)[0]

@@ -1,6 +1,5 @@
 """A Gaussian of a run's latents, from which samplers start where noise does not drown the data."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -94,13 +93,14 @@ def gaussian_of_run(
     Raises: InputError when the source can not be opened, BadImage for one that can not be decoded.
     """
     path = run / FILE
-    tokenizer = _fingerprint(method)
+    tokenizer = log.state_hash(method.tokenizer.state_dict())
     known = LatentGaussian.load(path) if path.is_file() else None
     barrier()  # every rank has looked before one of them writes
-    if known and known.record["tokenizer"] == tokenizer:
-        if data in (None, known.record["source"]):
-            return known
     spec = data or config.data.source
+    if known and (known.record["tokenizer"], known.record["source"]) == (tokenizer, spec):
+        return known
+    if is_main():
+        print(f"fitting a Gaussian to the latents of {spec}", flush=True)
     fitted = fit_gaussian(spec, config, method, device, workers)
     fitted.record["tokenizer"] = tokenizer
     if is_main():
@@ -148,10 +148,3 @@ def principal_axes(latents: Iterable[torch.Tensor], dim: int, device: torch.devi
         moments.update(z_0.flatten(0, 1))
     moments.all_reduce()
     return torch.linalg.eigh(moments.covariance()).eigenvectors.T.flip(0)
-
-
-def _fingerprint(method: LDAE) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(method.tokenizer.state_dict().items()):
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

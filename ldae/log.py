@@ -1,11 +1,12 @@
 """What a run tells: the environment record, JSON files that are whole or absent, short formats."""
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +80,18 @@ def _git_state() -> dict | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def state_hash(state: Mapping[str, Any]) -> str:
+    """sha256 over the names, types, shapes and bytes of tensors, in order of the names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def progress(total: int, what: str) -> Any:

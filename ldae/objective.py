@@ -6,7 +6,7 @@ from torch import nn
 from ldae.errors import InputError
 from ldae.patches import patchify
 from ldae.prediction import PREDICTIONS
-from ldae.tokenizers import OrthonormalTokenizer, PatchTokenizer, Tokenizer
+from ldae.tokenizers import OrthonormalTokenizer, PatchTokenizer, Tokenizer, name_of
 
 IMAGE_TARGETS = ("projected", "image")
 
@@ -41,7 +41,7 @@ class Objective(nn.Module):
             kind = "patch-wise" if needed is PatchTokenizer else "patch-wise and orthonormal"
             raise InputError(
                 f"objective.target {target} needs a tokenizer that is {kind}, which "
-                f"{type(tokenizer).__name__} is not"
+                f"{name_of(tokenizer)} is not"
             )
         if target == "score" and not sigma.all():
             raise InputError(

@@ -71,7 +71,7 @@ def sample(
     Raises: InputError for settings that do not fit the run, and when the disk is full.
     """
     check_settings(how)
-    _check_request(images, batch_size, out)
+    _check_request(images, batch_size, workers, out)
     place = device_for(device)
     with process_group(place):
         run = Path(run)
@@ -114,6 +114,7 @@ def sampler(
         gaussian = gaussian_of_run(run, config, method, device, data, workers)
     record = asdict(how) | {
         "run": run.resolve().name,
+        "weights": log.state_hash(method.state_dict()),
         "images_seen": state["images_seen"],
         "steps": len(chosen.levels),
         "latents": gaussian.record if gaussian else None,
@@ -202,10 +203,14 @@ def check_settings(how: Sampling) -> None:
         raise InputError("classifier_scale needs a --classifier")
 
 
-def _check_request(images: int, batch_size: int, out: Path | None) -> None:
-    for name, value in (("images", images), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
+def _check_request(images: int, batch_size: int, workers: int, out: Path | None) -> None:
+    for name, value, least in (
+        ("images", images, 1),
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 0),
+    ):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, not {value}")
     if out is not None and out.suffix in _NOT_FOLDERS:
         raise InputError(f"out {out} must be a folder, or a file that ends in .npz")
 

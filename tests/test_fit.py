@@ -12,12 +12,13 @@ import timm
 import torch
 from conftest import TINY
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ldae
 from ldae import fit as verb
 from ldae import tree
 from ldae.errors import InputError
+from ldae.export import load_run
 from ldae.fit import fit_tokenizer
 from ldae.pretrain import pretrain
 from ldae.train.checkpoint import Checkpoints
@@ -232,6 +233,35 @@ def test_a_fitted_tokenizer_serves_a_pretraining(tiny, tmp_path):
     with pytest.raises(InputError, match="has width 8, this run 16"):
         config = tiny("linear_gamma2", tokenizer__path=path, tokenizer__width=16)
         pretrain(config, tmp_path / "other", "linear_gamma2")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match="holds no pre-training, but the tokenizer of no_adversar"):
+        load_run(tmp_path / "fit")
+
+
+def test_a_finished_fit_is_not_replaced_by_another(tiny, tmp_path):
+    fit_tokenizer(tiny(), tmp_path / "run", "l_dae")
+    before = (tmp_path / "run" / "tokenizer.safetensors").read_bytes()
+    fit_tokenizer(tiny(), tmp_path / "run", "l_dae")
+    with pytest.raises(InputError, match="another run: tokenizer.dim is 6 there, 4 here"):
+        fit_tokenizer(tiny(tokenizer__dim=4), tmp_path / "run", "l_dae")
+    assert (tmp_path / "run" / "tokenizer.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("none.safetensors", "there is no tokenizer file .*none.safetensors"),
+        ("other.safetensors", "other.safetensors is no file of a tokenizer that ldae wrote"),
+        ("half.safetensors", "half.safetensors is damaged"),
+        (".", "is damaged .*"),
+    ],
+)
+def test_a_wrong_tokenizer_file_is_told_before_anything_is_written(name, sentence, tiny, tmp_path):
+    save_file({"a": torch.ones(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "half.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:40])
+    with pytest.raises(InputError, match=sentence):
+        pretrain(tiny(tokenizer__path=str(tmp_path / name)), tmp_path / "run", "l_dae")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_published_autoencoder_needs_no_training(tiny, tmp_path):

@@ -172,6 +172,10 @@ def test_classes_of_run_and_classifier_are_matched_by_name(conditional, method, 
     with pytest.raises(InputError, match="'x' is none of the 2 classes of folder"):
         choose(method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"],
                Sampling(classifier="folder"))  # fmt: skip
+    with pytest.raises(InputError, match="'0' is none of the 2 classes of folder"):
+        # A class that is called 0 is not the classifier's first.
+        choose(method("patch_pca", 2, model__class_conditional=True), ["0", "1"],
+               Sampling(classifier="folder"))  # fmt: skip
     with pytest.raises(InputError, match="'blue' is none of the 2 classes of folder; the nearest"):
         choose(method(), [], Sampling(classifier="folder", labels=("blue",)))
     classifier.pretrained_cfg = Brightness.pretrained_cfg | {"label_names": None}

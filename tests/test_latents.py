@@ -86,9 +86,11 @@ def test_it_is_kept_and_fitted_again_when_it_does_not_fit(seen, tmp_path, monkey
     assert calls == []
     gaussian_of_run(tmp_path, config, method, CPU, data="scattered-digits:70")
     assert calls == ["scattered-digits:70"]
+    gaussian_of_run(tmp_path, config, method, CPU)  # a source that was asked for once does not stay
+    assert calls[1:] == [DATA]
     method.tokenizer.scales.mul_(2)
     gaussian_of_run(tmp_path, config, method, CPU)
-    assert calls[1:] == [DATA]
+    assert calls[2:] == [DATA]
     (tmp_path / latents.FILE).write_bytes(b"half")
     with pytest.raises(InputError, match="latents.safetensors is damaged"):
         LatentGaussian.load(tmp_path / latents.FILE)

@@ -23,6 +23,7 @@ from ldae.latents import FILE, LatentGaussian
 from ldae.preprocessing import preprocessing
 from ldae.pretrain import pretrain
 from ldae.sample import sample
+from ldae.train.checkpoint import Checkpoints
 
 FEW = {"steps": 6}
 KINDS = {
@@ -199,6 +200,13 @@ def test_other_samples_are_not_mixed(run, tmp_path):
     draw(run, tmp_path / "folder", 2)
     with pytest.raises(InputError, match="folder holds other samples: seed is 0 there, 1 here"):
         draw(run, tmp_path / "folder", 2, seed=1)
+    other = shutil.copytree(run, tmp_path / "copies" / run.name)
+    (newest,) = Checkpoints(other).paths()[-1:]
+    state = torch.load(newest, weights_only=True)
+    state["model"]["denoiser.final.linear.bias"] += 1
+    torch.save(state, newest)
+    with pytest.raises(InputError, match="folder holds other samples: weights is"):
+        draw(other, tmp_path / "folder", 3)  # of the same name, at as many images
     draw(run, tmp_path / "file.npz", 2)
     with pytest.raises(InputError, match="file.npz holds other samples: images is 2 there, 3 here"):
         draw(run, tmp_path / "file.npz", 3)

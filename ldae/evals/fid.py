@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from torch import nn
 
 from ldae.album import record_of
 from ldae.backbone import load_backbone
@@ -32,7 +30,7 @@ from ldae.evals.grading import changes, file_name
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
 from ldae.export import load_run
 from ldae.generation import Sampling
-from ldae.log import environment, progress, write_json
+from ldae.log import environment, progress, state_hash, write_json
 from ldae.moments import Moments
 from ldae.sample import check_settings, sampler
 from ldae.settings import Config
@@ -159,6 +157,9 @@ def fid(
     """
     check(setup)
     check_settings(how)
+    _check_files(setup)
+    if reference and _is_run(reference):
+        raise InputError(f"the reference {reference} is a run: name a folder of its samples")
     device = device_for(setup.device)
     with process_group(device):
         ours = _open_images(images, setup, how, device)
@@ -173,8 +174,6 @@ def fid(
         _check_enough(ours, encoder.dim)  # before the work, not after
         _check_enough(theirs, encoder.dim)
         found, wanted = (_statistics(part, encoder, claim, setup) for part in (ours, theirs))
-        if setup.save_stats and is_main():
-            save_statistics(wanted, setup.save_stats)
         is_fid = setup.features == INCEPTION
         name = "fid" if is_fid else "frechet_distance"
         record = {
@@ -191,9 +190,20 @@ def fid(
         }
         if is_main():
             path = setup.out or _path(images, reference, setup, how)
-            print(f"{_summary(record)}; {path}")
+            print(f"{_summary(record)}; {path}")  # first: the disk may be full
             write_json(path, record)
+            if setup.save_stats:
+                save_statistics(wanted, setup.save_stats)
         return record
+
+
+def _check_files(setup: Setup) -> None:
+    """Raises: InputError for a file that could not be written, or not be found again as what it is."""
+    for name, path in (("out", setup.out), ("save_stats", setup.save_stats)):
+        if path and path.is_dir():
+            raise InputError(f"{name} {path} is a folder, not a file")
+    if setup.save_stats and setup.save_stats.suffix != ".npz":
+        raise InputError(f"save_stats {setup.save_stats} must end in .npz")
 
 
 def _is_run(spec: str) -> bool:
@@ -239,21 +249,11 @@ def _open_features(setup: Setup, side: int, device: torch.device) -> tuple[Encod
     encoder = Encoder(network, device)
     claim = {
         "network": setup.features + (" (random init)" if setup.random_init else ""),
-        "sha256": _state_hash(network),
+        "sha256": state_hash(network.state_dict()),
         "sha256_of": "state dict",
         "preprocessing": asdict(encoder.transform),
     }
     return encoder, json.loads(json.dumps(claim))
-
-
-def _state_hash(model: nn.Module) -> str:
-    """sha256 over the names, types, shapes and bytes of a model's weights, in order of the names."""
-    digest = sha256()
-    for name, value in sorted(model.state_dict().items()):
-        value = value.cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _statistics_in(reference: str, claim: dict, dim: int) -> Statistics | None:
@@ -263,8 +263,15 @@ def _statistics_in(reference: str, claim: dict, dim: int) -> Statistics | None:
     """
     path = Path(reference).expanduser()
     found = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
-    if found is None or not found.claim and "published" not in claim:
+    if found is None:
         return None
+    if not found.claim and "published" not in claim:
+        if "arr_0" in np.load(path).files:
+            return None
+        raise InputError(
+            f"the statistics of {reference} do not tell their features, and so are taken for those "
+            f"of Inception-v3, not of {claim['network']}"
+        )
     for key in ("sha256", "preprocessing"):
         if found.claim and found.claim.get(key) != claim[key]:
             raise InputError(

@@ -6,7 +6,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
-from ldae.errors import InputError
+from ldae.errors import InputError, first_line
 from ldae.log import write
 from ldae.tokenizers.contract import PatchTokenizer, Tokenizer
 from ldae.tokenizers.conv import ConvTokenizer
@@ -82,12 +82,19 @@ def load(tokenizer: Tokenizer, path: Path) -> None:
         with safetensors.safe_open(path, "pt") as file:
             found = json.loads(file.metadata()["tokenizer"])
         state = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError, TypeError, KeyError):
-        raise InputError(f"tokenizer file {path} is missing or damaged") from None
+    except FileNotFoundError:
+        raise InputError(f"there is no tokenizer file {path}") from None
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{path} is no file of a tokenizer that ldae wrote") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"tokenizer file {path} is damaged ({first_line(error)}): put a copy in its place, or "
+            "fit it again in a new run"
+        ) from None
     wanted = describe(tokenizer)
     for key, value in wanted.items():
-        if found[key] != value:
-            raise InputError(f"tokenizer file {path} has {key} {found[key]}, this run {value}")
+        if found.get(key) != value:
+            raise InputError(f"tokenizer file {path} has {key} {found.get(key)}, this run {value}")
     try:
         tokenizer.load_state_dict(state)
     except RuntimeError:

@@ -114,6 +114,7 @@ class ConvTokenizer(TrainedTokenizer):
         ):
             if theirs != ours:
                 raise InputError(f"{name} needs {setting} {theirs}, not {ours}")
+        self.codes = own
 
 
 def _diffusers() -> ModuleType:
@@ -154,6 +155,10 @@ def _published(diffusers: ModuleType, name: str) -> nn.Module:
 
     Raises: InputError when it can not be opened.
     """
+    if not Path(name).is_dir() and not 1 <= name.count("/") <= 2:
+        raise InputError(
+            f"tokenizer.pretrained: there is no folder {name}, and on the hub it would be USER/NAME"
+        )
     place = {"pretrained_model_name_or_path": name}
     if not Path(name).is_dir() and name.count("/") > 1:
         user, repository, folder = name.split("/", 2)
@@ -161,16 +166,17 @@ def _published(diffusers: ModuleType, name: str) -> nn.Module:
     kinds = {kind.__name__: kind for kind in (diffusers.AutoencoderKL, diffusers.VQModel)}
     try:
         config = diffusers.AutoencoderKL.load_config(**place)
-        kind = kinds.get(config["_class_name"])
+        kind = kinds.get(config.get("_class_name"))
         how = {"use_safetensors": True, "low_cpu_mem_usage": False}  # the latter needs accelerate
         network = kind and kind.from_pretrained(**place, **how)
     except Exception as error:  # those of the hub, diffusers and json have nothing in common
+        where = "" if Path(name).is_dir() else " on the hub, and there is no such folder here"
         raise InputError(
-            f"tokenizer.pretrained {name} can not be opened: {first_line(error)}"
+            f"tokenizer.pretrained {name} can not be opened{where}: {first_line(error)}"
         ) from None
     if network is None:
         raise InputError(
-            f"tokenizer.pretrained {name} is a {config['_class_name']}, not an AutoencoderKL or a "
-            "VQModel"
+            f"tokenizer.pretrained {name} is a {config.get('_class_name', 'model')}, and neither an "
+            "AutoencoderKL nor a VQModel"
         )
     return network

@@ -281,6 +281,10 @@ def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
         fid("a", "b", setup=SETUP, how=Sampling(steps=3))
     with pytest.raises(InputError, match="images is for samples of a run"):
         fid("a", "b", setup=replace(SETUP, images=70))
+    with pytest.raises(
+        InputError, match="the reference run is a run: name a folder of its samples"
+    ):
+        fid("a", run, setup=SETUP)
     with pytest.raises(InputError, match="say what to compare a with: ldae fid a REFERENCE"):
         fid("a", setup=SETUP)
 
@@ -311,6 +315,9 @@ def test_fewer_images_than_dimensions_are_told_before_the_work(sets, monkeypatch
         (["a", "b", "--features", "inception"], "random_init is for a backbone"),
         (["a", "b", "--batch-size", "0"], "batch_size must be at least 1"),
         (["a", "b", "--out", "a.npz/x.json"], "can not be written"),
+        (["a", "b", "--out", "a"], "out a is a folder, not a file"),
+        (["a", "b", "--save-stats", "b"], "save_stats b is a folder"),
+        (["a", "b", "--save-stats", "stats"], "save_stats stats must end in .npz"),
     ],
 )
 def test_wrong_input_is_told_in_a_sentence(sets, argv, told, capsys):

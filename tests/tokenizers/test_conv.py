@@ -6,6 +6,7 @@ import torch
 
 from ldae import tokenizers
 from ldae.errors import InputError
+from ldae.evals.reconstruction import measure_reconstruction
 from ldae.tokenizers.conv import ConvTokenizer
 
 
@@ -194,6 +195,8 @@ def test_a_published_vq_model_brings_its_codebook(images, published):
         torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), wanted)
     assert tokenizer.quantised and not tokenizer.stochastic
     assert tokenizer.network.quantize.legacy is False
+    found = measure_reconstruction(tokenizer, [images])
+    assert tokenizer.codes == 12 and 0 < found["codes_used"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -218,8 +221,13 @@ def test_what_can_not_be_opened_is_told(published, tmp_path):
         made(4, 16, pretrained=str(tmp_path / "empty"))
     config = tmp_path / "VQModel" / "config.json"
     config.write_text(config.read_text().replace('"VQModel"', '"UNet2DModel"'))
-    with pytest.raises(InputError, match="is a UNet2DModel, not an AutoencoderKL or a VQModel"):
+    with pytest.raises(InputError, match="is a UNet2DModel, and neither an AutoencoderKL nor"):
         made(4, 16, pretrained=folder)
+    config.write_text("{}")
+    with pytest.raises(InputError, match="is a model, and neither an AutoencoderKL nor a VQModel"):
+        made(4, 16, pretrained=folder)
+    with pytest.raises(InputError, match="there is no folder none, and on the hub"):
+        made(4, 16, pretrained="none")
 
 
 @pytest.mark.parametrize(
