@@ -1,5 +1,10 @@
 """Small configurations and images that many tests share."""
 
+import os
+
+# One thread each, for here and for the commands that tests start: tests run beside each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
