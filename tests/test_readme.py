@@ -36,6 +36,7 @@ def test_the_command_line_takes_it(command, monkeypatch):
             called.append(original.__name__)
 
         monkeypatch.setattr(f"{module}.{name}", nothing)
+    monkeypatch.setattr("ldae.finetuning.recipes.size_of", lambda backbone: "B")  # opens it
     words = shlex.split(command)
     verb, *rest = words[words.index("ldae") + 1 :]
     assert cli.main([verb, *rest]) == 0

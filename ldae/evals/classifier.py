@@ -57,8 +57,10 @@ def check_savable(backbone: nn.Module, folder: Path) -> None:
     if folder.exists():
         raise InputError(f"{folder} exists already; save to another folder")
     if not hasattr(backbone, "reset_classifier"):
-        name = backbone.pretrained_cfg["architecture"]
-        raise InputError(f"{name} is no timm model: its classifier can not be saved")
+        raise InputError(
+            "save needs a backbone that is a timm model; raw pixels are none, nor is a run whose "
+            "tokenizer is a network"
+        )
 
 
 def _with_head(backbone: nn.Module, heads: Heads) -> nn.Module:
