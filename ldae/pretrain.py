@@ -7,7 +7,7 @@ import torch
 from ldae import distributed, plots, tree
 from ldae.data.sources import Source, open_source, open_splits
 from ldae.errors import InputError
-from ldae.export import backbone_of, init_from
+from ldae.export import backbone_of
 from ldae.fit import prepare, tokenizer_of_run
 from ldae.method import LDAE, build
 from ldae.settings import Config
@@ -15,6 +15,7 @@ from ldae.tokenizers import PatchTokenizer
 from ldae.train.loop import Hook, Plan, plan
 from ldae.train.optim import peak_lr
 from ldae.train.run import compiles, open_run, runs_in_bf16, samples, train_in, transform_of
+from ldae.unfold import init_from
 
 _ONLINE_K = 20
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import ldae
+from ldae.method import build
 from ldae.settings import Config
 from ldae.tokenizers import Tokenizer
-from ldae.tree import replace
+from ldae.train.checkpoint import Checkpoints
+from ldae.tree import replace, to_yaml
 
 TINY = {
     "data.source": "scattered-digits:64",
@@ -105,3 +107,32 @@ def awake():
         return module
 
     return randomise
+
+
+@pytest.fixture
+def method(tiny, images, awake, fitted):
+    """method(row): a method of random weights, its tokenizer fitted."""
+
+    def make(row="l_dae", num_classes=0, **changes):
+        method = build(tiny(row, **changes), num_classes=num_classes)
+        fitted(method.tokenizer)
+        awake(method.denoiser)
+        return method.eval()
+
+    return make
+
+
+@pytest.fixture
+def run(method, tiny, tmp_path):
+    """run(row): a run folder with one checkpoint of a random network."""
+
+    def make(row="l_dae", **changes):
+        folder = tmp_path / f"run-{row}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(to_yaml(tiny(row, **changes)))
+        describe = {"row": row, "images": 64, "classes": []}
+        state = {"images_seen": 8, "average": None, "optimizer": {}, "describe": describe}
+        Checkpoints(folder).save(state | {"model": method(row, **changes).state_dict()})
+        return folder
+
+    return make

@@ -6,39 +6,9 @@ import torch
 
 from ldae import export as exporting
 from ldae.errors import InputError
-from ldae.export import export, features, fold, init_from
-from ldae.method import build
-from ldae.train.checkpoint import Checkpoints
+from ldae.export import export, features, fold
 
 ROWS = range(6, 15)
-
-
-@pytest.fixture
-def method(tiny, images, awake, fitted):
-    def make(row="l_dae", num_classes=0, **changes):
-        method = build(tiny(row, **changes), num_classes=num_classes)
-        fitted(method.tokenizer)
-        awake(method.denoiser)
-        return method.eval()
-
-    return make
-
-
-@pytest.fixture
-def run(method, tiny, tmp_path):
-    """run(row): a run folder with one checkpoint of a random network."""
-    from ldae.tree import to_yaml
-
-    def make(row="l_dae", **changes):
-        folder = tmp_path / f"run-{row}"
-        folder.mkdir()
-        (folder / "config.yaml").write_text(to_yaml(tiny(row, **changes)))
-        describe = {"row": row, "images": 64, "classes": []}
-        state = {"images_seen": 8, "average": None, "optimizer": {}, "describe": describe}
-        Checkpoints(folder).save(state | {"model": method(row, **changes).state_dict()})
-        return folder
-
-    return make
 
 
 def normalised(method, images):
@@ -199,26 +169,3 @@ def test_export_refuses(run, tmp_path):
     with pytest.raises(InputError, match="has no checkpoint yet"):
         export(folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize("row", ["l_dae", "predict_latent"])
-def test_a_run_can_start_from_an_exported_backbone(row, run, tiny, images, tmp_path):
-    out = export(run(), tmp_path / "out")
-    exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    fresh = build(tiny(row))
-    fresh.tokenizer.load_state_dict(
-        exporting.load_run(tmp_path / "run-l_dae")[0].tokenizer.state_dict()
-    )
-    init_from(fresh, out)
-    x = normalised(fresh, images)
-    inside = fresh.tokenizer.decode(fresh.tokenizer.encode(x))
-    t = 700  # the same at every t; a row that scales its input sees gamma_t z_0
-    gamma = fresh.gamma[t]
-    with torch.no_grad():
-        centred = inside - fresh.tokenizer.decode(torch.zeros_like(fresh.tokenizer.encode(x)))
-        wanted = exported(inside + (gamma - 1) * centred)
-        torch.testing.assert_close(features(fresh.eval(), x, t), wanted, rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="another shape"):
-        init_from(build(tiny(row, model__depth=3)), out)
-    with pytest.raises(InputError, match="nothing is not an exported backbone"):
-        init_from(fresh, tmp_path / "nothing")

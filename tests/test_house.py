@@ -23,7 +23,7 @@ LAYERS = [
     ["preprocessing"],
     ["train"],
     ["export"],
-    ["backbone", "latents", "album"],
+    ["backbone", "latents", "album", "unfold"],
     ["generation"],
     ["sample"],
     ["perceptual"],
