@@ -26,6 +26,8 @@ VERBS = {
     ),
     "knn": ("ldae.evals.knn:knn", "grade a backbone by its nearest neighbours"),
     "linear": ("ldae.evals.linear:linear", "grade a backbone by a linear probe"),
+    "logreg": ("ldae.evals.logreg:logreg", "grade a backbone by logistic regression"),
+    "retrieve": ("ldae.evals.retrieve:retrieve", "grade a backbone by retrieval: mAP and recall"),
     "finetune": (
         "ldae.finetune:finetune",
         "fine-tune a backbone by a recipe; the same command resumes",

@@ -1,32 +1,34 @@
 """The weighted k-nearest-neighbour classifier of DINO, searched exactly."""
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Callable
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import tyro
 
+from ldae.distributed import all_reduce_sum
 from ldae.errors import InputError
-from ldae.evals.accuracy import ranks, top
-from ldae.evals.features import Features
+from ldae.evals.accuracy import ranks
+from ldae.evals.draws import DrawsProtocol, check_shots, few_shot
+from ldae.evals.features import Encoder, Features, gathered, known_labels, names, own_rows
 from ldae.evals.grading import BackboneSpec, Setup, SourceSpec, grading
-
-_QUERIES_AT_ONCE = 1024
-_ROWS_AT_ONCE = 65_536  # of the train split: a block of similarities takes 256 MiB
-
-Search = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+from ldae.evals.heads import images_of
+from ldae.evals.neighbours import Bank, check_enough
 
 
 @dataclass(frozen=True)
-class KNNProtocol:
-    """Every constant of the number. Source: DINO, eval_knn.py."""
+class KNNProtocol(DrawsProtocol):
+    """Every constant of the number. Source: DINO, eval_knn.py; draws: DINOv2, eval/knn.py."""
 
+    name: str = "dino"
+    version: int = 1
     k: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07
+    leave_one_out: bool = False
+    """Each train image is classified by the others."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.k or min(self.k) < 1:
             raise InputError(f"k must be numbers of neighbours of at least 1, not {self.k}")
         if not self.temperature > 0:
@@ -41,6 +43,9 @@ def knn(
     *,
     k: tuple[int, ...] = KNNProtocol.k,
     temperature: float = KNNProtocol.temperature,
+    leave_one_out: bool = False,
+    shots: tuple[int, ...] = (),
+    draws: int = KNNProtocol.draws,
     setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
 ) -> dict:
     """Grade a backbone by its nearest neighbours, without any training.
@@ -51,17 +56,42 @@ def knn(
         eval_data: the images to classify instead of the evaluation split of data.
         k: numbers of neighbours, each graded.
         temperature: a neighbour of cosine similarity s has the weight exp(s / temperature).
+        leave_one_out: classify each train image by the others instead.
+        shots: numbers of train images of each class, each graded beside all of train.
+        draws: of each number of shots, by --seed; their mean and spread are reported.
         setup: how the backbone is opened and run.
 
     Returns: what results.json holds; its results are top-1 and top-5 in percent for every k.
 
     Raises: InputError for a backbone or data that can not be graded.
     """
-    protocol = KNNProtocol(tuple(k), temperature)
-    with grading("knn", backbone, data, eval_data, setup) as graded:
-        check_enough(max(protocol.k), len(graded.train))  # before the work, not after
-        train, evaluation = graded.features()
-        results = knn_accuracy(train, evaluation, protocol, graded.device)
+    protocol = KNNProtocol(
+        k=tuple(k),
+        temperature=temperature,
+        leave_one_out=leave_one_out,
+        shots=tuple(shots),
+        draws=draws,
+        seed=setup.seed,
+    )
+    if leave_one_out and eval_data:
+        raise InputError("leave-one-out classifies the train split: leave --eval-data out")
+    with grading("knn", backbone, data, data if leave_one_out else eval_data, setup) as graded:
+        if leave_one_out:
+            graded = replace(graded, eval=graded.train)
+        labels = known_labels(graded.train)
+        check_shots(protocol, labels, graded.train.classes)  # before the work, not after
+        for images in (len(labels), *(n * len(labels.unique()) for n in protocol.shots)):
+            check_enough(max(protocol.k), images, leave_one_out)
+        encoder = Encoder(graded.model, graded.device, setup.precision)
+        train = own_rows(encoder, graded.train, setup.batch_size, setup.workers)
+        evaluation = train
+        if not leave_one_out:
+            evaluation = own_rows(encoder, graded.eval, setup.batch_size, setup.workers)
+
+        def grade(chosen: torch.Tensor | None = None) -> dict[str, float]:
+            return knn_accuracy(train, evaluation, protocol, graded.device, chosen)
+
+        results = grade() | few_shot(protocol, names(graded.train), labels, grade)
         return graded.write(protocol, results, train.features.shape[1])
 
 
@@ -70,50 +100,32 @@ def knn_accuracy(
     evaluation: Features,
     protocol: KNNProtocol = KNNProtocol(),
     device: torch.device = torch.device("cpu"),
+    chosen: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 in percent for every k, as ``top1_k20``, from one search.
 
+    Both are this rank's share; ``chosen`` (N,) tells which of all train images are searched.
     Top-5 looks at as many classes as there are, and as there are neighbours, where that is fewer.
 
     Raises: InputError when there are more neighbours than images.
     """
-    classes = int(train.labels.max()) + 1
-    similarities, indices = neighbours(
-        F.normalize(train.features.to(device)),
-        F.normalize(evaluation.features.to(device)),
-        max(protocol.k),
-    )
-    labels_of_neighbours = train.labels[indices]
-    results = {}
-    for k in protocol.k:
-        placed = torch.cat([
-            ranks(vote(s, near, classes, protocol.temperature), labels)
-            for s, near, labels in zip(
-                similarities[:, :k].split(_QUERIES_AT_ONCE),
-                labels_of_neighbours[:, :k].split(_QUERIES_AT_ONCE),
-                evaluation.labels.split(_QUERIES_AT_ONCE),
-            )
-        ])  # fmt: skip
-        results[f"top1_k{k}"] = top(placed, 1)
-        results[f"top5_k{k}"] = top(placed, min(5, k))
-    return results
-
-
-def neighbours(
-    train: torch.Tensor, queries: torch.Tensor, k: int, chunk: int = _QUERIES_AT_ONCE
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` rows of ``train`` (N, D) of largest inner product with each of ``queries`` (M, D).
-
-    Returns similarities and indices, both (M, k) and on the CPU, the most similar first. The
-    search is exact: by faiss on the CPU where it is installed, else by torch. Beside the inputs
-    and the result it holds ``chunk`` queries by 65,536 rows at a time.
-
-    Raises: InputError when ``k`` is larger than N.
-    """
-    check_enough(k, len(train))
-    search = _searcher(train)
-    similarities, indices = zip(*(search(block, k) for block in queries.split(chunk)))
-    return torch.cat(similarities), torch.cat(indices)
+    images, queries = (images_of(share, device) for share in (train, evaluation))
+    labels = gathered(train.labels, images, device)
+    classes = int(labels.max()) + 1
+    hits = torch.zeros(len(protocol.k), 2, dtype=torch.int64)
+    bank = Bank(train, device, chosen)
+    for found in bank.nearest(evaluation, max(protocol.k), others=protocol.leave_one_out):
+        wanted, labels_of_found = evaluation.labels[found.queries], labels[found.numbers]
+        for row, k in enumerate(protocol.k):
+            near = found.similarities[:, :k], labels_of_found[:, :k]
+            placed = ranks(vote(*near, classes, protocol.temperature), wanted)
+            hits[row] += torch.stack([(placed < n).sum() for n in (1, min(5, k))])
+    shares = 100 * all_reduce_sum(hits.to(device)).cpu().double() / queries
+    return {
+        f"top{n}_k{k}": share
+        for k, row in zip(protocol.k, shares.tolist())
+        for n, share in zip((1, 5), row)
+    }
 
 
 def vote(
@@ -130,40 +142,3 @@ def vote(
     relative = similarities.double() - similarities[:, :1].double()
     scores = torch.zeros(len(similarities), num_classes, dtype=torch.float64)
     return scores.scatter_add_(1, labels_of_neighbours, (relative / temperature).exp())
-
-
-def check_enough(k: int, images: int) -> None:
-    """Raises: InputError for more neighbours than images."""
-    if k > images:
-        raise InputError(f"k = {k} is more neighbours than images: the train split has {images}")
-
-
-def _searcher(train: torch.Tensor) -> Search:
-    try:
-        import faiss
-    except ImportError:
-        return partial(_torch_search, train)
-    if train.is_cuda:  # faiss-cpu would bring it back to the processor
-        return partial(_torch_search, train)
-    index = faiss.IndexFlatIP(train.shape[1])
-    index.add(train.numpy())
-
-    def search(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        similarities, indices = index.search(queries.numpy(), k)
-        return torch.from_numpy(similarities), torch.from_numpy(indices)
-
-    return search
-
-
-def _torch_search(
-    train: torch.Tensor, queries: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    best = torch.empty(len(queries), 0, device=queries.device)
-    indices = torch.empty_like(best, dtype=torch.int64)
-    for number, rows in enumerate(train.split(_ROWS_AT_ONCE)):
-        similar, places = (queries @ rows.T).topk(min(k, len(rows)))
-        best = torch.cat([best, similar], 1)
-        indices = torch.cat([indices, places + number * _ROWS_AT_ONCE], 1)
-        best, order = best.topk(min(k, best.shape[1]))
-        indices = indices.gather(1, order)
-    return best.cpu(), indices.cpu()

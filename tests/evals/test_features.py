@@ -15,8 +15,11 @@ from ldae.data.sources import Source, open_source
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, all_rows, extract, own_rows
 from ldae.evals.heads import grade_heads, train_heads
+from ldae.evals.knn import KNNProtocol, knn_accuracy
 from ldae.evals.linear import CachedProtocol, MAEProtocol
+from ldae.evals.logreg import LogregProtocol, logistic_regression
 from ldae.evals.online import train_online
+from ldae.evals.retrieve import RetrievalProtocol, retrieval
 from ldae.evals.taps import Tap, TapReader
 from ldae.preprocessing import preprocessing
 
@@ -134,6 +137,11 @@ def grades(source: Source) -> dict:
     heads = train_heads(own, wanted, 3, sweep, CPU, ~held)
     online = MAEProtocol(blr=50.0, epochs=3, warmup_epochs=1, total_batch=12, batchnorm_batch=4)
     head, _ = train_online(Encoder(model, CPU), source, online, batch_size=3, workers=0)
+    chosen = torch.arange(len(source)) % 4 == 0  # of one rank alone
+    some = own._replace(features=own.features[:, :64])
+    nearest = KNNProtocol(k=(1, 3), leave_one_out=True)
+    logistic = LogregProtocol(C=(1e-3, 1.0, 10.0))
+    order = RetrievalProtocol(k=(1, 3), leave_one_out=True)
     return {
         "features": every.features,
         "labels": every.labels,
@@ -142,6 +150,10 @@ def grades(source: Source) -> dict:
         "heads": {str(tap): part.state_dict() for tap, part in heads.items()},
         "held out": {str(t): top for t, top in grade_heads(heads, own, CPU, held).items()},
         "online": head.state_dict(),
+        "knn": knn_accuracy(some, some, nearest),
+        "few-shot knn": knn_accuracy(some, some, nearest, chosen=chosen),
+        "retrieval": retrieval(some, some, order),
+        "logreg": logistic_regression(every, every, ~held, held, logistic),
     }
 
 

@@ -148,5 +148,5 @@ def test_settings_that_do_not_fit_are_told_before_the_work(given, told, monkeypa
 
 def test_classifier_of_pixels_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("ldae.evals.linear.own_rows", None)
-    with pytest.raises(InputError, match="pixels is no timm model"):
+    with pytest.raises(InputError, match="raw pixels are none"):
         linear("pixels:8", "digits", save=tmp_path / "out", setup=SETUP)

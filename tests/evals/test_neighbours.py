@@ -1,0 +1,78 @@
+"""The search is exact, and finds the same in any blocks."""
+
+import sys
+
+import pytest
+import torch
+
+from ldae.evals.features import Features
+from ldae.evals.neighbours import Bank, Nearest
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["faiss", "torch"])
+def search(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setitem(sys.modules, "faiss", None)  # makes the import fail
+        monkeypatch.setattr("ldae.evals.neighbours._ROWS_AT_ONCE", 37)  # several blocks
+    else:
+        import faiss  # noqa: F401  the test is void without it
+
+
+def share(features: torch.Tensor) -> Features:
+    return Features(features, torch.zeros(len(features), dtype=torch.int64), [])
+
+
+def directions(count: int, seed: int, dim: int = 5) -> torch.Tensor:
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def corners(count: int, seed: int) -> torch.Tensor:
+    """Vectors of four entries +-1, whose cosines are exact and often equal."""
+    return directions(count, seed, 4).sign()
+
+
+def nearest(train: torch.Tensor, queries: torch.Tensor, k: int, **how) -> Nearest:
+    blocks = list(Bank(share(train), CPU).nearest(share(queries), k, **how))
+    return Nearest(*(torch.cat(parts) for parts in zip(*blocks)))
+
+
+@pytest.mark.parametrize("k", [1, 7, 100])
+def test_neighbours_are_exact_in_any_chunk(search, k):
+    train, queries = directions(100, 0), directions(23, 1)
+    unit = [rows / rows.norm(dim=1, keepdim=True) for rows in (train, queries)]
+    wanted = (unit[1] @ unit[0].T).sort(dim=1, descending=True)
+    for chunk in (1, 10, 1000):
+        found = nearest(train, queries, k, chunk=chunk)
+        assert torch.equal(found.queries, torch.arange(23))
+        assert torch.equal(found.numbers, wanted.indices[:, :k])
+        torch.testing.assert_close(found.similarities, wanted.values[:, :k])
+
+
+@pytest.mark.parametrize("k", [1, 5, 24, 150])
+def test_of_equally_similar_images_the_first_ones_are_found(search, k):
+    train, queries = corners(200, 0), corners(16, 1)
+    for others in (False, True):
+        found = nearest(train, train if others else queries, k, others=others)
+        cosines = ((train if others else queries) @ train.T / 4).tolist()
+        for row, numbers in enumerate(found.numbers.tolist()):
+            order = sorted(range(200), key=lambda i: -cosines[row][i])
+            assert numbers == [i for i in order if not others or i != row][:k]
+
+
+def test_bank_may_lie_in_a_file(search, monkeypatch):
+    train, queries = directions(100, 0), directions(23, 1)
+    wanted = nearest(train, queries, 7)
+    monkeypatch.setattr("ldae.evals.storage.IN_MEMORY", 0)
+    found = nearest(train, queries, 7)
+    assert torch.equal(found.numbers, wanted.numbers)
+    assert torch.equal(found.similarities, wanted.similarities)
+
+
+def test_chosen_images_alone_are_found(search):
+    train, queries = directions(100, 0), directions(23, 1)
+    chosen = torch.arange(100) % 3 == 1
+    blocks = Bank(share(train), CPU, chosen).nearest(share(queries), 5)
+    found = torch.cat([block.numbers for block in blocks])
+    assert torch.equal(found, nearest(train[chosen], queries, 5).numbers * 3 + 1)
