@@ -44,7 +44,7 @@ def test_a_draw_is_the_mean_plus_std_eps_in_the_networks_units(images):
         for token, patch in enumerate(patchify(x, 8)[image]):
             for axis in range(6):
                 mean = weight[axis] @ patch + bias[axis]
-                std = math.exp(0.5 * float(weight[6 + axis] @ patch + bias[6 + axis]))
+                std = math.exp(0.5 * float((weight[6 + axis] @ patch + bias[6 + axis]).detach()))
                 h = mean + std * eps[image, token, axis]
                 z = (h - tokenizer.latent_mean[axis]) * tokenizer.scales[axis]
                 found = tokenizer.encode(x, eps)[image, token, axis]
