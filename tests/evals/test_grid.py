@@ -13,34 +13,14 @@ from ldae.evals.grading import Setup
 from ldae.evals.grid import BlockReader, grid, table
 from ldae.evals.taps import Tap
 from ldae.export import fold
-from ldae.method import build
 from ldae.preprocessing import preprocessing
-from ldae.train.checkpoint import Checkpoints
-from ldae.tree import to_yaml
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def method(tiny, images, awake, fitted):
-    def make(row="l_dae"):
-        method = build(tiny(row))
-        fitted(method.tokenizer)
-        awake(method.denoiser)
-        return method.eval()
-
-    return make
-
-
-@pytest.fixture
-def run(method, tiny, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(tiny()))
-    describe = {"row": "l_dae", "images": 64, "classes": []}
-    state = {"images_seen": 8, "average": None, "optimizer": {}, "describe": describe}
-    Checkpoints(folder).save(state | {"model": method().state_dict()})
-    return folder
+def run(run):
+    return run()
 
 
 @pytest.mark.parametrize("row", ["l_dae", "patch_pca", "dit"])
