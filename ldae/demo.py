@@ -14,10 +14,10 @@ from ldae.log import duration, write_json
 from ldae.pretrain import pretrain
 
 DATA = "scattered-digits:20000"
-_PROBE_EPOCHS = 30  # of 90: the demo has five minutes
+_PROBE_EPOCHS = 20  # of 90: the demo has five minutes
 
 
-def demo(run: Path = Path("runs/demo"), epochs: float = 4.0) -> dict:
+def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
     """Pre-train l-DAE on scattered digits, grade it beside its controls, export and grade again.
 
     The same command again goes on from where it stopped.
