@@ -130,7 +130,7 @@ Images = SourceImages | RunImages
 
 def fid(
     images: Annotated[str, tyro.conf.arg(metavar="IMAGES")],
-    reference: Annotated[str | None, tyro.conf.arg(metavar="REFERENCE")] = None,
+    reference: Annotated[str | None, tyro.conf.arg(metavar="[REFERENCE]")] = None,
     /,
     *,
     setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
@@ -165,7 +165,7 @@ def fid(
         ours = _open_images(images, setup, how, device)
         if reference is None:
             reference = _source_of_run(images)
-        encoder, claim = _open_features(setup, min(ours.size), device)
+        encoder, claim = _open_features(setup, ours, device)
         theirs = _statistics_in(reference, claim, encoder.dim)
         if theirs is None:
             theirs = SourceImages(reference, setup.reference_split)
@@ -226,12 +226,13 @@ def _source_of_run(spec: str) -> str:
     return load(Path(spec, "config.yaml"), Config()).data.source
 
 
-def _open_features(setup: Setup, side: int, device: torch.device) -> tuple[Encoder, dict]:
+def _open_features(setup: Setup, ours: Images, device: torch.device) -> tuple[Encoder, dict]:
     """The network that is asked for, and what tells its features from those of any other."""
     if setup.features == INCEPTION:
         if setup.random_init:
             raise InputError("random_init is for a backbone: Inception's weights are --weights")
-        transform = InceptionTransform(setup.img_size or side)
+        _check_enough(ours, Inception.dim)  # before its weights are asked for
+        transform = InceptionTransform(setup.img_size or min(ours.size))
         network = Inception(setup.weights)
         claim = {
             "network": "Inception-v3 of torch-fidelity, features 2048",

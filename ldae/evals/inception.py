@@ -17,7 +17,7 @@ PUBLISHED = "6726825d"
 
 
 class Inception(nn.Module):
-    """uint8 RGB (B, 3, H, W) -> the 2048 averaged features (B, 2048).
+    """uint8 RGB (B, 3, H, W) -> the averaged features (B, dim).
 
     The network itself scales images to 299 x 299, bilinearly as TensorFlow 1 does.
 
@@ -26,6 +26,8 @@ class Inception(nn.Module):
 
     Raises: InputError without the package, and when the weights can not be had or do not fit.
     """
+
+    dim = 2048
 
     def __init__(self, weights: Path | None) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class Inception(nn.Module):
         copy.seek(0)
         try:
             self.network = fidelity.FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
+                "inception-v3-compat", [str(self.dim)], feature_extractor_weights_path=copy
             )
         except (RuntimeError, TypeError, AttributeError) as error:
             raise InputError(

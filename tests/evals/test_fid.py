@@ -171,6 +171,8 @@ def inception(monkeypatch):
     """A network in Inception's place that gives the means of the quarters of an image."""
 
     class Quarters(torch.nn.Module):
+        dim = 12
+
         def __init__(self, weights):
             super().__init__()
             self.file, self.sha256 = weights.name, "6726825d" if weights.name == "real" else "00"
@@ -273,6 +275,8 @@ def test_ranks_draw_each_sample_once(run, monkeypatch):
 def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
     with pytest.raises(InputError, match="has 10 images, fewer than the 64 dimensions"):
         fid(run, setup=replace(SETUP, images=10))
+    with pytest.raises(InputError, match="has 10 images, fewer than the 2,048 dimensions"):
+        fid(run, setup=Setup(images=10, weights=Path("not-there.pth")))  # before it is opened
     with pytest.raises(InputError, match="guidance needs a run with model.class_conditional"):
         fid(run, setup=SETUP, how=Sampling(guidance=2))
     with pytest.raises(InputError, match="eta is a setting of the sampler ddim"):
@@ -308,7 +312,7 @@ def test_fewer_images_than_dimensions_are_told_before_the_work(sets, monkeypatch
         (["a", "none.npz"], "named 'none.npz'"),
         (["a", "b", "--features", "test_vitt"], "test_vit"),
         (
-            ["a", "b", "--features", "inception", "--weights", "none.pth"],
+            ["many.npz", "b", "--features", "inception", "--weights", "none.pth"],
             "no checkpoint file none.pth",
         ),
         (["a", "b", "--weights", "none.pth"], "weights are Inception's"),
@@ -321,6 +325,7 @@ def test_fewer_images_than_dimensions_are_told_before_the_work(sets, monkeypatch
     ],
 )
 def test_wrong_input_is_told_in_a_sentence(sets, argv, told, capsys):
+    np.savez("many.npz", np.zeros((2048, 1, 1, 3), np.uint8))
     inception_file = "--weights" in argv and "--features" in argv
     random = [] if inception_file else ["--random-init"]
     common = ["--workers", "0", "--device", "cpu"]
