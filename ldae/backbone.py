@@ -46,27 +46,41 @@ def load_backbone(
     return model.eval()
 
 
-def load_classifier(spec: str | Path, in_chans: int = 3) -> nn.Module:
+def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = None) -> nn.Module:
     """A timm classifier in eval mode, to compute with: normalised (B, C, H, W) -> (B, num_classes).
 
-    ``spec`` is a folder that timm wrote, or ``ldae linear --save``, or a timm name; ``in_chans`` is
-    for timm names. Its ``pretrained_cfg`` tells its preprocessing, and its ``label_names``, if known.
+    ``spec`` is a folder that timm wrote, or ``ldae linear --save``, or a timm name, or ``NAME@FILE``,
+    which then has as many classes as the file; ``in_chans`` and ``img_size`` are for timm names. Its
+    ``pretrained_cfg`` tells its preprocessing.
 
     Raises: InputError, naming ``spec``, when it can not be opened, or has no classifier.
     """
     spec = str(spec)
     folder = backbone_folder(spec)
+    name, at, file = spec.partition("@")
+    if name.startswith("hf-hub:"):  # there, @ precedes a revision
+        name, at = spec, ""
     if folder and not _is_run(folder):
+        if img_size is not None:
+            raise InputError(f"img_size is for timm names: {spec} has its own")
         model = _from_timm_folder(folder, False, head=True)
-    elif folder or "@" in spec.removeprefix("hf-hub:") or spec.partition(":")[0] == "pixels":
+    elif folder or spec.partition(":")[0] == "pixels":
         raise InputError(
             f"{spec} has no classifier: name a folder of `ldae linear --save`, or a timm model"
         )
     else:
-        model = _from_timm_name(spec, True, in_chans, None, head=True)
+        model = _from_timm_name(name, not at, in_chans, img_size, head=True)
+        if at:
+            load_weights(model, Path(file), name, classifier=True)
     if not model.num_classes:
         raise InputError(f"{spec} has no classifier: its num_classes is 0")
     return model.eval().requires_grad_(False)
+
+
+def label_names(classifier: nn.Module) -> list[str]:
+    """The names of its outputs, as far as its configuration tells them."""
+    names = classifier.pretrained_cfg.get("label_names") or ()
+    return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
 
 
 def backbone_folder(spec: str | Path) -> Path | None:

@@ -28,6 +28,15 @@ VERBS = {
     "linear": ("ldae.evals.linear:linear", "grade a backbone by a linear probe"),
     "logreg": ("ldae.evals.logreg:logreg", "grade a backbone by logistic regression"),
     "retrieve": ("ldae.evals.retrieve:retrieve", "grade a backbone by retrieval: mAP and recall"),
+    "segment": ("ldae.evals.segment:segment", "grade a backbone's token map: mean IoU"),
+    "validate": (
+        "ldae.evals.validate:validate",
+        "grade a classifier: robustness sets, real labels, corruptions",
+    ),
+    "evaluate": (
+        "ldae.evals.evaluate:evaluate",
+        "grade backbones by a suite of protocols and data sets; the same command goes on",
+    ),
     "finetune": (
         "ldae.finetune:finetune",
         "fine-tune a backbone by a recipe; the same command resumes",

@@ -11,7 +11,7 @@ from ldae import distributed, tree
 from ldae.data.augment import Augmentation
 from ldae.data.sources import Source
 from ldae.errors import InputError
-from ldae.evals.accuracy import ranks
+from ldae.evals.accuracy import top1_top5
 from ldae.evals.features import Encoder, known_labels
 from ldae.evals.grading import Grading, Setup, grading
 from ldae.finetuning.mixing import Mixing
@@ -111,7 +111,7 @@ def _prepare(config: Finetuning, graded: Grading, bf16: bool) -> Work:
     network = build_network(graded.model, config, classes)
     expected = preprocessing(network)
     setup = replace(graded.setup, img_size=expected.input_size[-1])
-    graded = replace(graded, model=network, setup=setup)
+    graded = replace(graded, model=network, setup=setup, transform=expected)
     schedule = plan(len(graded.train), config.optim, config.system)
     augmentation = Augmentation(
         expected.input_size,
@@ -171,13 +171,8 @@ def accuracy(network: nn.Module, graded: Grading) -> dict[str, float]:
     """
     source, setup = graded.eval, graded.setup
     encoder = Encoder(network, graded.device, setup.precision)
-    labels = known_labels(source)
-    right = torch.zeros(2, dtype=torch.int64, device=graded.device)
-    for logits, indices in encoder.share(source, setup.batch_size, setup.workers):
-        placed = ranks(logits, labels[indices])
-        right += torch.stack([(placed < n).sum() for n in (1, 5)]).to(right)
-    top1, top5 = (100 * distributed.all_reduce_sum(right) / len(source)).tolist()
-    return {"top1": top1, "top5": top5}
+    batches = encoder.share(source, setup.batch_size, setup.workers)
+    return top1_top5(batches, known_labels(source)[:, None], len(source), graded.device)
 
 
 def protocol_of(work: Work) -> FinetuneProtocol:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldae import noise, sampling
-from ldae.backbone import load_classifier
+from ldae.backbone import label_names, load_classifier
 from ldae.errors import InputError
 from ldae.latents import LatentGaussian
 from ldae.method import LDAE
@@ -101,7 +101,7 @@ def choose(method: LDAE, classes: list[str], how: Sampling) -> Choice:
             f"classifier {how.classifier} takes {transform.input_size[0]} channels, this run "
             f"makes {own}"
         )
-    names = _label_names(classifier)
+    names = label_names(classifier)
     if not conditional:
         targets = _find(how.labels, names or _numbers(classifier), how.classifier)
     elif names:
@@ -219,11 +219,6 @@ def _find(
                 f"{label!r} is none of the {len(names)} classes of {whose}; the nearest is {near!r}"
             )
     return found
-
-
-def _label_names(classifier: nn.Module) -> list[str]:
-    names = classifier.pretrained_cfg.get("label_names") or ()
-    return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
 
 
 def _numbers(classifier: nn.Module) -> list[str]:

@@ -1,8 +1,10 @@
 """Operations on a tree of frozen dataclasses: ranges, dotted names, changes, differences, YAML."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -86,33 +88,61 @@ def _replace(config: Any, changes: dict[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(value):
             values[part.name] = _replace(value, changes, f"{name}.")
         elif name in changes:
-            values[part.name] = _checked(name, changes[name], hints[part.name])
+            values[part.name] = checked(name, changes[name], hints[part.name])
     return dataclasses.replace(config, **values)
 
 
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type that the setting has; YAML knows no tuples and reads 1e-4 as text."""
-    options = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
-    if options and value in options:
-        return value
-    if not options and not _is_union(hint) and typing.get_origin(hint) is None:
-        if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        if type(value) is hint:
-            return value
-    if _is_union(hint) and (value is None or type(value) in typing.get_args(hint)):
-        return value
-    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(float(part) for part in value)
-    wanted = " or ".join(map(str, options)) if options else getattr(hint, "__name__", str(hint))
-    raise InputError(f"setting {name!r} takes {wanted}, not {value!r}")
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type that the setting has; YAML and TOML know no tuples, and YAML reads 1e-4
+    as text.
+
+    Raises: InputError, naming the setting, when it is of another type.
+    """
+    try:
+        return _as(hint, value)
+    except TypeError:
+        raise InputError(f"setting {name!r} takes {_words(hint)}, not {value!r}") from None
 
 
-def _is_union(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
+def _as(hint: Any, value: Any) -> Any:
+    """Raises: TypeError."""
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal and value in options:
+        return value
+    if kind in (typing.Union, types.UnionType):
+        for option in options:
+            with contextlib.suppress(TypeError):
+                return _as(option, value)
+    if kind is tuple and isinstance(value, list | tuple):
+        if options[-1] is not ... and len(value) != len(options):
+            raise TypeError
+        return tuple(_as(options[0], part) for part in value)
+    if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if type(value) is hint:
+        return value
+    raise TypeError
+
+
+def _words(hint: Any) -> str:
+    """A type, for a sentence."""
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return " or ".join(map(str, options))
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(_words(option) for option in options)
+    if kind is tuple:
+        return f"a list of {_words(options[0])}"
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def check_known(where: str, table: dict, known: typing.Iterable[str]) -> None:
+    """Raises: InputError naming the first key that is not known, and the nearest one that is."""
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise InputError(f"{where} has no setting {key!r}; the nearest is {near!r}")
 
 
 def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -23,12 +23,13 @@ _WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.", "encoder.", 
 _NAMES_SHOWN = 8
 
 
-def load_weights(model: nn.Module, file: Path, name: str) -> None:
+def load_weights(model: nn.Module, file: Path, name: str, classifier: bool = False) -> None:
     """Load what fits of ``file`` into a timm model, and list on the console what does not.
 
-    ``file`` is ``.safetensors`` or PyTorch's. ``name`` is what messages call the model.
+    ``file`` is ``.safetensors`` or PyTorch's. ``name`` is what messages call the model. With
+    ``classifier``, the model gets the file's classifier, and as many classes.
 
-    Raises: InputError when the file can not be read, or nothing in it fits.
+    Raises: InputError when the file can not be read, or nothing in it fits, or it has no classifier.
     """
     own = model.state_dict()
     candidates = [
@@ -39,8 +40,12 @@ def load_weights(model: nn.Module, file: Path, name: str) -> None:
     if not candidates:
         raise InputError(f"{file} holds no weights")
     weights = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
-    weights = _without_heads(weights, model.pretrained_cfg.get("classifier"))
+    if not classifier:
+        weights = _without_heads(weights, model.pretrained_cfg.get("classifier"))
     weights = _with_channels(_converter(model)(weights, model), model)
+    if classifier:
+        _take_classes(model, weights, file)
+        own = model.state_dict()
     fitting = {
         key: value for key, value in weights.items() if key in own and value.shape == own[key].shape
     }
@@ -123,6 +128,16 @@ def _without_heads(weights: Weights, classifier: str | tuple[str, ...] | None) -
     if any(name.startswith("decoder") for name in weights):
         dropped += ("decoder", "mask_token")
     return {name: value for name, value in weights.items() if not name.startswith(dropped)}
+
+
+def _take_classes(model: nn.Module, weights: Weights, file: Path) -> None:
+    """Give the model as many classes as the weights have."""
+    head = model.pretrained_cfg.get("classifier")
+    key = f"{head if isinstance(head, str) else head[0]}.weight"
+    if key not in weights:
+        raise InputError(f"{file} has no classifier: there is no {key} in it")
+    if len(weights[key]) != model.num_classes:
+        model.reset_classifier(len(weights[key]))
 
 
 def _converter(model: nn.Module) -> Callable[[Weights, nn.Module], Weights]:

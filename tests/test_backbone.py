@@ -174,9 +174,25 @@ def test_what_has_no_classifier_is_told(folder, tmp_path):
     timm.models.save_for_hf(model, path, safe_serialization=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
-    for spec in (path, tmp_path / "run", "pixels:16", f"{VIT}@file.pth"):
+    for spec in (path, tmp_path / "run", "pixels:16"):
         with pytest.raises(InputError, match=f"{re.escape(str(spec))} has no classifier"):
             load_classifier(spec)
+
+
+def test_a_file_opens_with_its_classifier_and_as_many_classes(tmp_path):
+    file = tmp_path / "weights@7.pth"
+    for classes in (7, 1000):
+        model = timm.create_model(VIT, img_size=SIZE, num_classes=classes).eval()
+        torch.save({"model": model.state_dict()}, file)
+        opened = load_classifier(f"{VIT}@{file}", img_size=SIZE)
+        assert opened.num_classes == classes and not opened.training
+        assert torch.equal(features(opened, images()), features(model, images()))
+    model.reset_classifier(0)
+    torch.save(model.state_dict(), file)
+    with pytest.raises(InputError, match=f"{re.escape(str(file))} has no classifier"):
+        load_classifier(f"{VIT}@{file}", img_size=SIZE)
+    with pytest.raises(InputError, match="there is no checkpoint file"):
+        load_classifier(f"{VIT}@{tmp_path / 'none.pth'}")
 
 
 # Checkpoint files

@@ -4,10 +4,12 @@ import functools
 import math
 import os
 import warnings
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ldae.errors import InputError
 
@@ -20,6 +22,9 @@ _NPY_HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+ImageFile = BinaryIO | str | bytes | os.PathLike
 
 
 class BadImage(InputError):
@@ -41,7 +46,7 @@ def image_extensions() -> frozenset[str]:
     return frozenset(suffix for suffix, name in known if name in _formats()) | {".npy"}
 
 
-def decode(file: BinaryIO | str | bytes | os.PathLike, name: str) -> Image.Image | np.ndarray:
+def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
     """The first frame of ``file``, upright by its EXIF orientation and fully loaded.
 
     Returns a Pillow image in mode L, RGB or RGBA; or, for a ``.npy`` file with another number of
@@ -55,11 +60,32 @@ def decode(file: BinaryIO | str | bytes | os.PathLike, name: str) -> Image.Image
     Raises: BadImage, naming ``name``, for whatever can not be decoded, and for more pixels than
     ``PIL.Image.MAX_IMAGE_PIXELS``, before memory is taken for them.
     """
+    return _read(file, name, _decode)
+
+
+def decode_label_map(file: ImageFile, name: str) -> np.ndarray:
+    """The class of every pixel, uint8 (H, W), of a grey or palette image; a palette's colours are
+    only for show.
+
+    Raises: BadImage, naming ``name``, for what can not be decoded, and for colours.
+    """
+    return _read(file, name, _decode_label_map)
+
+
+def size_of(file: ImageFile, name: str) -> tuple[int, int]:
+    """Width and height of what :func:`decode` returns, where it can by the header alone.
+
+    Raises: BadImage, naming ``name``.
+    """
+    return _read(file, name, _size_of)
+
+
+def _read(file: ImageFile, name: str, how: Callable[[BinaryIO], Any]) -> Any:
     try:
         if not isinstance(file, (str, bytes, os.PathLike)):
-            return _decode(file)
+            return how(file)
         with open(file, "rb") as opened:
-            return _decode(opened)
+            return how(opened)
     except Exception as error:  # damaged files make Pillow's decoders raise nearly every type
         raise BadImage(f"{name} can not be decoded: {_reason(error)}") from error
 
@@ -95,18 +121,49 @@ def to_planes(image: Image.Image | np.ndarray, in_chans: int) -> list[Image.Imag
 
 
 def _decode(file: BinaryIO) -> Image.Image | np.ndarray:
+    if _is_npy(file):
+        return _decode_npy(file)
+    with _opened(file) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _eight_bit(image)
+
+
+def _is_npy(file: BinaryIO) -> bool:
     magic = file.read(len(_NPY_MAGIC))
     if not magic:
         raise ValueError("the file is empty")
     file.seek(0)
-    if magic == _NPY_MAGIC:
-        return _decode_npy(file)
+    return magic == _NPY_MAGIC
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damaged metadata beside good pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(file, formats=_formats())
+        yield Image.open(file, formats=_formats())
+
+
+def _decode_label_map(file: BinaryIO) -> np.ndarray:
+    with _opened(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        return _eight_bit(image)
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            raise ValueError(
+                f"its pixels are colours ({image.mode}) and not the numbers of classes"
+            )
+        labels = np.asarray(image)
+        if labels.min() < 0 or labels.max() > 255:
+            raise ValueError(f"it holds the label {labels.max()}, and there can be 0 to 255")
+        return labels.astype(np.uint8)
+
+
+def _size_of(file: BinaryIO) -> tuple[int, int]:
+    if _is_npy(file):
+        image = _decode_npy(file)
+        return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    with _opened(file) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        return image.size[::-1] if turned else image.size
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

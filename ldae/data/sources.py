@@ -8,7 +8,7 @@ import re
 import struct
 import zlib
 from pathlib import Path
-from typing import Callable, Literal
+from typing import BinaryIO, Callable, Literal
 
 import numpy as np
 from PIL import Image
@@ -57,6 +57,7 @@ class Source:
 
 
 Opener = Callable[[], Source]
+FileSplits = Callable[[str, Container], dict[str, Opener]]
 
 
 def open_source(spec: str, split: Literal["train", "eval"]) -> Source:
@@ -75,8 +76,12 @@ def open_source(spec: str, split: Literal["train", "eval"]) -> Source:
     return _choose(spec, _splits(spec), split)
 
 
-def open_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
+def open_splits(
+    data: str, eval_data: str | None, of_files: FileSplits | None = None
+) -> tuple[Source, Source]:
     """The train source and the eval source, the labels of both in the train source's classes.
+
+    ``of_files`` opens the splits of a folder or an archive otherwise than :func:`open_source` does.
 
     Evaluation uses the eval split of ``eval_data``, or all of it, when it is given, and otherwise
     the eval split of ``data``. Classes are matched by name, whatever their order.
@@ -84,10 +89,10 @@ def open_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
     Raises: InputError as :func:`open_source` does, when there is nothing to evaluate on, and when
         evaluation has a class that training has not.
     """
-    splits = _splits(data)
+    splits = _splits(data, of_files)
     if eval_data is None and "eval" not in splits:
         raise InputError(f"{data} has no evaluation split: give one by --eval-data")
-    eval_splits = splits if eval_data is None else _splits(eval_data)
+    eval_splits = splits if eval_data is None else _splits(eval_data, of_files)
     train = _choose(data, splits, "train")
     evaluation = _choose(eval_data or data, eval_splits, "eval")
     _adopt_classes(evaluation, train)
@@ -115,7 +120,7 @@ def _adopt_classes(evaluation: Source, train: Source) -> None:
     evaluation.classes = train.classes
 
 
-def _splits(spec: str) -> dict[str, Opener]:
+def _splits(spec: str, of_files: FileSplits | None = None) -> dict[str, Opener]:
     """What opens each split of ``spec``: either train and eval, or all."""
     kind, _, rest = spec.partition("/")
     name = spec.partition(":")[0]
@@ -133,7 +138,7 @@ def _splits(spec: str) -> dict[str, Opener]:
         from ldae.data.npz import NpzSource  # which is a Source
 
         return {"all": functools.partial(NpzSource, spec, Path(path))}
-    return _file_splits(spec, open_container(Path(path)))
+    return (of_files or _file_splits)(spec, open_container(Path(path)))
 
 
 def _built_in_splits(spec: str) -> dict[str, Opener]:
@@ -183,11 +188,14 @@ class FileSource(Source):
         return self._encoded_name(i).decode("utf-8", "backslashreplace")
 
     def image(self, i: int) -> Image.Image | np.ndarray:
+        return decode(self.open(i), self.where(i))
+
+    def open(self, i: int) -> BinaryIO | bytes:
+        """The file of image ``i``, or its path. Raises: BadImage when it can not be read."""
         try:
-            file = self._container.open(self._encoded_name(i), tuple(self._locations[i].tolist()))
+            return self._container.open(self._encoded_name(i), tuple(self._locations[i].tolist()))
         except (OSError, ValueError, struct.error, zlib.error) as error:
             raise BadImage(f"{self.where(i)} can not be read: {error}") from error
-        return decode(file, self.where(i))
 
 
 def _file_splits(spec: str, container: Container) -> dict[str, Opener]:
@@ -208,7 +216,7 @@ def _file_splits(spec: str, container: Container) -> dict[str, Opener]:
 
     return {
         split: functools.partial(open_split, split, inner)
-        for split, inner in _find_splits(images).items()
+        for split, inner in find_splits(images).items()
     }
 
 
@@ -218,7 +226,7 @@ def _first_folder(name: str, inner: str) -> str:
     return head if slash else ""
 
 
-def _find_splits(images: list[str]) -> dict[str, str]:
+def find_splits(images: list[str]) -> dict[str, str]:
     """The folder, with its slash, that each split lies in: train and eval, or all, or eval alone."""
     inner = ""
     while True:

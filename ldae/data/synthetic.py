@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ldae.data.label_maps import MapSource
 from ldae.data.sources import Source
 
 _SPLITS = ("train", "eval")
@@ -36,11 +37,12 @@ class Digits(Source):
         return Image.fromarray(self._images[i])
 
 
-class ScatteredDigits(Source):
+class ScatteredDigits(MapSource):
     """One digit of random size at a random place on a black 32x32 RGB canvas.
 
     Image i is a pure function of (seed, split, i), whatever ``count`` is. Place and size vary so
-    much that a linear classifier on raw pixels is weak, while the class stays plain to see.
+    much that a linear classifier on raw pixels is weak, while the class stays plain to see. Its label
+    map is 1 + the digit where the canvas is not black.
     """
 
     def __init__(self, spec: str, split: str, count: int, seed: int):
@@ -57,9 +59,15 @@ class ScatteredDigits(Source):
         return len(self._sample)
 
     def image(self, i: int) -> Image.Image:
+        return self._canvas(i).convert("RGB")
+
+    def label_map(self, i: int) -> np.ndarray:
+        return (np.asarray(self._canvas(i)) > 0) * np.uint8(1 + self.labels[i])
+
+    def _canvas(self, i: int) -> Image.Image:
         side = int(self._size[i])
         digit = Image.fromarray(self._images[self._sample[i]])
         digit = digit.resize((side, side), Image.Resampling.BICUBIC)
         canvas = Image.new("L", (_CANVAS, _CANVAS))
         canvas.paste(digit, (int(self._left[i]), int(self._top[i])))
-        return canvas.convert("RGB")
+        return canvas

@@ -97,19 +97,22 @@ class Encoder:
         return max(span.stop for span in self.columns.values())
 
     def share(
-        self, source: Source, batch_size: int, workers: int
+        self, source: Source, batch_size: int, workers: int, images: np.ndarray | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The features of this rank's images of ``source``, by index, and the indices, in batches.
 
+        ``images`` are the indices that the ranks share, by default all.
+
         Raises: InputError as ``checked`` does.
         """
-        own = np.arange(rank(), len(source), world_size())
+        images = np.arange(len(source)) if images is None else images
+        own = images[rank() :: world_size()]
         batches = eval_batches(source, self.transform, own, batch_size, workers)
         with progress(len(own), source.spec) as bar:
-            for images, _, indices in batches:
-                rows = self.checked(images, lambda row: source.where(int(indices[row])), indices)
+            for pixels, _, indices in batches:
+                rows = self.checked(pixels, lambda row: source.where(int(indices[row])), indices)
                 yield rows, indices
-                bar.update(len(images))
+                bar.update(len(pixels))
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -144,14 +147,18 @@ def own_rows(encoder: Encoder, source: Source, batch_size: int = 256, workers: i
 
     Raises: InputError when the source has no labels, and as ``Encoder`` does.
     """
-    labels = known_labels(source)
-    own = range(rank(), len(source), world_size())
-    features = new_rows(len(own), encoder.dim)
+    labels = known_labels(source)[rank() :: world_size()]
+    own_names = [source.name(i) for i in range(rank(), len(source), world_size())]
+    features = own_features(encoder, source, batch_size, workers)
+    return Features(features, labels, own_names, encoder.columns)
+
+
+def own_features(encoder: Encoder, source: Source, batch_size: int, workers: int) -> torch.Tensor:
+    """What ``own_rows`` finds of images that need no labels: float32 (N, D)."""
+    features = new_rows(len(range(rank(), len(source), world_size())), encoder.dim)
     for rows, indices in encoder.share(source, batch_size, workers):
         features[indices // world_size()] = rows
-    return Features(
-        features, labels[rank() :: world_size()], [source.name(i) for i in own], encoder.columns
-    )
+    return features
 
 
 def all_rows(own: Features, source: Source, device: torch.device) -> Features:

@@ -1,6 +1,7 @@
 """What all evaluators share: open one backbone and two splits, and write one results.json."""
 
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
 from ldae.evals.features import Features, Precision, extract, known_labels
 from ldae.log import environment, write_json
-from ldae.preprocessing import preprocessing
+from ldae.preprocessing import EvalTransform, preprocessing
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
 # Settings that do not decide the numbers, or that a name tells in words.
-_NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
+_NOT_IN_NAMES = (
+    *("random_init", "out", "save_stats", "batch_size", "workers", "device"),
+    *("matched_by", "compared_classes", "constants"),  # these follow from others
+)
 
 BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE")]
 SourceSpec = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
@@ -59,9 +63,12 @@ class Grading:
     """The backbone as the user named it."""
     setup: Setup
     model: nn.Module
-    train: Source
+    train: Source | None
+    """None where nothing is learned or searched."""
     eval: Source
     device: torch.device
+    transform: EvalTransform
+    """Of the images; the backbone's own, if the task does not change it."""
 
     def features(self) -> tuple[Features, Features]:
         """Of the train and of the evaluation split."""
@@ -78,7 +85,7 @@ class Grading:
         )
         return train, evaluation
 
-    def write(self, protocol: Any, results: dict, dim: int) -> dict:
+    def write(self, protocol: Any, results: dict, dim: int, classes: int | None = None) -> dict:
         """Write ``results.json``, say on one line what is in it, and return it.
 
         Args:
@@ -86,28 +93,31 @@ class Grading:
                 modified what is not its default, unless it says so itself.
             results: the numbers, accuracies in percent.
             dim: the width of the features.
+            classes: how many there are; by default those of train's labels, with what top-5 is over.
         """
-        classes = len(known_labels(self.train).unique())
         constants = asdict(protocol) | {"precision": self.setup.precision}
+        if classes is None:
+            classes = len(known_labels(self.train).unique())
+            constants["top5_over"] = min(5, classes)
         if "modified" not in constants:
             constants["modified"] = changes(protocol)
         path = self.folder(protocol) / "results.json"
         random_init = self.setup.random_init
         record = {
             "task": self.task,
-            "protocol": constants | {"top5_over": min(5, classes)},
+            "protocol": constants,
             "backbone": {
                 "spec": self.spec,
                 "random_init": random_init,
                 "seed": self.setup.seed if random_init else None,
                 "params": sum(parameter.numel() for parameter in self.model.parameters()),
                 "dim": dim,
-                "preprocessing": asdict(preprocessing(self.model)),
+                "preprocessing": asdict(self.transform),
             },
             "data": {
-                "spec": self.train.spec,
+                "spec": (self.train or self.eval).spec,
                 "eval_spec": self.eval.spec,
-                "train_images": len(self.train),
+                "train_images": len(self.train) if self.train else None,
                 "eval_images": len(self.eval),
                 "classes": classes,
             },
@@ -117,7 +127,7 @@ class Grading:
         if is_main():
             write_json(path, record)
             control = " (random init)" if random_init else ""
-            told = ("top", "mean_average_precision", "recall")
+            told = ("top", "mean_average_precision", "recall", "miou", "pixel_accuracy")
             numbers = [f"{name} {x:.2f}" for name, x in results.items() if name.startswith(told)]
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
             print(f"{subject}: {', '.join(numbers)}; {path}")
@@ -129,8 +139,9 @@ class Grading:
             return self.setup.out
         home = backbone_folder(self.spec)
         above = home / "evals" if home else Path("evals", file_name(self.spec))
-        parts = [self.task, file_name(self.train.spec)]
-        if self.eval.spec != self.train.spec:
+        data = (self.train or self.eval).spec
+        parts = [self.task, file_name(data)]
+        if self.eval.spec != data:
             parts += ["on", file_name(self.eval.spec)]
         if self.setup.random_init:
             parts.append("random-init")
@@ -159,6 +170,22 @@ def file_name(spec: str) -> str:
     return re.sub(r"[^\w.=+]+", "-", path.resolve().name if path.exists() else spec).strip("-")
 
 
+Splits = Callable[[str, str | None], tuple[Source, Source]]
+
+
+def labelled_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
+    """As ``open_splits``, of labelled images.
+
+    Raises: InputError as it does, and for images without labels or of one class only.
+    """
+    train, evaluation = open_splits(data, eval_data)
+    for source in (train, evaluation):
+        known_labels(source)  # before anything that takes time
+    if len(known_labels(train).unique()) < 2:
+        raise InputError(f"{train.spec} has one class only, which any backbone tells apart")
+    return train, evaluation
+
+
 @contextmanager
 def grading(
     task: str,
@@ -166,19 +193,16 @@ def grading(
     data: str,
     eval_data: str | None,
     setup: Setup,
+    splits: Splits = labelled_splits,
 ) -> Iterator[Grading]:
     """Join the process group, if one was launched, and open what ``task`` grades.
 
-    Raises: InputError when the backbone or the data can not be opened, or has no labels.
+    Raises: InputError when the backbone can not be opened, and as ``splits`` does.
     """
     check(setup)
     device = device_for(setup.device)
     with process_group(device):
-        train, evaluation = open_splits(data, eval_data)
-        for source in (train, evaluation):
-            known_labels(source)  # before anything that takes time
-        if len(known_labels(train).unique()) < 2:
-            raise InputError(f"{train.spec} has one class only, which any backbone tells apart")
+        train, evaluation = splits(data, eval_data)
         model = load_backbone(
             backbone,
             random_init=setup.random_init,
@@ -186,4 +210,5 @@ def grading(
             img_size=setup.img_size,
             seed=setup.seed,
         )
-        yield Grading(task, str(backbone), setup, model, train, evaluation, device)
+        own = preprocessing(model)
+        yield Grading(task, str(backbone), setup, model, train, evaluation, device, own)

@@ -80,6 +80,14 @@ class Heads(nn.Module):
         """BatchNorm by the statistics (D,) of a batch."""
         return (features - mean) * (var + self.norm.eps).rsqrt()
 
+    def normalise_batch(self, features: torch.Tensor, count: int) -> torch.Tensor:
+        """BatchNorm by the statistics of a batch of ``count`` rows over all ranks, which the running
+        ones follow; ``features`` (B, D) are this rank's rows."""
+        mean = all_reduce_sum(features.sum(0)) / count
+        var = all_reduce_sum((features - mean).square().sum(0)) / count
+        self.track(mean, var, count)
+        return self.normalise(features, mean, var)
+
     def track(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
         """Move the running statistics towards those of a batch of ``count`` images."""
         unbiased = var * (count / max(count - 1, 1))
@@ -114,10 +122,7 @@ class _Pass:
     ) -> None:
         """One step on a batch of ``count`` images, of which this rank holds these."""
         heads = self.heads
-        mean = all_reduce_sum(features.sum(0)) / count
-        var = all_reduce_sum((features - mean).square().sum(0)) / count
-        heads.track(mean, var, count)
-        normed = heads.normalise(features, mean, var)
+        normed = heads.normalise_batch(features, count)
         slopes = [all_reduce_sum(part) for part in heads.gradients(normed, labels, count)]
         slopes[0] += self.decays[:, None, None] * heads.weight
         for value, moment, slope in zip((heads.weight, heads.bias), self.moments, slopes):

@@ -14,16 +14,16 @@ IN_MEMORY = 2 * 2**30
 """Bytes of one set of features that are held in memory."""
 
 
-def new_rows(count: int, dim: int) -> torch.Tensor:
-    """Room for float32 features (count, dim), zero; in a file from ``IN_MEMORY`` on.
+def new_rows(count: int, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Room for features (count, dim), zero; in a file from ``IN_MEMORY`` on.
 
     The file has no name. It lies where ``TMPDIR`` says, and is gone with the tensor or the process.
 
     Raises: InputError when the disk has no room for it.
     """
-    size = 4 * count * dim
+    size = dtype.itemsize * count * dim
     if size < IN_MEMORY:
-        return torch.zeros(count, dim)
+        return torch.zeros(count, dim, dtype=dtype)
     folder = tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -32,7 +32,9 @@ def new_rows(count: int, dim: int) -> torch.Tensor:
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
-            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(count, dim)))
+            return torch.from_numpy(
+                np.memmap(file, torch.empty(0, dtype=dtype).numpy().dtype, "r+", shape=(count, dim))
+            )
     except OSError as error:
         raise InputError(
             f"{folder} has no room for features of {size / 2**30:.1f} GiB ({error.strerror}): "

@@ -49,3 +49,11 @@ def test_labels_are_the_digits_that_are_shown():
     plain = np.array([essence(digits.image(i)) for i in range(len(digits))])
     distance = ((shown[:, None] - plain[None]) ** 2).sum(-1)
     assert (digits.labels[distance.argmin(1)] == train.labels).mean() > 0.9
+
+
+def test_label_maps_are_the_digit_where_there_is_ink():
+    source = ScatteredDigits("s", "train", 50, seed=0)
+    for i in range(50):
+        ink = pixels(source, i).any(2)
+        assert np.array_equal(source.label_map(i), np.where(ink, 1 + source.labels[i], 0))
+        assert source.label_map(i).dtype == np.uint8 and 30 < ink.sum() < 600

@@ -12,6 +12,7 @@ import torch
 
 from ldae.backbone import load_backbone
 from ldae.data.sources import Source, open_source
+from ldae.data.synthetic import ScatteredDigits
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, all_rows, extract, own_rows
 from ldae.evals.heads import grade_heads, train_heads
@@ -20,7 +21,9 @@ from ldae.evals.linear import CachedProtocol, MAEProtocol
 from ldae.evals.logreg import LogregProtocol, logistic_regression
 from ldae.evals.online import train_online
 from ldae.evals.retrieve import RetrievalProtocol, retrieval
+from ldae.evals.segment import SegmentProtocol, segmentation
 from ldae.evals.taps import Tap, TapReader
+from ldae.evals.token_map import TokenMapReader
 from ldae.preprocessing import preprocessing
 
 CPU = torch.device("cpu")
@@ -154,7 +157,17 @@ def grades(source: Source) -> dict:
         "few-shot knn": knn_accuracy(some, some, nearest, chosen=chosen),
         "retrieval": retrieval(some, some, order),
         "logreg": logistic_regression(every, every, ~held, held, logistic),
+        "segmentation": segmentation(*token_maps(), 11, SegmentProtocol(steps=3, total_batch=4)),
     }
+
+
+def token_maps() -> tuple[Encoder, Source, Source]:
+    """A reader of token maps, and label maps twice."""
+    digits = ScatteredDigits("digits", "train", 13, seed=0)
+    model = load_backbone("pixels:32")
+    encoder = Encoder(model, CPU, reader=TokenMapReader(model, 4))
+    assert encoder.columns
+    return encoder, digits, digits
 
 
 def test_two_ranks_find_what_one_finds(pictures, tmp_path):
@@ -196,3 +209,20 @@ def test_two_ranks_find_what_one_finds(pictures, tmp_path):
         torch.testing.assert_close(
             list(same), [found[0][key] for key in ("features", "heads", "online")], rtol=0, atol=0
         )
+
+
+def test_ranks_share_the_chosen_images(pictures, monkeypatch):
+    """Each of them goes to one rank, by its own index."""
+    source, chosen = pictures(13), np.array([1, 2, 5, 7, 12])
+    encoder = Encoder(load_backbone("pixels:16"), CPU)
+    monkeypatch.setattr("ldae.evals.features.world_size", lambda: 2)
+    found = {}
+    for number in (0, 1):
+        monkeypatch.setattr("ldae.evals.features.rank", lambda: number)
+        for rows, indices in encoder.share(source, 2, 0, chosen):
+            found |= dict(zip(indices.tolist(), rows))
+    assert sorted(found) == chosen.tolist()
+    monkeypatch.undo()
+    for rows, indices in encoder.share(source, 13, 0):
+        assert all(torch.equal(found[i], rows[i]) for i in chosen.tolist())
+        assert indices.tolist() == list(range(13))

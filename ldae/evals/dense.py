@@ -1,0 +1,193 @@
+"""A linear head on token maps: trained on maps that were extracted once, graded pixel by pixel."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ldae.data.label_maps import IGNORED, MapSource
+from ldae.data.loader import Transform, eval_batches
+from ldae.data.sources import Source
+from ldae.distributed import all_reduce_sum, rank, world_size
+from ldae.evals.confusion import confusion
+from ldae.evals.features import Encoder
+from ldae.evals.heads import HeadConstants, Heads
+from ldae.evals.storage import new_rows
+from ldae.log import progress
+from ldae.train.optim import lr_at, set_lr
+
+# What one piece of up-sampled logits holds at most. It decides no number.
+_NUMBERS_AT_ONCE = 2**25
+
+
+class DenseConstants(HeadConstants, Protocol):
+    """What a protocol says of the training of a head on token maps."""
+
+    steps: int
+    total_batch: int
+    learning_rate: float
+    warmup: float
+    betas: tuple[float, float]
+    weight_decay: float
+
+
+class TokenMaps(NamedTuple):
+    """What a head learns from: this rank's share of the images."""
+
+    tokens: torch.Tensor
+    """float32 (N, h * w * D)."""
+    labels: torch.Tensor
+    """uint8 (N, H * W), of the size of the network's input."""
+    shape: tuple[int, int, int]
+    """h, w, D."""
+    size: tuple[int, int]
+    """H, W."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A label map at H x W pixels, each that of the nearest pixel: uint8 (H * W,)."""
+
+    size: tuple[int, int]
+
+    def __call__(self, labels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        height, width = self.size
+        resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.asarray(resized).copy()).flatten()
+
+
+def whole(labels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    """A label map as it is, uint8 (H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(labels))
+
+
+class _Maps(Source):
+    """The label maps of a source, in the place of its images."""
+
+    def __init__(self, source: MapSource) -> None:
+        super().__init__(source.spec, source.split, None, None)
+        self._source = source
+        self.name, self.where, self.image = source.name, source.where, source.label_map
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+def label_maps(
+    source: MapSource, transform: Transform, batch_size: int, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's label maps, as ``transform`` makes them of (H, W), and their indices, in batches."""
+    own = np.arange(rank(), len(source), world_size())
+    for maps, _, indices in eval_batches(_Maps(source), transform, own, batch_size, workers):
+        yield maps, indices
+
+
+def own_label_rows(
+    source: MapSource, size: tuple[int, int], batch_size: int, workers: int
+) -> torch.Tensor:
+    """This rank's label maps at H x W pixels, uint8 (N, H * W)."""
+    count = len(range(rank(), len(source), world_size()))
+    found = new_rows(count, size[0] * size[1], torch.uint8)
+    for maps, indices in label_maps(source, Nearest(size), batch_size, workers):
+        found[indices // world_size()] = maps
+    return found
+
+
+def train_map_head(
+    train: TokenMaps, images: int, classes: int, protocol: DenseConstants, device: torch.device
+) -> Heads:
+    """The head after the last step; ``images`` are those of all ranks, in shares as they come.
+
+    The loss is the mean cross-entropy over the labelled pixels of a batch, whose logits are
+    up-sampled to the label maps. A last batch that is short is left out, as ``train_heads`` does.
+    """
+    height, width, dim = train.shape
+    heads = Heads(1, dim, classes, protocol).to(device)
+    optimizer = torch.optim.AdamW(
+        heads.parameters(), lr=0.0, betas=protocol.betas, weight_decay=protocol.weight_decay
+    )
+    piece = max(_NUMBERS_AT_ONCE // (classes * train.size[0] * train.size[1]), 1)
+    warmup = round(protocol.warmup * protocol.steps)
+    with progress(protocol.steps, "head") as bar:
+        for step, batch in zip(range(protocol.steps), _batches(images, protocol)):
+            own = batch[batch % world_size() == rank()] // world_size()
+            tokens = train.tokens[own].to(device).view(-1, dim)
+            normed = heads.normalise_batch(tokens, len(batch) * height * width)
+            normed = normed.view(-1, height, width, dim)
+            labels = train.labels[own].to(device).view(-1, *train.size).long()
+            pixels = all_reduce_sum((labels != IGNORED).sum()).clamp(min=1)
+            optimizer.zero_grad()
+            for part, wanted in zip(normed.split(piece), labels.split(piece)):
+                logits = upsampled(map_logits(heads, part), train.size)
+                loss = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+                (loss / pixels).backward()
+            for value in heads.parameters():
+                slope = torch.zeros_like(value) if value.grad is None else value.grad
+                value.grad = all_reduce_sum(slope)
+            rate = lr_at(step, peak=protocol.learning_rate, warmup=warmup, total=protocol.steps)
+            set_lr(optimizer, rate)
+            optimizer.step()
+            bar.update()
+    return heads.eval()
+
+
+def _batches(images: int, protocol: DenseConstants) -> Iterator[torch.Tensor]:
+    """Numbers of images without end, each once an epoch."""
+    generator = torch.Generator().manual_seed(protocol.seed)
+    while True:
+        order = torch.randperm(images, generator=generator).split(protocol.total_batch)
+        yield from order[: max(images // protocol.total_batch, 1)]
+
+
+def map_logits(heads: Heads, normed: torch.Tensor) -> torch.Tensor:
+    """(B, h, w, D) behind BatchNorm -> (B, classes, h, w)."""
+    return heads.logits(normed.flatten(0, 2))[:, 0].unflatten(0, normed.shape[:3]).movedim(-1, 1)
+
+
+def upsampled(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, classes, h, w) -> (B, classes, H, W); pixels are areas, so that their centres agree."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def predict(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The class of every pixel, int64 (H, W), by the up-sampled logits of one image (classes, h, w).
+
+    Of equal logits the smaller class wins. Classes are up-sampled some at a time, as memory allows.
+    """
+    best = logits.new_full(size, -torch.inf)
+    predicted = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    first = 0
+    for part in logits.split(max(_NUMBERS_AT_ONCE // (size[0] * size[1]), 1)):
+        value, number = upsampled(part[None], size)[0].max(0)
+        better = value > best
+        best, predicted = best.where(~better, value), predicted.where(~better, number + first)
+        first += len(part)
+    return predicted
+
+
+@torch.inference_mode()
+def grade_map_head(
+    heads: Heads,
+    encoder: Encoder,
+    shape: tuple[int, int, int],
+    source: MapSource,
+    batch_size: int,
+    workers: int,
+) -> torch.Tensor:
+    """The confusion matrix over all label maps of ``source`` at their own sizes, of all ranks.
+
+    Each labelled pixel counts once; nothing is kept of an image that was graded.
+    """
+    classes, device = heads.bias.shape[1], encoder.device
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    maps = label_maps(source, whole, 1, workers)  # one at a time: their sizes differ
+    for rows, _ in encoder.share(source, batch_size, workers):
+        normed = heads.norm(rows.to(device).view(-1, shape[2])).view(-1, *shape)
+        for logits, (labels, _) in zip(map_logits(heads, normed), maps):
+            labels = labels[0].to(device)
+            matrix += confusion(labels, predict(logits, labels.shape), classes)
+    return all_reduce_sum(matrix)

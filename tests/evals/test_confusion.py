@@ -1,0 +1,54 @@
+"""Mean IoU is its definition, pixel by pixel."""
+
+import pytest
+import torch
+
+from ldae.evals.confusion import confusion, rates
+
+
+def slow_rates(labels, predicted, classes: int) -> tuple[float, float, list]:
+    """By sets of pixels."""
+    known = [(int(l), int(p)) for l, p in zip(labels.ravel(), predicted.ravel()) if l != 255]
+    each = []
+    for c in range(classes):
+        true = {i for i, (l, _) in enumerate(known) if l == c}
+        said = {i for i, (_, p) in enumerate(known) if p == c}
+        each.append(100 * len(true & said) / len(true | said) if true | said else None)
+    there = [value for value in each if value is not None]
+    right = sum(l == p for l, p in known)
+    return sum(there) / len(there), 100 * right / len(known), each
+
+
+def maps(seed: int, labelled=(0, 1, 3, 255), said=(0, 1, 2, 3)):
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(labelled), (2, 9, 7), generator=generator)
+    guesses = torch.randint(len(said), (2, 9, 7), generator=generator)
+    labels = torch.tensor(labelled, dtype=torch.uint8)[chosen]
+    return labels, torch.where(guesses > 1, labels.long().clamp(max=5), torch.tensor(said)[guesses])
+
+
+@pytest.mark.parametrize("classes", [6, 9])
+def test_rates_are_their_definition(classes):
+    labels, predicted = maps(0)
+    found = rates(confusion(labels, predicted, classes))
+    miou, accuracy, each = slow_rates(labels, predicted, classes)
+    assert found["miou"] == pytest.approx(miou) and 20 < miou < 80
+    assert found["pixel_accuracy"] == pytest.approx(accuracy)
+    assert found["iou"] == [None if one is None else pytest.approx(one) for one in each]
+    assert found["classes_counted"] == sum(one is not None for one in each) < classes
+
+
+def test_of_parts_it_is_the_sum():
+    labels, predicted = maps(1)
+    parts = sum(confusion(l, p, 6) for l, p in zip(labels, predicted))
+    assert torch.equal(parts, confusion(labels, predicted, 6)) and parts.dtype == torch.int64
+
+
+def test_a_perfect_predictor_has_100_and_ignored_pixels_never_count():
+    labels, _ = maps(2)
+    wrong = torch.where(labels == 255, 1, labels.long())
+    found = rates(confusion(labels, wrong, 4))
+    assert (found["miou"], found["pixel_accuracy"], found["classes_counted"]) == (100, 100, 3)
+    for filled in (0, 2, 3):  # 2 is in no label
+        changed = torch.where(labels == 255, filled, labels.long())
+        assert torch.equal(confusion(labels, changed, 4), confusion(labels, wrong, 4))
