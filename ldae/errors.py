@@ -1,10 +1,19 @@
-"""The one exception whose message is meant for the user."""
+"""The exceptions whose message is meant for the user."""
+
+LOST_RANK = 75  # exit status: sysexits.h's "temporary failure, try again"
 
 
 class InputError(ValueError):
     """Wrong input, told in one sentence that names the file or the setting.
 
     The command line prints the sentence without a traceback and exits with status 2.
+    """
+
+
+class LostRank(InputError):
+    """Another process of the run is gone or hangs: the input is not wrong, and trying again may help.
+
+    The command line exits with status ``LOST_RANK``, after which a job is requeued.
     """
 
 

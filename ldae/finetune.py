@@ -91,8 +91,8 @@ def finetune(config: Finetuning, run: Path, dry_run: bool = False) -> dict | Non
         if dry_run:
             print(_describe(work))
             return None
-        open_run(run, config, graded.device)
-        return _carry_out(work, run)
+        with open_run(run, config, graded.train, graded.device):
+            return _carry_out(work, run)
 
 
 def _check(config: Finetuning) -> None:

@@ -1,6 +1,7 @@
 """The verb that fits a tokenizer: in one pass over images, or by training it, and its report."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +56,7 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
     """
     run = Path(run)
     device = distributed.device_for(config.system.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device, config.system.rank_timeout):
         tree.check(config)
         if not config.data.source:
             raise InputError("no images: say where they are with --data SOURCE")
@@ -65,8 +66,8 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
         if dry_run:
             print(_describe(fit))
             return
-        _open_fit(fit, run)
-        _carry_out(fit, run, row)
+        with _open_fit(fit, run):
+            _carry_out(fit, run, row)
         say(f"{run}: done; {TOKENIZER}, pictures in reconstructed.png")
 
 
@@ -137,19 +138,19 @@ def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
         tokenizers.load(fit.tokenizer, path)
         return fit.tokenizer
     if not given:  # which is loaded already
-        if fit.schedule:
-            _open_fit(fit, folder)
-        _carry_out(fit, folder, row)
+        with _open_fit(fit, folder) if fit.schedule else nullcontext():
+            _carry_out(fit, folder, row)
     if distributed.is_main() and not path.exists():
         tokenizers.save(fit.tokenizer, path)
     distributed.barrier()
     return fit.tokenizer
 
 
-def _open_fit(fit: Fit, run: Path) -> None:
+def _open_fit(fit: Fit, run: Path) -> AbstractContextManager:
     patch_size = {"model.patch_size": fit.tokenizer.patch_size}
     begun = (run / TOKENIZER).exists()
-    open_run(run, tree.replace(fit.config, patch_size), fit.device, _UNREAD, begun)
+    config = tree.replace(fit.config, patch_size)
+    return open_run(run, config, fit.source, fit.device, _UNREAD, begun)
 
 
 def _carry_out(fit: Fit, run: Path, row: str) -> None:

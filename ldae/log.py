@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ldae.errors import InputError
 
+JOBS = "jobs"  # folder of a run folder: the jobs that were sent from it
+GIT = "git.json"  # beside a copy of this package: the checkout that it was made of
+PARTIAL = ".partial"  # ending of a file that is being written
 _PACKAGES = (
     "ldae",
     "torch",
@@ -39,7 +42,7 @@ def environment(device: object = None) -> dict:
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "device": str(device or "cpu"),
-        "git": _git_state(),
+        "git": git_state(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
     if str(device).startswith("cuda"):
@@ -65,9 +68,11 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_state() -> dict | None:
+def git_state() -> dict | None:
     """Commit and cleanness of the checkout that the package runs from; None when installed."""
     here = Path(__file__).resolve().parent
+    if (here.parent / GIT).is_file():
+        return json.loads((here.parent / GIT).read_text(encoding="utf-8"))
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(here), *args]
@@ -113,24 +118,39 @@ def told(path: Path) -> Iterator[None]:
         raise InputError(f"{path} can not be written: {error.strerror or error}") from error
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when it is written: flushed to the disk, then renamed.
+
+    Raises: OSError when the disk does not take it; what was there before stays.
+    """
+    aside = path.with_name(path.name + PARTIAL)
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
 def write(path: Path, content: bytes) -> None:
-    """Make ``path`` hold ``content``, wholly or not at all: aside, flushed to the disk, renamed.
+    """Make ``path`` hold ``content``, wholly or not at all.
 
     Raises: InputError when it can not be written; what was there before stays.
     """
-    aside = path.with_name(path.name + ".partial")
     with told(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except OSError:
-            with suppress(OSError):
-                aside.unlink()
-            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(content)
 
 
 def write_json(path: Path, value: object) -> None:

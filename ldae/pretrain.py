@@ -34,7 +34,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
     """
     run = Path(run)
     device = distributed.device_for(config.system.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device, config.system.rank_timeout):
         tree.check(config)
         if not config.data.source:
             raise InputError("no images: say where they are with --data SOURCE")
@@ -56,35 +56,35 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         if dry_run:
             print(_describe(config, method, schedule, source, device))
             return
-        open_run(run, config, device)
-        method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
-        if config.init_from:
-            init_from(method, config.init_from)
-        method.to(device)
-        # In bf16 on CPUs, the backward of torch's fused attention is slower than plain products:
-        # by a quarter of the whole step at 64 tokens (benchmarks/results/step.json).
-        method.denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
+        with open_run(run, config, source, device):
+            method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
+            if config.init_from:
+                init_from(method, config.init_from)
+            method.to(device)
+            # In bf16 on CPUs, the backward of torch's fused attention is slower than plain products:
+            # by a quarter of the whole step at 64 tokens (benchmarks/results/step.json).
+            method.denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
 
-        trained = train_in(
-            run,
-            method,
-            config,
-            config.optim,
-            schedule,
-            source,
-            row=row,
-            transform=transform_of(config),
-            device=device,
-            compiled=compiles(config.system.compile, device),
-            hooks=hooks,
-        )
-        if distributed.is_main():
-            pictures = ["denoised.png"]
-            plots.save_denoising(trained.eval(), samples(config, device), run / pictures[0])
-            if isinstance(trained.tokenizer, PatchTokenizer):
-                pictures.append("filters.png")
-                plots.save_filters(trained.tokenizer, run / pictures[1])
-            print(f"{run}: done; pictures in {' and '.join(pictures)}")
+            trained = train_in(
+                run,
+                method,
+                config,
+                config.optim,
+                schedule,
+                source,
+                row=row,
+                transform=transform_of(config),
+                device=device,
+                compiled=compiles(config.system.compile, device),
+                hooks=hooks,
+            )
+            if distributed.is_main():
+                pictures = ["denoised.png"]
+                plots.save_denoising(trained.eval(), samples(config, device), run / pictures[0])
+                if isinstance(trained.tokenizer, PatchTokenizer):
+                    pictures.append("filters.png")
+                    plots.save_filters(trained.tokenizer, run / pictures[1])
+                print(f"{run}: done; pictures in {' and '.join(pictures)}")
 
 
 def _describe(

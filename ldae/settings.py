@@ -181,6 +181,11 @@ class Execution:
     """Minutes between two checkpoints; there is always one at the end."""
     keep: Annotated[int, NOT_NEGATIVE] = 2
     """Newest checkpoints to keep; 0: all."""
+    explosion: Annotated[float, NOT_NEGATIVE] = 0.0
+    """A loss of more than so many times the median of the last 100 steps is undone: the run goes back
+    to its last checkpoint, once, and leaves out the batch. 0: never."""
+    fsdp: bool = False
+    """Spread weights, gradients and moments over the ranks (FSDP2), for what does not fit on each."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (extra: tensorboard)."""
     wandb: str = ""
@@ -193,6 +198,8 @@ class System(Execution):
 
     knn_every: Annotated[int, NOT_NEGATIVE] = 0
     """Epochs between two online k-NN evaluations; 0: none."""
+    rank_timeout: Annotated[float, POSITIVE] = 30
+    """Minutes that ranks wait for each other until they name the one that hangs, and end."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Small configurations and images that many tests share."""
 
+import multiprocessing
 import os
+import socket
+from multiprocessing import connection
 
 # One thread each, for here and for the commands that tests start: tests run beside each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -136,3 +139,39 @@ def run(method, tiny, tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def on_ranks():
+    """on_ranks(function): call it as each of two ranks, in processes of their own, and return what
+    they raised, in words. One that does not end so many seconds after the first is killed, and None."""
+
+    def run(function, ranks: int = 2, seconds: float = 60) -> list[str | None]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        context = multiprocessing.get_context("fork")  # torch is imported already
+
+        def rank(number: int, told) -> None:
+            os.environ.update(launch, RANK=str(number), LOCAL_RANK=str(number))
+            try:
+                function()
+                told.send("")
+            except Exception as error:
+                told.send(f"{type(error).__name__}: {error}")
+
+        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+        processes = [context.Process(target=rank, args=(n, pipes[n][1])) for n in range(ranks)]
+        for process in processes:
+            process.start()
+        words = []
+        connection.wait([ours for ours, _ in pipes], timeout=120)
+        for process, (ours, _) in zip(processes, pipes, strict=True):
+            words.append(ours.recv() if ours.poll(seconds) else None)
+            if words[-1] is None:
+                process.kill()
+            process.join()
+        return words
+
+    return run

@@ -1,3 +1,7 @@
+import os
+import re
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,3 +47,54 @@ def test_a_lost_rank_is_told_and_a_bug_is_not_hidden(error, told, monkeypatch, t
             assert distributed.world_size() == 1
             raise error
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"MASTER_ADDR": None}, "half set: MASTER_ADDR missing"),
+        ({"WORLD_SIZE": None, "LOCAL_RANK": ""}, "half set: WORLD_SIZE, LOCAL_RANK missing"),
+        ({"RANK": "2"}, "wrong: RANK='2' with WORLD_SIZE 2"),
+        ({"MASTER_PORT": "ssh", "RANK": "-1"}, "wrong: RANK='-1', MASTER_PORT='ssh'"),
+    ],
+)
+def test_a_launch_environment_that_can_not_be_is_refused_by_name(changes, told, monkeypatch):
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, value in (whole | {"MASTER_PORT": "29517"} | changes).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=told):
+        with distributed.process_group(torch.device("cpu")):
+            pass
+
+
+def test_a_rank_that_hangs_is_named(on_ranks, monkeypatch):
+    """Stopped as a whole, as a machine that swaps or a file system that does not answer stops it."""
+    monkeypatch.setattr(distributed, "_ROLL_CALL", 0.5)
+
+    def work():
+        with distributed.process_group(torch.device("cpu"), rank_timeout=0.08):
+            distributed.barrier()
+            if distributed.rank() == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            distributed.all_reduce_sum(torch.ones(1))
+
+    answers, hangs = on_ranks(work, seconds=1)
+    assert re.fullmatch(
+        r"LostRank: rank 0 lost the others: rank 1 \(process \d+ on \S+\) has ended, or hangs",
+        answers,
+    )
+    assert hangs is None
+
+
+def test_a_rank_that_ends_leaves_its_reason(on_ranks):
+    def work():
+        with distributed.process_group(torch.device("cpu")):
+            if distributed.rank() == 1:
+                raise InputError("image cat.jpg is truncated")
+            distributed.all_reduce_sum(torch.ones(1))
+
+    lost, ended = on_ranks(work)
+    assert ended == "InputError: image cat.jpg is truncated"
+    assert lost == "LostRank: rank 0 lost the others: rank 1 said: image cat.jpg is truncated"

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -149,18 +150,43 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path):
     ]
 
 
-def test_two_gloo_ranks_are_one_process(tmp_path):
-    """Tokenizer, data, noise and gradients: the same global batch, to fp32 tolerance."""
-    changes = {"optim.epochs": 1, "optim.blr": 1e-3, "tokenizer.fit_images": 32}
-    subprocess.run(command(tmp_path / "one", **changes), check=True, capture_output=True)
-    subprocess.run(command(tmp_path / "two", *TORCHRUN, **changes), check=True, capture_output=True)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+def assert_close(run, other):
+    one, two = weights(run), weights(other)
     for state in (one, two):  # grey digits: axes without variance are any basis of their space
         state["tokenizer.basis"] = state["tokenizer.basis"][:6]
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
-    for alone, shared in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+    for alone, shared in zip(lines(run), lines(other), strict=True):
+        assert shared["images"] == alone["images"]
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def half(run, to):
+    """A copy of a run as it was when a half was done."""
+    shutil.copytree(run, to)
+    for path in Checkpoints(to).paths():
+        if path.name > "images-000000000032.pt":
+            path.unlink()
+    return to
+
+
+def test_two_gloo_ranks_are_one_process_and_each_goes_on_for_the_other(tiny, tmp_path, on_ranks):
+    """Tokenizer, data, noise and gradients: the same global batch, to fp32 tolerance. Copies of the
+    model by torchrun; then shares of it, with accumulation, from the half of the run of one."""
+    changes = {"optim.epochs": 1, "optim.blr": 1e-3, "tokenizer.fit_images": 32, "system.keep": 0}
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run(command(two, *TORCHRUN, **changes), check=True, capture_output=True)
+    config = tree.load(two / "config.yaml", Config())
+    pretrain(config, one, "l_dae")
+    assert_close(one, two)
+    pretrain(config, half(two, tmp_path / "two then one"), "l_dae")
+    assert_close(one, tmp_path / "two then one")
+    shares = {"system.fsdp": True, "system.device_batch": 2, "system.knn_every": 1}
+    goes_on = half(one, tmp_path / "one, then two")
+    assert on_ranks(lambda: pretrain(tree.replace(config, shares), goes_on, "l_dae")) == ["", ""]
+    assert 0 < lines(goes_on)[-1].pop("top1_k20") < 100
+    assert_close(one, goes_on)
+    assert (goes_on / "denoised.png").read_bytes()
 
 
 def test_accumulation_is_the_whole_batch(tiny, tmp_path):
@@ -237,6 +263,55 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
         pretrain(tiny(), tmp_path / "file", "l_dae")
+
+
+def test_a_run_folder_in_use_is_refused(tiny, tmp_path, on_ranks):
+    """Two processes are started on one run folder."""
+    run = tmp_path / "run"
+
+    def start():  # they are no ranks of each other
+        for name in ("RANK", "WORLD_SIZE"):
+            os.environ.pop(name)
+        pretrain(tiny(optim__epochs=10), run, "l_dae")
+
+    told = on_ranks(start)
+    assert "" in told
+    if told != ["", ""]:  # else one had ended before the other began
+        (refused,) = (words for words in told if words)
+        assert re.match(
+            rf"InputError: run folder {run} is in use by process \d+ on \S+, since", refused
+        )
+    assert lines(run)[-1]["images"] == 10 * 64
+    assert not list(run.rglob("*.partial"))
+
+
+def test_the_images_of_a_run_may_move_and_not_change(folder, tiny, tmp_path, monkeypatch):
+    """As from one machine to another, where the path and every time of a file is new."""
+    config = tiny(data__source=str(folder), optim__epochs=2)
+    pretrain(config, tmp_path / "whole", "l_dae")
+    original = verb.LDAE.forward
+
+    def forward(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at image 8 of 48"):
+        patch.setattr(verb.LDAE, "forward", forward)
+        pretrain(config, tmp_path / "run", "l_dae")
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(tmp_path / "copy" / "config.yaml", (0, 0))
+    config = tree.replace(config, {"data.source": str(moved)})
+    pretrain(config, tmp_path / "copy", "l_dae")
+    assert_equal(weights(tmp_path / "copy"), weights(tmp_path / "whole"))
+    (moved / "05.png").rename(moved / "99.png")
+    other = tree.replace(config, {"data.source": str(moved) + "/"})
+    with pytest.raises(InputError, match="holds another run: data.source is"):
+        pretrain(other, tmp_path / "copy", "l_dae")
+    with pytest.raises(InputError, match="the hash of the images' names of this run was"):
+        pretrain(config, tmp_path / "copy", "l_dae")
+    assert tree.load(tmp_path / "copy" / "config.yaml", Config()) == config
 
 
 def test_a_first_start_that_failed_leaves_the_folder_free(tiny, tmp_path):

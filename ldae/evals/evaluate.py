@@ -12,7 +12,7 @@ import tyro
 
 from ldae.backbone import load_backbone, load_classifier
 from ldae.distributed import barrier, device_for, is_main, process_group
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError, LostRank, first_line
 from ldae.evals.grading import Setup, changes
 from ldae.evals.suite import Cell, read_suite
 from ldae.evals.table import write_table
@@ -61,6 +61,8 @@ def evaluate(
             try:
                 _run(cell, fingerprint)
                 done.append(cell)
+            except LostRank:  # nothing goes on without it
+                raise
             except Exception as error:  # a long night's other cells shall not be lost for one
                 failures[cell.results] = _sentence(error)
                 print(f"ldae: {cell}: {failures[cell.results]}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from ldae.evals.features import Encoder, Features, known_labels, names, own_rows
 from ldae.evals.grading import BackboneSpec, Grading, Setup, SourceSpec, grading
 from ldae.evals.heads import Head, Heads, grade_heads, train_heads
 from ldae.evals.holdout import held_out
-from ldae.evals.online import OnlineProtocol, check_sizes, train_online
+from ldae.evals.online import OnlineProtocol, check_sizes, forget, train_online
 from ldae.evals.sweep import SweepProtocol, sweep
 from ldae.evals.taps import Pool, Tap, TapReader
 from ldae.tree import POSITIVE
@@ -139,7 +139,9 @@ def linear(
         heads, results, dim = learn()
         if save:
             save_classifier(graded.model, heads, graded.train.classes, save, graded.eval)
-        return graded.write(constants, results, dim)
+        record = graded.write(constants, results, dim)
+        forget(graded.folder(constants))
+        return record
 
 
 def _constants(protocol: str, seed: int, **given: object) -> CachedProtocol | OnlineProtocol:
@@ -185,7 +187,8 @@ def _run_online(graded: Grading, protocol: OnlineProtocol) -> Learn:
 
     def learn() -> tuple[Heads, dict, int]:
         how = (setup.batch_size, setup.workers)
-        heads, record = train_online(encoder, graded.train, protocol, *how)
+        folder = graded.folder(protocol)
+        heads, record = train_online(encoder, graded.train, protocol, *how, folder)
         evaluation = own_rows(encoder, graded.eval, *how)
         top1, top5 = grade_heads({Tap(): heads}, evaluation, graded.device)[Tap()][0].tolist()
         return heads, {"top1": top1, "top5": top5, **record}, encoder.dim

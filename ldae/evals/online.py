@@ -1,12 +1,19 @@
 """A linear head trained on the features of images that are augmented anew in every epoch."""
 
-from dataclasses import dataclass
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 from timm.optim import Lars
+from torch.optim import Optimizer
 
-from ldae.data.loader import train_batches
+from ldae.data.loader import Batch, train_batches
 from ldae.data.sources import Source
 from ldae.data.transforms import CropTransform
 from ldae.distributed import all_reduce_sum, is_main, rank, world_size
@@ -14,9 +21,15 @@ from ldae.errors import InputError
 from ldae.evals.features import Encoder, known_labels
 from ldae.evals.heads import Heads
 from ldae.evals.taps import Tap
-from ldae.log import progress
+from ldae.log import progress, state_hash
+from ldae.train.checkpoint import Checkpoints
+from ldae.train.interrupt import Interrupted, StopRequest
+from ldae.train.lock import locked
 from ldae.train.optim import lr_at, set_lr
+from ldae.train.run import names_hash
 from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE, check
+
+_SAVE_SECONDS = 600.0  # between two checkpoints of a training
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,12 @@ def check_sizes(encoder: Encoder, images: int, protocol: OnlineProtocol) -> None
 
 
 def train_online(
-    encoder: Encoder, source: Source, protocol: OnlineProtocol, batch_size: int, workers: int
+    encoder: Encoder,
+    source: Source,
+    protocol: OnlineProtocol,
+    batch_size: int,
+    workers: int,
+    folder: Path | None = None,
 ) -> tuple[Heads, dict]:
     """The head after the last epoch, and the sizes and the rate that it was trained with.
 
@@ -119,7 +137,11 @@ def train_online(
     the ranks and ``batch_size``, the images that go through the backbone at once: each group is one
     rank's, g mod world size, and its statistics move the running ones in the order of groups.
 
-    Raises: InputError when features are not finite.
+    In the ``folder``, where there is one, the training is kept: the same call again goes on from
+    there, bit for bit on as many ranks, and once it has ended has its result at once.
+
+    Raises: InputError when features are not finite; Interrupted when a signal asked to stop, and there
+        is a folder.
     """
     found, device = sizes(len(source), protocol), encoder.device
     classes = int(known_labels(source).max()) + 1
@@ -127,9 +149,18 @@ def train_online(
     optimizer = optimizer_of(heads, protocol)
     peak, images = protocol.blr * found.batch / 256, found.updates * found.batch
     warmup = protocol.warmup_epochs * len(source)
-    batches = _groups(encoder, source, protocol, found, workers)
-    with progress(images, f"{protocol.name} probe") as bar:
-        for update in range(found.updates):
+    describe = {
+        "protocol": asdict(protocol) | {"precision": encoder.precision},
+        "backbone": state_hash(encoder.model.state_dict()) if folder else None,
+        "images": names_hash(source) if folder else None,
+    }
+    with (
+        _kept(folder, heads, optimizer, describe, found) as (done, keep),
+        progress(images, f"{protocol.name} probe") as bar,
+    ):
+        bar.update(done * found.batch)
+        batches = _groups(encoder, source, protocol, found, done * found.groups, workers)
+        for update in range(done, found.updates):
             first = update * found.groups
             statistics = torch.zeros(found.groups, 2, encoder.dim, device=device)
             slopes = [torch.zeros_like(value) for value in (heads.weight, heads.bias)]
@@ -150,21 +181,80 @@ def train_online(
             set_lr(optimizer, lr_at(seen, peak=peak, warmup=warmup, total=images))
             optimizer.step()
             bar.update(found.batch)
+            keep(update + 1)
     record = {"learning_rate": peak, "batch": found.batch, "batchnorm_batch": found.group}
     return heads.eval(), record | {"images_seen": images}
 
 
-def _groups(encoder: Encoder, source: Source, protocol: OnlineProtocol, found: Sizes, workers: int):
-    """Batches of this rank's groups, one after the other."""
+@contextmanager
+def _kept(
+    folder: Path | None, heads: Heads, optimizer: Optimizer, describe: dict, found: Sizes
+) -> Iterator[tuple[int, Callable[[int], None]]]:
+    """The number of updates that are done, with their state in place, and what to call after each.
+
+    What is in the folder counts only when it was described in the same way.
+    """
+    if folder is None:
+        yield 0, lambda done: None
+        return
+    checkpoints = Checkpoints(folder, keep=1)
+    with locked(folder), StopRequest() as stop:
+        state, done = checkpoints.load_together(), 0
+        if state and state["describe"] == describe:
+            heads.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            done = state["images_seen"] // found.batch
+        saved_at = time.monotonic()
+
+        def keep(done: int) -> None:
+            nonlocal saved_at
+            late = is_main() and time.monotonic() - saved_at >= _SAVE_SECONDS
+            asked = torch.tensor([stop.received > 0, late], device=heads.weight.device).float()
+            stop_now, save_now = all_reduce_sum(asked).tolist()
+            at_end = done == found.updates
+            if not (stop_now or save_now or at_end):
+                return
+            if is_main():
+                state = {"images_seen": done * found.batch, "model": heads.state_dict()}
+                state |= {"optimizer": optimizer.state_dict(), "average": None}
+                checkpoints.save(state | {"describe": describe})
+            saved_at = time.monotonic()
+            if stop_now and not at_end:
+                raise Interrupted(
+                    stop.received or signal.SIGTERM,
+                    f"stopped after {done:,} of {found.updates:,} updates; they are saved, and the "
+                    "same command goes on from here",
+                )
+
+        yield done, keep
+
+
+def forget(folder: Path) -> None:
+    """What a training kept in ``folder``, once its result is written down."""
+    if is_main():
+        shutil.rmtree(Checkpoints(folder).folder, ignore_errors=True)
+
+
+def _groups(
+    encoder: Encoder,
+    source: Source,
+    protocol: OnlineProtocol,
+    found: Sizes,
+    first: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """Batches of this rank's groups, one after the other, from group ``first`` on."""
     chans, side, _ = encoder.transform.input_size
     transform = CropTransform(
         side, chans, "random", protocol.flip, area=protocol.crop_area, clip=True
     )
-    return train_batches(
+    # The loader deals the groups out in rounds of one to each rank.
+    start = first // world_size() * world_size()
+    batches = train_batches(
         source,
         transform,
         seed=protocol.seed,
-        start=0,
+        start=start * found.group,
         stop=found.updates * found.batch,
         batch_size=found.group * world_size(),
         rank=rank(),
@@ -172,6 +262,9 @@ def _groups(encoder: Encoder, source: Source, protocol: OnlineProtocol, found: S
         workers=workers,
         pin_memory=encoder.device.type == "cuda",
     )
+    if start + rank() < first:
+        next(batches)
+    return batches
 
 
 def _augmented(

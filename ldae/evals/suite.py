@@ -1,6 +1,5 @@
 """A suite file: the backbones, data sets and protocols whose every combination is a cell of a table."""
 
-import difflib
 import inspect
 import re
 import tomllib
@@ -18,7 +17,7 @@ from ldae.evals.logreg import logreg
 from ldae.evals.retrieve import retrieve
 from ldae.evals.segment import segment
 from ldae.evals.validate import validate
-from ldae.tree import check, checked
+from ldae.tree import check, check_known, checked
 
 # What a protocol may be: functions of (backbone or classifier, /, data[, eval_data], *, ..., setup) that
 # return what results.json holds. Their own settings are read off their signatures. One without
@@ -92,7 +91,7 @@ def _parse(path: Path) -> dict:
 
 
 def _cells(suite: dict, specs: tuple[str, ...], setup: Setup) -> list[Cell]:
-    _check_known("the suite", suite, ("backbones", "data", "protocols"))
+    check_known("the suite", suite, ("backbones", "data", "protocols"))
     backbones = [(None, spec, setup) for spec in specs] + _backbones(suite, setup)
     if not backbones:
         raise InputError("name a backbone on the command line, or in [[backbones]]")
@@ -203,15 +202,8 @@ def _take(where: str, table: object, types: dict[str, Any]) -> dict[str, Any]:
     """What a table says, as these types. Raises: InputError for another key or type."""
     if not isinstance(table, dict):
         raise InputError(f"{where} must be a table, not {table!r}")
-    _check_known(where, table, types)
+    check_known(where, table, types)
     try:
         return {key: checked(key, value, types[key]) for key, value in table.items()}
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-
-
-def _check_known(where: str, table: dict, known: typing.Iterable[str]) -> None:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise InputError(f"{where} has no setting {key!r}; the nearest is {near!r}")

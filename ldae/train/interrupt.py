@@ -1,7 +1,10 @@
-"""Ctrl-C and SIGTERM ask a run to stop after the step; a second one stops it at once."""
+"""A signal asks a run to stop after the step; a second Ctrl-C stops it at once."""
 
 import signal
 from types import FrameType, TracebackType
+
+# Ctrl-C; what schedulers send to end a job; and what SLURM is asked to send before a time limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Interrupted(Exception):
@@ -13,19 +16,21 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Within it, ``received`` is the number of the signal that asked to stop, or 0."""
+    """Within it, ``received`` is the number of the signal that first asked to stop, or 0.
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    The handler only notes it: what the ranks do together, they do between two steps.
+    """
 
     def __enter__(self) -> "StopRequest":
         self.received = 0
-        self.previous = {number: signal.signal(number, self._note) for number in self.signals}
+        self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for asked, handler in self.previous.items():
-            signal.signal(asked, handler)
+        self.received = self.received or number
+        # Only a person means more by asking twice. A scheduler sends USR2 and then TERM, or TERM to
+        # each step and once more to the job, while the first is being obeyed.
+        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
 
     def __exit__(
         self,

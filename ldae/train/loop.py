@@ -1,17 +1,15 @@
 """The one training loop. All it knows of a run's progress is the number of images seen."""
 
-import copy
 import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ldae import distributed
 from ldae.data.loader import Batch, dead_worker
@@ -20,7 +18,10 @@ from ldae.settings import Optim, System
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.metrics import Metrics, progress_line
-from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
+from ldae.train.optim import lr_at, peak_lr, set_lr
+from ldae.train.saver import Saver
+from ldae.train.state import State
+from ldae.train.watchdog import Exploded, Report, Watchdog
 
 
 @dataclass(frozen=True)
@@ -94,193 +95,212 @@ def train(
     micro batches from image n on. ``describe`` is kept in every checkpoint. What the model draws from
     torch's global generators, as dropout does, is a function of ``seed`` and of the first position of
     the micro batch. A model may declare its parameter groups, see ``adamw``. Returns the model, or
-    the moving average of it where the recipe has one.
+    the moving average of it where the recipe has one, whole on every rank.
 
     Raises: InputError on a loss that is not finite, and whatever the data raises, with all progress
         before it saved; Interrupted when Ctrl-C or SIGTERM asked to stop.
     """
-    world = distributed.world_size()
-    optimizer = adamw(model, optim)
-    average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
-    seen = _restore(checkpoints.load(device), describe, model, average, optimizer)
-    network = torch.compile(model) if compiled else model
-    if world > 1:
-        on = [device] if device.type == "cuda" else None
-        network = DistributedDataParallel(network, device_ids=on, broadcast_buffers=False)
-    warmup = round(optim.warmup_epochs * plan.epoch)
+    state = State(model, optim, system, device, compiled)
+    watchdog = Watchdog(system.explosion)
+    with StopRequest() as stop, dead_worker(), Saver(checkpoints) as saver:
+        loop = _Loop(state, plan, optim, system, watchdog, saver, stop, describe, hooks, seed)
+        while True:
+            try:
+                loop.restore()
+                loop.run(batches_from, open_metrics)
+                return state.shown()
+            except Exploded as exploded:
+                if distributed.is_main():
+                    print(
+                        f"{exploded}; back to the last checkpoint, and past this batch", flush=True
+                    )
+                watchdog.leave_out(exploded.first)
+                saver.wait()
+                distributed.barrier()  # what is on the disk now, all ranks see
 
-    def step(lr: float) -> dict[str, torch.Tensor]:
+
+class _Loop:
+    """From the newest checkpoint to the end of the plan."""
+
+    def __init__(
+        self,
+        state: State,
+        plan: Plan,
+        optim: Optim,
+        system: System,
+        watchdog: Watchdog,
+        saver: Saver,
+        stop: StopRequest,
+        describe: dict,
+        hooks: tuple[Hook, ...],
+        seed: int,
+    ) -> None:
+        self.state, self.plan, self.optim, self.system = state, plan, optim, system
+        self.watchdog, self.saver, self.stop = watchdog, saver, stop
+        self.describe, self.hooks, self.seed = describe, hooks, seed
+        self.seen, self.lr, self.report = 0, 0.0, None
+
+    def restore(self) -> None:
+        """Put the newest checkpoint's state in place, if there is one.
+
+        Raises: InputError when the run was begun on something else, such as other images, and when
+            the ranks do not see the same folder.
+        """
+        found = self.saver.checkpoints.load_together()
+        self.state.forget()
+        if found:
+            check_same(found["describe"], self.describe)
+            self.state.restore(found)
+        self.seen, self.report = found["images_seen"] if found else 0, None
+        self.watchdog.restore(found and found["watchdog"])
+        if self.system.explosion and not found:
+            self.save()  # to have something to go back to
+
+    def run(
+        self,
+        batches_from: Callable[[int], Generator[Batch]],
+        open_metrics: Callable[[int], Metrics],
+    ) -> None:
+        """Raises: as ``train``, and Exploded."""
+        self.state.model.train()
+        self.metrics, self.meter = open_metrics(self.seen), Meter(self.seen)
+        self.batches, saved_at = batches_from(self.seen), time.monotonic()
+        try:
+            while self.seen < self.plan.total:
+                late = time.monotonic() - saved_at >= 60 * self.system.save_minutes
+                stop_now, save_now = self.step(late and distributed.is_main())
+                at_end = self.seen >= self.plan.total
+                if self.seen // self.plan.batch_size % self.system.log_every == 0 or at_end:
+                    self.tell()
+                if save_now or stop_now or at_end:
+                    self.save()
+                    saved_at = time.monotonic()
+                if stop_now and not at_end:
+                    self.saver.wait()
+                    raise Interrupted(
+                        self.stop.received or signal.SIGTERM,
+                        f"stopped at image {self.seen:,} of {self.plan.total:,}; it is saved, and "
+                        "the same command goes on from here",
+                    )
+            self.saver.wait()
+        finally:
+            self.metrics.close()
+            self.batches.close()  # its workers end now, and not with the process
+
+    def step(self, late: bool) -> tuple[bool, bool]:
+        """Train on the next batch; whether all ranks stop, and whether they save."""
+        self.saver.check()
+        size, plan = self.plan.batch_size, self.plan
+        self.lr = lr_at(
+            self.seen,
+            peak=peak_lr(self.optim),
+            warmup=round(self.optim.warmup_epochs * plan.epoch),
+            total=plan.total,
+            least=self.optim.min_lr,
+        )
+        set_lr(self.state.optimizer, self.lr)
+        first, left_out = self.seen, self.seen in self.watchdog.left_out
+        losses = self._pass_over() if left_out else self._learn()
+        self.seen += size
+        # What every rank must agree on travels in one small sum. On a GPU it is read a step
+        # late, so that the device never waits for the host; nothing is saved in between.
+        where = (
+            f"step {self.seen // size:,} (images {first:,} to {self.seen - 1:,}, lr {self.lr:.3g})"
+        )
+        previous = self.report
+        self.report = Report.of(losses, self.stop.received > 0, late, first, where)
+        if not left_out:
+            self.meter.reports.append(self.report)
+        agreed = self.report if self.state.device.type == "cpu" else previous
+        self.watchdog.look(agreed)
+        return agreed.read()[1:] if agreed else (False, False)
+
+    def _learn(self) -> dict[str, torch.Tensor]:
         """Update the weights once; the loss of this rank's share of the batch, and its parts."""
-        set_lr(optimizer, lr)
-        total = {"loss": torch.zeros((), device=device)}
-        for micro in range(plan.micro_batches):
-            with meter.waiting():
-                batch = next_batch()
-            meter.skipped += len(batch.bad)
-            torch.manual_seed(_seed_of(seed, batch))
+        state, pieces = self.state, self.plan.micro_batches
+        total = {"loss": torch.zeros((), device=state.device)}
+        for micro in range(pieces):
+            batch = self._next()
+            self.meter.skipped += len(batch.bad)
+            torch.manual_seed(_seed_of(self.seed, batch))
             images, positions, labels = (
-                part.to(device, non_blocking=True)
+                part.to(state.device, non_blocking=True)
                 for part in (batch.images, batch.positions, batch.labels)
             )
-            reduce_now = world == 1 or micro == plan.micro_batches - 1
-            with nullcontext() if reduce_now else network.no_sync():
-                told = network(images, positions, labels)
+            with state.spread.averaging(micro == pieces - 1):
+                told = state.spread.network(images, positions, labels)
                 loss, parts = told if isinstance(told, tuple) else (told, {})
-                (loss / plan.micro_batches).backward()
+                (loss / pieces).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
-                total[name] = total.get(name, 0) + value / plan.micro_batches
-        if optim.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            _move_average(average, model, optim.ema)
+                total[name] = total.get(name, 0) + value / pieces
+        if self.optim.clip_grad:
+            nn.utils.clip_grad_norm_(state.model.parameters(), self.optim.clip_grad)
+        state.update()
         return total
 
-    def next_batch() -> Batch:
+    def _pass_over(self) -> dict[str, torch.Tensor]:
+        """Let a batch go by."""
+        for _ in range(self.plan.micro_batches):
+            self._next()
+        self.state.forget()
+        return {"loss": torch.zeros((), device=self.state.device)}
+
+    def _next(self) -> Batch:
         try:
-            return next(batches)
+            with self.meter.waiting():
+                return next(self.batches)
         except InputError:  # wrong data, not a wrong state: what was learnt so far is kept
-            report.read()
-            save()
+            if not self.state.spread.in_shares:  # which the other ranks do not gather now
+                self.save()
+                self.saver.wait()
             raise
 
-    def save() -> None:
+    def tell(self) -> None:
+        """Write a line of metrics and of progress, with what the hooks that are due have found."""
+        self.watchdog.look(self.report)
+        if not self.meter.reports:
+            return
+        plan = self.plan
+        record = self.meter.record(self.seen, plan.epoch, self.lr)
+        every = self.system.log_every * plan.batch_size
+        last_line = (self.seen - 1) // every * every
+        due = [hook for hook in self.hooks if hook.due(last_line, self.seen)]
+        if due:
+            shown = self.state.shown()
+            for hook in due:
+                record |= hook.call(shown)
+            self.state.model.train()
+        self.metrics.write(record)
         if distributed.is_main():
-            state = {"images_seen": seen, "model": model.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "describe": describe}
-            state["average"] = average.state_dict() if average else None
-            checkpoints.save(state)
+            print(progress_line(record, plan.total), flush=True)
+        self.meter = Meter(self.seen)
 
-    model.train()
-    metrics, saved_at, meter = open_metrics(seen), time.monotonic(), Meter(seen)
-    batches = batches_from(seen)
-    report = nothing = Report(torch.zeros(3, device=device), ("loss",), "")
-    with StopRequest() as stop, dead_worker():
-        try:
-            while seen < plan.total:
-                lr = lr_at(
-                    seen,
-                    peak=peak_lr(optim),
-                    warmup=warmup,
-                    total=plan.total,
-                    least=optim.min_lr,
-                )
-                losses = step(lr)
-                seen += plan.batch_size
-                late = time.monotonic() - saved_at >= 60 * system.save_minutes
-                # What every rank must agree on travels in one small sum. On a GPU it is read a step
-                # late, so that the device never waits for the host; nothing is saved in between.
-                previous = report
-                report = Report.of(
-                    losses, stop.received > 0, late, f"to image {seen:,} at lr {lr:.3g}"
-                )
-                _, stop_now, save_now = (report if device.type == "cpu" else previous).read()
-                meter.reports.append(report)
-
-                at_end = seen >= plan.total
-                if seen // plan.batch_size % system.log_every == 0 or at_end:
-                    report.read()
-                    record = meter.record(seen, plan.epoch, lr)
-                    last_line = (seen - 1) // plan.batch_size // system.log_every
-                    for hook in hooks:
-                        if hook.due(last_line * system.log_every * plan.batch_size, seen):
-                            record |= hook.call(average or model)
-                            model.train()
-                    metrics.write(record)
-                    if distributed.is_main():
-                        print(progress_line(record, plan.total), flush=True)
-                    meter = Meter(seen)
-                if save_now or stop_now or at_end:
-                    report.read()
-                    save()
-                    report, saved_at = nothing, time.monotonic()  # what it asked for is done
-                if stop_now and not at_end:
-                    raise Interrupted(
-                        stop.received or signal.SIGTERM,
-                        f"stopped at image {seen:,} of {plan.total:,}; it is saved, and the same "
-                        "command goes on from here",
-                    )
-        finally:
-            metrics.close()
-            batches.close()  # its workers end now, and not with the process
-    return average or model
+    def save(self) -> None:
+        """Begin to save what the run is now, once that is known to be good."""
+        self.watchdog.look(self.report)
+        self.report = None  # what it asked for is done
+        self.saver.wait()
+        state, copied = self.state.capture()
+        watchdog = self.watchdog.capture()
+        if state:
+            state |= {"images_seen": self.seen, "describe": self.describe, "watchdog": watchdog}
+            self.saver.save(state, copied)
 
 
-def _restore(
-    state: dict | None,
-    describe: dict,
-    model: nn.Module,
-    average: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    """Put a checkpoint's state in place and return its images seen, 0 without one.
+def check_same(before: dict, now: dict) -> None:
+    """Raises: InputError when the run was begun on something else, such as other images.
 
-    Raises: InputError when the run was begun on something else, such as other images.
+    The row can be the name of a file, which may lie elsewhere; the settings tell what it is.
     """
-    if state is None:
-        return 0
-    for what, before in state["describe"].items():
-        if before != describe[what]:
+    for what, value in before.items():
+        if what != "row" and value != now[what]:
             raise InputError(
-                f"{what} of this run was {before} when it began, and is {describe[what]} now"
+                f"{what} of this run was {value} when it began, and is {now[what]} now"
             )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if average:
-        average.load_state_dict(state["average"])
-    return state["images_seen"]
 
 
 def _seed_of(seed: int, batch: Batch) -> int:
     return int(np.random.SeedSequence([seed, int(batch.positions[0])]).generate_state(1)[0])
-
-
-@torch.no_grad()
-def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model; the statistics of a BatchNorm, too."""
-    for kind in (nn.Module.parameters, nn.Module.buffers):
-        pairs = [pair for pair in zip(kind(average), kind(model)) if pair[0].is_floating_point()]
-        if pairs:
-            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
-
-
-class Report:
-    """What all ranks know of one step: the mean loss and its parts, whether to stop or to save.
-
-    A GPU's copy to the host is started at once and waited for only when a value is read. Read a
-    step later, it never makes the host wait for work that is still queued.
-    """
-
-    def __init__(self, values: torch.Tensor, names: tuple[str, ...], where: str) -> None:
-        self.losses, self.names, self.where = values[2:], names, where
-        self.host, self.copied = values.to("cpu", non_blocking=True), None
-        if values.is_cuda:
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-
-    @classmethod
-    def of(cls, losses: dict[str, torch.Tensor], stop: bool, save: bool, where: str) -> "Report":
-        # new_full and not a tensor from the host, whose copy could wait for the queue.
-        flags = [losses["loss"].new_full((), float(flag)) for flag in (stop, save)]
-        means = [value.float() / distributed.world_size() for value in losses.values()]
-        values = distributed.all_reduce_sum(torch.stack([*flags, *means]))
-        return cls(values, tuple(losses), where)
-
-    def read(self) -> tuple[float, bool, bool]:
-        """Loss, stop and save.
-
-        Raises: InputError when the loss is not finite.
-        """
-        if self.copied:
-            self.copied.synchronize()
-        stop, save, loss = self.host.tolist()[:3]
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} in the step {self.where}, which is not saved; begin a run with "
-                "a lower optim.blr or with optim.clip_grad, or look at the data"
-            )
-        return loss, stop > 0, save > 0
 
 
 class Meter:

@@ -1,7 +1,8 @@
 """What every training run shares: the run folder, and the loop over its data."""
 
+import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,12 +16,14 @@ from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.settings import Config, Execution, Optim
 from ldae.train.checkpoint import Checkpoints
+from ldae.train.lock import LOCK, locked
 from ldae.train.loop import Hook, Plan, train
 from ldae.train.metrics import Metrics
 
 TOKENIZER = "tokenizer.safetensors"
 RECONSTRUCTION = "reconstruction.json"
 CLASSIFIER = "classifier"  # folder of a fine-tuning
+_NAMES = "the hash of the images' names"  # in what a checkpoint says about its run
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # between the parts of a run
 
 
@@ -32,43 +35,70 @@ class Settings(Protocol):
     seed: int
 
 
+@contextmanager
 def open_run(
     run: Path,
     config: Settings,
+    source: Source,
     device: torch.device,
     unread: tuple[str, ...] = (),
     begun: bool = False,
-) -> None:
-    """Make the run folder, or check that it is this run's.
+) -> Iterator[None]:
+    """Make the run folder, or check that it is this run's, and hold it against other processes.
 
     Until there is a checkpoint, or ``begun`` says that there is something else to lose, other settings
-    begin anew. ``unread``
-    are the beginnings of settings that do not matter to this run.
+    begin anew. ``unread`` are the beginnings of settings that do not matter to this run. The images
+    of a run that has a checkpoint may lie elsewhere than they did.
 
-    Raises: InputError when it holds a run of other settings, naming them.
+    Raises: InputError when it holds a run of other settings, naming them, or another process has it.
     """
-    record = run / "config.yaml"
-    begun = begun or bool(Checkpoints(run).paths())
-    before = _settings_of(run, type(config)) if record.exists() else config
-    changed = tree.difference(before, config)
+    with locked(run):
+        changed = _check_settings(run, config, source, unread, begun)
+        distributed.barrier()  # every rank has looked before one of them writes
+        if distributed.is_main():
+            if changed:
+                for name in (TOKENIZER, RECONSTRUCTION):
+                    (run / name).unlink(missing_ok=True)
+            log.write(run / "config.yaml", tree.to_yaml(config).encode())
+            environment = log.environment(device) | {"ranks": distributed.world_size()}
+            log.write_json(run / "environment.json", environment)
+        distributed.barrier()
+        yield
+
+
+def _check_settings(
+    run: Path, config: Settings, source: Source, unread: tuple[str, ...], begun: bool
+) -> bool:
+    """Whether the folder holds a run of other settings, which nobody will miss.
+
+    Raises: InputError when it holds another run, or no run but something else.
+    """
+    record, before = run / "config.yaml", config
+    if record.exists():
+        before = _settings_of(run, type(config))
+    elif run.is_dir() and any(path.name not in (LOCK, log.JOBS) for path in run.iterdir()):
+        raise InputError(f"run folder {run} is not empty and holds no run")
     free = (*_MAY_CHANGE, *unread)
+    checkpoints = Checkpoints(run)
+    known = (checkpoints.describe() or {}).get(_NAMES)
+    if known and known == names_hash(source):
+        free += ("data.source",)
+    changed = tree.difference(before, config)
     changed = {name: pair for name, pair in changed.items() if not name.startswith(free)}
-    if begun and changed:
+    if changed and (begun or checkpoints.paths()):
         told = ", ".join(
             f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
         )
         raise InputError(f"run folder {run} holds another run: {told}; name another --run")
-    if not record.exists() and run.is_dir() and any(run.iterdir()):
-        raise InputError(f"run folder {run} is not empty and holds no run")
-    distributed.barrier()  # every rank has looked before one of them writes
-    if distributed.is_main():
-        if changed:
-            for name in (TOKENIZER, RECONSTRUCTION):
-                (run / name).unlink(missing_ok=True)
-        log.write(record, tree.to_yaml(config).encode())
-        environment = log.environment(device) | {"ranks": distributed.world_size()}
-        log.write_json(run / "environment.json", environment)
-    distributed.barrier()
+    return bool(changed)
+
+
+def names_hash(source: Source) -> str:
+    """Of the names of the images, in order: the same wherever they lie."""
+    digest = hashlib.sha256()
+    for number in range(len(source)):
+        digest.update(source.name(number).encode() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _settings_of(run: Path, kind: type) -> Settings:
@@ -130,7 +160,12 @@ def train_in(
         device=device,
         checkpoints=Checkpoints(run, config.system.keep),
         open_metrics=open_metrics,
-        describe={"row": row, "images": len(source), "classes": list(source.classes or ())},
+        describe={
+            "row": row,
+            "images": len(source),
+            "classes": list(source.classes or ()),
+            _NAMES: names_hash(source),
+        },
         compiled=compiled,
         hooks=hooks,
         seed=config.seed,

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from ldae import cli
-from ldae.errors import InputError
+from ldae.errors import InputError, LostRank
 from ldae.evals.evaluate import evaluate
 from ldae.evals.grading import Setup
 from ldae.evals.suite import VERBS
@@ -212,3 +212,10 @@ def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypat
     heads = iter([{}])
     evaluate(("somewhere",), suite=path, setup=setup)
     assert given[-1] == ("somewhere", "x", True)
+
+
+def test_a_lost_rank_is_no_cells_fault(suite, setup, called):
+    called.stops["pixels-8/same/knn"] = LostRank("rank 0 lost the others")
+    with pytest.raises(LostRank):
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert len(called.made) == 2

@@ -1,6 +1,8 @@
 """The online probes are MAE's recipe, whatever device and batch compute them."""
 
 import math
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +13,14 @@ import torch.nn.functional as F
 from ldae.backbone import load_backbone
 from ldae.data.loader import epoch_order
 from ldae.data.transforms import CropTransform
+from ldae.distributed import process_group
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.heads import Heads
 from ldae.evals.linear import LDAEProtocol, MAEProtocol
-from ldae.evals.online import optimizer_of, sizes, train_online
+from ldae.evals.online import forget, optimizer_of, sizes, train_online
 from ldae.preprocessing import preprocessing
+from ldae.train.interrupt import Interrupted
 
 CPU = torch.device("cpu")
 # At MAE's own rate so small a batch would hardly move the head.
@@ -146,3 +150,67 @@ def test_features_that_are_not_finite_are_told(pictures):
     model.forward = lambda images: images.flatten(1) / 0
     with pytest.raises(InputError, match="an augmented image of pictures in fp32 are not finite"):
         train_online(Encoder(model, CPU), pictures(16), SHORT, 64, workers=0)
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """stopped_at(encoder, update): Ctrl-C in the middle of an update."""
+
+    def make(update: int) -> Encoder:
+        encoder = Encoder(load_backbone("test_vit", random_init=True, img_size=16), CPU)
+        calls, original = [], encoder.on_device
+
+        def on_device(*args):
+            calls.append(1)
+            if len(calls) == 3 * update:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(*args)
+
+        encoder.on_device = on_device
+        return encoder
+
+    return make
+
+
+def test_a_stopped_probe_goes_on_to_the_same_bits(vit, pictures, stopped_at, tmp_path):
+    source, encoder = pictures(61), Encoder(vit, CPU)
+    whole, record = train_online(encoder, source, SHORT, 64, 0)
+    with pytest.raises(Interrupted, match="stopped after 4 of 11 updates; they are saved"):
+        train_online(stopped_at(4), source, SHORT, 64, 0, tmp_path)
+    with pytest.raises(Interrupted, match="stopped after 7 of 11 updates"):
+        train_online(stopped_at(3), source, SHORT, 64, 0, tmp_path)
+    for _ in range(2):  # the second time it is all there
+        parts, other = train_online(encoder, source, SHORT, 64, 0, tmp_path)
+        assert other == record
+        for name, value in whole.state_dict().items():
+            assert torch.equal(parts.state_dict()[name], value), name
+        encoder = stopped_at(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    forget(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_probe_kept_is_not_used(vit, pictures, stopped_at, tmp_path):
+    for protocol, count in ((SHORT, 61), (replace(SHORT, seed=1), 61), (SHORT, 60)):
+        whole, _ = train_online(Encoder(vit, CPU), pictures(count), protocol, 64, 0)
+        with pytest.raises(Interrupted, match="stopped after 2 of"):
+            train_online(stopped_at(2), pictures(count), protocol, 64, 0, tmp_path)
+        if count == 61:
+            continue
+        parts, _ = train_online(Encoder(vit, CPU), pictures(count), protocol, 64, 0, tmp_path)
+        assert torch.equal(parts.weight, whole.weight)
+
+
+def test_two_ranks_go_on_for_one(vit, pictures, stopped_at, tmp_path, on_ranks):
+    """After 5 updates of 3 groups, where the second rank's turn is next."""
+    source, encoder = pictures(61), Encoder(vit, CPU)
+    whole, _ = train_online(encoder, source, SHORT, 64, 0)
+    with pytest.raises(Interrupted, match="stopped after 5 of"):
+        train_online(stopped_at(5), source, SHORT, 64, 0, tmp_path)
+
+    def work():
+        with process_group(CPU):
+            parts, _ = train_online(encoder, source, SHORT, 64, 0, tmp_path)
+            torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-5)
+
+    assert on_ranks(work) == ["", ""]

@@ -1,13 +1,18 @@
 import math
+import re
+import resource
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from ldae import distributed
 from ldae.data.loader import Batch
 from ldae.errors import InputError
 from ldae.settings import Optim, System
+from ldae.train import watchdog
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.loop import Hook, Plan, plan, train
 
@@ -26,7 +31,7 @@ class Line(nn.Module):
         return ((self.w * images - labels) ** 2).mean()
 
 
-def batches_from(micro_batches=1, bad_at=None, nan_at=None):
+def batches_from(micro_batches=1, bad_at=None, nan_at=None, wild=()):
     def stream(start):
         size = 4 // micro_batches
         for n in range(start, 48, size):
@@ -36,6 +41,7 @@ def batches_from(micro_batches=1, bad_at=None, nan_at=None):
             images = (positions % 7).float()
             if nan_at is not None and n >= nan_at:
                 images = images * math.nan
+            images = images * (100 if n // 4 * 4 in wild else 1)
             yield Batch(images, 3 * images, positions, [])
 
     return stream
@@ -114,10 +120,147 @@ def test_bad_data_stops_with_everything_before_it_saved(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
     system = System(log_every=100, save_minutes=0)
-    with pytest.raises(InputError, match="loss is nan in the step to image 24 at lr"):
+    with pytest.raises(InputError, match="loss is nan in step 6 \\(images 20 to 23, lr"):
         run(tmp_path, batches_from(nan_at=20), system=system)
     state = Checkpoints(tmp_path).load()
     assert state["images_seen"] == 20 and state["model"]["w"].isfinite().all()
+
+
+def slow_line(left_out=(), rate=40.0):
+    """The weight after 48 images but those left out, by torch's own AdamW step after step."""
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], weight_decay=0.0, betas=(0.9, 0.999))
+    peak, warmup = rate * 4 / 256, 8
+    for n in range(0, 48, 4):
+        if n in left_out:
+            continue
+        cosine = 0.5 * (1 + math.cos(math.pi * (n - warmup) / (48 - warmup)))
+        optimizer.param_groups[0]["lr"] = peak * (n / warmup if n < warmup else cosine)
+        images = (torch.arange(n, n + 4) % 7).float()
+        ((weight * images - 3 * images) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weight.item()
+
+
+WILD = Optim(batch_size=4, blr=40.0, epochs=3, warmup_epochs=0.5)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(watchdog, "_LEAST", 3)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("minutes", [0, 10])
+def test_an_explosion_is_undone_and_its_batch_left_out(
+    minutes, micro_batches, impatient, tmp_path, capsys
+):
+    """Whenever it was saved, the run is that which never saw the batch."""
+    system = System(log_every=2, save_minutes=minutes, explosion=20)
+    stream = batches_from(micro_batches, wild=(24,))
+    weight, _ = run(tmp_path, stream, WILD, system, micro_batches)
+    assert weight == pytest.approx(slow_line(left_out=(24,)), rel=1e-5)
+    assert weight != pytest.approx(slow_line(), rel=1e-5)
+    told = capsys.readouterr().out
+    assert told.count("back to the last checkpoint") == 1
+    assert "in step 7 (images 24 to 27, lr" in told
+    assert Checkpoints(tmp_path).load()["watchdog"]["left_out"] == [24]
+
+
+def test_what_was_left_out_stays_so_after_a_stop(impatient, tmp_path):
+    system = System(log_every=2, explosion=20)
+    whole, _ = run(tmp_path / "whole", batches_from(wild=(24,)), WILD, system)
+    with pytest.raises(InputError, match="cat.jpg"):
+        run(tmp_path / "parts", batches_from(wild=(24,), bad_at=36), WILD, system)
+    assert run(tmp_path / "parts", batches_from(wild=(24,)), WILD, system)[0] == whole
+
+
+def test_metrics_tell_of_what_was_kept_alone(impatient, tmp_path):
+    """One line a step, and none of the batch that is left out."""
+    system = System(log_every=1, explosion=20)
+    starts, model = [], Line()
+    log = SimpleNamespace(write=lambda record: None, close=lambda: None)
+    train(
+        model, batches_from(wild=(24,)), Plan(16, 48, 4, 1), WILD, system,
+        device=torch.device("cpu"), checkpoints=Checkpoints(tmp_path),
+        open_metrics=lambda seen: starts.append(seen) or log, describe={}, compiled=False,
+    )  # fmt: skip
+    assert starts == [0, 0]  # the file is cut where the run goes on
+
+
+def test_explosions_without_end_end_the_run(impatient, tmp_path):
+    system = System(log_every=2, explosion=20)
+    with pytest.raises(InputError, match="step 9 .*second time since the last checkpoint"):
+        run(tmp_path / "one", batches_from(wild=(24, 32)), WILD, system)
+    system = System(log_every=2, explosion=20, save_minutes=0)
+    weight, _ = run(tmp_path / "saved between", batches_from(wild=(24, 32)), WILD, system)
+    assert weight == pytest.approx(slow_line(left_out=(24, 32)), rel=1e-5)
+
+
+class Heavy(Line):
+    """Of a megabyte."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("ballast", torch.zeros(250_000))
+
+
+@pytest.mark.parametrize("minutes", [0, 10])
+def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(minutes, tmp_path):
+    """A real refusal: of the system, to let a file grow beyond half a megabyte."""
+    with pytest.raises(InputError, match="cat.jpg"):
+        run(tmp_path, batches_from(bad_at=16), model=Heavy())
+    before = {path: path.read_bytes() for path in Checkpoints(tmp_path).folder.iterdir()}
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, most))
+    try:
+        with pytest.raises(InputError, match="could not be saved .*last good one: .*0016.pt$"):
+            run(tmp_path, system=System(log_every=2, save_minutes=minutes), model=Heavy())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+    assert {path: path.read_bytes() for path in Checkpoints(tmp_path).folder.iterdir()} == before
+    resumed, _ = run(tmp_path, model=Heavy())
+    assert resumed == run(tmp_path / "undisturbed")[0]
+
+
+def test_the_training_goes_on_while_it_is_saved(tmp_path, monkeypatch):
+    """The disk is as slow as can be: each state is written once the step after it is taken."""
+    steps, saved, original = [], [], Checkpoints.save
+
+    def save(self, state):
+        until = time.monotonic() + 10
+        while len(steps) < min(12, state["images_seen"] // 4 + 1):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        saved.append(state["images_seen"])
+        return original(self, state)
+
+    class Watched(Line):
+        def forward(self, images, positions, labels):
+            steps.append(1)
+            return super().forward(images, positions, labels)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    weight, _ = run(tmp_path, system=System(log_every=100, save_minutes=0), model=Watched())
+    assert saved == list(range(4, 49, 4))
+    kept = [torch.load(path)["model"]["w"].item() for path in Checkpoints(tmp_path).paths()]
+    assert kept[-1] == weight and len(set(kept[1:])) == 11  # of warm-up's first step the rate is 0
+
+
+def test_ranks_that_see_different_folders_are_told(on_ranks, tmp_path):
+    def work():
+        with distributed.process_group(torch.device("cpu"), rank_timeout=1):
+            folder = tmp_path / str(distributed.rank())
+            if distributed.rank() == 1:
+                state = {"images_seen": 8, "model": Line().state_dict(), "average": None}
+                Checkpoints(folder).save(state | {"optimizer": {}, "describe": {}})
+            run(folder)
+
+    sentence = (
+        "InputError: the ranks see different checkpoints in .*, of 0, 8 images: is it the same"
+    )
+    assert all(re.match(sentence, told) for told in on_ranks(work))
 
 
 def test_the_average_follows_its_recurrence(tmp_path, monkeypatch):

@@ -1,0 +1,123 @@
+"""How a model is spread over the ranks: a copy on each (DDP), or a share of it on each (FSDP2)."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ldae import distributed
+from ldae.errors import InputError
+
+
+class Copies:
+    """The whole model on every rank; each backward pass averages the gradients.
+
+    ``network`` is what to call. Of one rank it is the model.
+    """
+
+    in_shares = False
+
+    def __init__(self, model: nn.Module, device: torch.device, compiled: bool) -> None:
+        self.network = torch.compile(model) if compiled else model
+        if distributed.world_size() > 1:
+            on = [device] if device.type == "cuda" else None
+            self.network = DistributedDataParallel(
+                self.network, device_ids=on, broadcast_buffers=False
+            )
+
+    def averaging(self, now: bool) -> AbstractContextManager:
+        """Around a forward and a backward pass: whether its gradients are averaged, with those that
+        were accumulated before, or stay on their rank."""
+        return nullcontext() if now or distributed.world_size() == 1 else self.network.no_sync()
+
+    def whole(self, value: torch.Tensor) -> torch.Tensor:
+        """All of a parameter, or of what belongs to one. A collective where there are shares."""
+        return value
+
+    def own(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``whole``, where ``like`` is spread."""
+        return value
+
+    def alone(self, module: nn.Module) -> nn.Module:
+        """``module`` for a use outside of the training: whole on every rank, without hooks."""
+        return module
+
+
+class Shares:
+    """A share of each parameter on every rank, gathered block by block while it is used.
+
+    The optimizer's moments and the gradients are in shares too: of a model that is trained in
+    float32, 16 bytes a parameter become 16 / ranks, and those of one block.
+
+    Args:
+        modules: the model, which is called, and others like it that are only kept.
+
+    Raises: InputError where torch is too old.
+    """
+
+    in_shares = True
+
+    def __init__(
+        self, model: nn.Module, *others: nn.Module, device: torch.device, compiled: bool
+    ) -> None:
+        try:
+            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.tensor import DTensor, distribute_tensor
+        except ImportError:
+            raise InputError(f"system.fsdp needs torch 2.6, this is {torch.__version__}") from None
+        self._kind, self._distribute = DTensor, distribute_tensor
+        self._plain = copy.deepcopy(model).cpu()  # what is sharded can not be copied
+        mesh = torch.distributed.init_device_mesh(device.type, (distributed.world_size(),))
+        for module in (model, *others):
+            for part in (*_blocks(module), module):
+                fully_shard(part, mesh=mesh)
+        self._model = model
+        self.network = torch.compile(model) if compiled else model
+
+    def averaging(self, now: bool) -> AbstractContextManager:
+        self._model.set_requires_gradient_sync(now)
+        return nullcontext()
+
+    def whole(self, value: torch.Tensor) -> torch.Tensor:
+        return value.full_tensor() if isinstance(value, self._kind) else value
+
+    def own(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if not isinstance(like, self._kind):
+            return value
+        place = (like.device_mesh, like.placements)
+        return self._distribute(value.to(like.device), *place, src_data_rank=None)
+
+    def alone(self, module: nn.Module) -> nn.Module:
+        alone = copy.deepcopy(self._plain)
+        alone.load_state_dict({n: self.whole(part) for n, part in module.state_dict().items()})
+        return alone.to(next(module.parameters()).device)
+
+
+def spread(
+    model: nn.Module,
+    average: nn.Module | None,
+    *,
+    fsdp: bool,
+    device: torch.device,
+    compiled: bool,
+) -> Copies | Shares:
+    """Spread ``model``, and its moving average where there is one, over the ranks that there are.
+
+    Raises: InputError when shares are asked for and torch has none.
+    """
+    if not fsdp or distributed.world_size() == 1:
+        return Copies(model, device, compiled)
+    others = [average] if average else []
+    return Shares(model, *others, device=device, compiled=compiled)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of its stacks of layers of one kind, the innermost first."""
+    for stack in reversed(list(model.modules())):
+        if isinstance(stack, nn.ModuleList | nn.Sequential) and len(stack) > 1:
+            first, *others = stack
+            if all(type(other) is type(first) for other in others) and any(first.children()):
+                yield from stack

@@ -1,0 +1,34 @@
+"""A signal is a request; only Ctrl-C means more when it is repeated."""
+
+import os
+import signal
+
+import pytest
+
+from ldae.train.interrupt import SIGNALS, StopRequest
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_afterwards_forgotten(number):
+    before = [signal.getsignal(other) for other in SIGNALS]
+    with StopRequest() as stop:
+        assert stop.received == 0
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+    assert [signal.getsignal(other) for other in SIGNALS] == before
+
+
+def test_schedulers_repeat_themselves():
+    """USR2, then TERM, TERM again: one request, the first of which gives the exit status."""
+    with StopRequest() as stop:
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.received == signal.SIGUSR2
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind an `&`
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

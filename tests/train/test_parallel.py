@@ -1,0 +1,170 @@
+"""Copies or shares of a model, on one rank or on two: the same run, whose checkpoints all can open."""
+
+import functools
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ldae import distributed
+from ldae.data.loader import Batch
+from ldae.settings import Optim, System
+from ldae.train import parallel
+from ldae.train.checkpoint import Checkpoints
+from ldae.train.loop import Hook, Plan, train
+
+CPU = torch.device("cpu")
+OPTIM = Optim(batch_size=8, blr=1.0, warmup_epochs=0.5, clip_grad=0.5, ema=0.7, weight_decay=0.1)
+STEPS, HALF = 6, 24
+
+
+class Stack(nn.Module):
+    """Blocks, a layer without one, a frozen part and a statistic."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.frozen = nn.Linear(3, 5).requires_grad_(False)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.GELU()) for _ in range(2))
+        self.head = nn.Linear(5, 1)
+        self.register_buffer("level", torch.zeros(1))
+
+    def forward(self, images, positions, labels):
+        self.level += 1
+        x = self.frozen(images)
+        for block in self.blocks:
+            x = x + block(x)
+        return (self.head(x)[:, 0] - labels).square().mean()
+
+
+def stream(start, micro_batches):
+    rank, world = distributed.rank(), distributed.world_size()
+    size = 8 // world // micro_batches
+    for n in range(start, 8 * STEPS, 8):
+        for micro in range(micro_batches):
+            first = n + (micro * world + rank) * size
+            positions = torch.arange(first, first + size)
+            images = torch.stack([torch.sin(positions * k / 7) for k in (1.0, 2.0, 3.0)], 1)
+            yield Batch(images, images.sum(1) ** 2, positions, [])
+
+
+def run(folder, fsdp=False, micro_batches=1):
+    """To the end, from what is there; every state is kept."""
+    seen = []
+    hook = Hook(8, lambda model: {"w": seen.append(model.head.weight.sum().item()) or 0.0})
+    with distributed.process_group(CPU, rank_timeout=1):
+        trained = train(
+            Stack(),
+            functools.partial(stream, micro_batches=micro_batches),
+            Plan(epoch=16, total=8 * STEPS, batch_size=8, micro_batches=micro_batches),
+            OPTIM,
+            System(log_every=1, save_minutes=0, fsdp=fsdp),
+            device=CPU,
+            checkpoints=Checkpoints(folder),
+            open_metrics=lambda seen: SimpleNamespace(write=print, close=lambda: None),
+            describe={},
+            compiled=False,
+            hooks=(hook,),
+        )
+        assert type(trained) is Stack and type(trained.head.weight) is nn.Parameter
+        assert seen[-1] == trained.head.weight.sum().item()
+        distributed.barrier()  # rank 0 has saved
+        last = Checkpoints(folder).load()["average"]
+        assert torch.equal(trained.head.weight, last["head.weight"])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    run(folder)
+    return folder
+
+
+def assert_close(folder, other):
+    one, two = (Checkpoints(path).load() for path in (folder, other))
+    assert one["images_seen"] == two["images_seen"] == 8 * STEPS
+    for part in ("model", "average"):
+        assert one[part].keys() == two[part].keys()
+    for state in (one, two):
+        for part in ("model", "average"):
+            del state[part]["level"]  # counts the calls, which micro batches are more of
+    for part in ("model", "average", "optimizer"):
+        torch.testing.assert_close(two[part], one[part], rtol=1e-4, atol=1e-6, msg=part)
+
+
+def half(folder, to):
+    """The run as it was when a half was done."""
+    shutil.copytree(folder, to)
+    for path in Checkpoints(to).paths():
+        if path.name > f"images-{HALF:012}.pt":
+            path.unlink()
+    return to
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_ranks_learn_what_one_learns_and_each_goes_on_for_the_other(
+    fsdp, alone, on_ranks, tmp_path
+):
+    both = tmp_path / "both"
+    assert on_ranks(lambda: run(both, fsdp, micro_batches=2)) == ["", ""]
+    assert_close(alone, both)
+    one = half(both, tmp_path / "two then one")
+    run(one)
+    assert_close(alone, one)
+    two = half(alone, tmp_path / "one then two")
+    assert on_ranks(lambda: run(two, fsdp)) == ["", ""]
+    assert_close(alone, two)
+
+
+def test_one_rank_is_never_spread(alone, tmp_path):
+    run(tmp_path, fsdp=True)
+    assert_close(alone, tmp_path)
+
+
+def test_shares_are_shares(on_ranks):
+    """Of each parameter, and of its gradient, which is reduced once a step."""
+
+    def work():
+        with distributed.process_group(CPU, rank_timeout=1):
+            model = Stack()
+            spread = parallel.spread(model, None, fsdp=True, device=CPU, compiled=False)
+            for parameter in model.parameters():
+                assert parameter.to_local().shape[0] < parameter.shape[0] or parameter.shape[0] == 1
+            trained = [part for part in model.parameters() if part.requires_grad]
+            for now in (False, False, True):
+                with spread.averaging(now):
+                    batch = next(stream(0, 1))
+                    spread.network(batch.images, batch.positions, batch.labels).backward()
+                assert [part.grad is not None for part in trained] == [now] * len(trained)
+
+    assert on_ranks(work) == ["", ""]
+
+
+def test_copies_reduce_once_a_step(on_ranks, monkeypatch):
+    class Counting(parallel.DistributedDataParallel):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_comm_hook(None, self.reduce)
+            self.calls = 0
+
+        def reduce(self, _, bucket):
+            calls.append(1)
+            work = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+            return work.then(lambda done: done.value()[0] / dist.get_world_size())
+
+    calls = []
+    monkeypatch.setattr(parallel, "DistributedDataParallel", Counting)
+
+    def work():
+        with distributed.process_group(CPU, rank_timeout=1):
+            spread = parallel.spread(Stack(), None, fsdp=False, device=CPU, compiled=False)
+            for now in (False, False, True):
+                with spread.averaging(now):
+                    batch = next(stream(0, 1))
+                    spread.network(batch.images, batch.positions, batch.labels).backward()
+                assert len(calls) == now
+
+    assert on_ranks(work) == ["", ""]

@@ -1,0 +1,79 @@
+"""What is captured is a copy, and what is restored is what was captured."""
+
+import torch
+from torch import nn
+
+from ldae.settings import Optim, System
+from ldae.train.state import State, each_tensor
+
+CPU = torch.device("cpu")
+
+
+def made(ema=0.5):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    return State(model, Optim(batch_size=4, blr=1.0, ema=ema), System(), CPU, compiled=False)
+
+
+def step(state, seed):
+    images = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+    state.spread.network(images).square().sum().backward()
+    state.update()
+
+
+def tensors(state):
+    found = []
+    each_tensor(state, lambda name, part: found.append((name, part.clone())))
+    return found
+
+
+def assert_same(one, other):
+    assert [name for name, _ in one] == [name for name, _ in other]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
+
+
+def test_a_captured_state_does_not_follow_the_training():
+    state = made()
+    step(state, 0)
+    captured, _ = state.capture()
+    before = tensors(captured)
+    step(state, 1)
+    assert_same(tensors(captured), before)
+    held = captured["model"]["0.weight"].data_ptr()
+    assert state.capture()[0]["model"]["0.weight"].data_ptr() == held  # the memory is used again
+
+
+def test_a_restored_run_goes_on_as_the_other():
+    state, other = made(), made()
+    for seed in range(3):
+        step(state, seed)
+    captured = each_tensor(state.capture()[0], lambda _, part: part.clone())
+    step(state, 3)
+    other.restore(captured)
+    step(other, 3)
+    assert_same(tensors(other.capture()[0]), tensors(state.capture()[0]))
+    assert len(tensors(captured)) > 7 + 7 + 4 * 3 - 1
+    assert state.shown() is state.average and made(ema=0).shown().training
+
+
+class Counts(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+        self.calls, self.started = 0, False
+
+
+def test_plain_counts_begin_anew():
+    model = nn.Sequential(Counts())
+    state = State(model, Optim(), System(), CPU, compiled=False)
+    model[0].calls, model[0].started, weight = 7, True, model[0].weight
+    state.forget()
+    assert (model[0].calls, model[0].started) == (0, False) and model[0].weight is weight
+
+
+def test_forgetting_leaves_the_mode_of_the_model_alone():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout()).eval()  # as a backbone is opened
+    state = State(model, Optim(batch_size=4), System(), CPU, compiled=False)
+    model.train()
+    state.forget()
+    assert all(module.training for module in model.modules())
