@@ -1,6 +1,7 @@
 """The command line: a verb, then the arguments of the function behind it."""
 
 import argparse
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,10 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
-from ldae.errors import InputError
-from ldae.train.interrupt import Interrupted
+from ldae.errors import LOST_RANK, InputError, LostRank
+from ldae.train.interrupt import SIGNALS, Interrupted
 
 _OF_A_ROW = ("pretrain", "fit-tokenizer")  # verbs that take ROW, --scale, all settings and --run
+
+_WITHOUT_JOBS = ("jobs", "show", "diff")
 
 # Verb -> (the function, what it does). Nothing is imported before its verb is called.
 VERBS = {
@@ -45,6 +48,8 @@ VERBS = {
     "fid": ("ldae.evals.fid:fid", "measure how far images are from a reference set"),
     "sample": ("ldae.sample:sample", "sample images from a run: a grid, a folder or a file.npz"),
     "export": ("ldae.export:export", "write a run's backbone as a folder for timm and the hub"),
+    "submit": ("ldae.pipeline:submit", "send a pre-training and what follows it to a cluster"),
+    "jobs": ("ldae.jobs:jobs", "what runs, waits and failed of the jobs that were sent"),
     "show": ("ldae.cli:show", "the paper's trajectory, or one row's configuration"),
     "diff": ("ldae.cli:diff", "what differs between two rows"),
     "demo": ("ldae.demo:demo", "the whole road in minutes, on built-in data"),
@@ -52,7 +57,11 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for wrong input, or 128 + the signal that stopped it."""
+    """Run one command.
+
+    The exit status is 0, 2 for wrong input, ``LOST_RANK`` for a lost process of the same run, or 128
+    + the signal that stopped it.
+    """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help", "help"):
         print(_usage())
@@ -63,13 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
+        near = _nearest(verb)
         return _refuse(f"there is no command {verb!r}; the nearest is {near!r} (`ldae --help`)")
     try:
-        with _stopped_by_sigterm():
-            _call(verb, rest)
+        with _stopped_by_schedulers():
+            _run(verb, rest)
+    except LostRank as error:
+        _refuse(str(error))
+        return LOST_RANK
     except InputError as error:
         return _refuse(str(error))
     except BrokenPipeError:  # the reader of our output has seen enough
@@ -85,17 +95,69 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM, as a scheduler sends it, ends a command as Ctrl-C does: its workers end with it."""
+def _stopped_by_schedulers() -> Iterator[None]:
+    """What a scheduler sends ends a command as Ctrl-C does: its workers end with it."""
+    asked = set(SIGNALS) - {signal.SIGINT}
 
     def stop(number: int, frame: object) -> None:
+        for again in asked:  # it comes more than once, and would break into the end of the command
+            signal.signal(again, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in asked}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(verb: str, argv: Sequence[str]) -> None:
+    """Call the function of a verb here, or send the command to where its flags of --slurm say."""
+    from ldae import sending, slurm
+
+    own, flags = slurm.split(argv)
+    if _asks_help(own) and verb not in _WITHOUT_JOBS:
+        try:
+            _call(verb, own)
+        finally:
+            slurm.parse(["--help"], prog=f"ldae {verb} ...")
+    elif verb == "submit":
+        _call(verb, own, functools.partial(_function(verb), flags=flags))
+    elif flags:
+        if verb in _WITHOUT_JOBS:
+            raise InputError(f"`ldae {verb}` answers at once, here; it takes no {slurm.FLAG}")
+        settings = slurm.parse(flags, prog=f"ldae {verb} ...")
+        parse(verb, own)  # what it refuses is told now, and not by a job that has waited for hours
+        (job,) = sending.send([[verb, *own]], settings, slurm.folder_of(settings, own))
+        print(f"job {job.job_id}: ldae {verb}; its log is {sending.log_of(job)}", flush=True)
+        if settings.cluster == "debug":
+            job.results()
+    else:
+        _call(verb, own)
+
+
+def parse(verb: str, argv: Sequence[str]) -> None:
+    """Check a command line without running it.
+
+    Raises: InputError and SystemExit as the command itself would for what its parser refuses.
+    """
+    if verb not in VERBS:
+        raise InputError(f"there is no command {verb!r}; the nearest is {_nearest(verb)!r}")
+
+    if verb == "finetune":  # whose backbone would be opened for its size, and may not be there yet
+        argv = ["--size", "B", *argv]
+
+    @functools.wraps(_function(verb))
+    def nothing(*args: object, **kwargs: object) -> None: ...
+
+    _call(verb, argv, nothing)
+
+
+def _nearest(verb: str) -> str:
+    from difflib import get_close_matches
+
+    return get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
 
 
 def _usage() -> str:
@@ -104,7 +166,8 @@ def _usage() -> str:
         "usage: ldae COMMAND ...\n\n"
         "Pre-train image encoders by latent denoising (l-DAE); export them to timm.\n\n"
         f"{verbs}\n\n"
-        "`ldae COMMAND --help` lists a command's settings.\n"
+        "`ldae COMMAND --help` lists a command's settings; `ldae COMMAND ... --slurm` sends it to a "
+        "cluster.\n"
         "Start with: ldae demo, or ldae pretrain l_dae --scale small --data DIR --run runs/first"
     )
 
@@ -114,18 +177,17 @@ def _refuse(sentence: str) -> int:
     return 2
 
 
-def _call(verb: str, argv: Sequence[str]) -> None:
+def _call(verb: str, argv: Sequence[str], function: Callable | None = None) -> None:
+    """Call a verb's function, or another of its signature, with a command line's arguments."""
     import tyro
 
+    function = function or _function(verb)
     if verb in _OF_A_ROW:
-        _call_with_row(verb, argv)
-        return
-    if verb == "finetune":
-        _call_with_recipe(verb, argv)
-        return
-    tyro.cli(
-        _function(verb), prog=f"ldae {verb}", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+        _call_with_row(verb, argv, function)
+    elif verb == "finetune":
+        _call_with_recipe(verb, argv, function)
+    else:
+        tyro.cli(function, prog=f"ldae {verb}", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def _function(verb: str) -> Callable:
@@ -133,7 +195,7 @@ def _function(verb: str) -> Callable:
     return getattr(import_module(module), name)
 
 
-def _call_with_row(verb: str, argv: Sequence[str]) -> None:
+def _call_with_row(verb: str, argv: Sequence[str], function: Callable) -> None:
     """The settings' defaults are those of the row and the scale, so these two are read first."""
     from ldae import trajectory, tree
 
@@ -149,6 +211,7 @@ def _call_with_row(verb: str, argv: Sequence[str]) -> None:
         row = trajectory.row(row or "l_dae").name
     _call_with_settings(
         verb,
+        function,
         rest,
         base,
         row,
@@ -158,7 +221,7 @@ def _call_with_row(verb: str, argv: Sequence[str]) -> None:
     )
 
 
-def _call_with_recipe(verb: str, argv: Sequence[str]) -> None:
+def _call_with_recipe(verb: str, argv: Sequence[str], function: Callable) -> None:
     """The settings' defaults are those of the recipe for the size of the backbone."""
     from ldae.finetuning import recipes
     from ldae.tree import replace
@@ -175,6 +238,7 @@ def _call_with_recipe(verb: str, argv: Sequence[str]) -> None:
         base = replace(recipes.config(chosen.recipe, size), {"backbone": backbone})
     _call_with_settings(
         verb,
+        function,
         rest,
         base,
         usage="BACKBONE --recipe NAME [--size SIZE]",
@@ -200,9 +264,15 @@ def _asks_help(argv: Sequence[str]) -> bool:
 
 
 def _call_with_settings(
-    verb: str, argv: Sequence[str], base: object, *more: object, usage: str, what: str
+    verb: str,
+    function: Callable,
+    argv: Sequence[str],
+    base: object,
+    *more: object,
+    usage: str,
+    what: str,
 ) -> None:
-    """Call the function of ``verb`` with ``base`` changed by the command line, and ``more``."""
+    """Call the ``function`` of ``verb`` with ``base`` changed by the command line, and ``more``."""
     import tyro
 
     def call(
@@ -213,7 +283,7 @@ def _call_with_settings(
             bool, tyro.conf.arg(help="Print the configuration and the plan, and stop.")
         ] = False,
     ) -> None:
-        _function(verb)(config, run, *more, dry_run)
+        function(config, run, *more, dry_run)
 
     does = VERBS[verb][1].partition(";")[0]
     tyro.cli(

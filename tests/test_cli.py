@@ -1,8 +1,11 @@
+import os
 import re
+import signal
 
 import pytest
 
 from ldae import cli, trajectory
+from ldae.errors import LOST_RANK, LostRank
 
 
 def call(capsys, *argv):
@@ -108,15 +111,34 @@ def test_a_run_goes_from_pretraining_to_a_graded_classifier(capsys, tmp_path):
     assert call(capsys, *again, "--run", str(tmp_path / "second"))[0] == 0
 
 
-def test_sigterm_ends_a_command_in_a_sentence(capsys, monkeypatch):
-    import os
-    import signal
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_scheduler_ends_a_command_in_a_sentence(number, capsys, monkeypatch):
+    """Once: what it sends while the command ends does not break into that."""
+    ended = []
 
     def show(row: str = "", /) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(row)
 
     monkeypatch.setattr(cli, "show", show)
-    assert call(capsys, "show") == (143, "", "ldae: stopped\n")
+    assert call(capsys, "show") == (128 + number, "", "ldae: stopped\n") and ended
+
+
+def test_a_lost_rank_has_a_status_of_its_own(capsys, monkeypatch):
+    def show(row: str = "", /) -> None:
+        raise LostRank("rank 0 lost the others")
+
+    monkeypatch.setattr(cli, "show", show)
+    assert call(capsys, "show") == (LOST_RANK, "", "ldae: rank 0 lost the others\n")
+
+
+def test_every_verb_that_works_shows_how_it_is_sent(capsys):
+    assert "--slurm.partition" in call(capsys, "knn", "--help")[1]
+    assert "--slurm.partition" in call(capsys, "submit", "--help")[1]
+    assert "--slurm.partition" not in call(capsys, "show", "--help")[1]
 
 
 def test_wrong_numbers_of_an_evaluator_are_told(capsys):
