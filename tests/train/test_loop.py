@@ -1,6 +1,7 @@
 import math
 import re
 import resource
+import threading
 import time
 from types import SimpleNamespace
 
@@ -246,6 +247,28 @@ def test_the_training_goes_on_while_it_is_saved(tmp_path, monkeypatch):
     assert saved == list(range(4, 49, 4))
     kept = [torch.load(path)["model"]["w"].item() for path in Checkpoints(tmp_path).paths()]
     assert kept[-1] == weight and len(set(kept[1:])) == 11  # of warm-up's first step the rate is 0
+
+
+def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    """And not when it comes to its end, days later."""
+    steps, failed = [], threading.Event()
+
+    def save(self, state):
+        failed.set()
+        raise InputError("the disk is full")
+
+    class Watched(Line):
+        def forward(self, images, positions, labels):
+            steps.append(1)
+            if failed.wait(10):
+                time.sleep(0.05)  # until it is known
+            return super().forward(images, positions, labels)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    system = System(log_every=100, explosion=1e9)  # there is a checkpoint from the start
+    with pytest.raises(InputError, match="the disk is full"):
+        run(tmp_path, system=system, model=Watched())
+    assert len(steps) == 1
 
 
 def test_ranks_that_see_different_folders_are_told(on_ranks, tmp_path):
