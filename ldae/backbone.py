@@ -136,7 +136,10 @@ def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> nn
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = timm.create_model(f"local-dir:{folder}", not random_init, **_head(head))
     except Exception as error:  # those of json, timm, safetensors and torch have nothing in common
-        raise InputError(f"{folder} can not be opened by timm: {first_line(error)}") from error
+        reason = first_line(error)
+        if "weights_only" in reason:  # torch's and timm's words tell how to run it
+            reason = "it holds pickled code, which is not run here"
+        raise InputError(f"{folder} can not be opened by timm: {reason}") from error
     model.model_args = config.get("model_args", {})
     return model
 

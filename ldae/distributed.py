@@ -79,7 +79,7 @@ def process_group(device: torch.device, rank_timeout: float = 30) -> Iterator[No
     Raises: InputError when torchrun's variables are set by half or are no ranks; LostRank when a rank
         does not come to the start, and on every other rank, naming it, when one has ended or hangs.
     """
-    if dist.is_initialized() or not {"WORLD_SIZE", "RANK"} & os.environ.keys():
+    if dist.is_initialized() or not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & os.environ.keys():
         yield
         return
     _check_launch()
@@ -123,6 +123,8 @@ def _check_launch() -> None:
     wrong = [name for name in numbers if not os.environ[name].isdecimal()]
     if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
         wrong = ["RANK"]
+    if not wrong and not 0 < int(os.environ["MASTER_PORT"]) < 65536:
+        wrong = ["MASTER_PORT"]
     if wrong:
         told = ", ".join(f"{name}={os.environ[name]!r}" for name in wrong)
         size = os.environ["WORLD_SIZE"]
@@ -132,7 +134,7 @@ def _check_launch() -> None:
 class _Words:
     """What ranks leave for the others, in the store that they met in: it needs none of them to wait.
 
-    A word that can not be left or read, since the store's own process has ended, is none.
+    Where the store's own process has ended, a word that can not be left is none.
     """
 
     def __init__(self) -> None:
@@ -143,13 +145,20 @@ class _Words:
             self.store.set(f"{what}/{rank()}", word)
 
     def _read(self, what: str, of: int) -> str | None:
-        with suppress(RuntimeError):
-            if self.store.check([f"{what}/{of}"]):
-                return self.store.get(f"{what}/{of}").decode()
-        return None
+        """Raises: RuntimeError when the store's process has ended."""
+        if not self.store.check([f"{what}/{of}"]):
+            return None
+        return self.store.get(f"{what}/{of}").decode()
 
     def missing(self) -> str:
         """Who has ended and why, or who does not answer while all others have lost each other."""
+        try:
+            return self._missing()
+        except RuntimeError:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            return f"the process at {place}, where they met, has ended: rank 0 or the launcher"
+
+    def _missing(self) -> str:
         until = time.monotonic() + _ROLL_CALL
         others = [other for other in range(world_size()) if other != rank()]
         while True:

@@ -8,6 +8,8 @@ from typing import Annotated
 import timm
 import torch
 import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -248,23 +250,37 @@ def export(
 
     Args:
         run: a run folder; its newest checkpoint is exported.
-        out: the folder to write, which must not exist yet.
+        out: the folder to write, which must not exist yet, or hold just this export.
         timestep: the t that is folded into the weights.
 
-    Raises: InputError when ``run`` has no checkpoint, ``out`` exists, or the verification fails.
+    Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, or the
+        verification fails.
     """
     run, out = Path(run), Path(out)
-    if out.exists():
-        raise InputError(f"{out} exists already; export to another folder")
     method, state = load_run(run)
     if not 0 <= timestep < len(method.sigma):
         if len(method.sigma) > 1:
             raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
     vit = fold(method, timestep)
+    if out.exists():
+        if not _holds(out, vit):
+            raise InputError(f"{out} exists already; export to another folder")
+        print(f"{out} is this export already")
+        return out
     card = _model_card(run, method, state, timestep)
     write_timm_folder(out, vit, model_args(method), partial(_verify_file, vit, method), card=card)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")
     return out
+
+
+def _holds(out: Path, vit: VisionTransformer) -> bool:
+    """Whether a folder has just these weights."""
+    try:
+        there = load_file(out / "model.safetensors")
+    except (OSError, SafetensorError):
+        return False
+    own = vit.state_dict()
+    return there.keys() == own.keys() and all(torch.equal(there[n], own[n]) for n in own)
 
 
 def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> None:

@@ -54,26 +54,41 @@ def statuses(folder: Path) -> list[Status]:
     """Of all jobs below a folder, in the order in which they were sent."""
     levels = ("*/" * depth for depth in range(_DEPTH + 1))
     paths = [path for level in levels for path in folder.glob(f"{level}{log.JOBS}/*/{RECORD}")]
+    found = ((_read(path), path.parent) for path in paths)
     records = sorted(
-        ((_read(path), path.parent) for path in paths), key=lambda pair: pair[0].get("sent", "")
+        ((record, place) for record, place in found if _is_job(record)),
+        key=lambda pair: str(pair[0].get("sent", "")),
     )
     known = _known_to_slurm([record["id"] for record, _ in records if _is_slurms(record)])
-    return [_status(record, place, known) for record, place in records if record]
+    return [_status(record, place, known) for record, place in records]
+
+
+def _is_job(record: dict) -> bool:
+    """Whether a record is one that ``send`` writes, and not a damaged or an older one."""
+    words = record.get("command")
+    return isinstance(record.get("id"), str) and (
+        isinstance(words, list) and all(isinstance(word, str) for word in words)
+    )
 
 
 def _status(record: dict, place: Path, known: dict[str, tuple[str, str]]) -> Status:
     state = _read(place / STATE)
-    told = state.get("said", "")
+    told = str(state.get("said", ""))
     if record["id"] in known:
         now, told_by_slurm = known[record["id"]]
         told = told_by_slurm or told
     elif state.get("state") == "running" and not _lives(state):
         now, told = "failed", "its process is gone"
     else:
-        now = state.get("state", "waiting")
+        now = str(state.get("state", "waiting"))
     if now != "waiting" and not told:
         told = _last_line(place)
-    return Status(record["id"], now, shlex.join(record["command"]), told)
+    return Status(*map(_printable, (record["id"], now, shlex.join(record["command"]), told)))
+
+
+def _printable(text: str) -> str:
+    """On one line, and with no power over the terminal."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def _is_slurms(record: dict) -> bool:
@@ -82,11 +97,11 @@ def _is_slurms(record: dict) -> bool:
 
 def _lives(state: dict) -> bool:
     """Whether the process of a job on this machine is there; on others it is believed to be."""
-    if state["host"] != socket.gethostname():
+    if state.get("host") != socket.gethostname():
         return True
     try:
         os.kill(state["pid"], 0)
-    except (ProcessLookupError, PermissionError):
+    except (ProcessLookupError, PermissionError, KeyError, TypeError, OverflowError):
         return False
     return True
 
@@ -139,6 +154,7 @@ def _last_line(place: Path) -> str:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -118,6 +118,18 @@ def told(path: Path) -> Iterator[None]:
         raise InputError(f"{path} can not be written: {error.strerror or error}") from error
 
 
+def check_writable(path: Path) -> None:
+    """Whether ``path`` could be made, before the work whose result it is to take.
+
+    Raises: InputError when it could not.
+    """
+    above = path
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{path} can not be written: {above} is no folder that can be written to")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when it is written: flushed to the disk, then renamed.

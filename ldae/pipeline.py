@@ -2,7 +2,6 @@
 
 import shlex
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import tyro
 from ldae import cli, log, requeue, sending, slurm
 from ldae.errors import InputError, first_line
 from ldae.slurm import Slurm
-from ldae.tree import check_known, replace
+from ldae.tree import check_known, read_toml, replace
 
 _FIRST = "pretrain"
 
@@ -70,18 +69,9 @@ def read(path: Path, flags: Sequence[str] = ()) -> tuple[Stage, list[Stage]]:
     Raises: InputError naming the file and the key.
     """
     try:
-        return _stages(_parse(path), flags)
+        return _stages(read_toml(path), flags)
     except InputError as error:
         raise InputError(f"pipeline {path}: {error}") from None
-
-
-def _parse(path: Path) -> dict:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"it can not be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"it is no TOML file: {first_line(error)}") from None
 
 
 def _stages(given: dict, flags: Sequence[str]) -> tuple[Stage, list[Stage]]:

@@ -15,7 +15,7 @@ from ldae.tokenizers import PatchTokenizer
 from ldae.train.loop import Hook, Plan, plan
 from ldae.train.optim import peak_lr
 from ldae.train.run import compiles, open_run, runs_in_bf16, samples, train_in, transform_of
-from ldae.unfold import init_from
+from ldae.unfold import init_from, open_exported
 
 _ONLINE_K = 20
 
@@ -47,19 +47,17 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         # All that can be refused is refused before anything is written.
         hooks = _hooks(config, schedule, device)
         fit = prepare(config, source, device, run)
-        for name, path in (
-            ("tokenizer.path", config.tokenizer.path),
-            ("init_from", config.init_from),
-        ):
-            if path and not Path(path).exists():
-                raise InputError(f"{name}: there is no {path}")
+        path = config.tokenizer.path
+        if path and not Path(path).exists():
+            raise InputError(f"tokenizer.path: there is no {path}")
+        exported = open_exported(config.init_from, method) if config.init_from else None
         if dry_run:
             print(_describe(config, method, schedule, source, device))
             return
         with open_run(run, config, source, device):
             method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
-            if config.init_from:
-                init_from(method, config.init_from)
+            if exported:
+                init_from(method, exported)
             method.to(device)
             # In bf16 on CPUs, the backward of torch's fused attention is slower than plain products:
             # by a quarter of the whole step at 64 tokens (benchmarks/results/step.json).

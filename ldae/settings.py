@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE
+from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, Range
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Execution:
     """Minutes between two checkpoints; there is always one at the end."""
     keep: Annotated[int, NOT_NEGATIVE] = 2
     """Newest checkpoints to keep; 0: all."""
-    explosion: Annotated[float, NOT_NEGATIVE] = 0.0
+    explosion: Annotated[float, Range(1, open_low=True, or_zero=True)] = 0.0
     """A loss of more than so many times the median of the last 100 steps is undone: the run goes back
     to its last checkpoint, once, and leaves out the batch. 0: never."""
     fsdp: bool = False

@@ -1,9 +1,10 @@
-"""Operations on a tree of frozen dataclasses: ranges, dotted names, changes, differences, YAML."""
+"""Operations on a tree of frozen dataclasses: ranges, dotted names, changes, differences, files."""
 
 import contextlib
 import dataclasses
 import difflib
 import math
+import tomllib
 import types
 import typing
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from ldae.errors import InputError
+from ldae.errors import InputError, first_line
 
 
 class Range(NamedTuple):
@@ -21,8 +22,11 @@ class Range(NamedTuple):
     high: float = math.inf
     open_low: bool = False
     open_high: bool = False
+    or_zero: bool = False
 
     def holds(self, value: float) -> bool:
+        if self.or_zero and value == 0:
+            return True
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         return above and below and math.isfinite(value)
@@ -31,7 +35,7 @@ class Range(NamedTuple):
         words = f"{'above' if self.open_low else 'at least'} {self.low:g}"
         if self.high < math.inf:
             words += f" and {'below' if self.open_high else 'at most'} {self.high:g}"
-        return words
+        return f"0 or {words}" if self.or_zero else words
 
 
 NOT_NEGATIVE = Range(0)
@@ -160,6 +164,16 @@ def to_yaml(config: Any) -> str:
         return list(value) if isinstance(value, tuple) else value
 
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def read_toml(path: Path) -> dict:
+    """Raises: InputError, without the name of the file, when it can not be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"it can not be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"it is no TOML file: {first_line(error)}") from None
 
 
 def load(path: str | Path, base: Any) -> Any:

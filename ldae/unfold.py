@@ -13,13 +13,8 @@ from ldae.method import LDAE
 from ldae.tokenizers import PatchTokenizer
 
 
-@torch.no_grad()
-def init_from(method: LDAE, folder: str | Path) -> None:
-    """Start the encoder of ``method`` from an exported backbone.
-
-    It is the fold backwards: LayerNorms become the bias of adaLN, the same at every t, gates
-    become 1, and the patch embedding is taken back through the tokenizer. The decoder stays as it
-    is. Positions are fixed, so another image size is fine.
+def open_exported(folder: str | Path, method: LDAE) -> VisionTransformer:
+    """The backbone in a folder, for the encoder of ``method`` to start from.
 
     Raises: InputError when the folder holds no backbone of this shape, and for a tokenizer that is a
         network, for whose latents no image model was trained.
@@ -34,14 +29,24 @@ def init_from(method: LDAE, folder: str | Path) -> None:
         raise InputError(
             f"init_from {folder} is not an exported backbone: {first_line(error)}"
         ) from None
-    tokenizer = method.tokenizer
     with torch.device("meta"):
         wanted = timm.create_model(method.denoiser.shape.name, **model_args(method))
     if _shapes(vit) != _shapes(wanted):
         raise InputError(
             f"init_from {folder} holds a model of another shape than this run's encoder"
         )
-    embed = method.denoiser.embed
+    return vit
+
+
+@torch.no_grad()
+def init_from(method: LDAE, vit: VisionTransformer) -> None:
+    """Start the encoder of ``method``, whose tokenizer is fitted, from an exported backbone.
+
+    It is the fold backwards: LayerNorms become the bias of adaLN, the same at every t, gates
+    become 1, and the patch embedding is taken back through the tokenizer. The decoder stays as it
+    is. Positions are fixed, so another image size is fine.
+    """
+    tokenizer, embed = method.tokenizer, method.denoiser.embed
     weight, bias = vit.patch_embed.proj.weight.flatten(1), vit.patch_embed.proj.bias
     if not method.image_input:
         # patch = inverse(z), which is affine in z: W inverse(z) + b.

@@ -92,7 +92,9 @@ def read_checkpoint(file: Path) -> Any:
             "with the key of its weights"
         ) from error
     except Exception as error:  # a damaged file makes the two readers raise nearly every type
-        raise InputError(f"{file} is no readable checkpoint: {first_line(error)}") from error
+        # A KeyError is of torch's old format, which takes any bytes for its instructions.
+        reason = "it is no file of torch's" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"{file} is no readable checkpoint: {reason}") from error
 
 
 def _weight_sets(content: Any) -> Iterator[Weights]:

@@ -56,6 +56,8 @@ def test_a_lost_rank_is_told_and_a_bug_is_not_hidden(error, told, monkeypatch, t
         ({"WORLD_SIZE": None, "LOCAL_RANK": ""}, "half set: WORLD_SIZE, LOCAL_RANK missing"),
         ({"RANK": "2"}, "wrong: RANK='2' with WORLD_SIZE 2"),
         ({"MASTER_PORT": "ssh", "RANK": "-1"}, "wrong: RANK='-1', MASTER_PORT='ssh'"),
+        ({"MASTER_PORT": "99999"}, "wrong: MASTER_PORT='99999'"),
+        ({"RANK": None, "WORLD_SIZE": None}, "half set: RANK, WORLD_SIZE missing"),
     ],
 )
 def test_a_launch_environment_that_can_not_be_is_refused_by_name(changes, told, monkeypatch):
@@ -86,6 +88,25 @@ def test_a_rank_that_hangs_is_named(on_ranks, monkeypatch):
         answers,
     )
     assert hangs is None
+
+
+def test_the_rank_that_all_met_at_is_not_waited_for(on_ranks, monkeypatch):
+    """With its process the words that others left are gone."""
+    monkeypatch.setattr(distributed, "_ROLL_CALL", 1e9)
+
+    def work():
+        with distributed.process_group(torch.device("cpu")):
+            distributed.barrier()
+            if distributed.rank() == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            distributed.all_reduce_sum(torch.ones(1))
+
+    _, told = on_ranks(work, seconds=0.1)
+    assert re.fullmatch(
+        r"LostRank: rank 1 lost the others: the process at 127.0.0.1:\d+, where they met, has ended: "
+        "rank 0 or the launcher",
+        told,
+    )
 
 
 def test_a_rank_that_ends_leaves_its_reason(on_ranks):

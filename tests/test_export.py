@@ -160,6 +160,12 @@ def test_export_refuses(run, tmp_path):
     existing.mkdir()
     with pytest.raises(InputError, match="there exists already"):
         export(folder, existing)
+    export(folder, tmp_path / "twice")
+    before = (tmp_path / "twice" / "config.json").stat()
+    assert export(folder, tmp_path / "twice") == tmp_path / "twice"
+    assert (tmp_path / "twice" / "config.json").stat() == before
+    with pytest.raises(InputError, match="twice exists already"):
+        export(folder, tmp_path / "twice", timestep=500)
     with pytest.raises(InputError, match="nowhere is not a run folder"):
         export(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(InputError, match="timestep 1000 is not in 0 .. 999"):

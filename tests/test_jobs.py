@@ -96,3 +96,19 @@ def test_slurm_knows_better(folder, tmp_path):
 def test_no_jobs_are_told(tmp_path):
     with pytest.raises(InputError, match="no job was sent from"):
         jobs.jobs(tmp_path)
+
+
+RECORDS = ([], {"id": 5}, {"id": "5"}, {"id": "5", "command": [1]}, "text")
+STATES = ([], {"state": "running"}, {"state": "running", "host": socket.gethostname(), "pid": "x"})
+
+
+def test_damaged_records_hide_no_others(folder, tmp_path, capsys):
+    for number, record in enumerate(RECORDS):
+        log.write_json(tmp_path / "runs" / "a" / "jobs" / f"bad{number}" / "job.json", record)
+    for number, state in enumerate(STATES):
+        folder(f"{number}", cluster="local")
+        log.write_json(tmp_path / "runs" / "a" / "jobs" / f"{number}" / "state.json", state)
+    folder("7", state="done", text="\x1b[31mred")
+    jobs.jobs(tmp_path)
+    told = capsys.readouterr().out
+    assert "4 jobs: " in told and "\x1b" not in told and "x1b[31mred" in told

@@ -27,6 +27,8 @@ from ldae.settings import Config
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.interrupt import Interrupted
 
+FORK = multiprocessing.get_context("fork")  # torch is imported already
+
 
 def weights(run):
     return Checkpoints(run).load()["model"]
@@ -39,7 +41,8 @@ def assert_equal(one, other):
 
 
 def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """What the metrics say; the last line may be half written yet."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 @pytest.fixture
@@ -125,29 +128,35 @@ def command(run, *launcher, **changes):
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--")
 
 
-def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path):
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny, tmp_path):
     """kill -9 while it trains or saves; data workers included."""
-    changes = {"system.workers": 1, "data.source": "scattered-digits:100"}
-    subprocess.run(command(tmp_path / "whole", **changes), check=True, capture_output=True)
-    run, moments = tmp_path / "killed", random.Random()
+    config = tiny(
+        data__source="scattered-digits:100",
+        optim__epochs=4,
+        system__workers=1,
+        system__save_minutes=0,
+        system__log_every=1,
+    )
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    pretrain(config, whole, "l_dae")
     for _ in range(2):
-        process = subprocess.Popen(
-            command(run, **changes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for line in process.stdout:
-            if "images/s" in line:
-                break
-        time.sleep(moments.uniform(0, 0.3))
+        begun = (Checkpoints(run).load() or {"images_seen": 0})["images_seen"]
+        process = FORK.Process(target=pretrain, args=(config, run, "l_dae"))
+        process.start()
+        while process.is_alive() and seen(run) <= begun:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.2))
         process.kill()
-        process.communicate()
-    subprocess.run(command(run, **changes), check=True, capture_output=True)
-    assert_equal(weights(run), weights(tmp_path / "whole"))
-    assert [line["images"] for line in lines(run)] == [
-        line["images"] for line in lines(tmp_path / "whole")
-    ]
-    assert [line["loss"] for line in lines(run)] == [
-        line["loss"] for line in lines(tmp_path / "whole")
-    ]
+        process.join()
+    pretrain(config, run, "l_dae")
+    assert_equal(weights(run), weights(whole))
+    for name in ("images", "loss", "lr"):
+        assert [line[name] for line in lines(run)] == [line[name] for line in lines(whole)]
+
+
+def seen(run):
+    """Images, by the last line of the metrics."""
+    return lines(run)[-1]["images"] if (run / "metrics.jsonl").exists() and lines(run) else 0
 
 
 def assert_close(run, other):
@@ -251,11 +260,14 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
         pretrain(tiny(tokenizer__dim=7), run, "l_dae")
     pretrain(tiny(system__log_every=3), run, "l_dae")  # how it runs may change
     pretrain(tiny(data__bad_images="skip"), run, "l_dae")
-    with pytest.raises(InputError, match="images of this run was 64 when it began, and is 65 now"):
+    with pytest.raises(InputError, match="images was 64 then, and is 65 now"):
         moved = tmp_path / "moved"
         shutil.copytree(run, moved)
         (moved / "config.yaml").write_text(tree.to_yaml(tiny(data__source="scattered-digits:65")))
         pretrain(tiny(data__source="scattered-digits:65"), moved, "l_dae")
+    (run / "config.yaml").write_text("")
+    with pytest.raises(InputError, match="run holds another kind of run: its config.yaml is empty"):
+        pretrain(tiny(), run, "l_dae")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="full is not empty and holds no run"):
@@ -270,7 +282,7 @@ def test_a_run_folder_in_use_is_refused(tiny, tmp_path, on_ranks):
     run = tmp_path / "run"
 
     def start():  # they are no ranks of each other
-        for name in ("RANK", "WORLD_SIZE"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name)
         pretrain(tiny(optim__epochs=10), run, "l_dae")
 
@@ -309,7 +321,7 @@ def test_the_images_of_a_run_may_move_and_not_change(folder, tiny, tmp_path, mon
     other = tree.replace(config, {"data.source": str(moved) + "/"})
     with pytest.raises(InputError, match="holds another run: data.source is"):
         pretrain(other, tmp_path / "copy", "l_dae")
-    with pytest.raises(InputError, match="the hash of the images' names of this run was"):
+    with pytest.raises(InputError, match="the hash of the images' names was"):
         pretrain(config, tmp_path / "copy", "l_dae")
     assert tree.load(tmp_path / "copy" / "config.yaml", Config()) == config
 
@@ -356,6 +368,13 @@ def test_settings_that_do_not_fit_are_told(changes, sentence, tiny, tmp_path):
         changes, sentence = {"system__device": "meta:1"}, "meta"
     with pytest.raises(InputError, match=sentence):
         pretrain(tiny(**changes), tmp_path / "run", "l_dae")
+
+
+def test_a_wrong_start_is_told_before_the_tokenizer_is_fitted(tiny, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InputError, match="model is not an exported backbone"):
+        pretrain(tiny(init_from=str(tmp_path / "model")), tmp_path / "run", "l_dae")
+    assert not (tmp_path / "run").exists()
 
 
 def test_grey_images_and_given_statistics(folder, tiny, tmp_path):

@@ -51,6 +51,7 @@ def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, senten
     "name, value, sentence",
     [
         ("optim.epochs", -1.0, "optim.epochs must be above 0, not -1.0"),
+        ("system.explosion", 0.5, "system.explosion must be 0 or above 1, not 0.5"),
         ("optim.epochs", float("inf"), "optim.epochs must be above 0, not inf"),
         ("optim.blr", float("nan"), "optim.blr must be above 0, not nan"),
         ("optim.batch_size", 0, "optim.batch_size must be at least 1, not 0"),

@@ -7,7 +7,7 @@ import torch
 from ldae.errors import InputError
 from ldae.export import export, features, load_run
 from ldae.method import build
-from ldae.unfold import init_from
+from ldae.unfold import init_from, open_exported
 
 
 @pytest.mark.parametrize("row", ["l_dae", "predict_latent"])
@@ -16,7 +16,7 @@ def test_a_run_can_start_from_an_exported_backbone(row, run, tiny, images, tmp_p
     exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     fresh = build(tiny(row))
     fresh.tokenizer.load_state_dict(load_run(tmp_path / "run-l_dae")[0].tokenizer.state_dict())
-    init_from(fresh, out)
+    init_from(fresh, open_exported(out, fresh))
     x = fresh.tokenizer.normalize(images)
     inside = fresh.tokenizer.decode(fresh.tokenizer.encode(x))
     t = 700  # the same at every t; a row that scales its input sees gamma_t z_0
@@ -26,6 +26,6 @@ def test_a_run_can_start_from_an_exported_backbone(row, run, tiny, images, tmp_p
         wanted = exported(inside + (gamma - 1) * centred)
         torch.testing.assert_close(features(fresh.eval(), x, t), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="another shape"):
-        init_from(build(tiny(row, model__depth=3)), out)
+        open_exported(out, build(tiny(row, model__depth=3)))
     with pytest.raises(InputError, match="nothing is not an exported backbone"):
-        init_from(fresh, tmp_path / "nothing")
+        open_exported(tmp_path / "nothing", fresh)

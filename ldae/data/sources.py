@@ -113,8 +113,11 @@ def _adopt_classes(evaluation: Source, train: Source) -> None:
     number = {name: i for i, name in enumerate(train.classes)}
     unknown = [name for name in evaluation.classes if name not in number]
     if unknown:
+        places = [source.spec for source in (evaluation, train)]
+        if places[0] == places[1]:
+            places = [f"{source.spec} ({source.split})" for source in (evaluation, train)]
         raise InputError(
-            f"class {unknown[0]!r} of {evaluation.spec} is not among the classes of {train.spec}"
+            f"class {unknown[0]!r} of {places[0]} is not among the classes of {places[1]}"
         )
     evaluation.labels = np.array([number[name] for name in evaluation.classes])[evaluation.labels]
     evaluation.classes = train.classes

@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, opened without unpickling anything but tensors."""
 
+import pickle
 import re
 import zipfile
 from contextlib import suppress
@@ -45,9 +46,8 @@ class Checkpoints:
                 torch.save(state, file)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             last = self.paths()[-1].name if self.paths() else "none"
-            reason = (
-                error.strerror if isinstance(error, OSError) else "the file could not be written"
-            )
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(cause, "strerror", None) or "the file could not be written"
             raise InputError(
                 f"checkpoint {path} could not be saved ({reason}); the last good one: {last}"
             ) from None
@@ -115,5 +115,8 @@ def read(path: Path) -> dict:
         wrong = file.testzip()
     if wrong:
         raise InputError(f"{wrong} in it has another checksum")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose words tell how to run it
+        raise InputError("it holds pickled code, which is not run here") from None
     return {key: state[key] for key in _KEYS} | {"watchdog": state.get("watchdog")}

@@ -295,7 +295,8 @@ def check_same(before: dict, now: dict) -> None:
     for what, value in before.items():
         if what != "row" and value != now[what]:
             raise InputError(
-                f"{what} of this run was {value} when it began, and is {now[what]} now"
+                f"the data of this run are not those that it began with: {what} was {value} then, "
+                f"and is {now[what]} now; put them back, or name another --run"
             )
 
 

@@ -23,7 +23,7 @@ class Metrics:
         if not is_main():
             return
         self.path = run / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         kept = [line + "\n" for line in lines if _images(line) <= seen]
         write(self.path, "".join(kept).encode())
         self.file = open(self.path, "a")

@@ -1,6 +1,7 @@
 """How a model is spread over the ranks: a copy on each (DDP), or a share of it on each (FSDP2)."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -24,9 +25,11 @@ class Copies:
         self.network = torch.compile(model) if compiled else model
         if distributed.world_size() > 1:
             on = [device] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(
-                self.network, device_ids=on, broadcast_buffers=False
-            )
+            with warnings.catch_warnings():  # newer torch has another name for the last argument
+                warnings.simplefilter("ignore", FutureWarning)
+                self.network = DistributedDataParallel(
+                    self.network, device_ids=on, broadcast_buffers=False
+                )
 
     def averaging(self, now: bool) -> AbstractContextManager:
         """Around a forward and a backward pass: whether its gradients are averaged, with those that

@@ -104,6 +104,8 @@ def names_hash(source: Source) -> str:
 def _settings_of(run: Path, kind: type) -> Settings:
     """Raises: InputError when the run folder is not of this kind of run."""
     try:
+        if not (run / "config.yaml").read_bytes().strip():
+            raise InputError("its config.yaml is empty")
         return tree.load(run / "config.yaml", kind())
     except InputError as error:
         raise InputError(f"run folder {run} holds another kind of run: {error}") from None

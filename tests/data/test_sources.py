@@ -89,6 +89,10 @@ def test_an_eval_class_unknown_in_training_is_named(make_tree):
     roots = [str(make_tree("a", ["ant/1.png"])), str(make_tree("b", ["ant/1.png", "wasp/1.png"]))]
     with pytest.raises(InputError, match="class 'wasp' of .*b is not among the classes of .*a$"):
         open_splits(*roots)
+    both = make_tree("both", ["train/ant/1.png", "val/ant/1.png", "val/wasp/1.png"])
+    told = r"class 'wasp' of .*both \(eval\) is not among the classes of .*both \(train\)$"
+    with pytest.raises(InputError, match=told):
+        open_splits(str(both), None)
 
 
 def test_eval_data_stands_in_for_the_eval_split(make_tree):

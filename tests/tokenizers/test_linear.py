@@ -48,7 +48,7 @@ def test_a_draw_is_the_mean_plus_std_eps_in_the_networks_units(images):
                 h = mean + std * eps[image, token, axis]
                 z = (h - tokenizer.latent_mean[axis]) * tokenizer.scales[axis]
                 found = tokenizer.encode(x, eps)[image, token, axis]
-                assert float(found) == pytest.approx(float(z), rel=1e-9)
+                assert found.item() == pytest.approx(z.item(), rel=1e-9)
 
 
 def test_the_log_variance_is_clamped(images):

@@ -43,20 +43,23 @@ def test_a_file_that_a_kill_left_half_written_is_not_a_checkpoint(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "number, told", [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only file system")]
+)
 @pytest.mark.parametrize("where", ["open", "write", "fsync"])
-def test_a_full_disk_is_told_and_loses_nothing(tmp_path, monkeypatch, where):
+def test_a_disk_that_refuses_is_told_and_loses_nothing(tmp_path, monkeypatch, where, number, told):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state(8))
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
 
     if where == "open":
-        monkeypatch.setattr("builtins.open", full)
+        monkeypatch.setattr("builtins.open", refuse)
     else:
         target = {"write": "torch.save", "fsync": "os.fsync"}[where]
-        monkeypatch.setattr(target, full)
-    with pytest.raises(InputError, match="images-000000000016.pt .*No space left.*000000000008.pt"):
+        monkeypatch.setattr(target, refuse)
+    with pytest.raises(InputError, match=f"images-000000000016.pt .*{told}.*000000000008.pt"):
         checkpoints.save(state(16))
     monkeypatch.undo()
     assert [path.name for path in checkpoints.folder.iterdir()] == ["images-000000000008.pt"]
@@ -148,3 +151,17 @@ def test_the_description_is_read_alone(tmp_path, monkeypatch):
     checkpoints.save(state(8) | {"describe": {"images": 5}})
     checkpoints.save(state(16)).write_bytes(b"")
     assert checkpoints.describe() == {"images": 5}
+
+
+class Code:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def test_pickled_code_is_not_run_and_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(8) | {"describe": Code()})
+    with pytest.raises(InputError, match="holds pickled code, which is not run here"):
+        checkpoints.load()
+    assert not (tmp_path / "executed").exists()

@@ -21,8 +21,8 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
     for images in (128, 256, 384):
         metrics.write({"images": images})
     metrics.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"images": 51')  # the kill came in the middle of a line
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\x00\xff no text\n{"images": 51')  # the kill came in the middle of a line
     Metrics(tmp_path, 256).close()
     assert [line["images"] for line in lines(tmp_path)] == [128, 256]
 
