@@ -12,6 +12,7 @@ from ldae.data.sources import Source
 from ldae.distributed import barrier, is_main
 from ldae.errors import InputError
 from ldae.evals.heads import Heads
+from ldae.log import check_writable
 from ldae.preprocessing import preprocessing
 from ldae.timm_folder import write_timm_folder
 
@@ -53,9 +54,10 @@ def save_classifier(
 
 
 def check_savable(backbone: nn.Module, folder: Path) -> None:
-    """Raises: InputError when ``backbone`` is no timm model, or ``folder`` exists."""
+    """Raises: InputError when ``backbone`` is no timm model, or ``folder`` exists or can not be."""
     if folder.exists():
         raise InputError(f"{folder} exists already; save to another folder")
+    check_writable(folder)
     if not hasattr(backbone, "reset_classifier"):
         raise InputError(
             "save needs a backbone that is a timm model; raw pixels are none, nor is a run whose "

@@ -1,6 +1,7 @@
 """The verb that fills a table: backbones by protocols on data sets, each cell once."""
 
 import functools
+import itertools
 import json
 import sys
 import traceback
@@ -13,10 +14,12 @@ import tyro
 from ldae.backbone import load_backbone, load_classifier
 from ldae.distributed import barrier, device_for, is_main, process_group
 from ldae.errors import InputError, LostRank, first_line
+from ldae.evals.features import extracted_once
 from ldae.evals.grading import Setup, changes
 from ldae.evals.suite import Cell, read_suite
 from ldae.evals.table import write_table
-from ldae.log import state_hash, write_json
+from ldae.log import check_writable, state_hash, write_json
+from ldae.train.interrupt import Interrupted
 
 
 def evaluate(
@@ -30,7 +33,8 @@ def evaluate(
 
     The folder of --out takes table.md, table.json and table.csv, and each cell's results.json. The
     same command again goes on: cells are skipped whose results are there and were made by the same
-    settings and the same weights. A cell that fails is told, and the others go on.
+    settings and the same weights. A cell that fails is told, and the others go on. Features that
+    several protocols need are extracted once.
 
     Args:
         backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], beside those
@@ -45,28 +49,24 @@ def evaluate(
     """
     if setup.out is None:
         raise InputError("say where the table goes: --out DIR")
+    check_writable(setup.out)
     cells = read_suite(suite, backbones, setup)
     fingerprint = functools.cache(_fingerprint)
     failures: dict[Path, str] = {}
     with process_group(device_for(setup.device)):
         done = [cell for cell in cells if _is_finished(cell, fingerprint)]
         barrier()  # all ranks have looked before the first writes
-        for number, cell in enumerate(cells, 1):
-            skipped = cell in done
-            if is_main():
-                state = ", finished before" if skipped else ""
-                print(f"cell {number} of {len(cells)}: {cell}{state}", flush=True)
-            if skipped:
-                continue
-            try:
-                _run(cell, fingerprint)
-                done.append(cell)
-            except LostRank:  # nothing goes on without it
-                raise
-            except Exception as error:  # a long night's other cells shall not be lost for one
-                failures[cell.results] = _sentence(error)
-                print(f"ldae: {cell}: {failures[cell.results]}", file=sys.stderr, flush=True)
-            write_table(setup.out, cells, done, failures)
+        numbered = enumerate(cells, 1)
+        for _, group in itertools.groupby(numbered, lambda pair: (pair[1].opened, pair[1].data)):
+            with extracted_once():
+                for number, cell in group:
+                    skipped = cell in done
+                    if is_main():
+                        state = ", finished before" if skipped else ""
+                        print(f"cell {number} of {len(cells)}: {cell}{state}", flush=True)
+                    if not skipped:
+                        _try(cell, fingerprint, done, failures)
+                        write_table(setup.out, cells, done, failures)
         table = write_table(setup.out, cells, done, failures)
     if is_main():
         print(f"{len(done)} of {len(cells)} cells; {setup.out / 'table.md'}")
@@ -78,22 +78,32 @@ def evaluate(
     return table
 
 
-def _run(cell: Cell, fingerprint: functools.cache) -> None:
-    """Raises: InputError and whatever else a verb raises."""
-    asked = _asked(cell, fingerprint)
-    record = cell.run()
-    if is_main():  # again, with what makes it a cell: until then it is none
-        write_json(cell.results, record | {"suite": asked})
+def _try(
+    cell: Cell, fingerprint: functools.cache, done: list[Cell], failures: dict[Path, str]
+) -> None:
+    """Fill a cell, or note why it failed: a long night's other cells shall not be lost for one."""
+    try:
+        asked = _asked(cell, fingerprint)
+        record = cell.run()
+        if is_main():  # again, with what makes it a cell: until then it is none
+            write_json(cell.results, record | {"suite": asked})
+        done.append(cell)
+    except (Interrupted, LostRank):  # it is asked to end, or nothing goes on
+        raise
+    except Exception as error:
+        failures[cell.results] = _sentence(error)
+        print(f"ldae: {cell}: {failures[cell.results]}", file=sys.stderr, flush=True)
 
 
 def _is_finished(cell: Cell, fingerprint: functools.cache) -> bool:
     """Whether results.json is there, and was made by these settings and weights."""
     try:
-        made_by = json.loads(cell.results.read_text(encoding="utf-8"))["suite"]
+        record = json.loads(cell.results.read_text(encoding="utf-8"))
+        made_by = record["suite"]
         if _without_weights(made_by) != _without_weights(_asked(cell, lambda *_: "")):
             return False
-        return made_by == _asked(cell, fingerprint)
-    except (OSError, ValueError, TypeError, KeyError):
+        return isinstance(record["results"], dict) and made_by == _asked(cell, fingerprint)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
     except InputError:  # of a backbone that can not be opened: the cell itself shall say so
         return False
@@ -102,13 +112,11 @@ def _is_finished(cell: Cell, fingerprint: functools.cache) -> bool:
 def _asked(cell: Cell, fingerprint: functools.cache) -> dict:
     """What decides the numbers of a cell, as JSON knows it."""
     setup = cell.setup
-    opened = (cell.spec, setup.random_init, setup.in_chans, setup.img_size, setup.seed)
-    opened += (cell.takes_classifier,)
     asked = {
         "verb": cell.verb,
         "backbone": cell.spec,
         "random_init": setup.random_init,
-        "weights": fingerprint(*opened),
+        "weights": fingerprint(*cell.opened, cell.takes_classifier),
         "data": cell.train,
         "eval_data": cell.eval,
         "settings": cell.settings,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _ROWS_PER_EXCHANGE = 65_536
+_extracted: ContextVar[dict[tuple, torch.Tensor]] = ContextVar("features by what decides them")
 
 
 class Features(NamedTuple):
@@ -142,6 +144,20 @@ def extract(
     return all_rows(own_rows(encoder, source, batch_size, workers), source, device)
 
 
+@contextmanager
+def extracted_once() -> Iterator[None]:
+    """Within it, ``own_rows`` extracts the features of one backbone from a source once.
+
+    For evaluators of it that follow each other: neither its weights nor the images change
+    meanwhile, and nobody writes into the features.
+    """
+    before = _extracted.set({})
+    try:
+        yield
+    finally:
+        _extracted.reset(before)
+
+
 def own_rows(encoder: Encoder, source: Source, batch_size: int = 256, workers: int = 0) -> Features:
     """The features of this rank's share of ``source``: images rank, rank + world size, and so on.
 
@@ -149,8 +165,12 @@ def own_rows(encoder: Encoder, source: Source, batch_size: int = 256, workers: i
     """
     labels = known_labels(source)[rank() :: world_size()]
     own_names = [source.name(i) for i in range(rank(), len(source), world_size())]
-    features = own_features(encoder, source, batch_size, workers)
-    return Features(features, labels, own_names, encoder.columns)
+    taps = encoder.reader.taps if isinstance(encoder.reader, TapReader) else None
+    key = (source.spec, source.split, encoder.transform, encoder.precision, taps)
+    extracted = _extracted.get({}) if taps else {}
+    if key not in extracted:
+        extracted[key] = own_features(encoder, source, batch_size, workers)
+    return Features(extracted[key], labels, own_names, encoder.columns)
 
 
 def own_features(encoder: Encoder, source: Source, batch_size: int, workers: int) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """What all evaluators share: open one backbone and two splits, and write one results.json."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Iterator
@@ -16,7 +18,7 @@ from ldae.data.sources import Source, open_splits
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
 from ldae.evals.features import Features, Precision, extract, known_labels
-from ldae.log import environment, write_json
+from ldae.log import check_writable, environment, write_json
 from ldae.preprocessing import EvalTransform, preprocessing
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
@@ -137,15 +139,33 @@ class Grading:
         """Where results.json goes: what decides the numbers is in the name, so that none is lost."""
         if self.setup.out:
             return self.setup.out
-        home = backbone_folder(self.spec)
-        above = home / "evals" if home else Path("evals", file_name(self.spec))
         data = (self.train or self.eval).spec
         parts = [self.task, file_name(data)]
         if self.eval.spec != data:
             parts += ["on", file_name(self.eval.spec)]
         if self.setup.random_init:
             parts.append("random-init")
-        return above / "-".join(dict.fromkeys(parts + changes(protocol, self.setup)))
+        found = home_of(self.spec) / "-".join(dict.fromkeys(parts + changes(protocol, self.setup)))
+        if self._is_of_other_data(found / "results.json"):  # of the same name elsewhere
+            places = f"{(self.train or self.eval).spec}\0{self.eval.spec}"
+            digest = hashlib.sha256(places.encode()).hexdigest()[:8]
+            found = found.with_name(f"{found.name}-{digest}")
+        return found
+
+    def _is_of_other_data(self, path: Path) -> bool:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            data = json.loads(path.read_text(encoding="utf-8"))["data"]
+            return (data["spec"], data["eval_spec"]) != (
+                (self.train or self.eval).spec,
+                self.eval.spec,
+            )
+        return False
+
+
+def home_of(spec: str) -> Path:
+    """Where the evaluations of a backbone go that are not told where."""
+    folder = backbone_folder(spec)
+    return folder / "evals" if folder else Path("evals", file_name(spec))
 
 
 def changes(*settings: Any) -> list[str]:
@@ -200,6 +220,7 @@ def grading(
     Raises: InputError when the backbone can not be opened, and as ``splits`` does.
     """
     check(setup)
+    check_writable(setup.out or home_of(backbone))
     device = device_for(setup.device)
     with process_group(device):
         train, evaluation = splits(data, eval_data)

@@ -38,6 +38,11 @@ class GridProtocol(SweepProtocol):
     inputs: tuple[Input, ...] = ("clean",)
     """clean: z_0, or gamma_t z_0 where the row scales its input; noisy: z_t."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.inputs:
+            raise InputError("inputs must name clean, noisy or both")
+
 
 def grid(
     run: Annotated[Path, tyro.conf.arg(metavar="RUN")],

@@ -1,7 +1,7 @@
 """Linear heads on frozen features: many trained in one pass, each as if it were alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from ldae.evals.taps import Tap
 from ldae.log import progress
 
 _ROWS_AT_ONCE = 1024
+# As many logits as a CPU's cache holds: beyond it, heads of a thousand classes take longer.
+_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}
 _BATCHNORM_MOMENTUM = 0.1  # PyTorch's
 
 
@@ -69,10 +71,16 @@ class Heads(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.logits(self.norm(features))
 
-    def logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """(B, H, C) of features that went through BatchNorm, in one product."""
-        logits = F.linear(normed, self.weight.flatten(0, 1), self.bias.flatten())
-        return logits.unflatten(1, self.bias.shape)
+    def logits(self, normed: torch.Tensor, some: slice = slice(None)) -> torch.Tensor:
+        """(B, H, C) by some of the heads, of features that went through BatchNorm, in one product."""
+        weight, bias = self.weight[some], self.bias[some]
+        return F.linear(normed, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
+
+    def blocks(self, rows: int) -> Iterator[slice]:
+        """The heads, as many at a time as there should be logits of so many rows."""
+        heads, classes = self.bias.shape
+        at_once = max(_LOGITS_AT_ONCE[self.bias.device.type] // (rows * classes), 1)
+        return (slice(first, first + at_once) for first in range(0, heads, at_once))
 
     def normalise(
         self, features: torch.Tensor, mean: torch.Tensor, var: torch.Tensor
@@ -96,14 +104,15 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def gradients(
-        self, normed: torch.Tensor, labels: torch.Tensor, count: int
+        self, normed: torch.Tensor, labels: torch.Tensor, count: int, some: slice = slice(None)
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the summed cross-entropy over ``count``, by weight (H, C, D) and by bias (H, C)."""
-        error = self.logits(normed).softmax(2)  #                  (B, H, C)
+        """Of the summed cross-entropy over ``count``, by weight (H, C, D) and by bias (H, C) of some
+        of the heads."""
+        error = self.logits(normed, some).softmax(2)  #            (B, H, C)
         error[torch.arange(len(labels), device=labels.device), :, labels] -= 1
-        error = error.flatten(1) / count  #                        (B, H * C)
-        weight = (error.T @ normed).unflatten(0, self.bias.shape)
-        return weight, error.sum(0).view_as(self.bias)
+        error /= count
+        weight = (error.flatten(1).T @ normed).unflatten(0, error.shape[1:])
+        return weight, error.sum(0)
 
 
 class _Pass:
@@ -123,12 +132,13 @@ class _Pass:
         """One step on a batch of ``count`` images, of which this rank holds these."""
         heads = self.heads
         normed = heads.normalise_batch(features, count)
-        slopes = [all_reduce_sum(part) for part in heads.gradients(normed, labels, count)]
-        slopes[0] += self.decays[:, None, None] * heads.weight
-        for value, moment, slope in zip((heads.weight, heads.bias), self.moments, slopes):
-            moment.mul_(self.momentum).add_(slope)
-            rates = self.rates.view(-1, *[1] * (value.ndim - 1))
-            value.sub_(schedule * rates * moment)
+        for some in heads.blocks(count):
+            slopes = [all_reduce_sum(part) for part in heads.gradients(normed, labels, count, some)]
+            slopes[0] += self.decays[some, None, None] * heads.weight[some]
+            for values, moments, slope in zip((heads.weight, heads.bias), self.moments, slopes):
+                moment = moments[some].mul_(self.momentum).add_(slope)
+                rates = self.rates[some].view(-1, *[1] * (moment.ndim - 1))
+                values[some] -= schedule * rates * moment
 
 
 def train_heads(

@@ -100,7 +100,7 @@ def linear(
         learning_rates: cached: at a batch of 256, all trained together.
         weight_decays: cached: each with each learning rate.
         blocks: cached: numbers of blocks or stages, from the end if negative, instead of the output.
-        pools: cached: default, avg, cls or cls+avg, each at each block.
+        pools: cached: default, avg, cls or cls+avg, each at each block; of blocks, avg if not given.
         epochs: passes over train.
         total_batch: images of one update.
         blr: mae, ldae: learning rate at a batch of 256.
@@ -121,7 +121,7 @@ def linear(
         learning_rates=learning_rates,
         weight_decays=weight_decays,
         blocks=blocks,
-        pools=pools,
+        pools=pools or (("avg",) if blocks else None),
         epochs=epochs,
         total_batch=total_batch,
         blr=blr,
@@ -137,9 +137,9 @@ def linear(
             check_savable(graded.model, save)
         learn = run(graded, constants)
         heads, results, dim = learn()
+        record = graded.write(constants, results, dim)
         if save:
             save_classifier(graded.model, heads, graded.train.classes, save, graded.eval)
-        record = graded.write(constants, results, dim)
         forget(graded.folder(constants))
         return record
 

@@ -136,6 +136,10 @@ def segmentation(
     labels = own_label_rows(train, size, _MAPS_AT_ONCE, setup.workers)
     maps = TokenMaps(tokens, labels, encoder.reader.shape, size)
     heads = train_map_head(maps, len(train), classes, protocol, encoder.device)
+    if not all(value.isfinite().all() for value in heads.parameters()):
+        raise InputError(
+            f"the head has diverged at learning_rate {protocol.learning_rate:g}: ask for a lower one"
+        )
     return rates(grade_map_head(heads, encoder, maps.shape, evaluation, *how))
 
 

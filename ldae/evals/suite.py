@@ -2,14 +2,13 @@
 
 import inspect
 import re
-import tomllib
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError
 from ldae.evals.grading import Setup, file_name
 from ldae.evals.knn import knn
 from ldae.evals.linear import linear
@@ -17,7 +16,7 @@ from ldae.evals.logreg import logreg
 from ldae.evals.retrieve import retrieve
 from ldae.evals.segment import segment
 from ldae.evals.validate import validate
-from ldae.tree import check, check_known, checked
+from ldae.tree import check, check_known, checked, read_toml
 
 # What a protocol may be: functions of (backbone or classifier, /, data[, eval_data], *, ..., setup) that
 # return what results.json holds. Their own settings are read off their signatures. One without
@@ -51,6 +50,12 @@ class Cell:
         return f"{self.protocol} of {self.backbone} on {self.data}"
 
     @property
+    def opened(self) -> tuple:
+        """What says which network it is: all that ``load_backbone`` takes, in its order."""
+        setup = self.setup
+        return self.spec, setup.random_init, setup.in_chans, setup.img_size, setup.seed
+
+    @property
     def takes_classifier(self) -> bool:
         """Whether its verb grades the whole network and not what is before its head."""
         return "classifier" in _parameters(VERBS[self.verb])
@@ -76,18 +81,9 @@ def read_suite(path: Path, specs: tuple[str, ...], setup: Setup) -> list[Cell]:
     Raises: InputError, naming the file and the key, for what is not known or of another type.
     """
     try:
-        return _cells(_parse(path), specs, setup)
+        return _cells(read_toml(path), specs, setup)
     except InputError as error:
         raise InputError(f"suite {path}: {error}") from None
-
-
-def _parse(path: Path) -> dict:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"it can not be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"it is no TOML file: {first_line(error)}") from None
 
 
 def _cells(suite: dict, specs: tuple[str, ...], setup: Setup) -> list[Cell]:
@@ -110,7 +106,9 @@ def _cells(suite: dict, specs: tuple[str, ...], setup: Setup) -> list[Cell]:
                     continue
                 out = setup.out / name / data_name / protocol
                 if out in cells:
-                    raise InputError(f"two backbones are called {name}: give one a name of its own")
+                    raise InputError(
+                        f"two backbones are called {name}: give one a name of its own, in [[backbones]]"
+                    )
                 its = replace(own, **changes, out=out)
                 check(its, f"[protocols.{protocol}] ")
                 given = (name, data_name, protocol, spec, train, evaluation, verb, settings, its)

@@ -6,11 +6,14 @@ from typing import Annotated
 
 import torch
 
+from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.features import Features
 from ldae.evals.heads import Head, grade_heads, train_heads
 from ldae.evals.taps import Tap
 from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE, check
+
+_FEW_UPDATES = 50  # after which 0.9^50, half a percent, is left of the first statistics
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ def sweep(
 
     ``train`` is this rank's share; ``held`` (N,) tells which of all train images choose.
     """
+    updates = protocol.epochs * max(int((~held).sum()) // protocol.total_batch, 1)
+    if updates < _FEW_UPDATES and is_main():
+        print(
+            f"{updates} updates are few for BatchNorm's running statistics, which are still those that "
+            "it began with in part: ask for more epochs",
+            flush=True,
+        )
     trained = train_heads(train, heads, classes, protocol, device, chosen=~held)
     found = grade_heads(trained, train, device, chosen=held)
     top1 = {tap: iter(tops[:, 0].tolist()) for tap, tops in found.items()}

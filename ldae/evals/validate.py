@@ -14,8 +14,8 @@ from ldae.evals.accuracy import top1_top5
 from ldae.evals.class_maps import Targets, real_targets, targets_of
 from ldae.evals.corrupted import Cells, CorruptedTransform, album, means, table
 from ldae.evals.features import Encoder
-from ldae.evals.grading import Grading, Setup, SourceSpec
-from ldae.log import write
+from ldae.evals.grading import Grading, Setup, SourceSpec, home_of
+from ldae.log import check_writable, write
 from ldae.plots import save
 from ldae.preprocessing import EvalTransform, preprocessing
 from ldae.tree import check
@@ -76,6 +76,7 @@ def validate(
     """
     check(setup)
     protocol = _protocol(class_map, real_labels, corruption, severity, setup)
+    check_writable(setup.out or home_of(classifier))
     device = device_for(setup.device)
     with process_group(device):
         source = open_source(data, "eval")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 
 from ldae import cli
 from ldae.errors import InputError, LostRank
+from ldae.evals import features
 from ldae.evals.evaluate import evaluate
 from ldae.evals.grading import Setup
+from ldae.evals.retrieve import retrieve
 from ldae.evals.suite import VERBS
 from ldae.log import write_json
+from ldae.train.interrupt import Interrupted
 
 SUITE = """
 [data.digits]
@@ -92,15 +96,30 @@ def test_table_is_what_the_cells_files_hold(suite, setup, capsys):
     assert by_json["pixels-8", "digits", "knn", "top1_k5"] > 90
     lines = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()]
     assert lines[0] == ["data", "backbone", "knn: top1_k5", "retrieve: mean_average_precision"]
-    for data, backbone, knn, retrieve in lines[2:]:
+    for data, backbone, knn, precision in lines[2:]:
         assert float(knn) == round(by_json[backbone, data, "knn", "top1_k5"], 2)
         key = (backbone, data, "retrieve", "mean_average_precision")
-        assert retrieve == (f"{by_json[key]:.2f}" if data == "same" else "")
+        assert precision == (f"{by_json[key]:.2f}" if data == "same" else "")
     assert [line[:2] for line in lines[2:]] == [
         [data, backbone] for data in ("digits", "same") for backbone in ("pixels-8", "pixels-4")
     ]
     told = capsys.readouterr().out
     assert "cell 1 of 6: knn of pixels-8 on digits\n" in told and "cell 6 of 6" in told
+
+
+def test_cells_of_a_backbone_and_a_data_set_share_what_is_extracted(suite, setup, monkeypatch):
+    """And have the numbers that each verb has alone."""
+    extracted, original = [], features.own_features
+
+    def own_features(encoder, source, *how):
+        extracted.append(source.split)
+        return original(encoder, source, *how)
+
+    monkeypatch.setattr(features, "own_features", own_features)
+    table = evaluate(("pixels:8", "pixels:4"), suite=suite, setup=setup)
+    assert len(extracted) == 2 * 2 * 2  # backbones, data sets, splits; and not by protocols
+    alone = retrieve("pixels:4", "digits", k=(1,), setup=replace(setup, out=setup.out / "alone"))
+    assert table["cells"][-1]["results"] == alone["results"] and len(extracted) == 10
 
 
 def test_finished_cells_are_skipped_and_changed_ones_made_again(suite, setup, called, capsys):
@@ -160,9 +179,11 @@ def test_a_backbone_that_can_not_be_opened_fails_alone(suite, setup, called):
     assert ["no timm model" in (cell["error"] or "") for cell in cells] == [True] * 3 + [False] * 3
 
 
-def test_after_an_interrupt_the_same_command_goes_on(suite, setup, called):
-    called.stops["pixels-8/same/knn"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted(15, "it is saved")])
+def test_after_an_interrupt_the_same_command_goes_on(stop, suite, setup, called):
+    """By a verb that is ended, or that ends itself once it has saved."""
+    called.stops["pixels-8/same/knn"] = stop
+    with pytest.raises(type(stop)):
         evaluate(("pixels:8",), suite=suite, setup=setup)
     by_json, _, text = numbers(setup.out)
     assert len(by_json) == 1 and text.count("to do") == 2
@@ -176,10 +197,10 @@ def test_results_that_were_cut_short_are_made_again(suite, setup, called):
     evaluate(("pixels:8",), suite=suite, setup=setup)
     path = setup.out / "pixels-8" / "digits" / "knn" / "results.json"
     record = json.loads(path.read_text())
-    del record["suite"]
-    path.write_text(json.dumps(record))
-    evaluate(("pixels:8",), suite=suite, setup=setup)
-    assert called.made[3:] == ["pixels-8/digits/knn"]
+    for damage in ({"suite": None}, {"results": None}, {"results": [1]}):
+        path.write_text(json.dumps(record | damage))
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert called.made[3:] == ["pixels-8/digits/knn"] * 3
 
 
 def test_out_must_be_said(suite):

@@ -14,7 +14,7 @@ from ldae.backbone import load_backbone
 from ldae.data.sources import Source, open_source
 from ldae.data.synthetic import ScatteredDigits
 from ldae.errors import InputError
-from ldae.evals.features import Encoder, all_rows, extract, own_rows
+from ldae.evals.features import Encoder, all_rows, extract, extracted_once, own_rows
 from ldae.evals.heads import grade_heads, train_heads
 from ldae.evals.knn import KNNProtocol, knn_accuracy
 from ldae.evals.linear import CachedProtocol, MAEProtocol
@@ -63,6 +63,27 @@ def test_order_of_the_source_does_not_matter(vit, pictures):
     found = extract(vit, shuffled, device=CPU, batch_size=4)
     assert (found.features - wanted.features[order]).norm() < 1e-5 * wanted.features.norm()
     assert torch.equal(found.labels, wanted.labels[order])
+
+
+def test_features_are_extracted_once_where_it_is_said_and_as_they_were_asked_for(vit, pictures):
+    source, other = pictures(3), pictures(3)
+    other.split = "eval"
+
+    def kept():
+        ways = [(source, "fp32", TAPS), (source, "fp32", TAPS[:1]), (source, "bf16", TAPS)]
+        found = [
+            extract(vit, images, device=CPU, precision=precision, taps=taps).features
+            for images, precision, taps in [*ways, (other, "fp32", TAPS)]
+        ]
+        return found, [rows.data_ptr() for rows in found]
+
+    (alone, places), (_, others) = kept(), kept()
+    assert set(places).isdisjoint(others)
+    with extracted_once():
+        (found, places), (_, again) = kept(), kept()
+        assert len(set(places)) == 4 and places == again
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert set(kept()[1]).isdisjoint(places)
 
 
 def test_taps_are_columns_and_the_output_is_what_it_is_alone(vit, pictures):

@@ -124,6 +124,7 @@ def test_table_has_a_row_for_each_t():
         ({"timesteps": (1000,)}, "timesteps 1000: .* has timesteps 0 to 999"),
         ({"leading": (5,)}, "leading 5: .* has leading 1 to 4"),
         ({"setup": Setup(random_init=True)}, "an untrained network has no t"),
+        ({"inputs": ()}, "inputs must name clean, noisy or both"),
     ],
 )
 def test_what_a_run_has_not_is_told_before_the_work(run, given, told, monkeypatch):

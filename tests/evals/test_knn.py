@@ -5,9 +5,11 @@ import math
 import statistics
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ldae.errors import InputError
 from ldae.evals.draws import drawn, few_shot
@@ -160,6 +162,21 @@ def test_control_does_not_overwrite(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.glob("evals/test_vit/*")] == [
         "knn-digits-random-init-k=5-in_chans=1-img_size=16"
     ]
+
+
+def test_results_of_other_data_of_the_same_name_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, classes in (("x", 2), ("y", 3)):
+        for number in range(4 * classes):
+            part = "train" if number < 2 * classes else "val"
+            path = Path(place, "set", part, f"class-{number % classes}", f"{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    for place in ("x", "y", "x", "y"):
+        knn("pixels:8", f"{place}/set", k=(1,), setup=Setup(workers=0, device="cpu"))
+    paths = sorted(tmp_path.glob("evals/pixels-8/*/results.json"))
+    data = [json.loads(path.read_text())["data"] for path in paths]
+    assert [(one["spec"], one["classes"]) for one in data] == [("x/set", 2), ("y/set", 3)]
 
 
 def test_verb_draws_and_leaves_one_out(tmp_path, monkeypatch):

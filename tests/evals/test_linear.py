@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,8 @@ def test_verb_sweeps_blocks_and_pools(tmp_path, monkeypatch):
     assert record["backbone"]["dim"] == (128 if "cls" in record["results"]["tap"] else 64)
     name = "linear-digits-random-init-epochs=1-blocks=0--1-pools=avg-cls+avg-in_chans=1-img_size=16"
     assert [path.name for path in tmp_path.glob("evals/test_vit/*")] == [name]
+    of_blocks = linear("test_vit", "digits", epochs=1, blocks=(0, -1), setup=CONTROL)
+    assert of_blocks["protocol"]["pools"] == ("avg",)
     with pytest.raises(InputError, match="--save takes the model's own output"):
         linear("test_vit", "digits", **taps, save=tmp_path / "out", setup=CONTROL)
 
@@ -135,7 +138,9 @@ def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
         ({"optimizer": "sgd"}, "optimizer is no setting of the protocol cached"),
         ({"protocol": "mae", "epochs": 5}, "warmup_epochs must be fewer than epochs: 10 of 5"),
         ({"protocol": "mae", "total_batch": 700}, "total_batch 700 is no whole number"),
-        ({"blocks": (1,)}, "block 1 has no pooling of its own"),
+        ({"blocks": (1,), "pools": ("default",)}, "block 1 has no pooling of its own"),
+        ({"save": Path(__file__, "out")}, "can not be written"),
+        ({"setup": replace(CONTROL, out=Path(__file__, "out"))}, "can not be written"),
         ({"blocks": (7,), "pools": ("avg",)}, "test_vit has blocks 0 to 5, and no block 7"),
     ],
 )
@@ -143,7 +148,14 @@ def test_settings_that_do_not_fit_are_told_before_the_work(given, told, monkeypa
     monkeypatch.setattr("ldae.evals.linear.own_rows", None)
     monkeypatch.setattr("ldae.evals.linear.train_online", None)
     with pytest.raises(InputError, match=told):
-        linear("test_vit", "digits", **given, setup=CONTROL)
+        linear("test_vit", "digits", **{"setup": CONTROL} | given)
+
+
+def test_few_updates_are_told(cloud, capsys):
+    for total_batch, told in ((50, True), (5, False)):
+        protocol = CachedProtocol(epochs=3, total_batch=total_batch)
+        linear_probe(cloud(150, 0), cloud(20, 1), torch.arange(150) % 10 == 0, 4, protocol)
+        assert ("updates are few" in capsys.readouterr().out) == told
 
 
 def test_classifier_of_pixels_is_refused_before_the_work(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from ldae import distributed
 from ldae.evals.features import Features
 from ldae.evals.neighbours import Bank, Nearest
 
@@ -76,3 +77,26 @@ def test_chosen_images_alone_are_found(search):
     blocks = Bank(share(train), CPU, chosen).nearest(share(queries), 5)
     found = torch.cat([block.numbers for block in blocks])
     assert torch.equal(found, nearest(train[chosen], queries, 5).numbers * 3 + 1)
+
+
+def test_ranks_whose_shares_differ_find_what_one_does(on_ranks):
+    """One has two images for ten neighbours; all cosines are negative, so nothing made up is near."""
+    train, queries = directions(40, 0).abs(), -directions(9, 1).abs()
+    chosen = (torch.arange(40) % 2 == 0) | (torch.arange(40) < 4)  # 20 even numbers, and 1 and 3
+    blocks = Bank(share(train), CPU, chosen).nearest(share(queries), 10)
+    wanted = Nearest(*(torch.cat(parts) for parts in zip(*blocks)))
+
+    def work():
+        with distributed.process_group(CPU):
+            mine = slice(distributed.rank(), None, 2)
+            bank = Bank(share(train[mine]), CPU, chosen)
+            for chunk in (2, 100):
+                found = list(bank.nearest(share(queries[mine]), 10, chunk=chunk))
+                numbers, similarities = (
+                    torch.cat([getattr(block, name) for block in found])
+                    for name in ("numbers", "similarities")
+                )
+                assert torch.equal(numbers, wanted.numbers[mine])
+                torch.testing.assert_close(similarities, wanted.similarities[mine])
+
+    assert on_ranks(work) == ["", ""]

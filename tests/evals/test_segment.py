@@ -60,6 +60,12 @@ def test_images_that_are_their_label_maps_are_told_perfectly():
     assert above["classes_counted"] == 3 and above["miou"] == 100
 
 
+def test_a_head_that_diverged_is_told():
+    encoder, wild = encoder_of("pixels:8", 1), replace(SHORT, learning_rate=1e30)
+    with pytest.raises(InputError, match="diverged at learning_rate 1e[+]30"):
+        segmentation(encoder, Flags(20, "train"), Flags(9, "eval"), 3, wild, SETUP)
+
+
 def test_ignored_pixels_are_not_graded():
     encoder, train, evaluation = encoder_of("pixels:8", 1), Flags(20, "train"), Flags(9, "eval")
     half = Flags(9, "eval")
