@@ -4,7 +4,8 @@ python benchmarks/probe.py [--data SOURCE] [--backbone NAME] [--heads N] [--devi
 
 The backbone is untrained, which changes no time. The online probe augments the images anew in every
 epoch, as the protocols mae and ldae do: a few epochs are measured, and a sweep is as many times longer
-as it has epochs and candidates more.
+as it has epochs and candidates more. --classes draws labels among so many: what the heads of ImageNet's
+thousand classes cost is seen on any images.
 """
 
 import argparse
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="vit_small_patch16_224", help="a timm name")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--heads", type=int, default=40)
+    parser.add_argument("--classes", type=int, default=0, help="of drawn labels; 0: the data's own")
     parser.add_argument("--epochs", type=int, default=CachedProtocol.epochs)
     parser.add_argument("--online-epochs", type=int, default=1, help="that are measured")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -65,6 +67,8 @@ def main() -> None:
         return statistics.median(found[-rounds:])
 
     train = own_rows(encoder, source, *how)
+    if asked.classes:
+        train = train._replace(labels=torch.arange(len(source)) % asked.classes)
     classes = int(train.labels.max()) + 1
 
     def learn(wanted: list[Head]) -> None:
