@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import runpy
 import shlex
@@ -25,6 +26,10 @@ _OF_A_TASK = (
     *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     *("SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST"),
 )
+
+# Below those that systems give to whoever connects: there a rank that asks for the one where rank 0 does
+# not listen yet can be given that very port, and hold it against rank 0.
+_PORTS = range(20000, 32768)
 
 
 def _carried(folder: Path) -> Path:
@@ -97,9 +102,17 @@ def _join(environment: Any) -> None:
                 f"the environment of this SLURM task is half set: {', '.join(missing)} missing"
             )
     if environment.num_tasks > 1:
+        os.environ["MASTER_PORT"] = str(_port(environment.job_id))
         # CUDA_VISIBLE_DEVICES stays SLURM's: submitit's would be the local rank, which is another
         # job's GPU where SLURM gave this one, say, 4 to 7. ``device_for`` chooses by LOCAL_RANK.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+def _port(job: str) -> int:
+    """Where the ranks of a job meet: known to all of them, and another one at each start of the job,
+    for the first could be taken."""
+    start = os.environ.get("SLURM_RESTART_COUNT", 0)
+    return random.Random(f"{job} {start}").choice(_PORTS)
 
 
 def send(

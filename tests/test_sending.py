@@ -144,6 +144,20 @@ def test_a_task_starts_as_under_torchrun(task):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"  # SLURM's own
 
 
+def test_ranks_meet_at_the_same_port_and_at_another_one_when_the_job_starts_again(
+    task, monkeypatch
+):
+    ports = []
+    for start, rank in [("0", "0"), ("0", "3"), ("1", "0"), ("1", "3")]:
+        environment = task()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        sending._join(environment)
+        ports.append(int(os.environ["MASTER_PORT"]))
+    assert ports[0] == ports[1] != ports[2] == ports[3]
+    assert all(1024 <= port < 32768 for port in ports)  # what Linux never gives to who connects
+
+
 @pytest.mark.parametrize("name", [name for name in TASK if name != "SLURM_JOB_ID"])
 def test_a_half_set_environment_is_refused_by_name(name, task):
     with pytest.raises(InputError, match=f"half set: {name} missing"):

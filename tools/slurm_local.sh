@@ -17,7 +17,7 @@
 set -euo pipefail
 
 readonly NODES=2 CPUS=16 MEMORY_MB=512000 GPUS=8 # claimed by each node; nothing is enforced
-readonly REQUEUE_SECONDS=5                       # see cred_expire below
+readonly REQUEUE_SECONDS=10                      # see cred_expire below
 readonly UNAVAILABLE=69
 readonly PORT=${SLURM_LOCAL_PORT:-17800}
 readonly SELF=$(realpath "$0")
@@ -131,7 +131,8 @@ SlurmdUser=root
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until its old credentials have expired: 120 seconds, if this did not say less.
+# A requeued job waits until its old credentials have expired: 120 seconds, if this did not say less. But
+# no step begins on a machine that stands still for so long.
 AuthInfo=socket=$DIR/munge/socket,cred_expire=$REQUEUE_SECONDS
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool/%n

@@ -46,14 +46,28 @@ class Sent:
         lines = re.findall(r"^images +([\d,]+)/", self.said(), re.M)
         return int(lines[-1].replace(",", "")) if lines else 0
 
+    def ended(self) -> bool:
+        return self.known("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
     def wait_for_steps(self) -> None:
-        wait_for(lambda: self.images() >= 16, f"steps of job {self.id}")
+        self._wait(lambda: self.images() >= 16 or self.ended(), "steps")
+        assert self.images() >= 16, f"job {self.id} ended before its first steps\n{self.told()}"
 
     def finish(self) -> str:
         """Wait for its end; how it ended."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-        wait_for(lambda: self.known("JobState") in ended, f"the end of job {self.id}")
+        self._wait(self.ended, "the end")
         return self.known("JobState")
+
+    def _wait(self, condition, what: str) -> None:
+        try:
+            wait_for(condition, f"{what} of job {self.id}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.told()}") from None
+
+    def told(self) -> str:
+        """All that there is to find out what went wrong."""
+        record = shell("scontrol", "show", "job", "-o", self.id)
+        return f"{record}{self.state()}\n{self.said()}"
 
     def weights(self) -> dict[str, torch.Tensor]:
         return Checkpoints(self.run).load()["model"]

@@ -31,6 +31,7 @@ def send(tiny, tmp_path):
             system__workers=1,
             system__log_every=2,
             system__save_minutes=0.02,
+            system__rank_timeout=2,
             **changes,
         )
         (tmp_path / "tiny.yaml").write_text(to_yaml(config))

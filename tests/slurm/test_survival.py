@@ -4,12 +4,14 @@ import fcntl
 import os
 import re
 import signal
+import socket
 import time
 
 import pytest
 import torch
 from slurm.cluster import Sent, shell
 
+from ldae import sending
 from ldae.jobs import statuses
 from ldae.slurm import Slurm
 from ldae.train.checkpoint import Checkpoints
@@ -54,8 +56,8 @@ def test_a_killed_job_finishes_as_if_nothing_had_happened(layout, kill, send, as
     job = send(LAYOUTS[layout], step=0.3)
     job.wait_for_steps()
     KILLS[kill](job)
-    assert job.finish() == "COMPLETED", job.said()
-    assert job.known("Restarts") == "1", job.said()
+    assert job.finish() == "COMPLETED", job.told()
+    assert job.known("Restarts") == "1", job.told()
     assert job.state().get("requeues", 0) == (0 if kill == "requeue" else 1)
     assert job.state()["state"] == "done"
     assert_undisturbed(job)
@@ -65,7 +67,7 @@ def test_a_killed_job_finishes_as_if_nothing_had_happened(layout, kill, send, as
 def test_so_does_one_that_outlives_its_time_limit(layout, send, assert_undisturbed):
     """Whole minutes, looked at each half minute: the signal comes 85 to 115 seconds after the start."""
     job = send(replace(LAYOUTS[layout], {"time": "2", "warning": 5}), step=4)
-    assert job.finish() == "COMPLETED", job.said()
+    assert job.finish() == "COMPLETED", job.told()
     assert int(job.known("Restarts")) == job.state()["requeues"] >= 1
     assert "ldae: SIGUSR2; requeued" in job.said()
     assert_undisturbed(job)
@@ -79,7 +81,7 @@ def test_what_its_owner_cancels_saves_and_stays_ended(send):
     assert [status.state for status in statuses(job.run)] == ["cancelled"]
     stopped = int(re.search(r"stopped at image (\d+) of 256; it is saved", job.said())[1])
     assert Checkpoints(job.run).load()["images_seen"] == stopped
-    time.sleep(10)  # after 5, a requeued job starts
+    time.sleep(20)  # after 10, a requeued job starts
     assert job.known("JobState") == "CANCELLED" and job.known("Restarts") == "0"
 
 
@@ -89,6 +91,15 @@ def test_a_job_that_dies_twice_at_the_same_image_stops_and_says_so(send):
     assert job.known("Restarts") == "1"
     assert job.state()["state"] == "failed"
     assert "ended for the second time with nothing new saved" in job.said()
+
+
+def test_a_port_that_is_taken_costs_one_start(send, assert_undisturbed):
+    job = send(Slurm(tasks_per_node=2, extra=("hold",)))
+    with socket.create_server(("", sending._port(job.id))):
+        shell("scontrol", "release", job.id)
+        assert job.finish() == "COMPLETED", job.told()
+    assert job.known("Restarts") == "1" and "could not join the others at sln" in job.said()
+    assert_undisturbed(job)
 
 
 def test_wrong_input_is_not_tried_again(send):
