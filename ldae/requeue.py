@@ -20,6 +20,7 @@ from ldae.errors import LOST_RANK
 RECORD = "job.json"  # what was sent, and when
 _STATUS = ".status"
 STATE = "state.json"  # how it stands
+_INTERRUPTED = 128 + signal.SIGINT
 LOCAL_REQUEUE = 144  # the status by which submitit's local cluster is asked for another start
 _NO_PROGRESS = (
     "ended for the second time with nothing new saved since; it is not started again by itself"
@@ -57,17 +58,15 @@ def ended_here(status: int, folder: Path) -> int:
 def after_slurm(status: int, jobs: Path) -> None:
     """Ask SLURM for another start of the job that this batch script is, where that may help.
 
-    It may when a rank was killed, or stopped because it was asked to by a signal: of preemption, of
-    the time limit. It may not after wrong input or an exception, when the owner has cancelled the
-    job or interrupted it (SIGINT), and when the job was given another start since the last
-    checkpoint already. A requeue that SLURM has begun by itself is left alone.
+    It may when a rank was killed, could not be started, or stopped because it was asked to by a signal:
+    of preemption, of the time limit. It may not after wrong input or an exception, when the owner has
+    cancelled the job or interrupted it (SIGINT), and when the job was given another start since the
+    last checkpoint already. A requeue that SLURM has begun by itself is left alone.
     """
     array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     folder = jobs / job
-    ranks = [int(path.read_text()) for path in folder.glob(f"*{_STATUS}")]
-    if status:
-        status = next((own for own in ranks if own and not _may_help(own)), status)
+    status = _reason(status, folder)
     if not _may_help(status):
         _conclude(folder, status, False, "")
         return
@@ -84,8 +83,25 @@ def after_slurm(status: int, jobs: Path) -> None:
             _note(folder, state="failed", said=f"no requeue: {asked.stderr.strip()}")
 
 
+def _reason(status: int, folder: Path) -> int:
+    """The status that tells why a job ended: that of a rank which ended by itself, and not srun's.
+
+    srun returns the highest, which can be that of a rank that it killed for the sake of another. Where no
+    rank has ended by itself, a node did not start it, or lost it.
+    """
+    ranks = []
+    for path in sorted(folder.glob(f"*{_STATUS}")):
+        ranks.append(int(path.read_text()))
+        path.unlink()  # the next start may not come so far
+    if status in (0, _INTERRUPTED):
+        return status
+    if any(ranks):
+        return min(filter(None, ranks), key=_may_help)
+    return status if _may_help(status) else LOST_RANK
+
+
 def _may_help(status: int) -> bool:
-    return status == LOST_RANK or (status > 128 and status != 128 + signal.SIGINT)
+    return status == LOST_RANK or (status > 128 and status != _INTERRUPTED)
 
 
 def _known_to_slurm(job: str) -> dict[str, str]:

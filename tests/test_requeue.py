@@ -56,9 +56,8 @@ def asked(tmp_path) -> list[str]:
         (143, ENDING.format("None", 0, ""), False, "cancelled"),  # scancel
         (143, ENDING.format("None", 0, " PreemptTime=None"), False, "cancelled"),
         (137, RUNNING.replace("RUNNING", "CANCELLED"), False, "cancelled"),
+        (1, RUNNING, True, "waiting"),  # of srun, which could not start a rank
         (130, RUNNING, False, "failed"),  # the owner's Ctrl-C
-        (2, RUNNING, False, "failed"),
-        (1, RUNNING, False, "failed"),
         (0, RUNNING, False, "done"),
     ],
 )
@@ -69,14 +68,25 @@ def test_what_follows_the_end_of_a_job(status, answer, again, state, job, tmp_pa
     assert requeue.state(folder)["state"] == state
 
 
+@pytest.mark.parametrize("status", [1, 2])
+def test_what_ended_by_itself_is_not_tried_again(status, job, tmp_path):
+    folder = job(RUNNING)
+    requeue.ended(folder, 0, status)
+    requeue.after_slurm(status, folder.parent)
+    assert not asked(tmp_path) and requeue.state(folder)["state"] == "failed"
+
+
 def test_a_rank_that_says_why_is_believed_and_not_the_one_that_was_killed_for_it(job, tmp_path):
     folder = job(RUNNING)
-    requeue.ended(folder, 0, 2)
+    requeue.ended(folder, 0, 140)
+    requeue.ended(folder, 1, 2)
     requeue.after_slurm(143, folder.parent)
     assert requeue.state(folder)["state"] == "failed" and not asked(tmp_path)
-    requeue.started(folder, 0)  # its next start knows nothing of that
+    requeue.ended(folder, 0, 140)  # the next start knows nothing of that 2
+    requeue.ended(folder, 1, 0)
     requeue.after_slurm(143, folder.parent)
     assert asked(tmp_path) == ["requeue 7"]
+    assert requeue.state(folder)["said"] == "SIGUSR2; requeued"
 
 
 def test_between_two_requeues_something_must_be_saved(job, tmp_path, capsys):

@@ -68,8 +68,8 @@ def test_so_does_one_that_outlives_its_time_limit(layout, send, assert_undisturb
     """Whole minutes, looked at each half minute: the signal comes 85 to 115 seconds after the start."""
     job = send(replace(LAYOUTS[layout], {"time": "2", "warning": 5}), step=4)
     assert job.finish() == "COMPLETED", job.told()
-    assert int(job.known("Restarts")) == job.state()["requeues"] >= 1
-    assert "ldae: SIGUSR2; requeued" in job.said()
+    assert int(job.known("Restarts")) == job.state()["requeues"] >= 1, job.told()
+    assert "ldae: SIGUSR2; requeued" in job.said(), job.told()
     assert_undisturbed(job)
 
 
