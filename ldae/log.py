@@ -17,6 +17,7 @@ from ldae.errors import InputError
 JOBS = "jobs"  # folder of a run folder: the jobs that were sent from it
 GIT = "git.json"  # beside a copy of this package: the checkout that it was made of
 PARTIAL = ".partial"  # ending of a file that is being written
+PARTS = ".parts"  # ending of the folder in which a file's pieces wait until all are there
 _PACKAGES = (
     "ldae",
     "torch",

@@ -131,20 +131,33 @@ def _progress(folder: Path) -> bool:
 
 
 def saved(folder: Path) -> int:
-    """Images that the newest checkpoints of a job's run have seen, or files below its --out."""
+    """A number that changes when a job's command saves something.
+
+    Images that the newest checkpoints of its --run have seen; else those of a probe that trains, and
+    files below --out.
+    """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it ended sooner than its sender wrote
         return 0
     here, words = Path(record["directory"]), record["command"]
     if run := option(words, "--run"):
-        newest = {}  # of the run, and of its tokenizer
-        for path in (here / run).glob("**/checkpoints/*.pt"):
-            images = re.fullmatch(r"images-(\d+)\.pt", path.name)
-            newest[path.parent] = max(newest.get(path.parent, 0), int(images[1]) if images else 0)
-        return sum(newest.values())
-    out = option(words, "--out")
-    return sum(1 for _ in (here / out).rglob("*")) if out else 0
+        return _images_seen(here / run)
+    if out := option(words, "--out"):
+        places = (here / out, here / f"{out}{log.PARTS}")
+        files = (path for place in places for path in place.rglob("*"))
+        return _images_seen(here / out) + sum(path.suffix != log.PARTIAL for path in files)
+    backbone = here.joinpath(*words[1:2])
+    return _images_seen(backbone if backbone.is_dir() else here / "evals")
+
+
+def _images_seen(folder: Path) -> int:
+    """The sum over all folders of checkpoints: of a run, of its tokenizer, of probes."""
+    newest: dict[Path, int] = {}
+    for path in folder.glob("**/checkpoints/*.pt"):
+        images = re.fullmatch(r"images-(\d+)\.pt", path.name)
+        newest[path.parent] = max(newest.get(path.parent, 0), int(images[1]) if images else 0)
+    return sum(newest.values())
 
 
 def option(words: Sequence[str], name: str) -> str:

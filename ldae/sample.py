@@ -147,7 +147,7 @@ def _write_npz(
     if out.exists():
         check_same(out, record)
         return
-    album = Album(out.with_name(out.name + ".parts"), record, ".npy")
+    album = Album(out.with_name(out.name + log.PARTS), record, ".npy")
     _fill(album, create, images, batch_size, device)
     if is_main():
         asked = chosen.targets if chosen.labels is None else chosen.labels

@@ -133,7 +133,7 @@ def test_on_one_machine_the_time_limit_goes_on_and_term_is_meant(job, tmp_path):
     assert requeue.ended_here(0, folder) == 0 and requeue.state(folder)["state"] == "done"
 
 
-def test_progress_is_images_of_a_run_or_files_of_an_output(job, tmp_path):
+def test_progress_is_images_of_a_run_and_of_its_tokenizer(job, tmp_path):
     folder = job("")
     for place, images in (("checkpoints", (8, 16)), ("tokenizer/checkpoints", (5,))):
         (tmp_path / "a run" / place).mkdir(parents=True)
@@ -141,11 +141,33 @@ def test_progress_is_images_of_a_run_or_files_of_an_output(job, tmp_path):
             (tmp_path / "a run" / place / f"images-{number:012d}.pt").touch()
         (tmp_path / "a run" / place / "images-000000000099.pt.partial").touch()
     assert requeue.saved(folder) == 16 + 5
-    record = {"command": ["sample", "x", "--out=pictures"], "directory": str(tmp_path)}
-    requeue.log.write_json(folder / "job.json", record)
-    assert requeue.saved(folder) == 0
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "000000.png").touch()
-    assert requeue.saved(folder) == 1
     (folder / "job.json").unlink()
     assert requeue.saved(folder) == 0
+
+
+@pytest.mark.parametrize(
+    "command, kept",
+    [
+        ("sample x --out=pictures", "pictures/000000.png"),
+        ("sample x --out some.npz", "some.npz.parts/000000.npy"),
+        ("linear x --protocol mae", "x/evals/linear-imagenet/checkpoints/images-000000016384.pt"),
+        ("linear timm --protocol mae", "evals/timm/linear/checkpoints/images-000000016384.pt"),
+        ("linear x --protocol mae --out y", "y/checkpoints/images-000000016384.pt"),
+    ],
+)
+def test_what_a_command_without_a_run_saves_is_progress_too(command, kept, job, tmp_path):
+    folder = job("")
+    (tmp_path / "x").mkdir()
+    record = {"command": command.split(), "directory": str(tmp_path)}
+    requeue.log.write_json(folder / "job.json", record)
+    assert requeue.saved(folder) == 0
+    path = tmp_path / kept
+    path.parent.mkdir(parents=True)
+    path.with_name(f"{path.name}.partial").touch()
+    before = requeue.saved(folder)
+    path.touch()
+    assert requeue.saved(folder) > before
+    if path.suffix == ".pt":  # of which there is but the newest
+        first = requeue.saved(folder)
+        path.rename(path.with_name("images-000000032768.pt"))
+        assert requeue.saved(folder) > first
