@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -155,6 +156,7 @@ class Run:
 
     def start(self) -> None:
         self.lines: list[str] = []
+        self.started = time.time()
         self.process = subprocess.Popen(
             self.command,
             stdout=subprocess.PIPE,
@@ -212,7 +214,7 @@ class Run:
             "when": when,
             "during_a_save": saves,
             "at_image": kept,
-            "lost_images": max(0, max(told, default=0) - kept),
+            "lost_images": max(0, max(told, default=0) - kept) if self.trained else 0,
         }
 
     def _until(self, happened) -> None:
@@ -220,7 +222,12 @@ class Run:
             time.sleep(0.0005)
 
     def _saves(self) -> bool:
-        return any((self.folder / "checkpoints").glob(f"*{PARTIAL}"))
+        """Whether a file is being written, and not the half of one that the kill before has left."""
+        for path in (self.folder / "checkpoints").glob(f"*{PARTIAL}"):
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime > self.started:
+                    return True
+        return False
 
     def metrics(self) -> list[str]:
         path = self.folder / "metrics.jsonl"
