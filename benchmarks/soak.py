@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def main() -> None:
         finally:
             for process in Run.processes:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    send(signal.SIGKILL, process.pid)
     record |= {"ranks": asked.ranks, "seed": seed, "environment": environment("cpu")}
     write_json(asked.out, record)
     print(
@@ -162,7 +163,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # to kill all ranks and the launcher at once
+            start_new_session=True,  # Ctrl-C is of the soak
         )
         self.processes.append(self.process)
         self.reader = threading.Thread(target=lambda: self.lines.extend(self._read()), daemon=True)
@@ -203,7 +204,7 @@ class Run:
         if self.process.poll() is not None:
             self.end(0)
             return None
-        os.killpg(self.process.pid, how)
+        send(how, self.process.pid)
         # Before its own handler is there, a signal ends a process as it ends any; torchrun says 1.
         self.end(0, 1, -how, 128 + how)
         told = [json.loads(line)["images"] for line in self.metrics()]
@@ -237,6 +238,21 @@ class Run:
     def told(self) -> list[tuple]:
         records = map(json.loads, self.metrics())
         return [(record["images"], record["loss"], record["lr"]) for record in records]
+
+
+def send(how: signal.Signals, process: int) -> None:
+    """To a process and all below it: torchrun's ranks are in sessions of their own, and outlive it."""
+    for one in list(family(process)):
+        with suppress(ProcessLookupError):
+            os.kill(one, how)
+
+
+def family(process: int) -> Iterator[int]:
+    yield process
+    for threads in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for child in threads.read_text().split():
+                yield from family(int(child))
 
 
 def whole(path: Path) -> bool:
