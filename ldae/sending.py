@@ -102,7 +102,7 @@ def _join(environment: Any) -> None:
                 f"the environment of this SLURM task is half set: {', '.join(missing)} missing"
             )
     if environment.num_tasks > 1:
-        os.environ["MASTER_PORT"] = str(_port(environment.job_id))
+        os.environ.setdefault("MASTER_PORT", str(_port(environment.job_id)))  # or what setup says
         # CUDA_VISIBLE_DEVICES stays SLURM's: submitit's would be the local rank, which is another
         # job's GPU where SLURM gave this one, say, 4 to 7. ``device_for`` chooses by LOCAL_RANK.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)

@@ -150,12 +150,19 @@ def test_ranks_meet_at_the_same_port_and_at_another_one_when_the_job_starts_agai
     ports = []
     for start, rank in [("0", "0"), ("0", "3"), ("1", "0"), ("1", "3")]:
         environment = task()
+        monkeypatch.delenv("MASTER_PORT", raising=False)
         monkeypatch.setenv("SLURM_RESTART_COUNT", start)
         monkeypatch.setenv("SLURM_PROCID", rank)
         sending._join(environment)
         ports.append(int(os.environ["MASTER_PORT"]))
     assert ports[0] == ports[1] != ports[2] == ports[3]
     assert all(1024 <= port < 32768 for port in ports)  # what Linux never gives to who connects
+
+
+def test_they_meet_at_the_port_that_a_line_of_setup_has_exported(task, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    sending._join(task())
+    assert os.environ["MASTER_PORT"] == "29500"
 
 
 @pytest.mark.parametrize("name", [name for name in TASK if name != "SLURM_JOB_ID"])
