@@ -55,10 +55,11 @@ def assert_undisturbed(send, tmp_path_factory):
 def test_a_killed_job_finishes_as_if_nothing_had_happened(layout, kill, send, assert_undisturbed):
     job = send(LAYOUTS[layout], step=0.3)
     job.wait_for_steps()
+    before = int(job.known("Restarts"))  # a busy machine's SLURM fails to start a step now and then
     KILLS[kill](job)
     assert job.finish() == "COMPLETED", job.told()
-    assert job.known("Restarts") == "1", job.told()
-    assert job.state().get("requeues", 0) == (0 if kill == "requeue" else 1)
+    assert int(job.known("Restarts")) == before + 1, job.told()
+    assert job.state().get("requeues", 0) == before + (0 if kill == "requeue" else 1), job.told()
     assert job.state()["state"] == "done"
     assert_undisturbed(job)
 
