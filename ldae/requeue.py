@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _STATUS = ".status"
 STATE = "state.json"  # how it stands
 _INTERRUPTED = 128 + signal.SIGINT
 LOCAL_REQUEUE = 144  # the status by which submitit's local cluster is asked for another start
+_PAUSES = (1, 2, 4, 8)  # seconds: KillWait, by default 30, is all that a batch script may have left
 _NO_PROGRESS = (
     "ended for the second time with nothing new saved since; it is not started again by itself"
 )
@@ -78,9 +80,17 @@ def after_slurm(status: int, jobs: Path) -> None:
     elif not _progress(folder):
         _conclude(folder, status, False, _NO_PROGRESS)
     elif _conclude(folder, status, True, ""):
+        _requeue(job, folder)
+
+
+def _requeue(job: str, folder: Path) -> None:
+    """Ask until it is taken, for a while: a controller that is asked by many at once times out."""
+    for pause in (0, *_PAUSES):
+        time.sleep(pause)
         asked = _run("scontrol", "requeue", job)
-        if asked.returncode:
-            _note(folder, state="failed", said=f"no requeue: {asked.stderr.strip()}")
+        if asked.returncode == 0:
+            return
+    _note(folder, state="failed", said=f"no requeue: {asked.stderr.strip()}")
 
 
 def _reason(status: int, folder: Path) -> int:

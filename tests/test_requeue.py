@@ -104,15 +104,22 @@ def test_between_two_requeues_something_must_be_saved(job, tmp_path, capsys):
     assert "second time with nothing new saved" in capsys.readouterr().out
 
 
-def test_a_refused_requeue_is_told(job, tmp_path):
+@pytest.mark.parametrize("refusals, said", [(2, "SIGTERM; requeued"), (9, "no requeue: busy")])
+def test_a_refused_requeue_is_asked_for_again_and_told_in_the_end(
+    refusals, said, job, tmp_path, monkeypatch
+):
     folder = job(RUNNING)
-    (tmp_path / "scontrol").write_text(
-        f"#!/bin/sh\n[ $1 = show ] && exec cat '{tmp_path}/answer'\necho no >&2; exit 1\n"
-    )
+    monkeypatch.setattr(requeue, "_PAUSES", (0, 0))
+    (tmp_path / "scontrol").write_text(f"""#!/bin/sh
+[ $1 = show ] && exec cat '{tmp_path}/answer'
+echo >> '{tmp_path}/asked'
+[ $(wc -l < '{tmp_path}/asked') -gt {refusals} ] || {{ echo busy >&2; exit 1; }}
+""")
     requeue.after_slurm(143, folder.parent)
-    assert requeue.state(folder) | {"state": "failed", "said": "no requeue: no"} == requeue.state(
-        folder
-    )
+    assert len(asked(tmp_path)) == 3
+    state = requeue.state(folder)
+    assert state["said"] == said
+    assert state["state"] == ("waiting" if refusals == 2 else "failed")
 
 
 def test_one_task_of_an_array_is_requeued_and_not_all_of_it(job, tmp_path, monkeypatch):
