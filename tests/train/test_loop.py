@@ -3,6 +3,7 @@ import re
 import resource
 import threading
 import time
+from concurrent import futures
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,10 @@ from ldae import distributed
 from ldae.data.loader import Batch
 from ldae.errors import InputError
 from ldae.settings import Optim, System
-from ldae.train import watchdog
+from ldae.train import loop, watchdog
 from ldae.train.checkpoint import Checkpoints
 from ldae.train.loop import Hook, Plan, plan, train
+from ldae.train.saver import Saver
 
 OPTIM = Optim(batch_size=4, blr=1.0, epochs=3, warmup_epochs=0.5)
 SYSTEM = System(log_every=2, workers=0)
@@ -251,19 +253,25 @@ def test_the_training_goes_on_while_it_is_saved(tmp_path, monkeypatch):
 
 def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
     """And not when it comes to its end, days later."""
-    steps, failed = [], threading.Event()
+    steps, savers, stepping = [], [], threading.Event()
+
+    class Kept(Saver):
+        def __init__(self, checkpoints):
+            super().__init__(checkpoints)
+            savers.append(self)
 
     def save(self, state):
-        failed.set()
+        assert stepping.wait(60)
         raise InputError("the disk is full")
 
     class Watched(Line):
         def forward(self, images, positions, labels):
             steps.append(1)
-            if failed.wait(10):
-                time.sleep(0.05)  # until it is known
+            stepping.set()
+            futures.wait([savers[0]._writing])
             return super().forward(images, positions, labels)
 
+    monkeypatch.setattr(loop, "Saver", Kept)
     monkeypatch.setattr(Checkpoints, "save", save)
     system = System(log_every=100, explosion=1e9)  # there is a checkpoint from the start
     with pytest.raises(InputError, match="the disk is full"):
