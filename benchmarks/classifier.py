@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from ldae.data.loader import eval_batches, train_batches
-from ldae.data.sources import open_splits
+from ldae.data.open import open_splits
 from ldae.data.transforms import CropTransform
 from ldae.distributed import device_for
-from ldae.log import environment, write_json
+from ldae.files import write_json
+from ldae.runs.environment import environment
 
 _BATCH, _LR, _DECAY = 128, 4e-3, 0.05
 _MODEL_ARGS = {"channels": (32, 64, 128, 256), "output_stride": 8}

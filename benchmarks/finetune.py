@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ldae.log import environment, write, write_json
+from ldae.files import write, write_json
+from ldae.runs.environment import environment
 
 _COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "results.json")
 _STARTS = {"pretrained": [], "scratch": ["--model.random-init"]}

@@ -20,9 +20,10 @@ import torch
 import ldae
 from ldae import distributed
 from ldae.data.loader import Batch, train_batches
-from ldae.data.sources import open_source
-from ldae.fit import prepare, tokenizer_loss
-from ldae.log import environment, write_json
+from ldae.data.open import open_source
+from ldae.files import write_json
+from ldae.pretraining.tokenizer import prepare, tokenizer_loss
+from ldae.runs.environment import environment
 from ldae.train.optim import adamw
 from ldae.train.run import transform_of
 from ldae.tree import replace

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldae.backbone import load_classifier
-from ldae.generation import Sampling
-from ldae.log import environment, write_json
-from ldae.preprocessing import preprocessing
-from ldae.sample import sample
+from ldae.backbones.open import load_classifier
+from ldae.backbones.preprocessing import preprocessing
+from ldae.commands.sample import sample
+from ldae.files import write_json
+from ldae.runs.environment import environment
+from ldae.sampling.settings import Sampling
 
 _WEIGHTS = (0.0, 1.0, 2.0, 4.0)
 _SCALES = (0.0, 1.0, 4.0, 16.0)

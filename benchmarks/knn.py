@@ -22,7 +22,8 @@ import torch
 
 from ldae.evals.features import Features
 from ldae.evals.neighbours import QUERIES_AT_ONCE, Bank
-from ldae.log import environment, write_json
+from ldae.files import write_json
+from ldae.runs.environment import environment
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,11 @@ import argparse
 from pathlib import Path
 
 import ldae
+from ldae.commands.linear import linear
+from ldae.commands.pretrain import pretrain
 from ldae.evals.grading import Setup
-from ldae.evals.linear import linear
-from ldae.log import environment, write_json
-from ldae.pretrain import pretrain
+from ldae.files import write_json
+from ldae.runs.environment import environment
 from ldae.tree import replace
 
 DIM = 12

@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldae.backbone import load_backbone
-from ldae.data.sources import open_source
+from ldae.backbones.open import load_backbone
+from ldae.commands.linear import CachedProtocol, LDAEProtocol
+from ldae.data.open import open_source
 from ldae.distributed import device_for
 from ldae.evals.features import Encoder, own_rows
 from ldae.evals.heads import Head, train_heads
-from ldae.evals.linear import CachedProtocol, LDAEProtocol
 from ldae.evals.online import train_online
 from ldae.evals.taps import Tap
-from ldae.log import environment, write_json
+from ldae.files import write_json
+from ldae.runs.environment import environment
 
 
 def main() -> None:

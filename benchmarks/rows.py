@@ -18,7 +18,8 @@ from pathlib import Path
 
 import ldae
 from ldae import trajectory
-from ldae.log import environment, write, write_json
+from ldae.files import write, write_json
+from ldae.runs.environment import environment
 
 _COPIED = ("config.yaml", "environment.json", "metrics.jsonl")
 _NAMES = [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)]

@@ -21,9 +21,11 @@ import torch
 
 import ldae
 from ldae.distributed import device_for
-from ldae.generation import Sampling, choose, pictures
-from ldae.log import environment, write_json
+from ldae.files import write_json
 from ldae.method import build
+from ldae.runs.environment import environment
+from ldae.sampling.generation import choose, pictures
+from ldae.sampling.settings import Sampling
 from ldae.tree import replace
 
 CLASSES = 10

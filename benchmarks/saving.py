@@ -20,12 +20,13 @@ from step import batches, prepare, synchronize
 
 import ldae
 from ldae import distributed, tree
-from ldae.data.sources import open_source
-from ldae.log import environment, write_json
+from ldae.data.open import open_source
+from ldae.files import write_json
+from ldae.runs.checkpoints import Checkpoints, read
+from ldae.runs.environment import environment
+from ldae.runs.metrics import Metrics
 from ldae.settings import Config
-from ldae.train.checkpoint import Checkpoints, read
 from ldae.train.loop import Plan, train
-from ldae.train.metrics import Metrics
 from ldae.tree import replace
 
 

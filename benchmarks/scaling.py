@@ -17,7 +17,9 @@ from pathlib import Path
 
 import ldae
 from ldae import distributed, tree
-from ldae.log import environment, progress, write_json
+from ldae.console import progress
+from ldae.files import write_json
+from ldae.runs.environment import environment
 
 
 def main() -> None:

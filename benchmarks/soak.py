@@ -29,9 +29,11 @@ import torch
 
 import ldae
 from ldae import tree
-from ldae.log import PARTIAL, environment, progress, write_json
-from ldae.train.checkpoint import Checkpoints, read
-from ldae.train.lock import LOCK
+from ldae.console import progress
+from ldae.files import PARTIAL, write_json
+from ldae.runs.checkpoints import Checkpoints, read
+from ldae.runs.environment import environment
+from ldae.runs.lock import LOCK
 
 SETTINGS = {
     "data.source": "scattered-digits:500",

@@ -19,13 +19,14 @@ import torch
 import ldae
 from ldae import distributed
 from ldae.data.loader import train_batches
-from ldae.data.sources import open_source
-from ldae.log import environment, write_json
+from ldae.data.open import open_source
+from ldae.files import write_json
 from ldae.method import LDAE, build
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.environment import environment
+from ldae.runs.metrics import Metrics
 from ldae.settings import Config
-from ldae.train.checkpoint import Checkpoints
 from ldae.train.loop import Plan, train
-from ldae.train.metrics import Metrics
 from ldae.train.optim import adamw
 from ldae.train.run import compiles, runs_in_bf16, transform_of
 from ldae.tree import replace

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from sklearn.decomposition import IncrementalPCA
 
-from ldae.data.sources import open_source
+from ldae.data.open import open_source
 from ldae.data.transforms import CropTransform
-from ldae.log import environment, write_json
+from ldae.files import write_json
 from ldae.patches import patchify
+from ldae.runs.environment import environment
 from ldae.tokenizers import PatchPCA
 
 # D -> (pixels of an image, of a patch, kept axes, images)

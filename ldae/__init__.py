@@ -10,7 +10,6 @@ from typing import Any
 
 __all__ = ["Config", "config", "load_backbone", "__version__"]
 __version__ = metadata.version("ldae")
-
 _HOMES = {
     "Config": "ldae.settings",
     "config": "ldae.trajectory",

@@ -14,45 +14,57 @@ from ldae.errors import LOST_RANK, InputError, LostRank
 from ldae.train.interrupt import SIGNALS, Interrupted
 
 _OF_A_ROW = ("pretrain", "fit-tokenizer")  # verbs that take ROW, --scale, all settings and --run
-
+_GRADERS = ("knn", "linear", "logreg", "retrieve", "segment", "validate")
 _WITHOUT_JOBS = ("jobs", "show", "diff")
 
 # Verb -> (the function, what it does). Nothing is imported before its verb is called.
 VERBS = {
     "pretrain": (
-        "ldae.pretrain:pretrain",
+        "ldae.commands.pretrain:pretrain",
         "pre-train a row of the paper; the same command resumes",
     ),
     "fit-tokenizer": (
-        "ldae.fit:fit_tokenizer",
+        "ldae.commands.fit_tokenizer:fit_tokenizer",
         "fit or train a row's tokenizer by itself; the same command resumes",
     ),
-    "knn": ("ldae.evals.knn:knn", "grade a backbone by its nearest neighbours"),
-    "linear": ("ldae.evals.linear:linear", "grade a backbone by a linear probe"),
-    "logreg": ("ldae.evals.logreg:logreg", "grade a backbone by logistic regression"),
-    "retrieve": ("ldae.evals.retrieve:retrieve", "grade a backbone by retrieval: mAP and recall"),
-    "segment": ("ldae.evals.segment:segment", "grade a backbone's token map: mean IoU"),
+    "knn": ("ldae.commands.knn:knn", "grade a backbone by its nearest neighbours"),
+    "linear": ("ldae.commands.linear:linear", "grade a backbone by a linear probe"),
+    "logreg": ("ldae.commands.logreg:logreg", "grade a backbone by logistic regression"),
+    "retrieve": (
+        "ldae.commands.retrieve:retrieve",
+        "grade a backbone by retrieval: mAP and recall",
+    ),
+    "segment": ("ldae.commands.segment:segment", "grade a backbone's token map: mean IoU"),
     "validate": (
-        "ldae.evals.validate:validate",
+        "ldae.commands.validate:validate",
         "grade a classifier: robustness sets, real labels, corruptions",
     ),
     "evaluate": (
-        "ldae.evals.evaluate:evaluate",
+        "ldae.commands.evaluate:evaluate",
         "grade backbones by a suite of protocols and data sets; the same command goes on",
     ),
     "finetune": (
-        "ldae.finetune:finetune",
+        "ldae.commands.finetune:finetune",
         "fine-tune a backbone by a recipe; the same command resumes",
     ),
-    "grid": ("ldae.evals.grid:grid", "probe a run at every t and after every block"),
-    "fid": ("ldae.evals.fid:fid", "measure how far images are from a reference set"),
-    "sample": ("ldae.sample:sample", "sample images from a run: a grid, a folder or a file.npz"),
-    "export": ("ldae.export:export", "write a run's backbone as a folder for timm and the hub"),
-    "submit": ("ldae.pipeline:submit", "send a pre-training and what follows it to a cluster"),
-    "jobs": ("ldae.jobs:jobs", "what runs, waits and failed of the jobs that were sent"),
-    "show": ("ldae.cli:show", "the paper's trajectory, or one row's configuration"),
-    "diff": ("ldae.cli:diff", "what differs between two rows"),
-    "demo": ("ldae.demo:demo", "the whole road in minutes, on built-in data"),
+    "grid": ("ldae.commands.grid:grid", "probe a run at every t and after every block"),
+    "fid": ("ldae.commands.fid:fid", "measure how far images are from a reference set"),
+    "sample": (
+        "ldae.commands.sample:sample",
+        "sample images from a run: a grid, a folder or a file.npz",
+    ),
+    "export": (
+        "ldae.commands.export:export",
+        "write a run's backbone as a folder for timm and the hub",
+    ),
+    "submit": (
+        "ldae.commands.submit:submit",
+        "send a pre-training and what follows it to a cluster",
+    ),
+    "jobs": ("ldae.commands.jobs:jobs", "what runs, waits and failed of the jobs that were sent"),
+    "show": ("ldae.commands.show:show", "the paper's trajectory, or one row's configuration"),
+    "diff": ("ldae.commands.diff:diff", "what differs between two rows"),
+    "demo": ("ldae.commands.demo:demo", "the whole road in minutes, on built-in data"),
 }
 
 
@@ -114,23 +126,25 @@ def _stopped_by_schedulers() -> Iterator[None]:
 
 def _run(verb: str, argv: Sequence[str]) -> None:
     """Call the function of a verb here, or send the command to where its flags of --slurm say."""
-    from ldae import sending, slurm
+    from ldae.cluster.send import log_of, send
+    from ldae.cluster.settings import FLAG, folder_of, split
+    from ldae.cluster.settings import parse as parse_flags
 
-    own, flags = slurm.split(argv)
+    own, flags = split(argv)
     if _asks_help(own) and verb not in _WITHOUT_JOBS:
         try:
             _call(verb, own)
         finally:
-            slurm.parse(["--help"], prog=f"ldae {verb} ...")
+            parse_flags(["--help"], prog=f"ldae {verb} ...")
     elif verb == "submit":
         _call(verb, own, functools.partial(_function(verb), flags=flags))
     elif flags:
         if verb in _WITHOUT_JOBS:
-            raise InputError(f"`ldae {verb}` answers at once, here; it takes no {slurm.FLAG}")
-        settings = slurm.parse(flags, prog=f"ldae {verb} ...")
+            raise InputError(f"`ldae {verb}` answers at once, here; it takes no {FLAG}")
+        settings = parse_flags(flags, prog=f"ldae {verb} ...")
         parse(verb, own)  # what it refuses is told now, and not by a job that has waited for hours
-        (job,) = sending.send([[verb, *own]], settings, slurm.folder_of(settings, own))
-        print(f"job {job.job_id}: ldae {verb}; its log is {sending.log_of(job)}", flush=True)
+        (job,) = send([[verb, *own]], settings, folder_of(settings, own))
+        print(f"job {job.job_id}: ldae {verb}; its log is {log_of(job)}", flush=True)
         if settings.cluster == "debug":
             job.results()
     else:
@@ -193,6 +207,11 @@ def _call(verb: str, argv: Sequence[str], function: Callable | None = None) -> N
 def _function(verb: str) -> Callable:
     module, name = VERBS[verb][0].split(":")
     return getattr(import_module(module), name)
+
+
+def graders() -> dict[str, Callable[..., dict]]:
+    """The commands that grade a backbone or a classifier on a data set, which a suite may name."""
+    return {verb: _function(verb) for verb in _GRADERS}
 
 
 def _call_with_row(verb: str, argv: Sequence[str], function: Callable) -> None:
@@ -296,43 +315,3 @@ def _call_with_settings(
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
     )
-
-
-def show(row: str = "", /, scale: str = "paper") -> None:
-    """The trajectory as a table, or one row's full configuration.
-
-    Args:
-        row: a row's name or number; empty for the table.
-        scale: the scale of the configuration.
-    """
-    from ldae import trajectory, tree
-
-    if row:
-        found = trajectory.row(row)
-        place = f"row {found.number}" if found.number else f"beside the rows, from {found.base}"
-        print(f"# {place}, {found.name}: {found.summary}")
-        print(tree.to_yaml(trajectory.config(row, scale)), end="")
-        return
-    print("  # row               top-1  FID-50K  what changes")
-    for entry in (*trajectory.ROWS, *trajectory.BESIDE):
-        accuracy, fid = (
-            f"{number:.1f}" if number is not None else "-" for number in (entry.accuracy, entry.fid)
-        )
-        summary = entry.summary + (f" ({entry.base} changed)" if entry.base else "")
-        print(f"{entry.number or '':3} {entry.name:17} {accuracy:>5}  {fid:>7}  {summary}")
-    print("\nImageNet, 400 epochs, as published; linear probing of the encoder half.")
-
-
-def diff(first: str, second: str, /, scale: str = "paper") -> None:
-    """The settings that differ between two rows.
-
-    Args:
-        first: a row's name or number.
-        second: another's.
-        scale: the scale of both configurations.
-    """
-    from ldae import trajectory, tree
-
-    old, new = (trajectory.config(name, scale) for name in (first, second))
-    for name, (before, after) in tree.difference(old, new).items():
-        print(f"{name:32} {before} -> {after}")

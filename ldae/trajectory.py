@@ -61,6 +61,7 @@ ROWS = (
     Row(14, "l_dae_single", "a single noise level", {"noise.schedule": "single"}, 61.5),
 )  # fmt: skip
 
+
 # Beside the trajectory: what the paper only mentions, and what it could have begun from.
 BESIDE = (
     Row(None, "dae", "a classical DAE: noise on pixels, no latent",

@@ -123,7 +123,7 @@ def test_a_scheduler_ends_a_command_in_a_sentence(number, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             ended.append(row)
 
-    monkeypatch.setattr(cli, "show", show)
+    monkeypatch.setattr("ldae.commands.show.show", show)
     assert call(capsys, "show") == (128 + number, "", "ldae: stopped\n") and ended
 
 
@@ -131,7 +131,7 @@ def test_a_lost_rank_has_a_status_of_its_own(capsys, monkeypatch):
     def show(row: str = "", /) -> None:
         raise LostRank("rank 0 lost the others")
 
-    monkeypatch.setattr(cli, "show", show)
+    monkeypatch.setattr("ldae.commands.show.show", show)
     assert call(capsys, "show") == (LOST_RANK, "", "ldae: rank 0 lost the others\n")
 
 

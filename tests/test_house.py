@@ -5,87 +5,91 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ldae
 
 PACKAGE = Path(ldae.__file__).parent
 
-# Lower layers never import higher ones, nor their neighbours of the same line in a circle.
+# Lower layers never import higher ones. A name is a file of the package, or a folder of it.
 LAYERS = [
     ["errors"],
-    ["tree", "patches", "distributed", "log", "moments", "timm_folder"],
-    ["settings", "requeue"],
-    ["noise", "prediction", "sampling", "trajectory", "slurm"],
-    ["tokenizers", "models"],
+    ["files", "tree", "patches", "noise", "prediction", "distributed", "console"],
+    ["settings", "data", "models"],
+    ["trajectory", "tokenizers"],
+    ["runs"],
+    ["train"],
     ["objective"],
     ["method"],
-    ["plots", "data", "weights"],
-    ["preprocessing"],
-    ["train"],
-    ["export"],
-    ["backbone", "latents", "album", "unfold"],
-    ["generation"],
-    ["sample"],
-    ["perceptual"],
-    ["evals"],
-    ["finetuning"],
-    ["fit"],
-    ["pretrain", "finetune"],
-    ["demo", "sending", "jobs"],
+    ["backbones", "plots"],
+    ["sampling", "evals", "finetuning", "cluster"],
+    ["pretraining"],
     ["cli"],
-    ["pipeline"],
+    ["commands"],
     ["__init__", "__main__"],
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 
 
-def room(module: str) -> str:
-    return module.removeprefix("ldae.").split(".")[0] if module != "ldae" else "__init__"
+def module(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: Path) -> set[str]:
-    """Rooms that a file imports, at its top or inside of functions."""
+FILES = {module(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def room(name: str) -> str:
+    """The file or the folder of the package that a module lies in."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of the package that a module imports, at its top or inside of functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
-            found |= {room(name.name) for name in node.names if name.name.startswith("ldae")}
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ldae"):
-            if node.module == "ldae":
-                found |= {room(f"ldae.{name.name}") for name in node.names}
-            else:
-                found.add(room(node.module))
-    return {name for name in found if name in LAYER}
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names} & FILES.keys()
+            found |= whole or {node.module}
+    return found & FILES.keys() - {name, "ldae"}
 
 
-def test_imports_go_one_way():
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        assert parts[0] in LAYER, f"{path}: give this room a place in LAYERS"
-        for imported in imports_of(path) - {parts[0], "__init__"}:
-            assert LAYER[imported] <= LAYER[parts[0]], f"{path} imports {imported}"
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_one_way(name):
+    own = room(name)
+    assert own in LAYER, f"give {own} a place in LAYERS"
+    for imported in imports_of(name):
+        assert LAYER[room(imported)] <= LAYER[own], f"{name} imports {imported}"
 
 
 def test_no_circles():
-    graph: dict[str, set[str]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        graph.setdefault(name, set()).update(imports_of(path) - {name, "__init__"})
+    """Not inside of a folder either."""
+    graph = {name: imports_of(name) for name in FILES}
 
     def reach(start: str) -> set[str]:
         seen, waiting = set(), [start]
         while waiting:
-            for next_ in graph.get(waiting.pop(), ()):
-                if next_ not in seen:
-                    seen.add(next_)
-                    waiting.append(next_)
+            for next_ in graph[waiting.pop()] - seen:
+                seen.add(next_)
+                waiting.append(next_)
         return seen
 
     assert [name for name in graph if name in reach(name)] == []
 
 
+def test_commands_import_no_other_commands():
+    """But demo and submit, which are made of them."""
+    for name in FILES:
+        if room(name) == "commands" and name not in ("ldae.commands.demo", "ldae.commands.submit"):
+            assert not {room(other) for other in imports_of(name)} & {"commands"}, name
+
+
 def test_models_and_tokenizers_know_no_settings():
-    for folder in ("models", "tokenizers"):
-        for path in (PACKAGE / folder).rglob("*.py"):
-            assert "settings" not in imports_of(path), path
+    for name in FILES:
+        if room(name) in ("models", "tokenizers"):
+            assert "ldae.settings" not in imports_of(name), name
 
 
 def test_no_room_for_leftovers():

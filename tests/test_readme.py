@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ldae import cli, slurm
+from ldae import cli
+from ldae.cluster import settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,8 +39,8 @@ def test_the_command_line_takes_it(command, monkeypatch):
         monkeypatch.setattr(f"{module}.{name}", nothing)
     monkeypatch.setattr("ldae.finetuning.recipes.size_of", lambda backbone: "B")  # opens it
     words = shlex.split(command)
-    words, flags = slurm.split(words)
-    slurm.parse(flags)
+    words, flags = settings.split(words)
+    settings.parse(flags)
     verb, *rest = words[words.index("ldae") + 1 :]
     assert cli.main([verb, *rest]) == 0
     assert called == [verb.replace("-", "_")]

@@ -16,7 +16,6 @@ _COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".
 _MAX_MEMBER = 1 << 30  # bytes: no image needs more, and a forged archive can claim anything
 _OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)")
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")
-
 Location = tuple[int, ...]  # where an entry lies in its container, always of the same length
 
 

@@ -21,6 +21,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 SMALL = 64
 """Images with a shorter side have CIFAR-10-C's constants."""
 
+
 Table = dict[str, dict[str, tuple[float, ...]]]
 
 # The side that the constants are for -> corruption -> constant -> its value at each severity.
@@ -55,6 +56,8 @@ _IMAGENET: tuple[int, Table] = (224, {
     "pixelate": {"kept": (0.6, 0.5, 0.4, 0.3, 0.25)},
     "jpeg_compression": {"quality": (25, 18, 15, 10, 7)},
 })  # fmt: skip
+
+
 _CIFAR: tuple[int, Table] = (32, {
     "gaussian_noise": {"std": (0.04, 0.06, 0.08, 0.09, 0.1)},
     "shot_noise": {"photons": (500, 250, 100, 75, 50)},

@@ -10,7 +10,6 @@ from scipy import fft, ndimage, signal
 # All take float64 pixels (H, W, C) in [0, 1] and a generator, and return such pixels, clipped by the
 # caller; lengths are in pixels. Written from the paper and from what the published images hold.
 Pixels = np.ndarray
-
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 _SUBSAMPLES = 9  # on a side of a pixel, for the area that a disk covers
 _FROST_TINT = (0.88, 0.95, 1.0)

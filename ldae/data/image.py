@@ -21,9 +21,9 @@ _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-
 ImageFile = BinaryIO | str | bytes | os.PathLike
 
 

@@ -7,25 +7,14 @@ from functools import partial
 import numpy as np
 
 from ldae.data.containers import Container, Location, visible_entries
+from ldae.data.folders import FileSource, Opener, find_splits
 from ldae.data.image import BadImage, decode_label_map, image_extensions, size_of
-from ldae.data.sources import FileSource, Opener, Source, find_splits, open_splits
+from ldae.data.open import open_splits
+from ldae.data.source import MapSource
 from ldae.errors import InputError
 
-IGNORED = 255
-"""The label of pixels that nothing is learned from, and that are not graded."""
 _FOLDERS = ("images", "labels")
 _log = logging.getLogger(__name__)
-
-
-class MapSource(Source):
-    """A source with a label map for each image."""
-
-    def label_map(self, i: int) -> np.ndarray:
-        """The class of every pixel of image ``i``, uint8 (H, W), ``IGNORED`` where it is not known.
-
-        Raises: BadImage when it can not be read, or is not of the image's size.
-        """
-        raise NotImplementedError
 
 
 def open_map_splits(data: str, eval_data: str | None) -> tuple[MapSource, MapSource]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ldae.data.image import BadImage
-from ldae.data.sources import Source
+from ldae.data.source import Source
 from ldae.errors import InputError
 
 Transform = Callable[[Image.Image | np.ndarray, np.random.Generator], torch.Tensor]

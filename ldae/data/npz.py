@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ldae.data.image import BadImage, from_array
-from ldae.data.sources import Source
+from ldae.data.source import Source
 from ldae.errors import InputError
 
 # What NumPy raises for files that are something else, or damaged.

@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ldae.data.label_maps import MapSource
-from ldae.data.sources import Source
+from ldae.data.source import MapSource, Source
 
 _SPLITS = ("train", "eval")
 _CANVAS = 32

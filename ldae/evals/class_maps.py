@@ -13,8 +13,8 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from ldae.backbone import label_names
-from ldae.data.sources import Source
+from ldae.backbones.open import label_names
+from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.evals.features import known_labels
 
@@ -25,6 +25,7 @@ CLASS_MAPS = {
     "imagenet-sketch": "imagenet_synsets.txt",
     "imagenet-v2": "imagenet_synsets.txt",
 }
+
 _SYNSETS = "imagenet_synsets.txt"
 _REAL_LABELS = "imagenet_real_labels.json"
 _VAL_NAME = re.compile(r"(?:^|/)ILSVRC2012_val_(\d{8})\.\w+$")

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldae.backbones.preprocessing import preprocessing
+from ldae.backbones.timm_folder import write_timm_folder
 from ldae.data.loader import eval_batches
-from ldae.data.sources import Source
+from ldae.data.source import Source
 from ldae.distributed import barrier, is_main
 from ldae.errors import InputError
 from ldae.evals.heads import Heads
-from ldae.log import check_writable
-from ldae.preprocessing import preprocessing
-from ldae.timm_folder import write_timm_folder
+from ldae.files import check_writable
 
 _IMAGES_VERIFIED = 64
 

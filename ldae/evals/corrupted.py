@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.corruptions import corrupt
-from ldae.data.sources import Source
-from ldae.preprocessing import EvalTransform
+from ldae.data.source import Source
 
 Cells = dict[str, dict[int, dict[str, float]]]
 """Corruption -> severity -> top1 and top5 in percent."""

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ldae.errors import InputError
-from ldae.log import write
-from ldae.moments import Moments
+from ldae.files import write
+from ldae.tokenizers.moments import Moments
 
 
 class Statistics(NamedTuple):

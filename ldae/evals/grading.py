@@ -13,13 +13,15 @@ import torch
 import tyro
 from torch import nn
 
-from ldae.backbone import backbone_folder, load_backbone
-from ldae.data.sources import Source, open_splits
+from ldae.backbones.open import backbone_folder, load_backbone
+from ldae.backbones.preprocessing import EvalTransform, preprocessing
+from ldae.data.open import open_splits
+from ldae.data.source import Source
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
 from ldae.evals.features import Features, Precision, extract, known_labels
-from ldae.log import check_writable, environment, write_json
-from ldae.preprocessing import EvalTransform, preprocessing
+from ldae.files import check_writable, write_json
+from ldae.runs.environment import environment
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
 # Settings that do not decide the numbers, or that a name tells in words.

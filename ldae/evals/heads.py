@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldae.console import progress
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.evals.accuracy import ranks
-from ldae.evals.features import Features
-from ldae.evals.storage import rows_on
+from ldae.evals.features import Features, rows_on
 from ldae.evals.taps import Tap
-from ldae.log import progress
 
 _ROWS_AT_ONCE = 1024
+
 # As many logits as a CPU's cache holds: beyond it, heads of a thousand classes take longer.
 _LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}
 _BATCHNORM_MOMENTUM = 0.1  # PyTorch's

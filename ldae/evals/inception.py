@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldae.backbones.weights import read_checkpoint
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError, first_line
-from ldae.weights import read_checkpoint
 
 # The first digits of the sha256 of the published weights, which their file's name ends with.
 PUBLISHED = "6726825d"

@@ -1,17 +1,24 @@
 """The nearest images by cosine, searched exactly, in blocks, over the shares of all ranks."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from ldae.console import progress
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.errors import InputError
-from ldae.evals.features import Features, gathered
+from ldae.evals.accuracy import ranks
+from ldae.evals.features import (
+    Features,
+    gathered,
+    new_rows,
+    rows_on,
+)
 from ldae.evals.heads import images_of
-from ldae.evals.storage import new_rows, rows_on
-from ldae.log import progress
+from ldae.evals.subsets import DrawsProtocol
 
 QUERIES_AT_ONCE = 1024
 _ROWS_AT_ONCE = 65_536  # that are searched: a block of similarities takes 256 MiB
@@ -158,3 +165,71 @@ def check_enough(k: int, images: int, others: bool = False) -> None:
     if k > images - others:
         left = f"{images:,} images, of which one asks" if others else f"{images:,} images"
         raise InputError(f"k = {k} is more neighbours than images: there are {left}")
+
+
+@dataclass(frozen=True)
+class KNNProtocol(DrawsProtocol):
+    """Every constant of the number. Source: DINO, eval_knn.py; draws: DINOv2, eval/knn.py."""
+
+    name: str = "dino"
+    version: int = 1
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = 0.07
+    leave_one_out: bool = False
+    """Each train image is classified by the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.k or min(self.k) < 1:
+            raise InputError(f"k must be numbers of neighbours of at least 1, not {self.k}")
+        if not self.temperature > 0:
+            raise InputError(f"temperature must be above 0, not {self.temperature}")
+
+
+def knn_accuracy(
+    train: Features,
+    evaluation: Features,
+    protocol: KNNProtocol = KNNProtocol(),
+    device: torch.device = torch.device("cpu"),
+    chosen: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent for every k, as ``top1_k20``, from one search.
+
+    Both are this rank's share; ``chosen`` (N,) tells which of all train images are searched.
+    Top-5 looks at as many classes as there are, and as there are neighbours, where that is fewer.
+
+    Raises: InputError when there are more neighbours than images.
+    """
+    images, queries = (images_of(share, device) for share in (train, evaluation))
+    labels = gathered(train.labels, images, device)
+    classes = int(labels.max()) + 1
+    hits = torch.zeros(len(protocol.k), 2, dtype=torch.int64)
+    bank = Bank(train, device, chosen)
+    for found in bank.nearest(evaluation, max(protocol.k), others=protocol.leave_one_out):
+        wanted, labels_of_found = evaluation.labels[found.queries], labels[found.numbers]
+        for row, k in enumerate(protocol.k):
+            near = found.similarities[:, :k], labels_of_found[:, :k]
+            placed = ranks(vote(*near, classes, protocol.temperature), wanted)
+            hits[row] += torch.stack([(placed < n).sum() for n in (1, min(5, k))])
+    shares = 100 * all_reduce_sum(hits.to(device)).cpu().double() / queries
+    return {
+        f"top{n}_k{k}": share
+        for k, row in zip(protocol.k, shares.tolist())
+        for n, share in zip((1, 5), row)
+    }
+
+
+def vote(
+    similarities: torch.Tensor,
+    labels_of_neighbours: torch.Tensor,
+    num_classes: int,
+    temperature: float,
+) -> torch.Tensor:
+    """The summed weight of every class among the neighbours: (B, k), (B, k) -> (B, num_classes).
+
+    A neighbour weighs exp(similarity / temperature), divided here by the weight of the first one,
+    the most similar, so that no temperature overflows and each row keeps its order.
+    """
+    relative = similarities.double() - similarities[:, :1].double()
+    scores = torch.zeros(len(similarities), num_classes, dtype=torch.float64)
+    return scores.scatter_add_(1, labels_of_neighbours, (relative / temperature).exp())

@@ -13,20 +13,21 @@ import torch
 from timm.optim import Lars
 from torch.optim import Optimizer
 
+from ldae.console import progress
 from ldae.data.loader import Batch, train_batches
-from ldae.data.sources import Source
+from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.distributed import all_reduce_sum, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, known_labels
 from ldae.evals.heads import Heads
 from ldae.evals.taps import Tap
-from ldae.log import progress, state_hash
-from ldae.train.checkpoint import Checkpoints
+from ldae.files import state_hash
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.folder import names_hash
+from ldae.runs.lock import locked
 from ldae.train.interrupt import Interrupted, StopRequest
-from ldae.train.lock import locked
 from ldae.train.optim import lr_at, set_lr
-from ldae.train.run import names_hash
 from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE, check
 
 _SAVE_SECONDS = 600.0  # between two checkpoints of a training

@@ -10,25 +10,12 @@ from typing import Any
 
 from ldae.errors import InputError
 from ldae.evals.grading import Setup, file_name
-from ldae.evals.knn import knn
-from ldae.evals.linear import linear
-from ldae.evals.logreg import logreg
-from ldae.evals.retrieve import retrieve
-from ldae.evals.segment import segment
-from ldae.evals.validate import validate
 from ldae.tree import check, check_known, checked, read_toml
 
-# What a protocol may be: functions of (backbone or classifier, /, data[, eval_data], *, ..., setup) that
-# return what results.json holds. Their own settings are read off their signatures. One without
-# eval_data grades the images of eval where there are some.
-VERBS: dict[str, Callable[..., dict]] = {
-    "knn": knn,
-    "linear": linear,
-    "logreg": logreg,
-    "retrieve": retrieve,
-    "segment": segment,
-    "validate": validate,
-}
+Graders = dict[str, Callable[..., dict]]
+"""What a protocol may be, by its verb: functions of (backbone or classifier, /, data[, eval_data], *,
+..., setup) that return what results.json holds. Their own settings are read off their signatures. One
+without eval_data grades the images of eval where there are some."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +29,7 @@ class Cell:
     train: str
     eval: str | None
     verb: str
+    function: Callable[..., dict]
     settings: dict[str, Any]
     """Of the verb, those that the suite gives."""
     setup: Setup
@@ -58,22 +46,21 @@ class Cell:
     @property
     def takes_classifier(self) -> bool:
         """Whether its verb grades the whole network and not what is before its head."""
-        return "classifier" in _parameters(VERBS[self.verb])
+        return "classifier" in _parameters(self.function)
 
     def run(self) -> dict:
         """What results.json holds. Raises: InputError, as the verb does."""
-        function = VERBS[self.verb]
         data = {"data": self.train, "eval_data": self.eval}
-        if "eval_data" not in _parameters(function):
+        if "eval_data" not in _parameters(self.function):
             data = {"data": self.eval or self.train}
-        return function(self.spec, **data, **self.settings, setup=self.setup)
+        return self.function(self.spec, **data, **self.settings, setup=self.setup)
 
     @property
     def results(self) -> Path:
         return self.setup.out / "results.json"
 
 
-def read_suite(path: Path, specs: tuple[str, ...], setup: Setup) -> list[Cell]:
+def read_suite(path: Path, specs: tuple[str, ...], setup: Setup, graders: Graders) -> list[Cell]:
     """The cells of a suite, by backbone, data set and protocol: ``specs`` first, then its own backbones.
 
     ``setup`` is what the suite does not say otherwise; each cell's ``out`` is a folder below its.
@@ -81,19 +68,19 @@ def read_suite(path: Path, specs: tuple[str, ...], setup: Setup) -> list[Cell]:
     Raises: InputError, naming the file and the key, for what is not known or of another type.
     """
     try:
-        return _cells(read_toml(path), specs, setup)
+        return _cells(read_toml(path), specs, setup, graders)
     except InputError as error:
         raise InputError(f"suite {path}: {error}") from None
 
 
-def _cells(suite: dict, specs: tuple[str, ...], setup: Setup) -> list[Cell]:
+def _cells(suite: dict, specs: tuple[str, ...], setup: Setup, graders: Graders) -> list[Cell]:
     check_known("the suite", suite, ("backbones", "data", "protocols"))
     backbones = [(None, spec, setup) for spec in specs] + _backbones(suite, setup)
     if not backbones:
         raise InputError("name a backbone on the command line, or in [[backbones]]")
     data = {name: _data(name, table) for name, table in _tables(suite, "data").items()}
     protocols = {
-        name: _protocol(name, table, tuple(data))
+        name: _protocol(name, table, tuple(data), graders)
         for name, table in _tables(suite, "protocols").items()
     }
     cells: dict[Path, Cell] = {}
@@ -111,7 +98,18 @@ def _cells(suite: dict, specs: tuple[str, ...], setup: Setup) -> list[Cell]:
                     )
                 its = replace(own, **changes, out=out)
                 check(its, f"[protocols.{protocol}] ")
-                given = (name, data_name, protocol, spec, train, evaluation, verb, settings, its)
+                given = (
+                    name,
+                    data_name,
+                    protocol,
+                    spec,
+                    train,
+                    evaluation,
+                    verb,
+                    graders[verb],
+                    settings,
+                    its,
+                )
                 cells[out] = Cell(*given)
     return list(cells.values())
 
@@ -142,13 +140,15 @@ def _data(name: str, table: object) -> tuple[str, str | None]:
     return given["train"], given.get("eval")
 
 
-def _protocol(name: str, table: object, data: tuple[str, ...]) -> tuple[str, tuple, dict, dict]:
+def _protocol(
+    name: str, table: object, data: tuple[str, ...], graders: Graders
+) -> tuple[str, tuple, dict, dict]:
     """Verb, names of data sets, settings of the verb, changes of the setup."""
     where = f"[protocols.{name}]"
     verb = table.get("verb", name) if isinstance(table, dict) else name
-    if not isinstance(verb, str) or verb not in VERBS:
-        raise InputError(f"{where} has the verb {verb!r}, and there are {', '.join(VERBS)}")
-    own, setup = _setting_types(VERBS[verb])
+    if not isinstance(verb, str) or verb not in graders:
+        raise InputError(f"{where} has the verb {verb!r}, and there are {', '.join(graders)}")
+    own, setup = _setting_types(graders[verb])
     setup.pop("random_init", None)  # which says what a backbone is, not how it is graded
     given = _take(where, table, {"verb": str, "data": tuple[str, ...], **own, **setup})
     on = given.get("data", data)

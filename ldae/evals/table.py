@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldae.distributed import is_main
 from ldae.evals.suite import Cell
-from ldae.log import write, write_json
+from ldae.files import write, write_json
 
 
 def write_table(

@@ -6,11 +6,11 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 
+from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.augment import drawn_from
 from ldae.data.loader import Batch
 from ldae.errors import InputError
 from ldae.finetuning.settings import Augment
-from ldae.preprocessing import EvalTransform
 
 _MIXING = 1  # third word of the seed; with two, the loader draws an image's augmentation
 

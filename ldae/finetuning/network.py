@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from ldae.backbone import adapt_cfg
+from ldae.backbones.open import adapt_cfg
 from ldae.errors import InputError, first_line
 from ldae.finetuning.settings import Finetuning
 

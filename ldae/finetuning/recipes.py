@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldae.backbone import load_backbone
+from ldae.backbones.open import load_backbone
 from ldae.errors import InputError
 from ldae.finetuning.settings import Finetuning
 from ldae.tree import difference, replace

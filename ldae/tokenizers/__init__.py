@@ -7,12 +7,12 @@ import safetensors
 import safetensors.torch
 
 from ldae.errors import InputError, first_line
-from ldae.log import write
+from ldae.files import write
 from ldae.tokenizers.contract import PatchTokenizer, Tokenizer
 from ldae.tokenizers.conv import ConvTokenizer
+from ldae.tokenizers.learned import TrainedTokenizer
 from ldae.tokenizers.linear import PatchAE, PatchVAE
 from ldae.tokenizers.orthonormal import OrthonormalTokenizer, PatchPCA, PixelTokenizer
-from ldae.tokenizers.trained import TrainedTokenizer
 
 __all__ = [
     "ConvTokenizer", "OrthonormalTokenizer", "PatchAE", "PatchPCA", "PatchTokenizer", "PatchVAE",

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ldae.errors import InputError
-from ldae.moments import Moments
 from ldae.patches import patchify, unpatchify
+from ldae.tokenizers.moments import Moments
 
 
 class Tokenizer(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ldae.errors import InputError, first_line
 from ldae.patches import patchify, unpatchify
-from ldae.tokenizers.trained import LOG_VARIANCES, Posterior, TrainedTokenizer
+from ldae.tokenizers.learned import LOG_VARIANCES, Posterior, TrainedTokenizer
 
 COMMITMENT = 0.25  # beta of van den Oord et al. 2017, on the encoder's term
 _RESIDUAL_BLOCKS = 2  # of each level of the encoder; the decoder has one more (LDM)

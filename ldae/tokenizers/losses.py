@@ -9,7 +9,7 @@ from torch import nn
 from ldae import noise
 from ldae.tokenizers.adversarial import PatchDiscriminator, adaptive_weight, hinge
 from ldae.tokenizers.contract import PatchTokenizer
-from ldae.tokenizers.trained import TrainedTokenizer
+from ldae.tokenizers.learned import TrainedTokenizer
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of two batches of images in [0, 1]: (B, C, H, W) twice -> (B,)."""

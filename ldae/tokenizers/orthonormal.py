@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 
 from ldae.errors import InputError
-from ldae.moments import Moments
 from ldae.patches import patchify
 from ldae.tokenizers.contract import PatchTokenizer, check_any, latent_scales
+from ldae.tokenizers.moments import Moments
 
 
 class OrthonormalTokenizer(PatchTokenizer):

@@ -14,10 +14,10 @@ from torch import nn
 from ldae import distributed
 from ldae.data.loader import Batch, dead_worker
 from ldae.errors import InputError
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.metrics import Metrics, progress_line
 from ldae.settings import Optim, System
-from ldae.train.checkpoint import Checkpoints
 from ldae.train.interrupt import Interrupted, StopRequest
-from ldae.train.metrics import Metrics, progress_line
 from ldae.train.optim import lr_at, peak_lr, set_lr
 from ldae.train.saver import Saver
 from ldae.train.state import State

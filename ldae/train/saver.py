@@ -6,7 +6,7 @@ from types import TracebackType
 import torch
 
 from ldae.errors import InputError
-from ldae.train.checkpoint import Checkpoints
+from ldae.runs.checkpoints import Checkpoints
 
 
 class Saver:

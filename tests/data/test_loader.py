@@ -8,7 +8,8 @@ import torch
 
 from ldae.data.image import BadImage
 from ldae.data.loader import Batch, eval_batches, train_batches
-from ldae.data.sources import Source, open_source
+from ldae.data.open import open_source
+from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 

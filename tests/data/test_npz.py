@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from ldae.data.sources import open_source
+from ldae.data.open import open_source
 from ldae.errors import InputError
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ldae.data.image import BadImage
-from ldae.data.sources import open_source, open_splits
+from ldae.data.open import open_source, open_splits
 from ldae.errors import InputError
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from ldae.data.sources import open_splits
+from ldae.data.open import open_splits
 from ldae.data.synthetic import Digits, ScatteredDigits
 
 

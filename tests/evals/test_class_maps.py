@@ -6,7 +6,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from ldae.data.sources import Source
+from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.evals.class_maps import real_targets, targets_of
 

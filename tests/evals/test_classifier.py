@@ -5,13 +5,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from ldae.backbone import load_backbone
+from ldae.backbones.open import load_backbone
+from ldae.commands.linear import CachedProtocol
 from ldae.errors import InputError
 from ldae.evals.accuracy import ranks, top
 from ldae.evals.classifier import fold_batchnorm, save_classifier
 from ldae.evals.features import extract
 from ldae.evals.heads import Head, grade_heads, train_heads
-from ldae.evals.linear import CachedProtocol
 from ldae.evals.taps import Tap
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldae.evals.confusion import confusion, rates
+from ldae.evals.dense import confusion, rates
 
 
 def slow_rates(labels, predicted, classes: int) -> tuple[float, float, list]:

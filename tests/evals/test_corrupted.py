@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.corruptions import corrupt
 from ldae.data.loader import eval_batches
 from ldae.evals.corrupted import CorruptedTransform, album, means, table
-from ldae.preprocessing import EvalTransform
 
 PLAIN = {
     "input_size": (3, 16, 16), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from ldae.backbones.preprocessing import EvalTransform
+from ldae.commands.segment import SegmentProtocol
 from ldae.evals import dense
 from ldae.evals.dense import Nearest, TokenMaps, _batches, predict, train_map_head
-from ldae.evals.segment import SegmentProtocol
-from ldae.preprocessing import EvalTransform
 
 CPU = torch.device("cpu")
 SHORT = SegmentProtocol(steps=7, total_batch=4, learning_rate=0.05, warmup=0.3)

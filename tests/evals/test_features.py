@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from ldae.backbone import load_backbone
-from ldae.data.sources import Source, open_source
+from ldae.backbones.open import load_backbone
+from ldae.backbones.preprocessing import preprocessing
+from ldae.commands.linear import CachedProtocol, MAEProtocol
+from ldae.commands.logreg import LogregProtocol, logistic_regression
+from ldae.commands.retrieve import RetrievalProtocol, retrieval
+from ldae.commands.segment import SegmentProtocol, segmentation
+from ldae.data.open import open_source
+from ldae.data.source import Source
 from ldae.data.synthetic import ScatteredDigits
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, all_rows, extract, extracted_once, own_rows
 from ldae.evals.heads import grade_heads, train_heads
-from ldae.evals.knn import KNNProtocol, knn_accuracy
-from ldae.evals.linear import CachedProtocol, MAEProtocol
-from ldae.evals.logreg import LogregProtocol, logistic_regression
+from ldae.evals.neighbours import KNNProtocol, knn_accuracy
 from ldae.evals.online import train_online
-from ldae.evals.retrieve import RetrievalProtocol, retrieval
-from ldae.evals.segment import SegmentProtocol, segmentation
-from ldae.evals.taps import Tap, TapReader
-from ldae.evals.token_map import TokenMapReader
-from ldae.preprocessing import preprocessing
+from ldae.evals.taps import Tap, TapReader, TokenMapReader
 
 CPU = torch.device("cpu")
 TAPS = (Tap(), Tap(2, "cls+avg"), Tap(2, "cls"))
@@ -97,7 +97,7 @@ def test_taps_are_columns_and_the_output_is_what_it_is_alone(vit, pictures):
 
 def test_features_in_a_file_are_those_in_memory(vit, pictures, monkeypatch):
     wanted = extract(vit, pictures(11), device=CPU, taps=TAPS)
-    monkeypatch.setattr("ldae.evals.storage.IN_MEMORY", 0)
+    monkeypatch.setattr("ldae.evals.features.IN_MEMORY", 0)
     found = extract(vit, pictures(11), device=CPU, taps=TAPS)
     assert torch.equal(found.features, wanted.features)
 
@@ -141,7 +141,7 @@ SCRIPT = """
 import sys, torch
 sys.path.append(sys.argv[3])
 from test_features import grades
-from ldae.data.sources import open_source
+from ldae.data.open import open_source
 from ldae.distributed import process_group
 with process_group(torch.device("cpu")):
     found = grades(open_source(sys.argv[1], "train"))

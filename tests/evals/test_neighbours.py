@@ -65,7 +65,7 @@ def test_of_equally_similar_images_the_first_ones_are_found(search, k):
 def test_bank_may_lie_in_a_file(search, monkeypatch):
     train, queries = directions(100, 0), directions(23, 1)
     wanted = nearest(train, queries, 7)
-    monkeypatch.setattr("ldae.evals.storage.IN_MEMORY", 0)
+    monkeypatch.setattr("ldae.evals.features.IN_MEMORY", 0)
     found = nearest(train, queries, 7)
     assert torch.equal(found.numbers, wanted.numbers)
     assert torch.equal(found.similarities, wanted.similarities)

@@ -10,16 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldae.backbone import load_backbone
+from ldae.backbones.open import load_backbone
+from ldae.backbones.preprocessing import preprocessing
+from ldae.commands.linear import LDAEProtocol, MAEProtocol
 from ldae.data.loader import epoch_order
 from ldae.data.transforms import CropTransform
 from ldae.distributed import process_group
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.heads import Heads
-from ldae.evals.linear import LDAEProtocol, MAEProtocol
 from ldae.evals.online import forget, optimizer_of, sizes, train_online
-from ldae.preprocessing import preprocessing
 from ldae.train.interrupt import Interrupted
 
 CPU = torch.device("cpu")

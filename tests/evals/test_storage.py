@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ldae.errors import InputError
-from ldae.evals import storage
-from ldae.evals.storage import new_rows, rows_on
+from ldae.evals import features
+from ldae.evals.features import new_rows, rows_on
 
 
 def test_many_rows_lie_in_a_file_that_has_no_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "IN_MEMORY", 4000)
+    monkeypatch.setattr(features, "IN_MEMORY", 4000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mapped = f"{tmp_path}/"
     rows = new_rows(100, 10)
@@ -30,7 +30,7 @@ def test_many_rows_lie_in_a_file_that_has_no_name(tmp_path, monkeypatch):
 
 
 def test_few_rows_lie_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "IN_MEMORY", 4001)
+    monkeypatch.setattr(features, "IN_MEMORY", 4001)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     assert rows_on(new_rows(100, 10), torch.device("meta")).is_meta
 
@@ -39,7 +39,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "IN_MEMORY", 0)
+    monkeypatch.setattr(features, "IN_MEMORY", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match="no room for features of .*No space left.*set TMPDIR"):

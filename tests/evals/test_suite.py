@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from ldae.cli import graders
 from ldae.errors import InputError
 from ldae.evals.grading import Setup
-from ldae.evals.suite import VERBS, read_suite
+from ldae.evals.suite import read_suite
 
 SUITE = """
 [[backbones]]
@@ -37,7 +38,7 @@ def read(tmp_path):
     def make(text: str, specs=("pixels:8",), **setup):
         path = tmp_path / "my.toml"
         path.write_text(text)
-        return read_suite(path, specs, Setup(out=tmp_path / "out", **setup))
+        return read_suite(path, specs, Setup(out=tmp_path / "out", **setup), graders())
 
     return make
 
@@ -116,12 +117,14 @@ def test_backbones_need_names_of_their_own(read, tmp_path):
     with pytest.raises(InputError, match="two backbones are called pixels-8"):
         read(named)
     with pytest.raises(InputError, match="absent.toml: it can not be read"):
-        read_suite(tmp_path / "absent.toml", ("pixels:8",), Setup(out=tmp_path))
+        read_suite(tmp_path / "absent.toml", ("pixels:8",), Setup(out=tmp_path), graders())
 
 
 def test_sample_suites_are_read(tmp_path):
     """And every verb's settings have a type that a suite can give."""
     found = list((Path(__file__).parents[2] / "benchmarks" / "suites").glob("*.toml"))
     for path in found:
-        assert {cell.verb for cell in read_suite(path, (), Setup(out=tmp_path))} <= set(VERBS)
+        assert {cell.verb for cell in read_suite(path, (), Setup(out=tmp_path), graders())} <= set(
+            graders()
+        )
     assert found

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldae.backbone import load_backbone
+from ldae.backbones.open import load_backbone
 from ldae.errors import InputError
 from ldae.evals.taps import Tap, TapReader
 

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.loader import Batch
 from ldae.errors import InputError
 from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.settings import Augment
-from ldae.preprocessing import EvalTransform
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.3, 0.2)

@@ -3,7 +3,7 @@ import timm
 import torch
 
 from ldae import tree
-from ldae.backbone import load_backbone
+from ldae.backbones.open import load_backbone
 from ldae.errors import InputError
 from ldae.finetuning import recipes
 from ldae.finetuning.network import Classification, build_network

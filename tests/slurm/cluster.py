@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ldae import requeue, sending
-from ldae.log import JOBS
-from ldae.train.checkpoint import Checkpoints
+from ldae.cluster import requeue, send
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.layout import JOBS
 
 
 def wait_for(condition, what: str, limit: float = 600):
@@ -29,7 +29,7 @@ class Sent:
     """A job, as a test looks at it."""
 
     def __init__(self, job, run: Path) -> None:
-        self.id, self.run, self.log = job.job_id, run, sending.log_of(job)
+        self.id, self.run, self.log = job.job_id, run, send.log_of(job)
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from slurm.cluster import Sent
 
-from ldae import sending
-from ldae.slurm import Slurm
+from ldae.cluster.send import send as send_job
+from ldae.cluster.settings import Slurm
 from ldae.tree import replace, to_yaml
 
 SLOW = Path(__file__).parent / "slow"
@@ -38,7 +38,7 @@ def send(tiny, tmp_path):
         slow = (f"export PYTHONPATH='{SLOW}' LDAE_TEST_STEP={step} LDAE_TEST_DIES_AT={dies_at}",)
         command = ("pretrain", str(tmp_path / "tiny.yaml"), "--run", str(tmp_path / run))
         settings = replace(settings, {"setup": slow, "time": settings.time})
-        (job,) = sending.send([command], settings, tmp_path / run)
+        (job,) = send_job([command], settings, tmp_path / run)
         return Sent(job, tmp_path / run)
 
     return make

@@ -4,8 +4,8 @@ import shlex
 
 from slurm.cluster import wait_for
 
-from ldae.jobs import statuses
-from ldae.pipeline import submit
+from ldae.commands.jobs import statuses
+from ldae.commands.submit import submit
 from ldae.tree import to_yaml
 
 KNN = "--data scattered-digits:50 --k 5 --workers 0 --device cpu"

@@ -11,10 +11,9 @@ import pytest
 import torch
 from slurm.cluster import Sent, shell
 
-from ldae import sending
-from ldae.jobs import statuses
-from ldae.slurm import Slurm
-from ldae.train.checkpoint import Checkpoints
+from ldae.cluster.settings import Slurm
+from ldae.commands.jobs import statuses
+from ldae.runs.checkpoints import Checkpoints
 from ldae.tree import replace
 
 LAYOUTS = {"two tasks": Slurm(tasks_per_node=2), "two nodes": Slurm(nodes=2)}
@@ -96,7 +95,7 @@ def test_a_job_that_dies_twice_at_the_same_image_stops_and_says_so(send):
 
 def test_a_port_that_is_taken_costs_one_start(send, assert_undisturbed):
     job = send(Slurm(tasks_per_node=2, extra=("hold",)))
-    with socket.create_server(("", sending._port(job.id))):
+    with socket.create_server(("", send._port(job.id))):
         shell("scontrol", "release", job.id)
         assert job.finish() == "COMPLETED", job.told()
     assert job.known("Restarts") == "1" and "could not join the others at sln" in job.said()

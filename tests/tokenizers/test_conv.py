@@ -6,7 +6,7 @@ import torch
 
 from ldae import tokenizers
 from ldae.errors import InputError
-from ldae.evals.reconstruction import measure_reconstruction
+from ldae.pretraining.reconstruction import measure_reconstruction
 from ldae.tokenizers.conv import ConvTokenizer
 
 

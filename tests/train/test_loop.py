@@ -13,9 +13,9 @@ from torch import nn
 from ldae import distributed
 from ldae.data.loader import Batch
 from ldae.errors import InputError
+from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import Optim, System
 from ldae.train import loop, watchdog
-from ldae.train.checkpoint import Checkpoints
 from ldae.train.loop import Hook, Plan, plan, train
 from ldae.train.saver import Saver
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from ldae import distributed
 from ldae.data.loader import Batch
+from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import Optim, System
 from ldae.train import parallel
-from ldae.train.checkpoint import Checkpoints
 from ldae.train.loop import Hook, Plan, train
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldae.errors import InputError
-from ldae.train.checkpoint import Checkpoints
+from ldae.runs.checkpoints import Checkpoints
 from ldae.train.saver import Saver
 
 

@@ -1,0 +1,108 @@
+"""``ldae export``: write a run's backbone as a folder for timm and the hub."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ldae.backbones.fold import TIMESTEP, fold, model_args
+from ldae.backbones.run import load_run
+from ldae.backbones.timm_folder import write_timm_folder
+from ldae.errors import InputError
+from ldae.method import LDAE
+
+
+def export(
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    /,
+    timestep: int = TIMESTEP,
+) -> Path:
+    """Write the backbone of a run as a folder that timm and the Hugging Face hub open.
+
+    The folder holds config.json, model.safetensors and a model card, README.md. It is verified
+    before it appears under its name: the folded encoder against the unfolded one, and the file
+    as timm reads it against what was written.
+
+    Args:
+        run: a run folder; its newest checkpoint is exported.
+        out: the folder to write, which must not exist yet, or hold just this export.
+        timestep: the t that is folded into the weights.
+
+    Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, or the
+        verification fails.
+    """
+    run, out = Path(run), Path(out)
+    method, state = load_run(run)
+    if not 0 <= timestep < len(method.sigma):
+        if len(method.sigma) > 1:
+            raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
+    vit = fold(method, timestep)
+    if out.exists():
+        if not _holds(out, vit):
+            raise InputError(f"{out} exists already; export to another folder")
+        print(f"{out} is this export already")
+        return out
+    card = _model_card(run, method, state, timestep)
+    write_timm_folder(out, vit, model_args(method), partial(_verify_file, vit, method), card=card)
+    print(f"exported {run} at {state['images_seen']:,} images to {out}")
+    return out
+
+
+def _holds(out: Path, vit: VisionTransformer) -> bool:
+    """Whether a folder has just these weights."""
+    try:
+        there = load_file(out / "model.safetensors")
+    except (OSError, SafetensorError):
+        return False
+    own = vit.state_dict()
+    return there.keys() == own.keys() and all(torch.equal(there[n], own[n]) for n in own)
+
+
+def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> None:
+    side = method.tokenizer.img_size
+    images = torch.randn(2, method.tokenizer.in_chans, side, side)
+    with torch.no_grad():
+        if not torch.equal(opened(images), vit(images)):
+            raise InputError("not exported: timm does not read back what was written")
+
+
+def _model_card(run: Path, method: LDAE, state: dict, timestep: int) -> str:
+    shape, tokenizer = method.denoiser.shape, method.tokenizer
+    describe = state["describe"]
+    return f"""---
+library_name: timm
+tags:
+- image-feature-extraction
+- timm
+- self-supervised-learning
+- denoising-autoencoder
+---
+# {run.resolve().name}
+
+An image encoder pre-trained by latent denoising ([l-DAE](https://arxiv.org/abs/2401.14404)) with
+[ldae](https://pypi.org/project/ldae/): a plain ViT, no class token, averaged features.
+
+| | |
+|---|---|
+| row of the paper | {describe["row"]} |
+| architecture | {shape.name}: {shape.depth} blocks, width {shape.embed_dim}, {shape.num_heads} heads |
+| input | {tokenizer.in_chans} x {tokenizer.img_size} x {tokenizer.img_size}, patch {shape.patch_size} |
+| pre-trained on | {describe["images"]:,} images, {state["images_seen"]:,} seen |
+| tokenizer | {type(tokenizer).__name__}, d = {tokenizer.dim}, scale {tokenizer.scale} |
+| folded at | t = {min(timestep, len(method.sigma) - 1)}, clean input |
+
+```python
+import timm
+
+model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # or hf-hub:USER/NAME
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+features = model(transform(image).unsqueeze(0))  # (1, {shape.embed_dim})
+```
+"""

@@ -1,0 +1,272 @@
+"""The verb that fine-tunes: any timm backbone with a new classifier, through the one loop."""
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldae import distributed, tree
+from ldae.backbones.preprocessing import preprocessing
+from ldae.backbones.timm_folder import write_timm_folder
+from ldae.console import say
+from ldae.data.augment import Augmentation
+from ldae.data.source import Source
+from ldae.errors import InputError
+from ldae.evals.accuracy import top1_top5
+from ldae.evals.features import Encoder, known_labels
+from ldae.evals.grading import Grading, Setup, grading
+from ldae.finetuning.mixing import Mixing
+from ldae.finetuning.network import Classification, build_network
+from ldae.finetuning.recipes import changed
+from ldae.finetuning.settings import Augment, Finetuning, Model
+from ldae.runs.folder import open_run
+from ldae.runs.layout import CLASSIFIER
+from ldae.settings import Optim
+from ldae.train.loop import Hook, Plan, plan
+from ldae.train.optim import peak_lr
+from ldae.train.run import compiles, runs_in_bf16, train_in
+
+
+@dataclass(frozen=True)
+class FinetuneProtocol:
+    """Every constant of the number: those of the recipe, as they were used."""
+
+    name: str
+    version: int
+    size: str
+    img_size: int
+    augment: Augment
+    model: Model
+    optim: Optim
+    seed: int
+    modified: list[str]
+    """The constants that are not the recipe's."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A fine-tuning that fits together; nothing is written yet."""
+
+    config: Finetuning
+    graded: Grading
+    """The network, its data and its device."""
+    schedule: Plan
+    augmentation: Augmentation
+    mixing: Mixing
+    bf16: bool
+
+
+def finetune(config: Finetuning, run: Path, dry_run: bool = False) -> dict | None:
+    """Fine-tune the backbone of ``config`` in the folder ``run``, or go on with what is there.
+
+    The folder gets config.yaml, environment.json, metrics.jsonl with the loss and the accuracy on
+    the evaluation split, checkpoints/, results.json and classifier/, a folder that timm opens with
+    the classifier. The same call again resumes; a finished run is left as it is. Where the recipe has
+    a moving average of the weights, that is graded and written. A dry run prints what would be done
+    and touches nothing.
+
+    Exact: a run that was interrupted is bit for bit the one that was not, on a CPU. Order,
+    augmentation, erasing and mixing do not depend on how a batch is divided into ranks and micro
+    batches; what the network itself draws, drop path, does, and so do the statistics of a BatchNorm.
+
+    Returns: what results.json holds; None from a dry run.
+
+    Raises: InputError for settings, a backbone or data that do not fit; Interrupted by Ctrl-C or
+        SIGTERM.
+    """
+    run = Path(run)
+    _check(config)
+    bf16 = runs_in_bf16(config.system.precision, distributed.device_for(config.system.device))
+    setup = Setup(
+        random_init=config.model.random_init,
+        in_chans=config.data.in_chans,
+        seed=config.seed,
+        out=run,
+        workers=config.system.workers,
+        precision="bf16" if bf16 else "fp32",
+        device=config.system.device,
+    )
+    data = (config.data.source, config.data.eval_source or None)
+    with grading("finetune", config.backbone, *data, setup) as graded:
+        work = _prepare(config, graded, bf16)
+        if dry_run:
+            print(_describe(work))
+            return None
+        with open_run(run, config, graded.train, graded.device):
+            return _carry_out(work, run)
+
+
+def _check(config: Finetuning) -> None:
+    tree.check(config)
+    if not config.data.source:
+        raise InputError("no images: say where they are with --data SOURCE")
+    if config.optim.warmup_epochs >= config.optim.epochs:
+        raise InputError(
+            f"optim.warmup_epochs {config.optim.warmup_epochs:g} must be fewer than optim.epochs "
+            f"{config.optim.epochs:g}"
+        )
+
+
+def _prepare(config: Finetuning, graded: Grading, bf16: bool) -> Work:
+    classes = len(graded.train.classes)
+    network = build_network(graded.model, config, classes)
+    expected = preprocessing(network)
+    setup = replace(graded.setup, img_size=expected.input_size[-1])
+    graded = replace(graded, model=network, setup=setup, transform=expected)
+    schedule = plan(len(graded.train), config.optim, config.system)
+    augmentation = Augmentation(
+        expected.input_size,
+        expected.interpolation,
+        expected.mean,
+        config.augment.min_area,
+        config.augment.flip,
+        config.augment.policy,
+    )
+    augmentation.check()
+    mixing = Mixing(config.augment, expected, classes, config.seed, graded.device)
+    mixing.check(schedule.batch_size // distributed.world_size() // schedule.micro_batches)
+    return Work(config, graded, schedule, augmentation, mixing, bf16)
+
+
+def _carry_out(work: Work, run: Path) -> dict:
+    config, graded = work.config, work.graded
+    device = graded.device
+    control = " from scratch" if config.model.random_init else ""
+    model = Classification(graded.model, config.model.layer_decay, work.bf16).to(device)
+    trained = train_in(
+        run,
+        model,
+        config,
+        config.optim,
+        work.schedule,
+        graded.train,
+        row=f"{config.recipe} fine-tuning of {config.backbone}{control}",
+        transform=work.augmentation,
+        mixing=work.mixing,
+        device=device,
+        compiled=compiles(config.system.compile, device),
+        hooks=_hooks(work),
+    )
+    network = trained.network
+    results = accuracy(network, graded)
+    if distributed.is_main() and not (run / CLASSIFIER).exists():
+        save(network, run / CLASSIFIER, work, results)
+    record = replace(graded, model=network).write(
+        protocol_of(work), results, graded.model.num_features
+    )
+    say(f"{run}: done; classifier in {run / CLASSIFIER}")
+    return record
+
+
+def _hooks(work: Work) -> tuple[Hook, ...]:
+    every = round(work.config.system.eval_every * work.schedule.epoch)
+    if not every:
+        return ()
+    return (Hook(every, lambda model: accuracy(model.network, work.graded)),)
+
+
+def accuracy(network: nn.Module, graded: Grading) -> dict[str, float]:
+    """Top-1 and top-5 in percent on the evaluation split, each image counted once over all ranks.
+
+    Raises: InputError when a logit is not finite.
+    """
+    source, setup = graded.eval, graded.setup
+    encoder = Encoder(network, graded.device, setup.precision)
+    batches = encoder.share(source, setup.batch_size, setup.workers)
+    return top1_top5(batches, known_labels(source)[:, None], len(source), graded.device)
+
+
+def protocol_of(work: Work) -> FinetuneProtocol:
+    config = work.config
+    return FinetuneProtocol(
+        config.recipe,
+        config.version,
+        config.size,
+        work.graded.setup.img_size,
+        config.augment,
+        config.model,
+        config.optim,
+        config.seed,
+        [f"{name}={used}" for name, (_, used) in changed(config).items()],
+    )
+
+
+def save(network: nn.Module, folder: Path, work: Work, results: dict[str, float]) -> None:
+    """Write the network, with its classifier, as a folder that timm opens.
+
+    Raises: InputError when it can not be written, or timm does not read back what was written.
+    """
+    # On the CPU, where float32 is float32; and these that timm would record are of other weights.
+    alone = copy.deepcopy(network).cpu().eval()
+    alone.pretrained_cfg = network.pretrained_cfg | {"tag": "finetuned", "custom_load": False}
+    images = torch.randn(2, *preprocessing(network).input_size)
+
+    @torch.no_grad()
+    def verify(opened: nn.Module) -> None:
+        if not torch.equal(opened(images), alone(images)):
+            raise InputError(f"{folder} is not written: timm does not read back what was trained")
+
+    write_timm_folder(
+        folder,
+        alone,
+        network.model_args,
+        verify,
+        card=_model_card(network, folder, work, results),
+        classes=list(work.graded.train.classes),
+    )
+
+
+def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str, float]) -> str:
+    config, graded, expected = work.config, work.graded, preprocessing(network)
+    start = "from scratch" if config.model.random_init else f"from {Path(config.backbone).name}"
+    modified = protocol_of(work).modified
+    return f"""---
+library_name: timm
+tags:
+- image-classification
+- timm
+---
+# {folder.resolve().parent.name}
+
+An image classifier, fine-tuned {start} with [ldae](https://pypi.org/project/ldae/).
+
+| | |
+|---|---|
+| architecture | {network.pretrained_cfg["architecture"]} |
+| input | {" x ".join(map(str, expected.input_size))} |
+| classes | {network.num_classes} |
+| recipe | {config.recipe}, version {config.version}, size {config.size} |
+| changed from it | {", ".join(modified) or "nothing"} |
+| trained on | {len(graded.train):,} images, {work.schedule.total:,} seen |
+| accuracy on {len(graded.eval):,} others | top-1 {results["top1"]:.2f}, top-5 {results["top5"]:.2f} |
+
+```python
+import timm
+
+model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # or hf-hub:USER/NAME
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(image).unsqueeze(0))  # (1, {network.num_classes})
+names = model.pretrained_cfg["label_names"]
+```
+"""
+
+
+def _describe(work: Work) -> str:
+    config, network, schedule = work.config, work.graded.model, work.schedule
+    train: Source = work.graded.train
+    count = sum(parameter.numel() for parameter in network.parameters())
+    modified = protocol_of(work).modified
+    return (
+        f"{tree.to_yaml(config)}\n"
+        f"recipe            {config.recipe}, version {config.version}, size {config.size}; changed: "
+        f"{', '.join(modified) or 'nothing'}\n"
+        f"parameters        {count:,}\n"
+        f"input             {asdict(preprocessing(network))}\n"
+        f"images            {len(train):,} in {train.spec}, {len(train.classes)} classes\n"
+        f"steps             {schedule.steps:,} of {schedule.batch_size} images, "
+        f"{schedule.total:,} images seen\n"
+        f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
+        f"computed in       {'bfloat16' if work.bf16 else 'float32'} on {work.graded.device}"
+    )

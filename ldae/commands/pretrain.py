@@ -1,0 +1,105 @@
+"""``ldae pretrain``: a run folder, a tokenizer, the loop, and pictures of the result."""
+
+from pathlib import Path
+
+import torch
+
+from ldae import distributed, tree
+from ldae.backbones.fold import init_from, open_exported
+from ldae.data.open import open_source
+from ldae.data.source import Source
+from ldae.errors import InputError
+from ldae.method import LDAE, build
+from ldae.plots.pictures import save_denoising, save_filters
+from ldae.pretraining.online_knn import online_knn
+from ldae.pretraining.pictures import samples
+from ldae.pretraining.tokenizer import prepare, tokenizer_of_run
+from ldae.runs.folder import open_run
+from ldae.settings import Config
+from ldae.tokenizers import PatchTokenizer
+from ldae.train.loop import Plan, plan
+from ldae.train.optim import peak_lr
+from ldae.train.run import compiles, runs_in_bf16, train_in, transform_of
+
+
+def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None:
+    """Pre-train the method of ``config`` in the folder ``run``, or go on with what is there.
+
+    The folder gets config.yaml, environment.json, tokenizer.safetensors, metrics.jsonl,
+    checkpoints/, denoised.png and, of a patch-wise tokenizer, filters.png; beside the tokenizer its
+    reconstruction.json and reconstructed.png. A tokenizer that gradients train is a run of its own,
+    which comes first, in the sub-folder tokenizer. The same call again resumes; a finished run is
+    left as it is. ``row`` names the row of the paper in the records. A dry run prints what would be
+    done and touches nothing.
+
+    Raises: InputError for settings or data that do not fit; Interrupted by Ctrl-C or SIGTERM.
+    """
+    run = Path(run)
+    device = distributed.device_for(config.system.device)
+    with distributed.process_group(device, config.system.rank_timeout):
+        tree.check(config)
+        if not config.data.source:
+            raise InputError("no images: say where they are with --data SOURCE")
+        source = open_source(config.data.source, "train")
+        if config.model.class_conditional and source.labels is None:
+            raise InputError(f"model.class_conditional needs labels; {source.spec} has none")
+        schedule = plan(len(source), config.optim, config.system)
+        bf16 = runs_in_bf16(config.system.precision, device)
+        method = build(config, num_classes=len(source.classes or ()), bf16=bf16)
+        # All that can be refused is refused before anything is written.
+        hooks = online_knn(config, schedule, device)
+        fit = prepare(config, source, device, run)
+        path = config.tokenizer.path
+        if path and not Path(path).exists():
+            raise InputError(f"tokenizer.path: there is no {path}")
+        exported = open_exported(config.init_from, method) if config.init_from else None
+        if dry_run:
+            print(_describe(config, method, schedule, source, device))
+            return
+        with open_run(run, config, source, device):
+            method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
+            if exported:
+                init_from(method, exported)
+            method.to(device)
+            # In bf16 on CPUs, the backward of torch's fused attention is slower than plain products:
+            # by a quarter of the whole step at 64 tokens (benchmarks/results/step.json).
+            method.denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
+
+            trained = train_in(
+                run,
+                method,
+                config,
+                config.optim,
+                schedule,
+                source,
+                row=row,
+                transform=transform_of(config),
+                device=device,
+                compiled=compiles(config.system.compile, device),
+                hooks=hooks,
+            )
+            if distributed.is_main():
+                pictures = ["denoised.png"]
+                save_denoising(trained.eval(), samples(config, device), run / pictures[0])
+                if isinstance(trained.tokenizer, PatchTokenizer):
+                    pictures.append("filters.png")
+                    save_filters(trained.tokenizer, run / pictures[1])
+                print(f"{run}: done; pictures in {' and '.join(pictures)}")
+
+
+def _describe(
+    config: Config, method: LDAE, schedule: Plan, source: Source, device: torch.device
+) -> str:
+    count = sum(p.numel() for p in method.denoiser.parameters())
+    encoder = sum(p.numel() for p in method.denoiser.encoder.parameters())
+    tokens = len(method.denoiser.pos_embed)
+    return (
+        f"{tree.to_yaml(config)}\n"
+        f"parameters        {count:,} ({encoder:,} in the encoder's blocks)\n"
+        f"tokens per image  {tokens}, each of {method.denoiser.embed.in_features} numbers\n"
+        f"images            {len(source):,} in {source.spec}\n"
+        f"steps             {schedule.steps:,} of {schedule.batch_size} images, "
+        f"{schedule.total:,} images seen\n"
+        f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
+        f"computed in       {'bfloat16' if method.bf16 else 'float32'} on {device}"
+    )

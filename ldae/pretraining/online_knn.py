@@ -1,0 +1,32 @@
+"""k-NN accuracy while a run trains."""
+
+import torch
+
+from ldae.backbones.run import backbone_of
+from ldae.data.open import open_splits
+from ldae.method import LDAE
+from ldae.settings import Config
+from ldae.train.loop import Hook, Plan
+
+_ONLINE_K = 20
+
+
+def online_knn(config: Config, schedule: Plan, device: torch.device) -> tuple[Hook, ...]:
+    if not config.system.knn_every:
+        return ()
+    from ldae.evals.features import Encoder, known_labels, own_rows
+    from ldae.evals.neighbours import KNNProtocol, check_enough, knn_accuracy
+
+    splits = open_splits(config.data.source, config.data.eval_source or None)
+    for split in splits:
+        known_labels(split)
+    check_enough(_ONLINE_K, len(splits[0]))
+
+    def online_knn(method: LDAE) -> dict[str, float]:
+        encoder = Encoder(backbone_of(method), device)
+        train_set, test_set = (
+            own_rows(encoder, split, workers=config.system.workers) for split in splits
+        )
+        return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
+
+    return (Hook(config.system.knn_every * schedule.epoch, online_knn),)

@@ -1,0 +1,87 @@
+"""What a run writes down while it trains: metrics.jsonl, lines of progress, TensorBoard, W&B."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from ldae.console import duration
+from ldae.distributed import is_main
+from ldae.errors import InputError
+from ldae.files import told, write
+
+
+class Metrics:
+    """The metrics of a run that stands at ``seen`` images; on ranks other than 0 it does nothing.
+
+    Lines beyond ``seen``, which a killed process wrote after its last checkpoint, are dropped, so
+    the file of a resumed run reads as if nothing had happened.
+
+    Raises: InputError when a logger that was asked for is not installed.
+    """
+
+    def __init__(self, run: Path, seen: int, tensorboard: bool = False, wandb: str = "") -> None:
+        self.file = self.board = self.wandb = None
+        if not is_main():
+            return
+        self.path = run / "metrics.jsonl"
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        kept = [line + "\n" for line in lines if _images(line) <= seen]
+        write(self.path, "".join(kept).encode())
+        self.file = open(self.path, "a")
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise _missing("tensorboard") from None
+            self.board = SummaryWriter(run / "tensorboard", purge_step=seen)
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError:
+                raise _missing("wandb") from None
+            self.wandb = client.init(project=wandb, name=run.name, id=run.name, resume="allow")
+
+    def write(self, record: dict) -> None:
+        """Add one record, which holds ``images`` seen and numbers."""
+        if self.file is None:
+            return
+        with told(self.path):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        for name, value in record.items():
+            if self.board:
+                self.board.add_scalar(name, value, record["images"])
+        if self.wandb:
+            self.wandb.log(record, step=record["images"])
+
+    def close(self) -> None:
+        for part in (self.file, self.board):
+            if part:
+                with suppress(OSError):  # of a full disk, which write() has told of already
+                    part.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _images(line: str) -> float:
+    """Images seen of one line; a line that a kill cut in half counts as never written."""
+    try:
+        return json.loads(line)["images"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _missing(extra: str) -> InputError:
+    return InputError(f"system.{extra} needs a package: pip install 'ldae[{extra}]'")
+
+
+def progress_line(record: dict, total: int) -> str:
+    """One record for people."""
+    left = (total - record["images"]) / max(record["images_per_second"], 1e-9)
+    top1 = f"top-1 {record['top1']:.2f}  " if "top1" in record else ""
+    return (
+        f"images {record['images']:>10,}/{total:,}  epoch {record['epoch']:.2f}  "
+        f"loss {record['loss']:.4f}  {top1}lr {record['lr']:.2e}  "
+        f"{record['images_per_second']:,.0f} images/s  data {record['data_wait']:.0%}  "
+        f"left {duration(left)}"
+    )

@@ -1,0 +1,234 @@
+"""From a run's method and a sampler's settings to numbered pictures."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldae import files, noise
+from ldae.backbones.open import label_names, load_classifier
+from ldae.backbones.preprocessing import EvalTransform, preprocessing
+from ldae.errors import InputError
+from ldae.method import LDAE
+from ldae.objective import IMAGE_TARGETS
+from ldae.prediction import PREDICTIONS
+from ldae.sampling import samplers
+from ldae.sampling.samplers import SAMPLERS
+from ldae.sampling.settings import Sampling
+from ldae.sampling.start import LatentGaussian, gaussian_of_run
+from ldae.settings import Config
+from ldae.tree import load
+
+Create = Callable[[torch.Tensor], torch.Tensor]
+"""Numbers of pictures, int64 (B,) on the device -> uint8 (B, C, H, W) on the CPU."""
+_STEPS = 50  # as in DDIM's tables: within a few percent of the FID of a thousand
+
+# gamma^2 / sigma^2 below which pure noise stands for z_t: latents of unit size then move it by less
+# than a tenth of its standard deviation.
+_DROWNED = 1e-2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What settings mean for one run."""
+
+    how: Sampling
+    levels: list[int]
+    labels: torch.Tensor | None = None
+    """int64 (L,), of which picture n gets number n mod L; None on unconditional runs."""
+    classifier: nn.Module | None = None
+    targets: torch.Tensor | None = None
+    """int64 (L,), the classes that the classifier is to see."""
+    transform: EvalTransform | None = None
+    """Of the classifier."""
+
+    def of(self, cycle: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """The entries of ``labels`` or ``targets`` of these pictures."""
+        return cycle.to(numbers.device)[numbers % len(cycle)]
+
+
+def choose(method: LDAE, classes: list[str], how: Sampling) -> Choice:
+    """Raises: InputError when the settings do not fit the run, naming the one that does not."""
+    conditional = bool(method.denoiser.num_classes)
+    if how.guidance != 1 and not conditional:
+        raise InputError("guidance needs a run with model.class_conditional; this one has it off")
+    if how.guidance != 1 and not method.label_dropout:
+        raise InputError(
+            "guidance needs a run that was trained without labels too; its model.label_dropout is 0"
+        )
+    if how.labels and not (conditional or how.classifier):
+        raise InputError(
+            "labels need a run with model.class_conditional, or a --classifier that guides"
+        )
+    top = top_level(method)
+    levels = samplers.sub_sequence(top, how.steps or min(_STEPS, top + 1), how.spacing)
+    labels = torch.tensor(_find(how.labels, classes, "this run")) if conditional else None
+    if not how.classifier:
+        return Choice(how, levels, labels)
+
+    own = method.tokenizer.in_chans
+    classifier = load_classifier(how.classifier, 3 if own == 1 else own)
+    transform = preprocessing(classifier)
+    if own not in (1, transform.input_size[0]):
+        raise InputError(
+            f"classifier {how.classifier} takes {transform.input_size[0]} channels, this run "
+            f"makes {own}"
+        )
+    names = label_names(classifier)
+    if not conditional:
+        targets = _find(how.labels, names or _numbers(classifier), how.classifier)
+    elif names:
+        asked = [classes[label] for label in labels]
+        targets = _find(asked, names, how.classifier, by_number=False)
+    elif classifier.num_classes == len(classes):
+        targets = labels.tolist()
+    else:
+        raise InputError(
+            f"classifier {how.classifier} has {classifier.num_classes} classes without names, this "
+            f"run {len(classes)}: they can not be told apart"
+        )
+    return Choice(how, levels, labels, classifier, torch.tensor(targets), transform)
+
+
+def top_level(method: LDAE) -> int:
+    """The highest level at which the network's prediction says what z_0 is.
+
+    Where gamma_t = 0, neither the noise nor the score does.
+    """
+    levels = torch.arange(len(method.gamma))
+    if method.objective.target_name not in IMAGE_TARGETS:
+        clean = PREDICTIONS[method.objective.target_name].clean
+        one = torch.ones_like(method.gamma)
+        levels = levels[clean(0 * one, one, method.gamma, method.sigma).isfinite().cpu()]
+    return int(levels[-1])
+
+
+def drowned(method: LDAE, level: int) -> bool:
+    """Whether so little is left of the data at this level that noise alone is a start."""
+    return bool(method.gamma[level] ** 2 < _DROWNED * method.sigma[level] ** 2)
+
+
+@torch.no_grad()
+def pictures(
+    method: LDAE, chosen: Choice, gaussian: LatentGaussian | None, numbers: torch.Tensor
+) -> torch.Tensor:
+    """The pictures of these numbers, int64 (B,): uint8 (B, C, H, W) on the CPU.
+
+    Raises: InputError for one that is not finite.
+    """
+    how, tokenizer = chosen.how, method.tokenizer
+    gamma, sigma = method.gamma.double().cpu(), method.sigma.double().cpu()
+    top, last = chosen.levels[0], torch.full_like(numbers, chosen.levels[-1])
+    labels = None if chosen.labels is None else chosen.of(chosen.labels, numbers)
+    plain = partial(method.denoise, labels=labels)
+    denoise = _guided(method, chosen, plain, gamma, sigma, numbers)
+
+    def draw(step: int) -> torch.Tensor:
+        shape = (tokenizer.tokens, tokenizer.dim)
+        return noise.normal(how.seed, numbers, shape, noise.SAMPLING + step).to(method.gamma)
+
+    start = draw(0)  # the steps' streams follow
+    if gaussian is None:
+        z = float(sigma[top]) * start
+    else:
+        z = gaussian.noised(start, float(gamma[top]), float(sigma[top]))
+    eta = {"eta": how.eta} if how.sampler == "ddim" else {}
+    # TF32 would let the batch size show.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        z = SAMPLERS[how.sampler](denoise, z, chosen.levels, gamma, sigma, draw, **eta)
+        if denoise is plain:
+            seen = method.picture(z, last, labels)
+        else:
+            seen = method.decode(denoise(z, last))
+            if method.objective.target_name in IMAGE_TARGETS:
+                # Its picture holds more than its z_0 does, which is what was guided.
+                seen = seen + method.picture(z, last, labels) - method.decode(plain(z, last))
+    finite = seen.flatten(1).isfinite().all(1)
+    if not finite.all():
+        raise InputError(f"sample {numbers[~finite][0]} in {how.precision} is not finite")
+    return (tokenizer.denormalize(seen).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def _guided(
+    method: LDAE,
+    chosen: Choice,
+    denoise: samplers.Denoise,
+    gamma: torch.Tensor,
+    sigma: torch.Tensor,
+    numbers: torch.Tensor,
+) -> samplers.Denoise:
+    how = chosen.how
+    if how.guidance != 1:
+        denoise = samplers.classifier_free(denoise, method.denoise, how.guidance)
+    if chosen.classifier is None:
+        return denoise
+    classifier = chosen.classifier.to(numbers.device)
+    targets = chosen.of(chosen.targets, numbers)[:, None]
+
+    def log_likelihood(z_0: torch.Tensor) -> torch.Tensor:
+        seen = method.tokenizer.denormalize(method.decode(z_0))
+        logits = classifier(chosen.transform.adapt(seen))
+        return logits.log_softmax(-1).gather(1, targets)[:, 0]
+
+    return samplers.classifier_guided(denoise, log_likelihood, how.classifier_scale, gamma, sigma)
+
+
+def _find(
+    asked: tuple[str, ...] | list[str], names: list[str], whose: str, by_number: bool = True
+) -> list[int]:
+    """The numbers of classes that are named, or numbered; all when none is asked for.
+
+    Raises: InputError for one that is not among the names, with the nearest.
+    """
+    found = []
+    for label in asked or names:
+        if label in names:
+            found.append(names.index(label))
+        elif by_number and label.isdecimal() and int(label) < len(names):
+            found.append(int(label))
+        else:
+            near = difflib.get_close_matches(label, names, n=1, cutoff=0)[0]
+            raise InputError(
+                f"{label!r} is none of the {len(names)} classes of {whose}; the nearest is {near!r}"
+            )
+    return found
+
+
+def _numbers(classifier: nn.Module) -> list[str]:
+    return [str(number) for number in range(classifier.num_classes)]
+
+
+def sampler(
+    run: Path,
+    method: LDAE,
+    state: dict,
+    how: Sampling,
+    device: torch.device,
+    data: str | None = None,
+    workers: int = 4,
+) -> tuple[Create, Choice, dict]:
+    """What makes pictures of their numbers, what the settings mean, and the record of both.
+
+    ``method`` and ``state`` are those of ``load_run``; the method moves to ``device``.
+
+    Raises: InputError for settings that do not fit the run.
+    """
+    chosen = choose(method, state["describe"]["classes"], how)
+    method.to(device).requires_grad_(False)
+    method.bf16 = how.precision == "bf16"
+    gaussian = None
+    if not drowned(method, chosen.levels[0]):
+        config = load(run / "config.yaml", Config())
+        gaussian = gaussian_of_run(run, config, method, device, data, workers)
+    record = asdict(how) | {
+        "run": run.resolve().name,
+        "weights": files.state_hash(method.state_dict()),
+        "images_seen": state["images_seen"],
+        "steps": len(chosen.levels),
+        "latents": gaussian.record if gaussian else None,
+    }
+    return partial(pictures, method, chosen, gaussian), chosen, record

@@ -1,0 +1,179 @@
+import json
+
+import pytest
+import timm
+import torch
+
+from ldae.backbones import fold as folding
+from ldae.backbones.fold import features, fold
+from ldae.backbones.run import backbone_of, load_run
+from ldae.commands.export import export
+from ldae.errors import InputError
+
+ROWS = range(6, 15)
+
+
+def normalised(method, images):
+    return method.tokenizer.normalize(images)
+
+
+@pytest.mark.parametrize("scale", ["raw", "per-axis"])
+@pytest.mark.parametrize("row", ROWS)
+def test_folded_equals_unfolded(row, scale, method, images):
+    unfolded = method(row, tokenizer__scale=scale)
+    x = normalised(unfolded, images)
+    t = min(10, len(unfolded.sigma) - 1)
+    with torch.no_grad():
+        wanted, found = features(unfolded, x, t), fold(unfolded)(x)
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("row", [8, 13])
+def test_pixels_fold_too(row, method, images):
+    unfolded = method(row, tokenizer__name="pixel", tokenizer__dim=12)
+    x = normalised(unfolded, images)
+    with torch.no_grad():
+        wanted, found = features(unfolded, x, 10), fold(unfolded)(x)
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["patch_ae", "patch_vae"])
+def test_trained_patches_fold_with_image_input_too(kind, method, images):
+    unfolded = method("image_input", tokenizer__name=kind)
+    x = normalised(unfolded, images)
+    with torch.no_grad():
+        wanted, found = features(unfolded, x, 10), fold(unfolded)(x)
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("row", ["dit", "no_adversarial", "vqvae"])
+def test_a_tokenizer_that_is_a_network_is_graded_but_not_folded(row, method, images):
+    trained = method(row, num_classes=10)
+    with pytest.raises(InputError, match="conv_vae is a network, which can not be folded"):
+        fold(trained)
+    x = normalised(trained, images)
+    with torch.no_grad():
+        found = backbone_of(trained)(x)
+        torch.testing.assert_close(found, features(trained, x, 10))
+        if row == "dit":
+            trained.denoiser.y_embed.weight[:10].add_(1.0)
+            assert torch.equal(backbone_of(trained)(x), found)
+
+
+def test_the_export_projects(method, images):
+    """Rows with image input never saw what PCA drops: the backbone must not react to it."""
+    trained = method("l_dae")
+    x = normalised(trained, images)
+    projected = trained.tokenizer.decode(trained.tokenizer.encode(x))
+    backbone = fold(trained)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(projected), backbone(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(projected, x, atol=0.05)
+
+
+def test_t_is_folded_in(method, images):
+    trained = method("l_dae")
+    x = normalised(trained, images)
+    with torch.no_grad():
+        early, late = fold(trained, 10)(x), fold(trained, 900)(x)
+        assert not torch.allclose(early, late, atol=1e-3)
+        torch.testing.assert_close(late, features(trained, x, 900), rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_a_class_conditional_row_do_not_depend_on_labels(method, images):
+    """The null label is folded in, so the folded encoder has no way to see another."""
+    trained = method("patch_pca", num_classes=10, model__class_conditional=True)
+    x = normalised(trained, images)
+    before = fold(trained)(x)
+    with torch.no_grad():
+        trained.denoiser.y_embed.weight[:10].add_(1.0)
+    assert torch.equal(fold(trained)(x), before)
+
+
+def test_a_fold_that_is_wrong_is_refused(method, monkeypatch):
+    trained = method()
+    monkeypatch.setattr(folding, "_fold_block", lambda block, c: {
+        name: value * 1.001 if name.endswith("fc1.weight") else value
+        for name, value in ORIGINAL(block, c).items()
+    })  # fmt: skip
+    with pytest.raises(InputError, match="not exported: .* differs"):
+        fold(trained)
+
+
+ORIGINAL = folding._fold_block
+
+
+def test_timm_opens_the_exported_folder(run, tmp_path, images):
+    out = export(run(), tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    trained, _ = load_run(tmp_path / "run-l_dae")
+    x = normalised(trained, images)
+    with torch.no_grad():
+        wanted = features(trained, x, 10)
+        assert (model(x) - wanted).norm() / wanted.norm() < 1e-5
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == (3, 32, 32) and data["crop_pct"] == 1.0
+    mean = trained.tokenizer.pixel_mean.tolist()
+    assert data["mean"] == pytest.approx(tuple(mean), abs=1e-5)
+    written = json.loads((out / "config.json").read_text())
+    assert written["architecture"] == "vit_tiny_patch16_224" and written["num_classes"] == 0
+    cfg = written["pretrained_cfg"]
+    assert cfg["tag"] == "ldae" and cfg["license"] == "other" and "hf_hub_id" not in cfg
+    names = safetensors_names(out / "model.safetensors")
+    assert not [name for name in names if name.startswith(("encoder", "mask_token"))]
+
+
+def safetensors_names(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+@pytest.mark.parametrize(
+    "how, shape",
+    [
+        ({"img_size": 64}, (2, 3, 64, 64)),
+        ({"dynamic_img_size": True}, (2, 3, 48, 40)),
+        ({"in_chans": 1}, (2, 1, 32, 32)),
+        ({"num_classes": 5}, (2, 3, 32, 32)),
+        ({"features_only": True, "out_indices": (0, 1)}, (2, 3, 32, 32)),
+    ],
+)
+def test_the_exported_folder_opens_in_timms_other_ways(how, shape, run, tmp_path):
+    out = export(run(), tmp_path / "out")
+    model = timm.create_model(f"local-dir:{out}", pretrained=True, **how).eval()
+    with torch.no_grad():
+        result = model(torch.randn(shape))
+    for part in result if isinstance(result, list) else [result]:
+        assert part.isfinite().all() and len(part) == 2
+    if "num_classes" in how:
+        assert result.shape == (2, 5)
+
+
+def test_export_refuses(run, tmp_path):
+    folder = run()
+    existing = tmp_path / "there"
+    existing.mkdir()
+    with pytest.raises(InputError, match="there exists already"):
+        export(folder, existing)
+    export(folder, tmp_path / "twice")
+    before = (tmp_path / "twice" / "config.json").stat()
+    assert export(folder, tmp_path / "twice") == tmp_path / "twice"
+    assert (tmp_path / "twice" / "config.json").stat() == before
+    with pytest.raises(InputError, match="twice exists already"):
+        export(folder, tmp_path / "twice", timestep=500)
+    with pytest.raises(InputError, match="nowhere is not a run folder"):
+        export(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(InputError, match="timestep 1000 is not in 0 .. 999"):
+        export(folder, tmp_path / "out", timestep=1000)
+    for path in (folder / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="has no checkpoint yet"):
+        export(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

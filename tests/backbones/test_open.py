@@ -1,0 +1,332 @@
+"""A backbone is a plain timm model wherever it comes from, and nothing fails to load in silence."""
+
+import argparse
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
+
+from ldae.backbones.open import backbone_folder, load_backbone, load_classifier
+from ldae.backbones.preprocessing import preprocessing
+from ldae.errors import InputError
+
+VIT = "test_vit"  # timm's smallest: 6 blocks of width 64
+SIZE = 32
+RNG = np.random.default_rng(0)
+
+
+def images(chans: int = 3, size: int = SIZE) -> torch.Tensor:
+    return torch.randn(2, chans, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def features(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(x)
+
+
+def trained(seed: int = 7, **args) -> torch.nn.Module:
+    """Stands for a pre-trained network: random weights that are not those of the default seed."""
+    return load_backbone(VIT, random_init=True, img_size=SIZE, seed=seed, **args)
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", [VIT, "test_resnet", "test_convnext"])
+def test_timm_name_gives_one_vector_for_an_image(name):
+    model = load_backbone(name, random_init=True, img_size=SIZE)
+    assert features(model, images()).shape == (2, model.num_features)
+    assert not model.training
+
+
+def test_random_init_depends_on_its_seed_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    same, again, other = (trained(seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(features(same, images()), features(again, images()))
+    assert not torch.equal(features(same, images()), features(other, images()))
+
+
+@pytest.mark.parametrize("name", [VIT, "test_resnet"])
+@pytest.mark.parametrize("chans", [1, 3, 5])
+def test_preprocessing_describes_the_model_that_was_built(name, chans):
+    model = load_backbone(name, random_init=True, in_chans=chans, img_size=48)
+    transform = preprocessing(model)
+    assert transform.input_size == (chans, 48, 48)
+    assert len(transform.mean) == len(transform.std) == chans
+    assert features(model, images(chans, 48)).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("test_vitt", "nearest are test_vit"),
+        (f"{VIT}.nonsense", "no weights 'nonsense'"),
+        ("runs/none", "no folder runs/none"),
+        ("pixels:small", "pixels:SIZE"),
+        ("coatnet_0_224", "timm has no weights for coatnet_0_224"),
+    ],
+)
+def test_wrong_specs_are_told(spec, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        load_backbone(spec)
+
+
+def test_control_of_an_unknown_name_is_told_too():
+    with pytest.raises(InputError, match="nearest are test_vit"):
+        load_backbone("test_vitt", random_init=True)
+
+
+def test_offline_is_told(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="can not be downloaded"):
+        load_backbone("resnet18")
+
+
+def test_folder_and_file_without_architecture_are_told(tmp_path):
+    with pytest.raises(InputError, match="neither a config.yaml nor a config.json"):
+        load_backbone(tmp_path)
+    file = tmp_path / "weights.pth"
+    torch.save({}, file)
+    with pytest.raises(InputError, match=re.escape(f"write NAME@{file}")):
+        load_backbone(file)
+
+
+def test_pixels_are_the_pixels():
+    model = load_backbone("pixels:8", in_chans=2)
+    x = images(2, 8)
+    assert torch.equal(features(model, x), x.flatten(1))
+    assert preprocessing(load_backbone("pixels")).input_size == (3, 32, 32)
+    with pytest.raises(InputError, match="no weights"):
+        load_backbone("pixels", random_init=True)
+
+
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = trained(in_chans=1)
+    timm.models.save_for_hf(model, tmp_path / "vit", safe_serialization=True)
+    return model, tmp_path / "vit"
+
+
+def test_timm_folder_opens_with_its_weights_or_as_its_control(folder):
+    model, path = folder
+    x = images(1)
+    opened, control = load_backbone(path), load_backbone(path, random_init=True, seed=1)
+    assert torch.equal(features(opened, x), features(model, x))
+    assert [p.shape for p in control.parameters()] == [p.shape for p in model.parameters()]
+    assert not torch.allclose(features(control, x), features(model, x))
+    assert preprocessing(opened) == preprocessing(model)
+    assert backbone_folder(path) == path
+
+
+def test_a_folder_keeps_its_own_size_and_channels(folder):
+    _, path = folder
+    load_backbone(path, in_chans=1)
+    with pytest.raises(InputError, match="img_size is for timm names"):
+        load_backbone(path, img_size=64)
+    with pytest.raises(InputError, match="takes 1 channels"):
+        load_backbone(path, in_chans=4)
+
+
+def test_broken_timm_folder_is_told(folder):
+    _, path = folder
+    (path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(InputError, match=re.escape(f"{path} can not be opened by timm")):
+        load_backbone(path)
+
+
+def test_run_folder_gives_the_exported_backbone_or_its_control(tmp_path, monkeypatch):
+    backbone = trained()
+    backbone.model_args |= {"num_classes": 0}  # as the export gives them
+    monkeypatch.setattr("ldae.backbones.run.backbone_of_run", lambda path: backbone)
+    (tmp_path / "config.yaml").touch()
+    assert backbone_folder(tmp_path) == tmp_path
+    assert load_backbone(tmp_path) is backbone
+    control = load_backbone(tmp_path, random_init=True, seed=7)  # the seed of the stand-in
+    assert torch.equal(features(control, images()), features(backbone, images()))
+
+
+# Classifiers
+
+
+def test_a_folder_opens_with_its_classifier(tmp_path):
+    model = timm.create_model(VIT, img_size=SIZE, num_classes=4).eval()
+    how = {"model_config": {"label_names": list("abcd")}, "model_args": {"img_size": SIZE}}
+    timm.models.save_for_hf(model, tmp_path / "vit", safe_serialization=True, **how)
+    opened = load_classifier(tmp_path / "vit")
+    assert torch.equal(features(opened, images()), features(model, images()))
+    assert opened.num_classes == 4 and list(opened.pretrained_cfg["label_names"]) == list("abcd")
+    assert not opened.training and not any(p.requires_grad for p in opened.parameters())
+
+
+def test_what_has_no_classifier_is_told(folder, tmp_path):
+    model, path = folder
+    model.reset_classifier(0)
+    timm.models.save_for_hf(model, path, safe_serialization=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    for spec in (path, tmp_path / "run", "pixels:16"):
+        with pytest.raises(InputError, match=f"{re.escape(str(spec))} has no classifier"):
+            load_classifier(spec)
+
+
+def test_a_file_opens_with_its_classifier_and_as_many_classes(tmp_path):
+    file = tmp_path / "weights@7.pth"
+    for classes in (7, 1000):
+        model = timm.create_model(VIT, img_size=SIZE, num_classes=classes).eval()
+        torch.save({"model": model.state_dict()}, file)
+        opened = load_classifier(f"{VIT}@{file}", img_size=SIZE)
+        assert opened.num_classes == classes and not opened.training
+        assert torch.equal(features(opened, images()), features(model, images()))
+    model.reset_classifier(0)
+    torch.save(model.state_dict(), file)
+    with pytest.raises(InputError, match=f"{re.escape(str(file))} has no classifier"):
+        load_classifier(f"{VIT}@{file}", img_size=SIZE)
+    with pytest.raises(InputError, match="there is no checkpoint file"):
+        load_classifier(f"{VIT}@{tmp_path / 'none.pth'}")
+
+
+# Checkpoint files
+
+
+def prefixed(prefix: str, weights: dict) -> dict:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+LAYOUTS = {
+    "flat": lambda own, other: own,
+    "mae": lambda own, other: {
+        "model": own | {"mask_token": torch.zeros(1, 1, 8), "decoder_norm.weight": torch.zeros(8)},
+        "args": argparse.Namespace(mask_ratio=0.75),
+    },
+    "ddp": lambda own, other: {"state_dict": prefixed("module.", own), "epoch": 3},
+    "dino": lambda own, other: {
+        "student": prefixed("module.backbone.", other),
+        "teacher": prefixed("backbone.", own) | {"head.mlp.0.weight": torch.zeros(8)},
+    },
+    "moco": lambda own, other: {
+        "state_dict": prefixed("module.base_encoder.", own)
+        | prefixed("module.momentum_encoder.", other)
+    },
+    "ijepa": lambda own, other: {"encoder": prefixed("module.", own), "predictor": other},
+    "average": lambda own, other: {"model": other, "model_ema": own},
+    "classifier": lambda own, other: own | {"head.weight": torch.zeros(5, 64)},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoint_layouts_load_completely(layout, tmp_path, capsys):
+    model = trained()
+    own, other = model.state_dict(), trained(seed=8).state_dict()
+    torch.save(LAYOUTS[layout](own, other), tmp_path / "file.pth")
+    loaded = load_backbone(f"{VIT}@{tmp_path / 'file.pth'}", img_size=SIZE)
+    assert torch.equal(features(loaded, images()), features(model, images()))
+    report = capsys.readouterr().out
+    assert f"{len(own)} of the {len(own)} tensors" in report
+    assert "not in" not in report
+
+
+def test_safetensors_file_loads(tmp_path):
+    model = trained()
+    save_file(model.state_dict(), tmp_path / "file.safetensors")
+    loaded = load_backbone(f"{VIT}@{tmp_path / 'file.safetensors'}", img_size=SIZE)
+    assert torch.equal(features(loaded, images()), features(model, images()))
+
+
+def test_unmatched_names_are_listed(tmp_path, capsys):
+    weights = trained().state_dict()
+    del weights["norm.bias"]
+    weights["surprise"] = torch.zeros(2)
+    weights["norm.weight"] = torch.zeros(3)
+    torch.save(weights, tmp_path / "file.pth")
+    load_backbone(f"{VIT}@{tmp_path / 'file.pth'}", img_size=SIZE)
+    report = capsys.readouterr().out
+    assert "not in the file, left as initialised (1): norm.bias" in report
+    assert "not in the model, left out (1): surprise" in report
+    assert "of another shape, left as initialised (1): norm.weight (3,) for (64,)" in report
+
+
+def test_files_of_another_image_size_and_other_channels_are_adapted(tmp_path, capsys):
+    model = trained()
+    torch.save(model.state_dict(), tmp_path / "file.pth")
+    grey = load_backbone(f"{VIT}@{tmp_path / 'file.pth'}", img_size=48, in_chans=1)
+    assert "another shape" not in capsys.readouterr().out
+    assert torch.allclose(
+        grey.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True)
+    )
+
+
+def test_control_of_a_file_does_not_read_it(tmp_path):
+    control = load_backbone(f"{VIT}@{tmp_path / 'none'}", random_init=True, img_size=SIZE, seed=7)
+    assert torch.equal(features(control, images()), features(trained(), images()))
+
+
+class Code:
+    """A class that only the machine of whoever wrote the checkpoint has."""
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"model": {"conv1.weight": torch.zeros(3)}}, "nothing in FILE fits"),
+        ({"epoch": 3}, "FILE holds no weights"),
+        ({"model": {}, "config": Code()}, "FILE holds pickled code"),
+        (b"PK\x03\x04 cut off", "FILE is no readable checkpoint"),
+        (None, "there is no checkpoint file FILE"),
+    ],
+)
+def test_useless_files_are_told(content, told, tmp_path):
+    file = tmp_path / "file.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(InputError, match=re.escape(told.replace("FILE", str(file)))):
+        load_backbone(f"{VIT}@{file}", img_size=SIZE)
+
+
+# Preprocessing
+
+
+def picture(mode: str, width: int, height: int) -> Image.Image:
+    pixels = RNG.integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (57, 31), (20, 90)])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize(("mode", "chans"), [("RGB", 3), ("L", 1)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_transform_then_normalise_is_timms_transform(size, crop_mode, mode, chans, crop_pct):
+    model = load_backbone(VIT, random_init=True, in_chans=chans, img_size=SIZE)
+    model.pretrained_cfg |= {"crop_mode": crop_mode, "crop_pct": crop_pct}
+    image = picture(mode, *size)
+    transform = preprocessing(model)
+    expected = create_transform(**resolve_model_data_config(model), is_training=False)(image)
+    pixels = transform(image, RNG)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(transform.normalise(pixels[None])[0], expected)
+
+
+def test_channels_of_an_array_are_transformed_one_by_one():
+    array = RNG.integers(0, 256, (50, 37, 5), dtype=np.uint8)
+    five = preprocessing(load_backbone("test_resnet", random_init=True, in_chans=5, img_size=SIZE))
+    one = preprocessing(load_backbone("test_resnet", random_init=True, in_chans=1, img_size=SIZE))
+    pixels = five(array, RNG)
+    for channel in range(5):
+        assert torch.equal(pixels[channel], one(Image.fromarray(array[..., channel]), RNG)[0])
+
+
+def test_image_of_the_right_size_is_not_resampled():
+    image = picture("RGB", 32, 32)
+    pixels = preprocessing(load_backbone("pixels:32"))(image, RNG)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))

@@ -1,0 +1,124 @@
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from ldae.backbones.perceptual import lpips, lpips_is_here, open_perceptual
+from ldae.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory):
+    """A VGG16 file of random weights, as torchvision writes them."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        network = torchvision.models.vgg16(weights=None, init_weights=False)
+    features = network.features.to_empty(device="cpu")
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.uniform_(layer.bias, -0.1, 0.1)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, path)
+    return path
+
+
+def pair(images, side=32):
+    one = images[:3, :, :side, :side] / 255
+    return one, (one + 0.1 * torch.randn_like(one)).clamp(0, 1)
+
+
+def test_lpips_is_that_of_torchmetrics(vgg, images):
+    metrics = pytest.importorskip("torchmetrics.functional.image.lpips")
+    reference = metrics._LPIPS(net="vgg", pnet_rand=True)
+    state = {name[9:]: value for name, value in torch.load(vgg, weights_only=True).items()}
+    for name, value in reference.net.state_dict().items():
+        value.copy_(state[name.partition(".")[2]])
+    found = open_perceptual(f"vgg16@{vgg}", 3)
+    one, other = pair(images)
+    wanted = reference(one, other, normalize=True).flatten()
+    torch.testing.assert_close(found(one, other), wanted, rtol=1e-5, atol=1e-7)
+    assert found.name == "LPIPS" and (wanted > 0).all()
+    assert not found(one, one).any()
+
+
+def test_its_gradient_reaches_the_images_and_nothing_else(vgg, images):
+    found = lpips(str(vgg))
+    one, other = pair(images)
+    one.requires_grad_()
+    found(one, other).sum().backward()
+    assert one.grad.isfinite().all() and one.grad.any()
+    assert not any(p.requires_grad for p in found.network.parameters())
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    found(flat, flat.detach()).sum().backward()
+    assert flat.grad.isfinite().all()
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """backbone(name, **args): a folder as timm writes it, of random weights."""
+
+    def write(name="resnet10t", **args):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=0, **args)
+        timm.models.save_for_hf(model, str(tmp_path / name), model_args=args)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, args, side",
+    [
+        ("resnet10t", {}, 32),
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2}, 32),
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2}, 16),
+    ],
+)
+def test_a_backbones_distance_is_that_of_its_maps(name, args, side, backbone, images):
+    spec = backbone(name, **args)
+    found = open_perceptual(spec, 3)
+    assert found.name == f"perceptual({spec})"
+    model = timm.create_model(f"local-dir:{spec}", pretrained=True, num_classes=0).eval()
+    cfg = model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
+    one, other = pair(images, side)
+    layers = []
+    for picture in (one, other):
+        if name.startswith("vit") and side != 32:  # of a fixed size: enlarged to it
+            picture = nn.functional.interpolate(picture, (32, 32), mode="bicubic", antialias=True)
+        with torch.no_grad():
+            layers.append(model.forward_intermediates((picture - mean) / std)[1])
+    wanted = torch.zeros(3)
+    for first, second in zip(*layers, strict=True):
+        first, second = (nn.functional.normalize(part, dim=1) for part in (first, second))
+        wanted += (first - second).square().sum(1).mean((1, 2)) / len(layers[0])
+    torch.testing.assert_close(found(one, other), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_absent_weights_are_one_sentence(monkeypatch, vgg, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    assert not lpips_is_here()
+    with pytest.raises(InputError, match="VGG16 can not be downloaded .no route.*vgg16@FILE"):
+        open_perceptual("vgg16", 3)
+    with pytest.raises(InputError, match="there is no checkpoint file .*nowhere.pth"):
+        open_perceptual(f"vgg16@{tmp_path / 'nowhere.pth'}", 3)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="other.pth does not hold torchvision's VGG16"):
+        open_perceptual(f"vgg16@{tmp_path / 'other.pth'}", 3)
+    with pytest.raises(InputError, match="no timm model of that name"):
+        open_perceptual("nonsense", 3)
+    with pytest.raises(InputError, match="takes 3 channels, data.in_chans is 1"):
+        open_perceptual(f"vgg16@{vgg}", 1)
+    with pytest.raises(InputError, match="pixels shows no feature maps"):
+        open_perceptual("pixels", 3)
+
+
+def test_without_torchmetrics_the_extra_is_named(monkeypatch, vgg):
+    monkeypatch.setattr("ldae.backbones.perceptual.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'ldae\[conv\]'"):
+        open_perceptual(f"vgg16@{vgg}", 3)

@@ -1,0 +1,241 @@
+"""The table is what the cells' files hold; cells are made once, and fail alone."""
+
+import csv
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+
+from ldae import cli
+from ldae.commands.evaluate import evaluate
+from ldae.commands.retrieve import retrieve
+from ldae.errors import InputError, LostRank
+from ldae.evals import features
+from ldae.evals.grading import Setup
+from ldae.files import write_json
+from ldae.train.interrupt import Interrupted
+
+SUITE = """
+[data.digits]
+train = "digits"
+[data.same]
+train = "digits"
+eval = "digits"
+[protocols.knn]
+k = [5]
+temperature = 0.1
+[protocols.retrieve]
+k = [1]
+data = ["same"]
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    path = tmp_path / "suite.toml"
+    path.write_text(SUITE)
+    return path
+
+
+@pytest.fixture
+def setup(tmp_path):
+    return Setup(in_chans=1, workers=0, device="cpu", out=tmp_path / "out")
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The cells that were computed, by a verb that is quick; ``stops`` is what it raises instead."""
+    made = []
+
+    def knn(backbone, /, data, eval_data=None, *, k=(1,), temperature=0.07, setup=Setup()):
+        made.append(str(setup.out.relative_to(setup.out.parents[2])))
+        if made[-1] in called_by.stops:
+            raise called_by.stops[made[-1]]
+        record = {"results": {"top1": 10.0 + len(made), "converged": True, "sweep": [1]}}
+        write_json(setup.out / "results.json", record)
+        return record
+
+    knn.__annotations__ = {"k": tuple[int, ...], "temperature": float, "setup": Setup}
+    monkeypatch.setattr("ldae.commands.knn.knn", knn)
+    monkeypatch.setattr("ldae.commands.retrieve.retrieve", knn)
+    called_by = type("Called", (), {"made": made, "stops": {}})
+    return called_by
+
+
+def numbers(folder) -> tuple[dict, dict, str]:
+    """By cell and metric, of table.json and table.csv; and the text of table.md."""
+    entries = json.loads((folder / "table.json").read_text())["cells"]
+    first = {
+        (one["backbone"], one["data"], one["protocol"], metric): value
+        for one in entries
+        for metric, value in (one["results"] or {}).items()
+    }
+    lines = csv.DictReader((folder / "table.csv").read_text().splitlines())
+    second = {
+        (one["backbone"], one["data"], one["protocol"], one["metric"]): float(one["value"])
+        for one in lines
+    }
+    return first, second, (folder / "table.md").read_text()
+
+
+def test_table_is_what_the_cells_files_hold(suite, setup, capsys):
+    table = evaluate(("pixels:8", "pixels:4"), suite=suite, setup=setup)
+    by_json, by_csv, text = numbers(setup.out)
+    assert table == json.loads((setup.out / "table.json").read_text())
+    wanted = {}
+    for cell in table["cells"]:
+        record = json.loads((setup.out / cell["file"]).read_text())
+        assert record["backbone"]["spec"] == cell["spec"]
+        for metric, value in record["results"].items():
+            wanted[cell["backbone"], cell["data"], cell["protocol"], metric] = value
+    assert len(table["cells"]) == 6 and by_json == by_csv == wanted
+    assert by_json["pixels-8", "digits", "knn", "top1_k5"] > 90
+    lines = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[0] == ["data", "backbone", "knn: top1_k5", "retrieve: mean_average_precision"]
+    for data, backbone, knn, precision in lines[2:]:
+        assert float(knn) == round(by_json[backbone, data, "knn", "top1_k5"], 2)
+        key = (backbone, data, "retrieve", "mean_average_precision")
+        assert precision == (f"{by_json[key]:.2f}" if data == "same" else "")
+    assert [line[:2] for line in lines[2:]] == [
+        [data, backbone] for data in ("digits", "same") for backbone in ("pixels-8", "pixels-4")
+    ]
+    told = capsys.readouterr().out
+    assert "cell 1 of 6: knn of pixels-8 on digits\n" in told and "cell 6 of 6" in told
+
+
+def test_cells_of_a_backbone_and_a_data_set_share_what_is_extracted(suite, setup, monkeypatch):
+    """And have the numbers that each verb has alone."""
+    extracted, original = [], features.own_features
+
+    def own_features(encoder, source, *how):
+        extracted.append(source.split)
+        return original(encoder, source, *how)
+
+    monkeypatch.setattr(features, "own_features", own_features)
+    table = evaluate(("pixels:8", "pixels:4"), suite=suite, setup=setup)
+    assert len(extracted) == 2 * 2 * 2  # backbones, data sets, splits; and not by protocols
+    alone = retrieve("pixels:4", "digits", k=(1,), setup=replace(setup, out=setup.out / "alone"))
+    assert table["cells"][-1]["results"] == alone["results"] and len(extracted) == 10
+
+
+def test_finished_cells_are_skipped_and_changed_ones_made_again(suite, setup, called, capsys):
+    first = evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert len(called.made) == 3
+    assert evaluate(("pixels:8",), suite=suite, setup=setup) == first and len(called.made) == 3
+    assert "cell 2 of 3: knn of pixels-8 on same, finished before\n" in capsys.readouterr().out
+    faster = Setup(in_chans=1, workers=1, device="cpu", out=setup.out, batch_size=9)
+    evaluate(("pixels:8",), suite=suite, setup=faster)
+    assert len(called.made) == 3  # which change no number
+
+    suite.write_text(SUITE.replace("temperature = 0.1", "temperature = 0.2"))
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert called.made[3:] == ["pixels-8/digits/knn", "pixels-8/same/knn"]
+    suite.write_text(suite.read_text().replace('eval = "digits"', ""))
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert called.made[5:] == ["pixels-8/same/knn", "pixels-8/same/retrieve"]
+    (setup.out / "pixels-8" / "same" / "knn" / "results.json").write_text("{")
+    table = evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert called.made[7:] == ["pixels-8/same/knn"]
+    assert [cell["results"]["top1"] for cell in table["cells"]] == [14, 18, 17]
+
+
+def test_other_weights_under_the_same_name_are_graded_again(suite, setup, called, monkeypatch):
+    suite.write_text("[data.d]\ntrain = 'digits'\n[protocols.knn]")
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    monkeypatch.setattr("ldae.commands.evaluate.state_hash", lambda state: "other")
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert len(called.made) == 2
+
+
+def test_a_cell_fails_alone(suite, setup, called, capsys):
+    called.stops |= {
+        "pixels-8/digits/knn": InputError("the disk is full"),
+        "pixels-8/same/knn": RuntimeError("out of memory\nat line 3"),
+    }
+    argv = ["evaluate", "pixels:8", "--suite", str(suite), "--out", str(setup.out)]
+    argv += ["--in-chans", "1", "--workers", "0", "--device", "cpu"]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert "ldae: knn of pixels-8 on digits: the disk is full\n" in err
+    assert "2 of 3 cells failed" in err.splitlines()[-1]
+    by_json, _, text = numbers(setup.out)
+    assert list(by_json) == [("pixels-8", "same", "retrieve", "top1")] and len(called.made) == 3
+    assert text.count("| failed |") == 2 and "- knn of pixels-8 on digits: the disk is full" in text
+    assert "RuntimeError: out of memory\n" in text
+    called.stops.clear()
+    assert cli.main(argv) == 0
+    assert called.made[3:] == ["pixels-8/digits/knn", "pixels-8/same/knn"]
+    assert "Failed" not in (setup.out / "table.md").read_text()
+
+
+def test_a_backbone_that_can_not_be_opened_fails_alone(suite, setup, called):
+    with pytest.raises(InputError, match="3 of 6 cells failed"):
+        evaluate(("no_such_model", "pixels:8"), suite=suite, setup=setup)
+    cells = json.loads((setup.out / "table.json").read_text())["cells"]
+    assert ["no timm model" in (cell["error"] or "") for cell in cells] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted(15, "it is saved")])
+def test_after_an_interrupt_the_same_command_goes_on(stop, suite, setup, called):
+    """By a verb that is ended, or that ends itself once it has saved."""
+    called.stops["pixels-8/same/knn"] = stop
+    with pytest.raises(type(stop)):
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+    by_json, _, text = numbers(setup.out)
+    assert len(by_json) == 1 and text.count("to do") == 2
+    called.stops.clear()
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert called.made[2:] == ["pixels-8/same/knn", "pixels-8/same/retrieve"]
+
+
+def test_results_that_were_cut_short_are_made_again(suite, setup, called):
+    """A verb had written its results, and the suite not yet what they are results of."""
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    path = setup.out / "pixels-8" / "digits" / "knn" / "results.json"
+    record = json.loads(path.read_text())
+    for damage in ({"suite": None}, {"results": None}, {"results": [1]}):
+        path.write_text(json.dumps(record | damage))
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert called.made[3:] == ["pixels-8/digits/knn"] * 3
+
+
+def test_out_must_be_said(suite):
+    with pytest.raises(InputError, match="say where the table goes: --out DIR"):
+        evaluate(("pixels:8",), suite=suite)
+
+
+def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypatch):
+    """By a verb that learns from none; another head on the same backbone is another cell."""
+    given = []
+
+    def validate(classifier, /, data, *, real_labels: bool = False, setup: Setup = Setup()):
+        given.append((classifier, data, real_labels))
+        return {"results": {"top1": 1.0}}
+
+    monkeypatch.setattr("ldae.commands.validate.validate", validate)
+    model = timm.create_model("test_vit", num_classes=3, img_size=16)
+    heads = iter([model.state_dict(), model.state_dict(), {"head.bias": torch.ones(3)}])
+    loaded = SimpleNamespace(state_dict=lambda: next(heads))
+    monkeypatch.setattr("ldae.commands.evaluate.load_classifier", lambda *_: loaded)
+    path = tmp_path / "my.toml"
+    path.write_text(
+        "[data.a]\ntrain = 'x'\n[data.b]\ntrain = 'x'\neval = 'y'\n"
+        "[protocols.validate]\nreal_labels = true\ndata = ['b']"
+    )
+    for times in (1, 1, 2):
+        evaluate(("somewhere",), suite=path, setup=setup)
+        assert given == [("somewhere", "y", True)] * times
+    path.write_text(path.read_text().replace("['b']", "['a']"))
+    heads = iter([{}])
+    evaluate(("somewhere",), suite=path, setup=setup)
+    assert given[-1] == ("somewhere", "x", True)
+
+
+def test_a_lost_rank_is_no_cells_fault(suite, setup, called):
+    called.stops["pixels-8/same/knn"] = LostRank("rank 0 lost the others")
+    with pytest.raises(LostRank):
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert len(called.made) == 2

@@ -1,0 +1,280 @@
+"""The exactness of a fine-tuning, what it leaves, and what it refuses."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from ldae import cli, tree
+from ldae.backbones.open import load_backbone, load_classifier
+from ldae.backbones.preprocessing import preprocessing
+from ldae.backbones.timm_folder import write_timm_folder
+from ldae.commands.finetune import finetune
+from ldae.data.open import open_source
+from ldae.errors import InputError
+from ldae.finetuning import recipes
+from ldae.finetuning.network import Classification
+from ldae.finetuning.settings import Finetuning
+from ldae.runs.checkpoints import Checkpoints
+from ldae.train.interrupt import Interrupted
+
+SHAPE = dict(
+    img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, class_token=False,
+    global_pool="avg", final_norm=False, fc_norm=False, num_classes=0,
+)  # fmt: skip
+TINY = {
+    "data.source": "digits",
+    "augment.mix_images": 4,
+    "augment.min_area": 0.5,
+    "optim.batch_size": 64,
+    "optim.blr": 0.01,
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0.2,
+    "system.device": "cpu",
+    "system.precision": "fp32",
+    "system.workers": 0,
+    "system.log_every": 7,
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A backbone as `ldae export` writes them, of random weights."""
+    out = tmp_path_factory.mktemp("backbone") / "vit"
+    torch.manual_seed(9)
+    cfg = dict(
+        input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.3, 0.3, 0.3), crop_pct=1.0,
+        num_classes=0, classifier="head", first_conv="patch_embed.proj",
+    )  # fmt: skip
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained_cfg=cfg, **SHAPE)
+    write_timm_folder(out, vit, SHAPE, lambda opened: None)
+    return str(out)
+
+
+@pytest.fixture
+def tiny(exported):
+    """tiny(recipe, **changes): settings of a fine-tuning of seconds; a__b stands for a.b."""
+
+    def make(name: str = "mae", **changes) -> Finetuning:
+        given = {key.replace("__", "."): value for key, value in changes.items()}
+        return tree.replace(recipes.config(name), TINY | {"backbone": exported} | given)
+
+    return make
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_state(one, other):
+    for part in ("model", "average"):
+        states = [Checkpoints(run).load()[part] for run in (one, other)]
+        assert (states[0] is None) == (states[1] is None)
+        for name in states[0] or ():
+            assert torch.equal(states[0][name], states[1][name]), name
+
+
+def test_it_learns_and_leaves_what_it_says(tiny, exported, tmp_path, capsys):
+    """Without augmentation, so that a few steps show that the network learns."""
+    run = tmp_path / "run"
+    config = tiny(
+        augment__policy="", augment__erasing=0.0, augment__mixup=0.0, augment__cutmix=0.0,
+        augment__flip=0.0, augment__min_area=1.0, optim__epochs=3, optim__blr=0.04,
+        model__layer_decay=0.9,
+    )  # fmt: skip
+    record = finetune(config, run)
+    left = {path.name for path in run.iterdir()}
+    assert left == {
+        "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "results.json",
+        "classifier",
+    }  # fmt: skip
+    assert tree.load(run / "config.yaml", Finetuning()) == config
+    curve = lines(run)
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
+    tops = [line["top1"] for line in curve if "top1" in line]
+    assert len(tops) == 3 and tops[-1] > 35 and tops[-1] > tops[0]
+    assert "top-1" in capsys.readouterr().out
+
+    on_disk = json.loads((run / "results.json").read_text())
+    assert on_disk == json.loads(json.dumps(record))
+    assert on_disk["results"]["top1"] == pytest.approx(tops[-1])
+    protocol = on_disk["protocol"]
+    assert (protocol["name"], protocol["version"], protocol["size"]) == ("mae", 1, "B")
+    assert protocol["optim"]["min_lr"] == 1e-6 and "optim.epochs=3.0" in protocol["modified"]
+
+    opened = load_classifier(run).eval()
+    assert opened.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+    source, transform = open_source("digits", "eval"), preprocessing(opened)
+    assert transform.mean == (0.1, 0.2, 0.3) and transform.input_size == (3, 32, 32)
+    rng = np.random.default_rng(0)
+    images = torch.stack([transform(source.image(i), rng) for i in range(len(source))])
+    with torch.no_grad():
+        found = opened(transform.normalise(images)).argmax(1)
+    right = (found == torch.from_numpy(source.labels)).double().mean()
+    assert on_disk["results"]["top1"] == pytest.approx(100 * right.item())
+    assert load_backbone(run).num_classes == 0  # what evaluators grade
+
+    before = (run / "classifier" / "model.safetensors").stat().st_mtime_ns
+    finetune(config, run)  # a finished run is left as it is
+    assert lines(run) == curve
+    assert (run / "classifier" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_written_folder_has_the_logits_of_the_average(tiny, tmp_path):
+    run = tmp_path / "run"
+    finetune(tiny("ldae", optim__ema=0.5, optim__epochs=0.5), run)
+    opened = timm.create_model(f"local-dir:{run / 'classifier'}", pretrained=True).eval()
+    state = Checkpoints(run).load()["average"]
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, state[f"network.{name}"]), name
+    card = (run / "classifier" / "README.md").read_text()
+    assert "| recipe | ldae, version 1, size B |" in card and "fine-tuned from vit" in card
+
+
+def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
+    """RandAugment, erasing, mixup, CutMix, drop path and the moving average included."""
+    config = tiny(
+        "ldae", optim__ema=0.9, model__drop_path=0.5, augment__erasing=0.5, optim__epochs=0.6
+    )
+    finetune(config, tmp_path / "whole")
+    run, calls = tmp_path / "parts", []
+    original = Classification.forward
+
+    def forward(self, *args):
+        calls.append(1)
+        if len(calls) in (3, 8):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(Classification, "forward", forward)
+    for seen in (192, 512):
+        torch.manual_seed(seen)  # whatever another process begins with
+        np.random.seed(seen)
+        with pytest.raises(Interrupted, match=f"stopped at image {seen} of 832"):
+            finetune(config, run)
+    finetune(config, run)
+    assert_same_state(run, tmp_path / "whole")
+    results = [
+        json.loads((path / "results.json").read_text()) for path in (run, tmp_path / "whole")
+    ]
+    assert results[0]["results"] == results[1]["results"]
+
+
+def test_the_division_into_micro_batches_is_exact_without_drop_path(tiny, tmp_path):
+    """The same images, erased and mixed alike; only the order of the sums differs."""
+    for name, share in (("whole", 0), ("parts", 16)):
+        config = tiny(
+            model__drop_path=0.0, augment__erasing=0.5, optim__epochs=0.2,
+            optim__warmup_epochs=0.1, optim__blr=1e-3, system__device_batch=share,
+        )  # fmt: skip
+        finetune(config, tmp_path / name)
+    whole, parts = (Checkpoints(tmp_path / name).load()["model"] for name in ("whole", "parts"))
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=2e-5, msg=name)
+    losses = [lines(tmp_path / name)[-1]["loss"] for name in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_another_seed_is_another_run(tiny, tmp_path):
+    for seed in (0, 1):
+        changes = dict(seed=seed, optim__epochs=0.1, optim__warmup_epochs=0.01)
+        finetune(tiny(system__eval_every=0.0, **changes), tmp_path / str(seed))
+    losses = [lines(tmp_path / str(seed))[-1]["loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
+    assert finetune(tiny(optim__epochs=3), tmp_path / "run", dry_run=True) is None
+    told = capsys.readouterr().out
+    for part in ("mae, version 1, size B; changed: ", "optim.epochs=3", "10 classes", "parameters"):
+        assert part in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"data__source": ""}, "say where they are with --data"),
+        ({"backbone": "no_such_model"}, "no timm model of that name"),
+        ({"backbone": "pixels:8"}, "pixels:8 is no timm model: it can not be fine-tuned"),
+        ({"data__img_size": 30}, "data.img_size 30 does not fit .*patches are of 8 pixels"),
+        ({"data__in_chans": 4}, "takes 3 channels"),
+        ({"augment__policy": "rnad-m9"}, "'rnad-m9' is no RandAugment"),
+        ({"augment__mix_images": 48}, "micro batch of 64 images .*augment.mix_images 48"),
+        ({"optim__warmup_epochs": 5}, "optim.warmup_epochs 5 must be fewer than optim.epochs 1"),
+        ({"model__layer_decay": 0.0}, "model.layer_decay must be above 0"),
+        ({"model__drop_path": 1.0}, "model.drop_path must be .* below 1"),
+        ({"system__eval_every": -1.0}, "system.eval_every must be at least 0"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(changes, sentence, tiny, tmp_path):
+    with pytest.raises(InputError, match=sentence):
+        finetune(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_do_not_fit_are_told(tiny, tmp_path, pictures_of):
+    flat = pictures_of({"": 3})
+    with pytest.raises(InputError, match="has no labels"):
+        finetune(tiny(data__source=flat, data__eval_source="digits"), tmp_path / "run")
+    strange = pictures_of({"cat": 3, "dog": 3})
+    with pytest.raises(InputError, match="class '0' of digits is not among the classes"):
+        finetune(tiny(data__source=strange, data__eval_source="digits"), tmp_path / "run")
+    with pytest.raises(InputError, match="no evaluation split"):
+        finetune(tiny(data__source=strange), tmp_path / "run")
+
+
+@pytest.fixture
+def pictures_of(tmp_path):
+    """pictures_of({class: count}): a folder of grey images; the class "" is no folder."""
+    from PIL import Image
+
+    def make(counts: dict[str, int]) -> str:
+        folder = tmp_path / "-".join(["images", *counts])
+        for name, count in counts.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                Image.new("L", (9, 9), 20 * number).save(folder / name / f"{number}.png")
+        return str(folder)
+
+    return make
+
+
+def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
+    run = tmp_path / "run"
+    finetune(tiny(optim__epochs=0.1, optim__warmup_epochs=0.01), run)
+    with pytest.raises(InputError, match="holds another run: optim.epochs is 0.1 there, 2.0 here"):
+        finetune(tiny(optim__epochs=2.0, optim__warmup_epochs=0.01), run)
+    (run / "config.yaml").write_text("noise: {steps: 3}\n")
+    with pytest.raises(InputError, match="holds another kind of run"):
+        finetune(tiny(), run)
+
+
+def test_the_command_line_takes_the_recipe_of_the_size(exported, tmp_path, capsys):
+    argv = ["finetune", exported, "--data", "digits", "--run", str(tmp_path / "run"), "--dry-run"]
+    own = ["--augment.mix-images", "8", "--system.workers", "0"]
+    assert cli.main([*argv, "--recipe", "ldae", *own]) == 0
+    told = capsys.readouterr().out
+    assert "layer_decay: 0.85" in told and "ema: 0.9999" in told
+    assert "ldae, version 1, size B; changed: augment.mix_images=8" in told
+    assert cli.main([*argv, "--recipe", "ldae", "--size", "L"]) == 0
+    assert "layer_decay: 0.65" in capsys.readouterr().out
+    for wrong, sentence in (
+        ([*argv, "--recipe", "mea"], "no recipe 'mea'; the nearest is 'mae'"),
+        (argv, "say what and how: ldae finetune BACKBONE --recipe NAME"),
+        ([*argv[2:], "--recipe", "mae"], "say what and how"),
+    ):
+        assert cli.main(["finetune", *wrong[wrong[0] == "finetune" :]]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_is_read_by_some_code():
+    from test_settings import unread
+
+    assert unread(Finetuning()) == []

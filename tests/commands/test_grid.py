@@ -1,0 +1,138 @@
+"""The cells of a grid are the run's blocks at each t."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from ldae import noise
+from ldae.backbones.fold import fold
+from ldae.backbones.preprocessing import preprocessing
+from ldae.commands.grid import BlockReader, grid, table
+from ldae.errors import InputError
+from ldae.evals.features import Encoder, own_rows
+from ldae.evals.grading import Setup
+from ldae.evals.taps import Tap
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(run):
+    return run()
+
+
+@pytest.mark.parametrize("row", ["l_dae", "patch_pca", "dit"])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_blocks_are_those_that_hooks_see(row, noisy, method, images):
+    trained = method(row)
+    seen = []
+    for block in (*trained.denoiser.encoder, *trained.denoiser.decoder):
+        block.register_forward_hook(lambda module, given, out: seen.append(out.mean(1)))
+    x = trained.tokenizer.normalize(images)
+    indices = torch.arange(8) + 3
+    reader = BlockReader(trained, 40, (1, 3, 4), noisy, seed=5, first=100)
+    with torch.no_grad():
+        found = reader(x, indices)
+        seen.clear()
+        z = trained.gamma[40] * trained.encode(x)
+        if noisy:
+            z = z + trained.sigma[40] * noise.normal(5, 100 + indices, z.shape[1:])
+        trained.predict(z, torch.full((8,), 40))
+    for number, vector in zip((0, 2, 3), found, strict=True):
+        torch.testing.assert_close(vector, seen[number])
+
+
+def test_the_encoders_last_block_is_the_backbone(method, pictures):
+    """At the exported t, with clean input, unfolded equals folded."""
+    trained, source = method(), pictures(5)
+    backbone = fold(trained)
+    rows = own_rows(
+        Encoder(
+            trained,
+            CPU,
+            "fp32",
+            preprocessing(backbone),
+            BlockReader(trained, 10, (2,), False, 0, 0),
+        ),
+        source,
+    )
+    wanted = own_rows(Encoder(backbone, CPU), source)
+    torch.testing.assert_close(rows.features, wanted.features, rtol=1e-4, atol=1e-4)
+    assert rows.columns == {Tap(1, "avg"): slice(0, 32)}
+
+
+def test_noise_belongs_to_images_and_not_to_batches(method, pictures):
+    trained, source = method(), pictures(7)
+    transform = preprocessing(fold(trained))
+
+    def found(batch_size, seed=0):
+        reader = BlockReader(trained, 400, (1, 2), True, seed, 0)
+        return own_rows(
+            Encoder(trained, CPU, "fp32", transform, reader), source, batch_size
+        ).features
+
+    torch.testing.assert_close(found(2), found(7), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found(7), found(7, seed=1), atol=1e-2)
+
+
+def test_verb_writes_a_table_a_picture_and_every_cell(run, tmp_path, capsys):
+    setup = Setup(workers=0, device="cpu", out=tmp_path / "out")
+    record = grid(
+        run,
+        "digits",
+        timesteps=(0, 40),
+        leading=(3, 1),
+        inputs=("clean", "noisy"),
+        learning_rates=(0.1, 1.0),
+        epochs=1,
+        setup=setup,
+    )
+    results = record["results"]
+    cells = results["cells"]
+    assert [(c["input"], c["t"], c["leading"]) for c in cells] == [
+        (given, t, number) for given in ("clean", "noisy") for t in (0, 40) for number in (1, 3)
+    ]
+    best = max(cell["held_out_top1"] for cell in cells)
+    assert results["held_out_top1"] == best and results["top1"] in [c["top1"] for c in cells]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
+    written = (tmp_path / "out" / "grid.md").read_text()
+    assert written.count("**") == 2 and f"**{results['top1']:.2f}**" in written
+    assert "chosen on what it reports" in written
+    assert Image.open(tmp_path / "out" / "grid.png").width > 200
+
+
+def test_table_has_a_row_for_each_t():
+    cells = [
+        {"input": "clean", "t": t, "leading": n, "top1": 10.0 * t + n, "held_out_top1": -n - t}
+        for t in (0, 1)
+        for n in (1, 2)
+    ]
+    lines = table(cells, cells[0]).splitlines()
+    assert lines[2:6] == [
+        "| t \\ leading blocks | 1 | 2 |",
+        "|---|---|---|",
+        "| 0 | **1.00** | 2.00 |",
+        "| 1 | 11.00 | 12.00 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"timesteps": (1000,)}, "timesteps 1000: .* has timesteps 0 to 999"),
+        ({"leading": (5,)}, "leading 5: .* has leading 1 to 4"),
+        ({"setup": Setup(random_init=True)}, "an untrained network has no t"),
+        ({"inputs": ()}, "inputs must name clean, noisy or both"),
+    ],
+)
+def test_what_a_run_has_not_is_told_before_the_work(run, given, told, monkeypatch):
+    monkeypatch.setattr("ldae.commands.grid.grading", None)
+    with pytest.raises(InputError, match=told):
+        grid(run, "digits", **given)
+
+
+def test_another_folder_is_told(tmp_path):
+    with pytest.raises(InputError, match="is not a run folder"):
+        grid(tmp_path, "digits")

@@ -1,0 +1,115 @@
+"""What `ldae jobs` says of jobs in every state."""
+
+import os
+import socket
+
+import pytest
+
+from ldae import files
+from ldae.commands import jobs
+from ldae.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """add(id, state, log): a job's folder; SLURM is not there unless a test makes one."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+
+    def add(job: str, place: str = "runs/a", cluster: str = "slurm", text: str = "", **state):
+        path = tmp_path / place / "jobs" / job
+        command = ["knn", "a b", "--data", "x"]
+        record = {"id": job, "command": command, "cluster": cluster, "sent": f"2026-{job:>09}"}
+        files.write_json(path / "job.json", record)
+        if state:
+            files.write_json(path / "state.json", state)
+        (path / f"{job}_0_log.out").write_text(text)
+
+    return add
+
+
+def test_without_slurm_the_records_are_believed(folder, tmp_path, capsys):
+    folder("1", state="done", text="top1 50\n")
+    folder("2", state="waiting", said="SIGUSR2; requeued")
+    folder(
+        "3", state="failed", text="submitit INFO (2026) - x\nldae: no such data\nsrun: error: 2\n"
+    )
+    folder("4", place="other", text="bar 10%\rbar 20%\r\n")  # sent, not begun
+    jobs.jobs(tmp_path)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "done 1 ldae knn 'a b' --data x",
+        "top1 50",
+        "waiting 2 ldae knn 'a b' --data x",
+        "SIGUSR2; requeued",
+        "failed 3 ldae knn 'a b' --data x",
+        "ldae: no such data",
+        "waiting 4 ldae knn 'a b' --data x",
+        "4 jobs: 1 done, 2 waiting, 1 failed",
+    ]
+
+
+def test_a_bar_is_told_by_its_last_state(folder, tmp_path):
+    here = {"host": socket.gethostname(), "pid": os.getpid()}
+    folder("1", cluster="local", text="bar 10%\rbar 20%\r", state="running", **here)
+    assert jobs.statuses(tmp_path) == [("1", "running", "knn 'a b' --data x", "bar 20%")]
+
+
+def test_a_process_that_is_gone_has_failed(folder, tmp_path):
+    gone = {"host": socket.gethostname(), "pid": 2**22 + 1}  # beyond Linux' largest
+    folder("1", cluster="local", state="running", **gone)
+    folder("2", cluster="local", state="running", **(gone | {"host": "another machine"}))
+    assert [status.state for status in jobs.statuses(tmp_path)] == ["failed", "running"]
+
+
+def test_slurm_knows_better(folder, tmp_path):
+    said = {
+        "sacct": [
+            "1|COMPLETED",
+            "2|CANCELLED by 0",
+            "3|OUT_OF_MEMORY",
+            "4|RUNNING",
+            "5_0|FAILED",
+            "7_[0-1,3%2]|CANCELLED by 0",
+        ],
+        "squeue": ["4|PENDING|BeginTime", "6_1|RUNNING|None", "9|RUNNING|None"],
+    }
+    for name, lines in said.items():
+        script = tmp_path / "bin" / name
+        refused = 'case "$*" in *_*) exit 1;; esac\n'  # as sacct does a task that never began
+        script.write_text(f"#!/bin/sh\n{refused}" + "".join(f"echo '{line}'\n" for line in lines))
+        script.chmod(0o755)
+    for job in ("1", "2", "3", "4", "5_0", "6_1", "7_0", "7_1", "7_3"):
+        folder(job, state="running", host="node", pid=1, text="images 8/16\n")
+    assert [(status.id, status.state, status.told) for status in jobs.statuses(tmp_path)] == [
+        ("1", "done", "images 8/16"),
+        ("2", "cancelled", "images 8/16"),
+        ("3", "failed", "OUT_OF_MEMORY"),
+        ("4", "waiting", "BeginTime"),
+        ("5_0", "failed", "images 8/16"),
+        ("6_1", "running", "images 8/16"),
+        ("7_0", "cancelled", "images 8/16"),
+        ("7_1", "cancelled", "images 8/16"),
+        ("7_3", "cancelled", "images 8/16"),
+    ]
+
+
+def test_no_jobs_are_told(tmp_path):
+    with pytest.raises(InputError, match="no job was sent from"):
+        jobs.jobs(tmp_path)
+
+
+RECORDS = ([], {"id": 5}, {"id": "5"}, {"id": "5", "command": [1]}, "text")
+STATES = ([], {"state": "running"}, {"state": "running", "host": socket.gethostname(), "pid": "x"})
+
+
+def test_damaged_records_hide_no_others(folder, tmp_path, capsys):
+    for number, record in enumerate(RECORDS):
+        files.write_json(tmp_path / "runs" / "a" / "jobs" / f"bad{number}" / "job.json", record)
+    for number, state in enumerate(STATES):
+        folder(f"{number}", cluster="local")
+        files.write_json(tmp_path / "runs" / "a" / "jobs" / f"{number}" / "state.json", state)
+    folder("7", state="done", text="\x1b[31mred")
+    jobs.jobs(tmp_path)
+    told = capsys.readouterr().out
+    assert "4 jobs: " in told and "\x1b" not in told and "x1b[31mred" in told

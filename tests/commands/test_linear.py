@@ -1,0 +1,164 @@
+"""The sweep chooses on train and reports the last epoch; a verb's protocol is what it says."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldae.commands.linear import CachedProtocol, LDAEProtocol, MAEProtocol, linear, linear_probe
+from ldae.errors import InputError
+from ldae.evals.grading import Setup
+from ldae.evals.heads import train_heads
+from ldae.evals.subsets import held_out
+from ldae.evals.taps import Tap
+
+SETUP = Setup(in_chans=1, workers=0, device="cpu")
+CONTROL = replace(SETUP, img_size=16, random_init=True)
+CPU = torch.device("cpu")
+SHORT = CachedProtocol(
+    learning_rates=(0.01, 0.1, 1.0), weight_decays=(0.0, 0.1), epochs=3, total_batch=32
+)
+
+
+def probe(train, evaluation, protocol=SHORT):
+    held = held_out(train.names, train.labels, protocol.held_out)
+    return linear_probe(train, evaluation, held, 4, protocol)
+
+
+def test_same_seed_same_result_other_seed_another(cloud):
+    train, evaluation = cloud(300, 0), cloud(50, 1)
+    first, again, other = (
+        probe(train, evaluation, protocol)[0].weight
+        for protocol in (SHORT, SHORT, replace(SHORT, seed=1))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_head_is_chosen_on_train_only(cloud):
+    train, evaluation = cloud(300, 0), cloud(90, 1)
+    _, honest = probe(train, evaluation)
+    _, permuted = probe(train, evaluation._replace(labels=evaluation.labels.roll(1)))
+    assert permuted["learning_rate"] == honest["learning_rate"]
+    assert permuted["sweep"] == honest["sweep"]
+    assert permuted["top1"] < honest["top1"]
+
+
+def test_chosen_head_is_the_best_on_the_held_out_tenth_and_retrained_on_all(cloud):
+    """Of two taps, of which one has seen nothing of the classes."""
+    split = {Tap(0, "avg"): slice(0, 4), Tap(1, "avg"): slice(4, 8)}
+    train, evaluation = (cloud(*size)._replace(columns=split) for size in ((300, 0), (90, 1)))
+    protocol = replace(SHORT, blocks=(0, 1), pools=("avg",))
+    heads, results = probe(train, evaluation, protocol)
+    assert len(results["sweep"]) == 12 and results["tap"] == "block 0, avg"
+    chosen = {key: results[key] for key in ("tap", "learning_rate", "weight_decay")}
+    best = max(results["sweep"], key=lambda head: head["held_out_top1"])
+    assert best == chosen | {"held_out_top1": best["held_out_top1"]}
+    wanted = next(head for head in protocol.heads if head.record() == chosen)
+    again = train_heads(train, [wanted], 4, protocol, CPU)[wanted.tap]
+    assert torch.equal(heads.weight, again.weight)
+    logits = heads(evaluation.features[:, :4])[:, 0]
+    right = (logits.argmax(1) == evaluation.labels).double().mean()
+    assert results["top1"] == pytest.approx(100 * right.item())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"learning_rates": ()}, {"learning_rates": (0.1, 0.0)}, {"epochs": 0}, {"pools": ()}],
+)
+def test_wrong_protocols_are_told(wrong):
+    with pytest.raises(InputError, match="must"):
+        CachedProtocol(**wrong)
+
+
+def test_rates_are_those_of_the_papers():
+    mae, paper = MAEProtocol(), LDAEProtocol()
+    assert mae.blr * mae.total_batch / 256 == pytest.approx(6.4)
+    assert paper.blr * paper.total_batch / 256 == pytest.approx(6.4e-3)
+
+
+def test_verb_writes_and_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = linear("test_vit", "digits", epochs=3, save=tmp_path / "out", setup=CONTROL)
+    name = "linear-digits-random-init-epochs=3-in_chans=1-img_size=16"
+    written = tmp_path / "evals" / "test_vit" / name / "results.json"
+    assert json.loads(written.read_text()) == json.loads(json.dumps(record))
+    assert record["results"]["top1"] > 30  # of ten classes
+    protocol = record["protocol"]
+    assert protocol["learning_rates"] == CachedProtocol.learning_rates
+    assert (protocol["name"], protocol["modified"]) == ("cached", ["epochs=3"])
+    with pytest.raises(InputError, match="exists already"):
+        linear("test_vit", "digits", save=tmp_path / "out", setup=CONTROL)
+    below = linear(str(tmp_path / "out"), "digits", epochs=1, setup=SETUP)
+    assert below["backbone"]["dim"] == 64
+    assert (
+        tmp_path / "out" / "evals" / "linear-digits-epochs=1-in_chans=1" / "results.json"
+    ).is_file()
+
+
+def test_verb_sweeps_blocks_and_pools(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    taps = {"blocks": (0, -1), "pools": ("avg", "cls+avg")}
+    record = linear("test_vit", "digits", epochs=1, **taps, setup=CONTROL)
+    assert len({head["tap"] for head in record["results"]["sweep"]}) == 4
+    assert record["backbone"]["dim"] == (128 if "cls" in record["results"]["tap"] else 64)
+    name = "linear-digits-random-init-epochs=1-blocks=0--1-pools=avg-cls+avg-in_chans=1-img_size=16"
+    assert [path.name for path in tmp_path.glob("evals/test_vit/*")] == [name]
+    of_blocks = linear("test_vit", "digits", epochs=1, blocks=(0, -1), setup=CONTROL)
+    assert of_blocks["protocol"]["pools"] == ("avg",)
+    with pytest.raises(InputError, match="--save takes the model's own output"):
+        linear("test_vit", "digits", **taps, save=tmp_path / "out", setup=CONTROL)
+
+
+def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    changes = {"epochs": 2, "warmup_epochs": 1, "optimizer": "adamw"}
+    record = linear(
+        "test_vit", "digits", protocol="ldae", **changes, save=tmp_path / "out", setup=CONTROL
+    )
+    assert record["task"] == "linear-ldae" and record["protocol"]["name"] == "ldae"
+    assert sorted(record["protocol"]["modified"]) == [
+        "epochs=2", "optimizer=adamw", "warmup_epochs=1",
+    ]  # fmt: skip
+    results = record["results"]
+    assert (results["batch"], results["batchnorm_batch"]) == (1024, 512)
+    assert results["learning_rate"] == pytest.approx(1e-4 * 1024 / 256)
+    told = capsys.readouterr().out
+    assert "1,348 train images are fewer than a batch of 16,384; it is 1,024 here" in told
+    again = linear(str(tmp_path / "out"), "digits", epochs=1, setup=SETUP)
+    assert again["backbone"]["params"] == record["backbone"]["params"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"protocol": "mae", "learning_rates": (1.0,)}, "learning-rates is no setting of .* mae"),
+        ({"optimizer": "sgd"}, "optimizer is no setting of the protocol cached"),
+        ({"protocol": "mae", "epochs": 5}, "warmup_epochs must be fewer than epochs: 10 of 5"),
+        ({"protocol": "mae", "total_batch": 700}, "total_batch 700 is no whole number"),
+        ({"blocks": (1,), "pools": ("default",)}, "block 1 has no pooling of its own"),
+        ({"save": Path(__file__, "out")}, "can not be written"),
+        ({"setup": replace(CONTROL, out=Path(__file__, "out"))}, "can not be written"),
+        ({"blocks": (7,), "pools": ("avg",)}, "test_vit has blocks 0 to 5, and no block 7"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told_before_the_work(given, told, monkeypatch):
+    monkeypatch.setattr("ldae.commands.linear.own_rows", None)
+    monkeypatch.setattr("ldae.commands.linear.train_online", None)
+    with pytest.raises(InputError, match=told):
+        linear("test_vit", "digits", **{"setup": CONTROL} | given)
+
+
+def test_few_updates_are_told(cloud, capsys):
+    for total_batch, told in ((50, True), (5, False)):
+        protocol = CachedProtocol(epochs=3, total_batch=total_batch)
+        linear_probe(cloud(150, 0), cloud(20, 1), torch.arange(150) % 10 == 0, 4, protocol)
+        assert ("updates are few" in capsys.readouterr().out) == told
+
+
+def test_classifier_of_pixels_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldae.commands.linear.own_rows", None)
+    with pytest.raises(InputError, match="raw pixels are none"):
+        linear("pixels:8", "digits", save=tmp_path / "out", setup=SETUP)

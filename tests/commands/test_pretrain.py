@@ -1,0 +1,388 @@
+"""The exactness of a run: interrupted, killed, divided over ranks, it is the same run."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+import ldae
+from ldae import distributed, tree
+from ldae.commands import pretrain as verb
+from ldae.commands.pretrain import pretrain
+from ldae.errors import InputError
+from ldae.runs.checkpoints import Checkpoints
+from ldae.settings import Config
+from ldae.train.interrupt import Interrupted
+
+FORK = multiprocessing.get_context("fork")  # torch is imported already
+
+
+def weights(run):
+    return Checkpoints(run).load()["model"]
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def lines(run):
+    """What the metrics say; the last line may be half written yet."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A flat folder of 24 images."""
+    path = tmp_path / "images"
+    path.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 36, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(path / f"{number:02}.png")
+    return path
+
+
+@pytest.mark.parametrize("row", ["l_dae", "l_dae_single", "patch_pca", "predict_latent"])
+def test_a_run_leaves_what_it_says(row, tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = tiny(row, system__log_every=4, optim__epochs=3)
+    pretrain(config, run, row)
+    left = {path.name for path in run.iterdir()}
+    assert left == {
+        "config.yaml", "environment.json", "tokenizer.safetensors", "metrics.jsonl",
+        "checkpoints", "filters.png", "denoised.png", "reconstruction.json", "reconstructed.png",
+    }  # fmt: skip
+    assert tree.load(run / "config.yaml", Config()) == config
+    records = lines(run)
+    assert records[-1]["images"] == 192
+    if row.startswith("l_dae"):  # eps takes longer than this to be predicted better than by 0
+        assert records[-1]["loss"] < records[0]["loss"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == metadata.version("torch")
+    assert environment["device"] == "cpu" and "git" in environment
+    assert Image.open(run / "denoised.png").size[1] > 3 * 64
+    before = weights(run)
+    capsys.readouterr()
+    pretrain(config, run, row)  # a finished run is left as it is
+    assert_equal(weights(run), before)
+    assert lines(run) == records
+
+
+def test_a_flat_folder_without_labels_trains(folder, tiny, tmp_path):
+    pretrain(tiny(data__source=str(folder)), tmp_path / "run", "l_dae")
+    assert lines(tmp_path / "run")[-1]["images"] == 24
+
+
+def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
+    """Ctrl-C after a few steps, then the same call again."""
+    config = tiny(optim__epochs=2, system__log_every=3, optim__ema=0.9)
+    pretrain(config, tmp_path / "whole", "l_dae")
+    run, calls = tmp_path / "parts", []
+    original = verb.LDAE.forward
+
+    def forward(self, *args):
+        calls.append(1)
+        if len(calls) in (4, 9):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(verb.LDAE, "forward", forward)
+    for seen in (32, 72):
+        with pytest.raises(Interrupted, match=f"stopped at image {seen} of 128") as stopped:
+            pretrain(config, run, "l_dae")
+        assert stopped.value.exit_status == 130
+    pretrain(config, run, "l_dae")
+    whole, parts = (Checkpoints(path).load() for path in (tmp_path / "whole", run))
+    assert_equal(parts["model"], whole["model"])
+    assert_equal(parts["average"], whole["average"])
+    assert [line["images"] for line in lines(run)] == [
+        line["images"] for line in lines(tmp_path / "whole")
+    ]
+
+
+def command(run, *launcher, **changes):
+    """The command line of a tiny run, its settings in a file beside the run folder."""
+    given = TINY | {"optim.epochs": 4, "system.save_minutes": 0, "system.log_every": 1} | changes
+    config = tree.replace(ldae.config("l_dae"), given)
+    file = run.with_suffix(".yaml")
+    file.write_text(tree.to_yaml(config))
+    python = [sys.executable, "-m", *launcher]
+    return [*python, "ldae", "pretrain", str(file), "--run", str(run)]
+
+
+# As the README has it: without -- torchrun takes --run for the start of one of its own options.
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--")
+
+
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny, tmp_path):
+    """kill -9 while it trains or saves; data workers included."""
+    config = tiny(
+        data__source="scattered-digits:100",
+        optim__epochs=4,
+        system__workers=1,
+        system__save_minutes=0,
+        system__log_every=1,
+    )
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    pretrain(config, whole, "l_dae")
+    for _ in range(2):
+        begun = (Checkpoints(run).load() or {"images_seen": 0})["images_seen"]
+        process = FORK.Process(target=pretrain, args=(config, run, "l_dae"))
+        process.start()
+        while process.is_alive() and seen(run) <= begun:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.2))
+        process.kill()
+        process.join()
+    pretrain(config, run, "l_dae")
+    assert_equal(weights(run), weights(whole))
+    for name in ("images", "loss", "lr"):
+        assert [line[name] for line in lines(run)] == [line[name] for line in lines(whole)]
+
+
+def seen(run):
+    """Images, by the last line of the metrics."""
+    return lines(run)[-1]["images"] if (run / "metrics.jsonl").exists() and lines(run) else 0
+
+
+def assert_close(run, other):
+    one, two = weights(run), weights(other)
+    for state in (one, two):  # grey digits: axes without variance are any basis of their space
+        state["tokenizer.basis"] = state["tokenizer.basis"][:6]
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
+    for alone, shared in zip(lines(run), lines(other), strict=True):
+        assert shared["images"] == alone["images"]
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def half(run, to):
+    """A copy of a run as it was when a half was done."""
+    shutil.copytree(run, to)
+    for path in Checkpoints(to).paths():
+        if path.name > "images-000000000032.pt":
+            path.unlink()
+    return to
+
+
+def test_two_gloo_ranks_are_one_process_and_each_goes_on_for_the_other(tiny, tmp_path, on_ranks):
+    """Tokenizer, data, noise and gradients: the same global batch, to fp32 tolerance. Copies of the
+    model by torchrun; then shares of it, with accumulation, from the half of the run of one."""
+    changes = {"optim.epochs": 1, "optim.blr": 1e-3, "tokenizer.fit_images": 32, "system.keep": 0}
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run(command(two, *TORCHRUN, **changes), check=True, capture_output=True)
+    config = tree.load(two / "config.yaml", Config())
+    pretrain(config, one, "l_dae")
+    assert_close(one, two)
+    pretrain(config, half(two, tmp_path / "two then one"), "l_dae")
+    assert_close(one, tmp_path / "two then one")
+    shares = {"system.fsdp": True, "system.device_batch": 2, "system.knn_every": 1}
+    goes_on = half(one, tmp_path / "one, then two")
+    assert on_ranks(lambda: pretrain(tree.replace(config, shares), goes_on, "l_dae")) == ["", ""]
+    assert 0 < lines(goes_on)[-1].pop("top1_k20") < 100
+    assert_close(one, goes_on)
+    assert (goes_on / "denoised.png").read_bytes()
+
+
+def test_accumulation_is_the_whole_batch(tiny, tmp_path):
+    pretrain(tiny(optim__blr=1e-3), tmp_path / "whole", "l_dae")
+    pretrain(tiny(optim__blr=1e-3, system__device_batch=2), tmp_path / "parts", "l_dae")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_half_set_launch_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="half set: .*MASTER_ADDR"):
+        with distributed.process_group(torch.device("cpu")):
+            pass
+
+
+def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
+    pretrain(tiny(), tmp_path / "run", "l_dae", dry_run=True)
+    told = capsys.readouterr().out
+    for part in (
+        "blr: 0.01",
+        "parameters",
+        "tokens per image  16",
+        "8 of 8 images, 64 images seen",
+    ):
+        assert part in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_image_stops_or_is_skipped_and_counted(folder, tiny, tmp_path):
+    config = tiny(data__source=str(folder), tokenizer__fit_images=8, system__log_every=1)
+    pretrain(config, tmp_path / "fits", "l_dae")
+    tokenizer = str(tmp_path / "fits" / "tokenizer.safetensors")
+    good = (folder / "11.png").read_bytes()
+    (folder / "11.png").write_bytes(good[:100])
+    config = tree.replace(config, {"tokenizer.path": tokenizer})
+    with pytest.raises(InputError, match="11.png"):
+        pretrain(config, tmp_path / "stops", "l_dae")
+    skips = tree.replace(config, {"data.bad_images": "skip"})
+    pretrain(skips, tmp_path / "skips", "l_dae")
+    assert sum(line["skipped"] for line in lines(tmp_path / "skips")) == 1
+    assert lines(tmp_path / "skips")[-1]["images"] == 24
+    # Once the image is mended, the stopped run goes on.
+    (folder / "11.png").write_bytes(good)
+    pretrain(config, tmp_path / "stops", "l_dae")
+    assert lines(tmp_path / "stops")[-1]["images"] == 24
+
+
+def test_online_knn_is_in_the_metrics(tiny, tmp_path):
+    config = tiny(system__knn_every=1, optim__epochs=2, system__log_every=8)
+    config = tree.replace(config, {"data.source": "scattered-digits:64"})
+    pretrain(config, tmp_path / "run", "l_dae")
+    assert [0 < line["top1_k20"] < 100 for line in lines(tmp_path / "run")] == [True, True]
+
+
+def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
+    run = tmp_path / "run"
+    pretrain(tiny(), run, "l_dae")
+    with pytest.raises(InputError, match="tokenizer.dim is 6 there, 7 here"):
+        pretrain(tiny(tokenizer__dim=7), run, "l_dae")
+    pretrain(tiny(system__log_every=3), run, "l_dae")  # how it runs may change
+    pretrain(tiny(data__bad_images="skip"), run, "l_dae")
+    with pytest.raises(InputError, match="images was 64 then, and is 65 now"):
+        moved = tmp_path / "moved"
+        shutil.copytree(run, moved)
+        (moved / "config.yaml").write_text(tree.to_yaml(tiny(data__source="scattered-digits:65")))
+        pretrain(tiny(data__source="scattered-digits:65"), moved, "l_dae")
+    (run / "config.yaml").write_text("")
+    with pytest.raises(InputError, match="run holds another kind of run: its config.yaml is empty"):
+        pretrain(tiny(), run, "l_dae")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="full is not empty and holds no run"):
+        pretrain(tiny(), tmp_path / "full", "l_dae")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        pretrain(tiny(), tmp_path / "file", "l_dae")
+
+
+def test_a_run_folder_in_use_is_refused(tiny, tmp_path, on_ranks):
+    """Two processes are started on one run folder."""
+    run = tmp_path / "run"
+
+    def start():  # they are no ranks of each other
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name)
+        pretrain(tiny(optim__epochs=10), run, "l_dae")
+
+    told = on_ranks(start)
+    assert "" in told
+    if told != ["", ""]:  # else one had ended before the other began
+        (refused,) = (words for words in told if words)
+        assert re.match(
+            rf"InputError: run folder {run} is in use by process \d+ on \S+, since", refused
+        )
+    assert lines(run)[-1]["images"] == 10 * 64
+    assert not list(run.rglob("*.partial"))
+
+
+def test_the_images_of_a_run_may_move_and_not_change(folder, tiny, tmp_path, monkeypatch):
+    """As from one machine to another, where the path and every time of a file is new."""
+    config = tiny(data__source=str(folder), optim__epochs=2)
+    pretrain(config, tmp_path / "whole", "l_dae")
+    original = verb.LDAE.forward
+
+    def forward(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at image 8 of 48"):
+        patch.setattr(verb.LDAE, "forward", forward)
+        pretrain(config, tmp_path / "run", "l_dae")
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(tmp_path / "copy" / "config.yaml", (0, 0))
+    config = tree.replace(config, {"data.source": str(moved)})
+    pretrain(config, tmp_path / "copy", "l_dae")
+    assert_equal(weights(tmp_path / "copy"), weights(tmp_path / "whole"))
+    (moved / "05.png").rename(moved / "99.png")
+    other = tree.replace(config, {"data.source": str(moved) + "/"})
+    with pytest.raises(InputError, match="holds another run: data.source is"):
+        pretrain(other, tmp_path / "copy", "l_dae")
+    with pytest.raises(InputError, match="the hash of the images' names was"):
+        pretrain(config, tmp_path / "copy", "l_dae")
+    assert tree.load(tmp_path / "copy" / "config.yaml", Config()) == config
+
+
+def test_a_first_start_that_failed_leaves_the_folder_free(tiny, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="loss is nan|loss is inf"):
+        pretrain(tiny(optim__blr=1e30, optim__warmup_epochs=0), run, "l_dae")
+    assert not (run / "checkpoints").exists()
+    pretrain(tiny(tokenizer__dim=5), run, "l_dae")
+    assert weights(run)["tokenizer.scales"].shape == (5,)
+
+
+def test_a_data_worker_that_dies_is_one_sentence(tiny, tmp_path, monkeypatch):
+    """Its death reaches the main process in the middle of the forward pass."""
+    original, calls = verb.LDAE.forward, []
+
+    def forward(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(verb.LDAE, "forward", forward)
+    with pytest.raises(InputError, match="a data worker was killed"):
+        pretrain(tiny(system__workers=1, optim__epochs=20), tmp_path / "run", "l_dae")
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"data__source": ""}, "--data SOURCE"),
+        ({"data__img_size": 30}, "data.img_size 30 .* model.patch_size 8"),
+        ({"tokenizer__dim": 193}, "tokenizer.dim 193"),
+        ({"system__device": "cuda:7"}, "cuda:7 was asked for"),
+        ({"data__mean": (0.5,)}, "data.mean needs one number for each of 3 channels"),
+        ({"data__mean": (0.5, 0.5, 0.5)}, "data.std needs one number"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(changes, sentence, tiny, tmp_path):
+    if "device" in str(changes) and torch.cuda.is_available():
+        changes, sentence = {"system__device": "meta:1"}, "meta"
+    with pytest.raises(InputError, match=sentence):
+        pretrain(tiny(**changes), tmp_path / "run", "l_dae")
+
+
+def test_a_wrong_start_is_told_before_the_tokenizer_is_fitted(tiny, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InputError, match="model is not an exported backbone"):
+        pretrain(tiny(init_from=str(tmp_path / "model")), tmp_path / "run", "l_dae")
+    assert not (tmp_path / "run").exists()
+
+
+def test_grey_images_and_given_statistics(folder, tiny, tmp_path):
+    config = tiny(
+        data__source=str(folder), data__in_chans=1, data__mean=(0.4,), data__std=(0.3,),
+        data__crop="random", data__flip=True,
+    )  # fmt: skip
+    pretrain(config, tmp_path / "run", "l_dae")
+    state = weights(tmp_path / "run")
+    assert state["tokenizer.pixel_mean"].tolist() == pytest.approx([0.4])
+    assert state["denoiser.embed.weight"].shape == (32, 64)

@@ -1,0 +1,126 @@
+"""A pipeline file: what is wrong is told by file and key, and what follows does not hang together."""
+
+import re
+import shlex
+
+import pytest
+
+from ldae.cluster.settings import Slurm
+from ldae.commands import jobs
+from ldae.commands.submit import read, submit
+from ldae.errors import InputError
+from ldae.tree import to_yaml
+
+STUDY = """
+[slurm]
+cluster = "local"
+time = "2:00:00"
+[pretrain]
+command = "ldae pretrain l_dae --data 'my images' --run runs/a"
+slurm = { tasks_per_node = 8, time = "2-00" }
+[jobs.knn]
+command = ["knn", "runs/a", "--data", "my images"]
+[jobs.finetune]
+command = "finetune runs/a --recipe mae --data x --run runs/b"
+slurm = { tasks_per_node = 2 }
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    def make(text: str = STUDY):
+        path = tmp_path / "study.toml"
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def test_a_study_is_commands_with_settings(study):
+    base = Slurm(cluster="local", time="2:00:00")
+    first, others = read(study())
+    data = ("--data", "my images")
+    assert first.command == ("pretrain", "l_dae", *data, "--run", "runs/a")
+    assert first.settings == Slurm(cluster="local", tasks_per_node=8, time="2-00")
+    assert [stage.name for stage in others] == ["knn", "finetune"]
+    assert others[0].command == ("knn", "runs/a", *data) and others[0].settings == base
+    assert others[1].settings == Slurm(cluster="local", time="2:00:00", tasks_per_node=2)
+    first, others = read(study(), ["--slurm.account", "mine"])
+    assert first.settings.account == others[0].settings.account == "mine"
+
+
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        ("[slurm]", "[slrm]", r"the pipeline has no setting 'slrm'; the nearest is 'slurm'"),
+        ("[jobs.knn]", "[job.knn]", "no setting 'job'"),
+        ('time = "2:00:00"', 'tim = "1"', r"\[slurm\]: there is no setting 'tim'.*'time'"),
+        ('time = "2:00:00"', "nodes = 'x'", r"\[slurm\]: setting 'nodes' takes int, not 'x'"),
+        (
+            "tasks_per_node = 2",
+            "nodes = 2",
+            r"\[jobs.finetune\]: slurm.cluster local is one machine",
+        ),
+        ("tasks_per_node = 2", "node = 2", r"\[jobs.finetune.slurm\]: there is no setting 'node'"),
+        (
+            "slurm = { tasks_per_node = 2 }",
+            "after = 1",
+            r"\[jobs.finetune\] has no setting 'after'",
+        ),
+        ('command = ["knn",', 'command = ["kn",', r"\[jobs.knn\]: there is no command 'kn'"),
+        ('"--data", "my', '"--dta", "my', r"\[jobs.knn\] command: .*--dta.* is refused"),
+        ('["knn", "runs/a", "--data", "my images"]', "[]", r"\[jobs.knn\] needs a command"),
+        ('"my images"]', '"x", "--slurm"]', r"--slurm belongs into \[jobs.knn.slurm\]"),
+        ("ldae pretrain", "fit-tokenizer", r"\[pretrain\] command must be pretrain ... --run"),
+        ("'my images'", "'my images", r"\[pretrain\] command: No closing quotation"),
+        ("[pretrain]", "[pretrain", "it is no TOML file"),
+    ],
+)
+def test_what_is_wrong_is_told_by_file_and_key(old, new, told, study, capsys):
+    assert old in STUDY
+    with pytest.raises(InputError, match="study.toml: ") as refused:
+        read(study(STUDY.replace(old, new, 1)))
+    assert re.search(told, str(refused.value)), refused.value
+
+
+def test_a_missing_file_and_an_empty_one_are_told(study, tmp_path):
+    with pytest.raises(InputError, match="no.toml: it can not be read"):
+        read(tmp_path / "no.toml")
+    with pytest.raises(InputError, match=r"there is no \[pretrain\]"):
+        read(study(""))
+
+
+@pytest.fixture
+def debug(study, tiny, tmp_path):
+    """debug(source): a study of this process, whose second evaluation has no data."""
+
+    def make(source: str):
+        (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(data__source=source)))
+        run, row = (shlex.quote(str(tmp_path / name)) for name in ("a run", "tiny.yaml"))
+        knn = "--data scattered-digits:50 --k 5 --workers 0"
+        return study(f"""
+[slurm]
+cluster = "debug"
+[pretrain]
+command = "pretrain {row} --run {run}"
+[jobs.wrong]
+command = "knn {run} --data nowhere"
+[jobs.knn]
+command = "knn {run} {knn}"
+""")
+
+    return make
+
+
+def test_a_failed_evaluation_does_not_stop_the_others(debug, tmp_path):
+    with pytest.raises(InputError, match="1 of 2 jobs failed"):
+        submit(debug("scattered-digits:64"))
+    found = jobs.statuses(tmp_path / "a run")
+    assert sorted(status.state for status in found) == ["done", "done", "failed"]
+    assert list((tmp_path / "a run").glob("evals/*/results.json"))
+
+
+def test_nothing_follows_a_failed_pretraining(debug, tmp_path):
+    with pytest.raises(InputError, match="pretrain failed, so nothing else was begun"):
+        submit(debug("nowhere"))
+    assert [status.state for status in jobs.statuses(tmp_path / "a run")] == ["failed"]

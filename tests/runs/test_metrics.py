@@ -1,0 +1,53 @@
+import json
+import sys
+
+import pytest
+
+from ldae.errors import InputError
+from ldae.runs.metrics import Metrics, progress_line
+
+RECORD = {
+    "images": 512, "epoch": 0.5, "loss": 0.25, "lr": 1e-3,
+    "images_per_second": 100.0, "data_wait": 0.02, "skipped": 0,
+}  # fmt: skip
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    for images in (128, 256, 384):
+        metrics.write({"images": images})
+    metrics.close()
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\x00\xff no text\n{"images": 51')  # the kill came in the middle of a line
+    Metrics(tmp_path, 256).close()
+    assert [line["images"] for line in lines(tmp_path)] == [128, 256]
+
+
+def test_progress_tells_loss_speed_wait_and_time_left():
+    line = progress_line(RECORD, total=1512)
+    for part in ("512/1,512", "epoch 0.50", "loss 0.2500", "100 images/s", "data 2%", "00:00:10"):
+        assert part in line
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    metrics = Metrics(tmp_path, 0, tensorboard=True)
+    metrics.write(RECORD)
+    metrics.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(512, 0.25)]
+
+
+@pytest.mark.parametrize(
+    "extra, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
+)
+def test_a_logger_that_is_not_installed_is_told(tmp_path, monkeypatch, extra, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=rf"system.{extra} needs .*ldae\[{extra}\]"):
+        Metrics(tmp_path, 0, **{extra: "project" if extra == "wandb" else True})

@@ -1,0 +1,230 @@
+"""What settings mean for a run, and what its pictures depend on."""
+
+import pytest
+import torch
+
+from ldae import noise, trajectory
+from ldae.backbones.fold import features
+from ldae.errors import InputError
+from ldae.method import build
+from ldae.sampling import generation
+from ldae.sampling.generation import choose, drowned, pictures, top_level
+from ldae.sampling.settings import Sampling
+
+CLASSES = [str(digit) for digit in range(10)]
+FEW = torch.arange(4)
+
+
+@pytest.fixture
+def method(tiny, fitted, awake):
+    def make(row="l_dae", num_classes=0, **changes):
+        made = build(tiny(row, **changes), num_classes=num_classes)
+        fitted(made.tokenizer)
+        awake(made.denoiser)
+        return made.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def conditional(method):
+    return method("patch_pca", num_classes=10, model__class_conditional=True)
+
+
+def sampled(method, numbers=FEW, classes=CLASSES, **how):
+    chosen = choose(method, classes, Sampling(**{"steps": 4} | how))
+    return pictures(method, chosen, None, numbers)
+
+
+@pytest.mark.parametrize(
+    "target, schedule, top",
+    [
+        ("eps", "linear_gamma2", 998), ("score", "linear_gamma2", 998),
+        ("eps", "rectified_flow", 998), ("velocity", "rectified_flow", 999),
+        ("latent", "linear_gamma2", 999), ("v", "linear_gamma2", 999),
+        ("eps", "ddpm", 999), ("eps", "linear_sigma", 999), ("image", "linear_sigma", 999),
+        ("image", "single", 0),
+    ],
+)  # fmt: skip
+def test_sampling_starts_at_the_highest_level_that_tells_z_0(method, target, schedule, top):
+    config = {"objective__target": target, "noise__schedule": schedule}
+    assert top_level(method("patch_pca", **config)) == top
+
+
+@pytest.mark.parametrize("row", [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)])
+def test_rows_that_drown_the_data_start_from_noise(method, row):
+    made = method(row, 10 if row == "dit" else 0)
+    found = trajectory.row(row)
+    expected = (found.number or 14) <= 9 or row.startswith("vq")
+    assert drowned(made, top_level(made)) == expected
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [("ddpm", True), ("cosine", True), ("rectified_flow", True), ("geometric", False)],
+)
+def test_the_schedule_decides_where_to_start(method, schedule, expected):
+    made = method("predict_latent", noise__schedule=schedule)
+    assert drowned(made, top_level(made)) == expected
+    wide = method("predict_latent", noise__schedule="geometric", noise__max_sigma=50.0)
+    assert drowned(wide, top_level(wide))
+
+
+def test_one_step_is_the_picture_of_noise(method):
+    made = method("l_dae_single")
+    found = sampled(made, steps=1, seed=5)
+    start = noise.normal(5, FEW, (16, 6), noise.SAMPLING)
+    t = torch.zeros(4, dtype=torch.int64)
+    seen = made.tokenizer.denormalize(made.picture(made.sigma[0] * start, t))
+    assert torch.equal(found, (seen.clamp(0, 1) * 255).round().byte())
+    assert len(choose(made, [], Sampling()).levels) == 1
+    assert len(choose(method("l_dae"), [], Sampling()).levels) == 50
+
+
+def test_picture_n_has_class_n_mod_their_count(conditional):
+    every = sampled(conditional, torch.tensor([3, 13, 14]))
+    assert torch.equal(sampled(conditional, torch.tensor([13]), labels=("3",)), every[1:2])
+    assert not torch.equal(sampled(conditional, torch.tensor([13]), labels=("4",)), every[1:2])
+    pair = sampled(conditional, torch.tensor([13, 14]), labels=("4", "3"))
+    assert torch.equal(pair[:1], sampled(conditional, torch.tensor([13]), labels=("3",)))
+
+
+@pytest.mark.parametrize("row", ["dit", "patch_pca"])
+def test_features_do_not_depend_on_labels_while_predictions_do(row, method, images):
+    conditional = method(row, num_classes=10, model__class_conditional=True)
+    x = conditional.tokenizer.normalize(images)
+    z, t = conditional.encode(x), torch.full((8,), 300)
+    one, other, null = (conditional.denoise(z, t, torch.full((8,), label)) for label in (1, 2, 10))
+    assert (one - other).abs().max() > 1e-2
+    torch.testing.assert_close(conditional.denoise(z, t), null)
+    before = features(conditional, x, 10)
+    conditional.denoiser.y_embed.weight[:10].add_(1.0)
+    assert torch.equal(features(conditional, x, 10), before)
+
+
+def test_every_step_draws_noise_of_its_own(method, monkeypatch):
+    """By seed, number and step; the start is drawn in the same way."""
+    streams, original = [], noise.normal
+
+    def normal(seed, positions, shape, stream):
+        assert (seed, positions.tolist(), shape) == (9, FEW.tolist(), (16, 6))
+        streams.append(stream - noise.SAMPLING)
+        return original(seed, positions, shape, stream)
+
+    monkeypatch.setattr(noise, "normal", normal)
+    made = method("predict_latent")
+    sampled(made, sampler="ddpm", steps=4, seed=9)
+    assert streams == [0, 1, 2, 3]
+    streams.clear()
+    sampled(made, sampler="heun", steps=4, seed=9)
+    assert streams == [0]
+
+
+def test_guidance_goes_through_the_unconditional_network(conditional):
+    plain = sampled(conditional)
+    none = sampled(conditional, guidance=0.0)
+    twice = sampled(conditional, guidance=2.0)
+    assert not torch.equal(plain, none) and not torch.equal(plain, twice)
+    conditional.denoiser.y_embed.weight[10].add_(0.5)
+    assert torch.equal(sampled(conditional), plain)
+    assert not torch.equal(sampled(conditional, guidance=0.0), none)
+
+
+class Brightness(torch.nn.Module):
+    """Class 1 is bright, class 0 dark; told from 16 x 16 pixels."""
+
+    num_classes = 2
+    pretrained_cfg = {
+        "input_size": (3, 16, 16), "interpolation": "bicubic", "crop_pct": 1.0,
+        "mean": (0.5,) * 3, "std": (0.5,) * 3, "label_names": ["dark", "bright"],
+    }  # fmt: skip
+
+    def forward(self, x):
+        assert x.shape[1:] == (3, 16, 16)
+        mean = x.mean((1, 2, 3))
+        return torch.stack([-mean, mean], 1)
+
+
+@pytest.mark.parametrize("row", ["l_dae", "predict_latent", "patch_pca"])
+def test_a_classifier_guides_to_its_class(row, method, monkeypatch):
+    monkeypatch.setattr(generation, "load_classifier", lambda spec, in_chans: Brightness())
+    made = method(row)
+    with torch.no_grad():  # a denoiser that lets the gradient through
+        made.denoiser.final.linear.weight.mul_(0.02)
+
+    def mean(label, scale):
+        found = sampled(made, labels=(label,), classifier="any", classifier_scale=scale, steps=8)
+        return float(found.float().mean())
+
+    plain = sampled(made, steps=8)
+    unmoved = sampled(made, labels=("dark",), classifier="any", classifier_scale=0.0, steps=8)
+    assert (unmoved.int() - plain.int()).abs().max() <= 1
+    scale = 20.0
+    assert mean("dark", scale) < float(plain.float().mean()) < mean("bright", scale)
+
+
+def test_classes_of_run_and_classifier_are_matched_by_name(conditional, method, monkeypatch):
+    classifier = Brightness()
+    monkeypatch.setattr(generation, "load_classifier", lambda spec, in_chans: classifier)
+    how = Sampling(classifier="folder", labels=("dark", "bright"))
+    chosen = choose(
+        method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"], how
+    )
+    assert chosen.labels.tolist() == [1, 0] and chosen.targets.tolist() == [0, 1]
+    with pytest.raises(InputError, match="'x' is none of the 2 classes of folder"):
+        choose(method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"],
+               Sampling(classifier="folder"))  # fmt: skip
+    with pytest.raises(InputError, match="'0' is none of the 2 classes of folder"):
+        # A class that is called 0 is not the classifier's first.
+        choose(method("patch_pca", 2, model__class_conditional=True), ["0", "1"],
+               Sampling(classifier="folder"))  # fmt: skip
+    with pytest.raises(InputError, match="'blue' is none of the 2 classes of folder; the nearest"):
+        choose(method(), [], Sampling(classifier="folder", labels=("blue",)))
+    classifier.pretrained_cfg = Brightness.pretrained_cfg | {"label_names": None}
+    assert choose(method(), [], Sampling(classifier="folder")).targets.tolist() == [0, 1]
+    with pytest.raises(InputError, match="has 2 classes without names, this run 10"):
+        choose(conditional, CLASSES, Sampling(classifier="folder"))
+    with pytest.raises(InputError, match="takes 3 channels, this run makes 4"):
+        narrow = build_with_channels(method, 4)
+        choose(narrow, [], Sampling(classifier="folder"))
+
+
+def build_with_channels(method, chans):
+    made = method()
+    made.tokenizer.in_chans = chans
+    return made
+
+
+@pytest.mark.parametrize(
+    "how, sentence",
+    [
+        ({"guidance": 2.0}, "guidance needs a run with model.class_conditional"),
+        ({"labels": ("3",)}, "labels need a run with model.class_conditional"),
+        ({"steps": 1001}, "steps 1001 is more than the 1000 noise levels"),
+    ],
+)
+def test_settings_that_do_not_fit_the_run_are_told(method, how, sentence):
+    with pytest.raises(InputError, match=sentence):
+        choose(method(), CLASSES, Sampling(**how))
+
+
+def test_classes_that_do_not_exist_are_told(conditional):
+    names = ["cat", "dog", "horse", *CLASSES[3:]]
+    with pytest.raises(InputError, match="'hors' is none of the 10 classes .* nearest is 'horse'"):
+        choose(conditional, names, Sampling(labels=("hors",)))
+    with pytest.raises(InputError, match="'10' is none of the 10 classes"):
+        choose(conditional, names, Sampling(labels=("10",)))
+    assert choose(conditional, names, Sampling(labels=("dog", "2"))).labels.tolist() == [1, 2]
+
+
+def test_guidance_needs_a_network_that_knows_the_null_label(method):
+    never = method("patch_pca", 10, model__class_conditional=True, model__label_dropout=0.0)
+    with pytest.raises(InputError, match="model.label_dropout is 0"):
+        choose(never, CLASSES, Sampling(guidance=2.0))
+
+
+def test_a_picture_that_is_not_finite_is_told(method):
+    made = method("patch_pca")
+    made.denoiser.final.linear.bias[0] = torch.nan
+    with pytest.raises(InputError, match="sample 0 in fp32 is not finite"):
+        sampled(made)

@@ -1,0 +1,101 @@
+"""The Gaussian of a run's latents against the latents themselves, in NumPy and float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from ldae.data.open import open_source
+from ldae.data.transforms import CropTransform
+from ldae.errors import InputError
+from ldae.method import build
+from ldae.sampling import start
+from ldae.sampling.start import LatentGaussian, fit_gaussian, gaussian_of_run
+
+CPU = torch.device("cpu")
+DATA = "scattered-digits:64"
+
+
+@pytest.fixture
+def seen(tiny):
+    """seen(row, **changes): a configuration, its method, and z_0 of all images, (64, N, d)."""
+
+    def make(row="l_dae", **changes):
+        config = tiny(row, **changes)
+        method = build(config)
+        source, crop = open_source(DATA, "train"), CropTransform(32)
+        images = torch.stack([crop(source.image(i), None) for i in range(64)])
+        method.tokenizer.fit([images])
+        z_0 = method.encode(method.tokenizer.normalize(images)).double().numpy()
+        return config, method, z_0
+
+    return make
+
+
+def test_its_moments_are_those_of_the_latents(seen):
+    config, method, z_0 = seen()
+    found = fit_gaussian(DATA, config, method, CPU)
+    assert found.record == {"source": DATA, "images": "64"}
+    np.testing.assert_allclose(found.mean, z_0.mean(0), atol=1e-5)
+    for axis in range(z_0.shape[2]):
+        wanted = np.cov(z_0[:, :, axis], rowvar=False, bias=True)
+        np.testing.assert_allclose(found.covariance[axis], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma, sigma", [(1.0, 1.4), (0.6, 0.8), (1.0, 0.0)])
+def test_what_it_draws_has_the_moments_of_noised_latents(seen, gamma, sigma):
+    config, method, z_0 = seen()
+    found = fit_gaussian(DATA, config, method, CPU)
+    generator = torch.Generator().manual_seed(0)
+    normals = torch.randn(20_000, *z_0.shape[1:], generator=generator)
+    z_t = found.noised(normals, gamma, sigma).numpy()
+    spread = z_t.std(0).max()
+    assert np.abs(z_t.mean(0) - gamma * z_0.mean(0)).max() < 0.04 * spread
+    for axis in range(z_0.shape[2]):
+        wanted = gamma**2 * np.cov(z_0[:, :, axis], rowvar=False, bias=True)
+        wanted += sigma**2 * np.eye(len(wanted))
+        error = np.abs(np.cov(z_t[:, :, axis], rowvar=False) - wanted).max()
+        assert error < 0.05 * wanted.diagonal().max()
+
+
+def test_pixels_of_a_token_stay_correlated(seen):
+    """Their axes are no principal ones: without a rotation each would be drawn by itself."""
+    config, method, z_0 = seen("dae")
+    found = fit_gaussian(DATA, config, method, CPU)
+    normals = torch.randn(4000, *z_0.shape[1:], generator=torch.Generator().manual_seed(0))
+    drawn = found.noised(normals, 1.0, 0.0).double().numpy()
+    inside = lambda z: np.corrcoef((z - z.mean(0)).reshape(-1, z.shape[2]), rowvar=False)  # noqa: E731
+    wanted, got = inside(z_0), inside(drawn)
+    assert np.abs(wanted - np.eye(192)).max() > 0.9
+    assert np.abs(got - wanted).mean() < 0.03
+
+
+def test_it_is_kept_and_fitted_again_when_it_does_not_fit(seen, tmp_path, monkeypatch):
+    config, method, _ = seen()
+    first = gaussian_of_run(tmp_path, config, method, CPU)
+    calls, original = [], start.fit_gaussian
+
+    def counted(spec, *args):
+        calls.append(spec)
+        return original(spec, *args)
+
+    monkeypatch.setattr(start, "fit_gaussian", counted)
+    again = gaussian_of_run(tmp_path, config, method, CPU)
+    assert calls == [] and torch.equal(again.covariance, first.covariance)
+    assert again.record == first.record
+    gaussian_of_run(tmp_path, config, method, CPU, data=DATA)
+    assert calls == []
+    gaussian_of_run(tmp_path, config, method, CPU, data="scattered-digits:70")
+    assert calls == ["scattered-digits:70"]
+    gaussian_of_run(tmp_path, config, method, CPU)  # a source that was asked for once does not stay
+    assert calls[1:] == [DATA]
+    method.tokenizer.scales.mul_(2)
+    gaussian_of_run(tmp_path, config, method, CPU)
+    assert calls[2:] == [DATA]
+    (tmp_path / start.FILE).write_bytes(b"half")
+    with pytest.raises(InputError, match="latents.safetensors is damaged"):
+        LatentGaussian.load(tmp_path / start.FILE)
+
+
+def test_the_images_are_as_many_as_the_tokenizers(seen):
+    config, method, _ = seen(tokenizer__fit_images=20)
+    assert fit_gaussian(DATA, config, method, CPU).record["images"] == "20"
