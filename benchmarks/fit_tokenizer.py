@@ -86,9 +86,7 @@ def measure(asked: argparse.Namespace) -> dict:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fit = prepare(config, source, device, Path("nowhere"))
     batch = next(
-        train_batches(
-            source, transform_of(config), seed=0, start=0, batch_size=fit.schedule.batch_size
-        )
+        train_batches(source, transform_of(config), seed=0, start=0, batch_size=fit.plan.batch_size)
     )
     fit.tokenizer.to(device).fit_pixels([batch.images])
     loss = tokenizer_loss(fit)
@@ -105,7 +103,7 @@ def measure(asked: argparse.Namespace) -> dict:
         "images_per_second": round(statistics.median(speeds), 2),
         "rounds": [round(speed, 2) for speed in speeds],
         "peak_mib": round(peak, 1),
-        "batch_size": fit.schedule.batch_size,
+        "batch_size": fit.plan.batch_size,
         "parameters": sum(p.numel() for p in fit.tokenizer.parameters()),
         "perceptual": fit.perceptual.name if fit.perceptual else None,
         "bf16": loss.bf16,

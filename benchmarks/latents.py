@@ -11,7 +11,7 @@ from pathlib import Path
 import ldae
 from ldae.commands.linear import linear
 from ldae.commands.pretrain import pretrain
-from ldae.evals.grading import Setup
+from ldae.evals.evaluation import Setup
 from ldae.files import write_json
 from ldae.runs.environment import environment
 from ldae.tree import replace

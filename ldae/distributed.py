@@ -44,7 +44,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gathered(value: int) -> list[int]:
+def gather_values(value: int) -> list[int]:
     """The value of each rank."""
     if not dist.is_initialized():
         return [value]

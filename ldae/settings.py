@@ -10,7 +10,7 @@ from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, Range
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSettings:
     """Which images, and how they become squares."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
@@ -36,7 +36,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimSettings:
     """The recipe. Progress is counted in images."""
 
     batch_size: Annotated[int, COUNT] = 2048
@@ -60,7 +60,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class TokenizerSettings:
     """How an image becomes latent tokens."""
 
     name: Literal["patch_pca", "pixel", "patch_ae", "patch_vae", "conv_vae"] = "patch_pca"
@@ -91,8 +91,8 @@ class Tokenizer:
     """conv_vae: weight of the PatchGAN's hinge loss, times its adaptive weight."""
     adversarial_start: Annotated[int, NOT_NEGATIVE] = 50_000  # LDM's
     """Step from which on the discriminator is trained and counts."""
-    optim: Optim = field(
-        default_factory=lambda: Optim(
+    optim: OptimSettings = field(
+        default_factory=lambda: OptimSettings(
             batch_size=256,
             blr=1.152e-3,  # LDM's 4.5e-6 an image
             epochs=40,
@@ -104,7 +104,7 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseSettings:
     """z_t = gamma_t z_0 + sigma_t eps."""
 
     schedule: Literal[
@@ -123,7 +123,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Objective:
+class ObjectiveSettings:
     """What the network sees and predicts."""
 
     input: Literal["latent", "image"] = "image"
@@ -138,7 +138,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """The encoder, in timm's words; the decoder has as many blocks."""
 
     name: str = "vit_large_patch16_224"
@@ -160,7 +160,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Execution:
+class ExecutionSettings:
     """How any run is executed. These settings may change between the parts of a resumed run."""
 
     device: str = "auto"
@@ -193,7 +193,7 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class System(Execution):
+class SystemSettings(ExecutionSettings):
     """How a pre-training is executed."""
 
     knn_every: Annotated[int, NOT_NEGATIVE] = 0
@@ -206,13 +206,13 @@ class System(Execution):
 class Config:
     """One pre-training."""
 
-    data: Data = field(default_factory=Data)
-    tokenizer: Tokenizer = field(default_factory=Tokenizer)
-    noise: Noise = field(default_factory=Noise)
-    objective: Objective = field(default_factory=Objective)
-    model: Model = field(default_factory=Model)
-    optim: Optim = field(default_factory=Optim)
-    system: System = field(default_factory=System)
+    data: DataSettings = field(default_factory=DataSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    system: SystemSettings = field(default_factory=SystemSettings)
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Of the weights, the data order, the augmentation and the noise."""
     init_from: str = ""

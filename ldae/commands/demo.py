@@ -11,7 +11,7 @@ from ldae.commands.linear import linear
 from ldae.commands.pretrain import pretrain
 from ldae.console import duration
 from ldae.errors import InputError
-from ldae.evals.grading import Setup
+from ldae.evals.evaluation import Setup
 from ldae.files import write_json
 
 DATA = "scattered-digits:20000"

@@ -15,8 +15,8 @@ from ldae.backbones.open import load_backbone, load_classifier
 from ldae.cli import graders
 from ldae.distributed import barrier, device_for, is_main, process_group
 from ldae.errors import InputError, LostRank, first_line
+from ldae.evals.evaluation import Setup, changes
 from ldae.evals.features import extracted_once
-from ldae.evals.grading import Setup, changes
 from ldae.evals.suite import Cell, read_suite
 from ldae.evals.table import write_table
 from ldae.files import check_writable, state_hash, write_json

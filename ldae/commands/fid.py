@@ -19,6 +19,7 @@ from ldae.data.image import from_array
 from ldae.data.open import open_source
 from ldae.distributed import device_for, is_main, process_group, rank, world_size
 from ldae.errors import InputError
+from ldae.evals.evaluation import changes, file_name
 from ldae.evals.features import Encoder
 from ldae.evals.frechet import (
     Statistics,
@@ -27,7 +28,6 @@ from ldae.evals.frechet import (
     save_statistics,
     statistics_of,
 )
-from ldae.evals.grading import changes, file_name
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
 from ldae.files import state_hash, write_json
 from ldae.runs.environment import environment
@@ -43,7 +43,7 @@ _SAMPLES = 50_000  # FID-50K
 
 
 @dataclass(frozen=True)
-class Setup:
+class FIDSettings:
     """What decides the distance beside the images, and how it is computed."""
 
     images: Annotated[int | None, COUNT] = None
@@ -86,7 +86,7 @@ class SourceImages:
         image = self._source.image(0)
         return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
 
-    def features(self, encoder: Encoder, setup: Setup) -> Iterator[torch.Tensor]:
+    def features(self, encoder: Encoder, setup: FIDSettings) -> Iterator[torch.Tensor]:
         """Those of this rank's share, (B, D) at a time."""
         for rows, _ in encoder.share(self._source, setup.batch_size, setup.workers):
             yield rows
@@ -108,7 +108,7 @@ class RunImages:
     def __len__(self) -> int:
         return self._count
 
-    def features(self, encoder: Encoder, setup: Setup) -> Iterator[torch.Tensor]:
+    def features(self, encoder: Encoder, setup: FIDSettings) -> Iterator[torch.Tensor]:
         """Those of this rank's share, (B, D) at a time, as if they were read from a file."""
         own = range(rank(), len(self), world_size())
         with progress(len(own), self.spec) as bar:
@@ -135,7 +135,7 @@ def fid(
     reference: Annotated[str | None, tyro.conf.arg(metavar="[REFERENCE]")] = None,
     /,
     *,
-    setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
+    setup: Annotated[FIDSettings, tyro.conf.arg(name="")] = FIDSettings(),
     how: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
 ) -> dict:
     """The Frechet distance of images to a reference set, FID when the features are Inception's.
@@ -199,7 +199,7 @@ def fid(
         return record
 
 
-def _check_files(setup: Setup) -> None:
+def _check_files(setup: FIDSettings) -> None:
     """Raises: InputError for a file that could not be written, or not be found again as what it is."""
     for name, path in (("out", setup.out), ("save_stats", setup.save_stats)):
         if path and path.is_dir():
@@ -212,7 +212,7 @@ def _is_run(spec: str) -> bool:
     return Path(spec, "config.yaml").is_file()
 
 
-def _open_images(spec: str, setup: Setup, how: Sampling, device: torch.device) -> Images:
+def _open_images(spec: str, setup: FIDSettings, how: Sampling, device: torch.device) -> Images:
     if _is_run(spec):
         return RunImages(Path(spec), setup.images or _SAMPLES, how, device, setup.workers)
     given = [name for name, value in asdict(how).items() if value != getattr(Sampling(), name)]
@@ -228,7 +228,7 @@ def _source_of_run(spec: str) -> str:
     return load(Path(spec, "config.yaml"), Config()).data.source
 
 
-def _open_features(setup: Setup, ours: Images, device: torch.device) -> tuple[Encoder, dict]:
+def _open_features(setup: FIDSettings, ours: Images, device: torch.device) -> tuple[Encoder, dict]:
     """The network that is asked for, and what tells its features from those of any other."""
     if setup.features == INCEPTION:
         if setup.random_init:
@@ -301,7 +301,7 @@ def _check_enough(images: Images | Statistics, dim: int) -> None:
 
 
 def _statistics(
-    images: Images | Statistics, encoder: Encoder, claim: dict, setup: Setup
+    images: Images | Statistics, encoder: Encoder, claim: dict, setup: FIDSettings
 ) -> Statistics:
     """Of all images of a set, each counted once over all ranks; or those that are given."""
     if isinstance(images, Statistics):
@@ -320,7 +320,7 @@ def _record_of(reference: SourceImages | Statistics, spec: str) -> dict:
     return {"spec": spec, "images": reference.count, "features": features}
 
 
-def _path(images: str, reference: str, setup: Setup, how: Sampling) -> Path:
+def _path(images: str, reference: str, setup: FIDSettings, how: Sampling) -> Path:
     """Where the results go: what decides the distance is in the name, so that none is lost."""
     random = ["random-init"] if setup.random_init else []
     name = "-".join(["fid", file_name(reference), *random, *changes(setup, how)]) + ".json"

@@ -15,16 +15,16 @@ from ldae.data.augment import Augmentation
 from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
+from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
 from ldae.evals.features import Encoder, known_labels
-from ldae.evals.grading import Grading, Setup, grading
 from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import Classification, build_network
 from ldae.finetuning.recipes import changed
-from ldae.finetuning.settings import Augment, Finetuning, Model
+from ldae.finetuning.settings import AugmentSettings, FinetuneConfig, FinetuneModelSettings
 from ldae.runs.folder import open_run
 from ldae.runs.layout import CLASSIFIER
-from ldae.settings import Optim
-from ldae.train.loop import Hook, Plan, plan
+from ldae.settings import OptimSettings
+from ldae.train.loop import Hook, Plan, plan_run
 from ldae.train.optim import peak_lr
 from ldae.train.run import compiles, runs_in_bf16, train_in
 
@@ -37,9 +37,9 @@ class FinetuneProtocol:
     version: int
     size: str
     img_size: int
-    augment: Augment
-    model: Model
-    optim: Optim
+    augment: AugmentSettings
+    model: FinetuneModelSettings
+    optim: OptimSettings
     seed: int
     modified: list[str]
     """The constants that are not the recipe's."""
@@ -49,16 +49,16 @@ class FinetuneProtocol:
 class Work:
     """A fine-tuning that fits together; nothing is written yet."""
 
-    config: Finetuning
-    graded: Grading
+    config: FinetuneConfig
+    graded: Evaluation
     """The network, its data and its device."""
-    schedule: Plan
+    plan: Plan
     augmentation: Augmentation
     mixing: Mixing
     bf16: bool
 
 
-def finetune(config: Finetuning, run: Path, dry_run: bool = False) -> dict | None:
+def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict | None:
     """Fine-tune the backbone of ``config`` in the folder ``run``, or go on with what is there.
 
     The folder gets config.yaml, environment.json, metrics.jsonl with the loss and the accuracy on
@@ -89,7 +89,7 @@ def finetune(config: Finetuning, run: Path, dry_run: bool = False) -> dict | Non
         device=config.system.device,
     )
     data = (config.data.source, config.data.eval_source or None)
-    with grading("finetune", config.backbone, *data, setup) as graded:
+    with open_evaluation("finetune", config.backbone, *data, setup) as graded:
         work = _prepare(config, graded, bf16)
         if dry_run:
             print(_describe(work))
@@ -98,7 +98,7 @@ def finetune(config: Finetuning, run: Path, dry_run: bool = False) -> dict | Non
             return _carry_out(work, run)
 
 
-def _check(config: Finetuning) -> None:
+def _check(config: FinetuneConfig) -> None:
     tree.check(config)
     if not config.data.source:
         raise InputError("no images: say where they are with --data SOURCE")
@@ -109,13 +109,13 @@ def _check(config: Finetuning) -> None:
         )
 
 
-def _prepare(config: Finetuning, graded: Grading, bf16: bool) -> Work:
+def _prepare(config: FinetuneConfig, graded: Evaluation, bf16: bool) -> Work:
     classes = len(graded.train.classes)
     network = build_network(graded.model, config, classes)
     expected = preprocessing(network)
     setup = replace(graded.setup, img_size=expected.input_size[-1])
     graded = replace(graded, model=network, setup=setup, transform=expected)
-    schedule = plan(len(graded.train), config.optim, config.system)
+    plan = plan_run(len(graded.train), config.optim, config.system)
     augmentation = Augmentation(
         expected.input_size,
         expected.interpolation,
@@ -126,8 +126,8 @@ def _prepare(config: Finetuning, graded: Grading, bf16: bool) -> Work:
     )
     augmentation.check()
     mixing = Mixing(config.augment, expected, classes, config.seed, graded.device)
-    mixing.check(schedule.batch_size // distributed.world_size() // schedule.micro_batches)
-    return Work(config, graded, schedule, augmentation, mixing, bf16)
+    mixing.check(plan.batch_size // distributed.world_size() // plan.micro_batches)
+    return Work(config, graded, plan, augmentation, mixing, bf16)
 
 
 def _carry_out(work: Work, run: Path) -> dict:
@@ -140,7 +140,7 @@ def _carry_out(work: Work, run: Path) -> dict:
         model,
         config,
         config.optim,
-        work.schedule,
+        work.plan,
         graded.train,
         row=f"{config.recipe} fine-tuning of {config.backbone}{control}",
         transform=work.augmentation,
@@ -161,13 +161,13 @@ def _carry_out(work: Work, run: Path) -> dict:
 
 
 def _hooks(work: Work) -> tuple[Hook, ...]:
-    every = round(work.config.system.eval_every * work.schedule.epoch)
+    every = round(work.config.system.eval_every * work.plan.epoch)
     if not every:
         return ()
     return (Hook(every, lambda model: accuracy(model.network, work.graded)),)
 
 
-def accuracy(network: nn.Module, graded: Grading) -> dict[str, float]:
+def accuracy(network: nn.Module, graded: Evaluation) -> dict[str, float]:
     """Top-1 and top-5 in percent on the evaluation split, each image counted once over all ranks.
 
     Raises: InputError when a logit is not finite.
@@ -239,7 +239,7 @@ An image classifier, fine-tuned {start} with [ldae](https://pypi.org/project/lda
 | classes | {network.num_classes} |
 | recipe | {config.recipe}, version {config.version}, size {config.size} |
 | changed from it | {", ".join(modified) or "nothing"} |
-| trained on | {len(graded.train):,} images, {work.schedule.total:,} seen |
+| trained on | {len(graded.train):,} images, {work.plan.total:,} seen |
 | accuracy on {len(graded.eval):,} others | top-1 {results["top1"]:.2f}, top-5 {results["top5"]:.2f} |
 
 ```python
@@ -254,7 +254,7 @@ names = model.pretrained_cfg["label_names"]
 
 
 def _describe(work: Work) -> str:
-    config, network, schedule = work.config, work.graded.model, work.schedule
+    config, network, plan = work.config, work.graded.model, work.plan
     train: Source = work.graded.train
     count = sum(parameter.numel() for parameter in network.parameters())
     modified = protocol_of(work).modified
@@ -265,8 +265,8 @@ def _describe(work: Work) -> str:
         f"parameters        {count:,}\n"
         f"input             {asdict(preprocessing(network))}\n"
         f"images            {len(train):,} in {train.spec}, {len(train.classes)} classes\n"
-        f"steps             {schedule.steps:,} of {schedule.batch_size} images, "
-        f"{schedule.total:,} images seen\n"
+        f"steps             {plan.steps:,} of {plan.batch_size} images, "
+        f"{plan.total:,} images seen\n"
         f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
         f"computed in       {'bfloat16' if work.bf16 else 'float32'} on {work.graded.device}"
     )

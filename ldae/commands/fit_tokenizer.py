@@ -39,12 +39,12 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
 
 
 def _describe(fit: Fit) -> str:
-    tokenizer, optim, schedule = fit.tokenizer, fit.config.tokenizer.optim, fit.schedule
+    tokenizer, optim, plan = fit.tokenizer, fit.config.tokenizer.optim, fit.plan
     images = min(fit.config.tokenizer.fit_images or len(fit.source), len(fit.source))
     how = f"one pass over {images:,} images"
-    if schedule:
+    if plan:
         how = (
-            f"{schedule.steps:,} steps of {schedule.batch_size} images, {schedule.total:,} images "
+            f"{plan.steps:,} steps of {plan.batch_size} images, {plan.total:,} images "
             f"seen, learning rate {peak_lr(optim):.3g} at its peak"
         )
     return (

@@ -14,8 +14,8 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.run import load_run
 from ldae.distributed import is_main
 from ldae.errors import InputError
+from ldae.evals.evaluation import Evaluation, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Encoder, Features, known_labels, names, own_rows
-from ldae.evals.grading import Grading, Setup, SourceSpec, grading
 from ldae.evals.heads import grade_heads, train_heads
 from ldae.evals.subsets import held_out
 from ldae.evals.sweep import SweepProtocol, sweep
@@ -99,7 +99,7 @@ def grid(
         for value in values:
             if value not in allowed:
                 raise InputError(f"{what} {value}: {run} has {what} {allowed[0]} to {allowed[-1]}")
-    with grading("grid", str(run), data, eval_data, setup) as graded:
+    with open_evaluation("grid", str(run), data, eval_data, setup) as graded:
         labels = known_labels(graded.train)
         held = held_out(names(graded.train), labels, protocol.held_out)
         cells = list(_cells(graded, method, protocol, held, int(labels.max()) + 1))
@@ -144,7 +144,7 @@ class BlockReader:
 
 
 def _cells(
-    graded: Grading, method: LDAE, protocol: GridProtocol, held: torch.Tensor, classes: int
+    graded: Evaluation, method: LDAE, protocol: GridProtocol, held: torch.Tensor, classes: int
 ) -> Iterator[dict]:
     leading = protocol.leading or tuple(range(1, 2 * method.denoiser.shape.depth + 1))
     for given in protocol.inputs:
@@ -154,7 +154,7 @@ def _cells(
 
 
 def _probe(
-    graded: Grading,
+    graded: Evaluation,
     method: LDAE,
     protocol: GridProtocol,
     held: torch.Tensor,
@@ -186,7 +186,7 @@ def _probe(
         }
 
 
-def _features(graded: Grading, method: LDAE, reader: BlockReader, part: str) -> Features:
+def _features(graded: Evaluation, method: LDAE, reader: BlockReader, part: str) -> Features:
     setup, source = graded.setup, getattr(graded, part)
     encoder = Encoder(method, graded.device, setup.precision, preprocessing(graded.model), reader)
     return own_rows(encoder, source, setup.batch_size, setup.workers)

@@ -7,8 +7,8 @@ import torch
 import tyro
 
 from ldae.errors import InputError
+from ldae.evals.evaluation import BackboneSpec, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Encoder, known_labels, names, own_rows
-from ldae.evals.grading import BackboneSpec, Setup, SourceSpec, grading
 from ldae.evals.neighbours import KNNProtocol, check_enough, knn_accuracy
 from ldae.evals.subsets import check_shots, few_shot
 
@@ -53,7 +53,9 @@ def knn(
     )
     if leave_one_out and eval_data:
         raise InputError("leave-one-out classifies the train split: leave --eval-data out")
-    with grading("knn", backbone, data, data if leave_one_out else eval_data, setup) as graded:
+    with open_evaluation(
+        "knn", backbone, data, data if leave_one_out else eval_data, setup
+    ) as graded:
         if leave_one_out:
             graded = replace(graded, eval=graded.train)
         labels = known_labels(graded.train)

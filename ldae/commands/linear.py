@@ -10,8 +10,8 @@ import tyro
 
 from ldae.errors import InputError
 from ldae.evals.classifier import check_savable, save_classifier
+from ldae.evals.evaluation import BackboneSpec, Evaluation, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Encoder, Features, known_labels, names, own_rows
-from ldae.evals.grading import BackboneSpec, Grading, Setup, SourceSpec, grading
 from ldae.evals.heads import Head, Heads, grade_heads, train_heads
 from ldae.evals.online import OnlineProtocol, check_sizes, forget, train_online
 from ldae.evals.subsets import held_out
@@ -130,7 +130,7 @@ def linear(
     )
     run = _run_cached if protocol == "cached" else _run_online
     task = "linear" if protocol == "cached" else f"linear-{protocol}"
-    with grading(task, backbone, data, eval_data, setup) as graded:
+    with open_evaluation(task, backbone, data, eval_data, setup) as graded:
         if save:  # before the work, not after
             if constants.taps != (Tap(),):
                 raise InputError("--save takes the model's own output, not blocks or other pools")
@@ -160,7 +160,7 @@ def _constants(protocol: str, seed: int, **given: object) -> CachedProtocol | On
 Learn = Callable[[], tuple[Heads, dict, int]]
 
 
-def _run_cached(graded: Grading, protocol: CachedProtocol) -> Learn:
+def _run_cached(graded: Evaluation, protocol: CachedProtocol) -> Learn:
     """What learns, once all that can be refused has been."""
     labels = known_labels(graded.train)
     held = held_out(names(graded.train), labels, protocol.held_out)
@@ -180,7 +180,7 @@ def _run_cached(graded: Grading, protocol: CachedProtocol) -> Learn:
     return learn
 
 
-def _run_online(graded: Grading, protocol: OnlineProtocol) -> Learn:
+def _run_online(graded: Evaluation, protocol: OnlineProtocol) -> Learn:
     setup = graded.setup
     encoder = Encoder(graded.model, graded.device, setup.precision)
     check_sizes(encoder, len(graded.train), protocol)

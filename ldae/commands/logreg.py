@@ -14,8 +14,8 @@ from ldae.console import progress
 from ldae.distributed import all_reduce_sum, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.accuracy import ranks, top
+from ldae.evals.evaluation import BackboneSpec, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Features, known_labels, names
-from ldae.evals.grading import BackboneSpec, Setup, SourceSpec, grading
 from ldae.evals.subsets import DrawsProtocol, check_shots, few_shot, held_out
 from ldae.tree import COUNT, POSITIVE
 
@@ -80,7 +80,7 @@ def logreg(
     Raises: InputError for a backbone or data that can not be graded.
     """
     protocol = LogregProtocol(C=tuple(C), shots=tuple(shots), draws=draws, seed=setup.seed)
-    with grading("logreg", backbone, data, eval_data, setup) as graded:
+    with open_evaluation("logreg", backbone, data, eval_data, setup) as graded:
         labels = known_labels(graded.train)
         held = held_out(names(graded.train), labels, protocol.held_out)
         check_shots(protocol, labels, graded.train.classes)

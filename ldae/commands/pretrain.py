@@ -17,7 +17,7 @@ from ldae.pretraining.tokenizer import prepare, tokenizer_of_run
 from ldae.runs.folder import open_run
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
-from ldae.train.loop import Plan, plan
+from ldae.train.loop import Plan, plan_run
 from ldae.train.optim import peak_lr
 from ldae.train.run import compiles, runs_in_bf16, train_in, transform_of
 
@@ -43,18 +43,18 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         source = open_source(config.data.source, "train")
         if config.model.class_conditional and source.labels is None:
             raise InputError(f"model.class_conditional needs labels; {source.spec} has none")
-        schedule = plan(len(source), config.optim, config.system)
+        plan = plan_run(len(source), config.optim, config.system)
         bf16 = runs_in_bf16(config.system.precision, device)
         method = build(config, num_classes=len(source.classes or ()), bf16=bf16)
         # All that can be refused is refused before anything is written.
-        hooks = online_knn(config, schedule, device)
+        hooks = online_knn(config, plan, device)
         fit = prepare(config, source, device, run)
         path = config.tokenizer.path
         if path and not Path(path).exists():
             raise InputError(f"tokenizer.path: there is no {path}")
         exported = open_exported(config.init_from, method) if config.init_from else None
         if dry_run:
-            print(_describe(config, method, schedule, source, device))
+            print(_describe(config, method, plan, source, device))
             return
         with open_run(run, config, source, device):
             method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
@@ -70,7 +70,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
                 method,
                 config,
                 config.optim,
-                schedule,
+                plan,
                 source,
                 row=row,
                 transform=transform_of(config),
@@ -88,7 +88,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
 
 
 def _describe(
-    config: Config, method: LDAE, schedule: Plan, source: Source, device: torch.device
+    config: Config, method: LDAE, plan: Plan, source: Source, device: torch.device
 ) -> str:
     count = sum(p.numel() for p in method.denoiser.parameters())
     encoder = sum(p.numel() for p in method.denoiser.encoder.parameters())
@@ -98,8 +98,8 @@ def _describe(
         f"parameters        {count:,} ({encoder:,} in the encoder's blocks)\n"
         f"tokens per image  {tokens}, each of {method.denoiser.embed.in_features} numbers\n"
         f"images            {len(source):,} in {source.spec}\n"
-        f"steps             {schedule.steps:,} of {schedule.batch_size} images, "
-        f"{schedule.total:,} images seen\n"
+        f"steps             {plan.steps:,} of {plan.batch_size} images, "
+        f"{plan.total:,} images seen\n"
         f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
         f"computed in       {'bfloat16' if method.bf16 else 'float32'} on {device}"
     )

@@ -9,8 +9,8 @@ import tyro
 from ldae.data.source import Source
 from ldae.distributed import all_reduce_sum
 from ldae.errors import InputError
-from ldae.evals.features import Encoder, Features, gathered, known_labels, own_rows
-from ldae.evals.grading import BackboneSpec, Setup, SourceSpec, grading
+from ldae.evals.evaluation import BackboneSpec, Setup, SourceSpec, open_evaluation
+from ldae.evals.features import Encoder, Features, gather_rows, known_labels, own_rows
 from ldae.evals.heads import images_of
 from ldae.evals.neighbours import PAIRS_AT_ONCE, Bank, check_enough
 from ldae.tree import COUNT, check
@@ -60,7 +60,7 @@ def retrieve(
     """
     protocol = RetrievalProtocol(k=tuple(k), leave_one_out=leave_one_out)
     queries_from = (eval_data or data) if leave_one_out else eval_data
-    with grading("retrieve", backbone, data, queries_from, setup) as graded:
+    with open_evaluation("retrieve", backbone, data, queries_from, setup) as graded:
         if leave_one_out:
             graded = replace(graded, train=graded.eval)
         check_enough(max(protocol.k), len(graded.train), leave_one_out)  # before the work
@@ -85,7 +85,7 @@ def retrieval(
     Both are this rank's share, and the same where each searches the others.
     """
     images, queries = (images_of(share, device) for share in (train, evaluation))
-    labels = gathered(train.labels, images, device)
+    labels = gather_rows(train.labels, images, device)
     bank = Bank(train, device)
     all_of_them = images - protocol.leave_one_out
     positions = torch.arange(1, all_of_them + 1, dtype=torch.float64)

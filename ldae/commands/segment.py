@@ -20,8 +20,8 @@ from ldae.evals.dense import (
     rates,
     train_map_head,
 )
+from ldae.evals.evaluation import BackboneSpec, Evaluation, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Encoder, own_features
-from ldae.evals.grading import BackboneSpec, Grading, Setup, SourceSpec, grading
 from ldae.evals.taps import TokenMapReader
 from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, check
 
@@ -109,7 +109,7 @@ def segment(
     )
     if classes is not None and not 2 <= classes <= IGNORED:
         raise InputError(f"classes must be 2 to {IGNORED}, not {classes}")
-    with grading("segment", backbone, data, eval_data, setup, open_map_splits) as graded:
+    with open_evaluation("segment", backbone, data, eval_data, setup, open_map_splits) as graded:
         squashed = replace(graded.transform, crop_pct=1.0, crop_mode="squash")
         graded = replace(graded, transform=squashed)
         reader = TokenMapReader(graded.model, protocol.pixel_patch)
@@ -144,7 +144,7 @@ def segmentation(
     return rates(grade_map_head(heads, encoder, maps.shape, evaluation, *how))
 
 
-def _count_classes(graded: Grading, wanted: int | None) -> int:
+def _count_classes(graded: Evaluation, wanted: int | None) -> int:
     """How many there are, once every label map was looked at, so that what is wrong is told before
     the work.
 
@@ -161,7 +161,7 @@ def _count_classes(graded: Grading, wanted: int | None) -> int:
     return wanted
 
 
-def _labels(graded: Grading, source: MapSource, classes: int | None) -> torch.Tensor:
+def _labels(graded: Evaluation, source: MapSource, classes: int | None) -> torch.Tensor:
     """Which labels its label maps hold, bool (255,).
 
     Raises: InputError, naming the image, for one that is no class.

@@ -14,8 +14,8 @@ from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
 from ldae.evals.class_maps import Targets, real_targets, targets_of
 from ldae.evals.corrupted import Cells, CorruptedTransform, album, means, table
+from ldae.evals.evaluation import Evaluation, Setup, SourceSpec, home_of
 from ldae.evals.features import Encoder
-from ldae.evals.grading import Grading, Setup, SourceSpec, home_of
 from ldae.files import check_writable, write
 from ldae.plots.pictures import save
 from ldae.tree import check
@@ -92,7 +92,7 @@ def validate(
             compared_classes=len(targets.compared),
             constants=_constants(protocol, transform),
         )
-        graded = Grading("validate", classifier, setup, model, None, source, device, transform)
+        graded = Evaluation("validate", classifier, setup, model, None, source, device, transform)
         return _grade(graded, protocol, targets)
 
 
@@ -136,7 +136,7 @@ def _constants(
     }
 
 
-def _grade(graded: Grading, protocol: ValidationProtocol, targets: Targets) -> dict:
+def _grade(graded: Evaluation, protocol: ValidationProtocol, targets: Targets) -> dict:
     clean = graded.transform
     results = _accuracy(graded, targets, clean) | {"counted_images": len(targets.images)}
     transforms = {
@@ -177,7 +177,7 @@ def _grade(graded: Grading, protocol: ValidationProtocol, targets: Targets) -> d
     return graded.write(protocol, results, graded.model.num_features, len(targets.compared))
 
 
-def _accuracy(graded: Grading, targets: Targets, transform: EvalTransform) -> dict[str, float]:
+def _accuracy(graded: Evaluation, targets: Targets, transform: EvalTransform) -> dict[str, float]:
     """Each image that counts, once over all ranks.
 
     Raises: InputError when a logit is not finite.

@@ -224,11 +224,11 @@ def all_rows(own: Features, source: Source, device: torch.device) -> Features:
     """The features of every rank's share, on every rank; ``device`` is where the ranks exchange."""
     if world_size() == 1:
         return own
-    features = gathered(own.features, len(source), device)
+    features = gather_rows(own.features, len(source), device)
     return Features(features, known_labels(source), names(source), own.columns)
 
 
-def gathered(own: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+def gather_rows(own: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
     """What the ranks hold of ``count`` rows, row r of a rank being row r * world size + rank."""
     if world_size() == 1:
         return own

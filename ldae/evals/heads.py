@@ -127,7 +127,7 @@ class _Pass:
 
     @torch.no_grad()
     def update(
-        self, features: torch.Tensor, labels: torch.Tensor, count: int, schedule: float
+        self, features: torch.Tensor, labels: torch.Tensor, count: int, lr_factor: float
     ) -> None:
         """One step on a batch of ``count`` images, of which this rank holds these."""
         heads = self.heads
@@ -138,7 +138,7 @@ class _Pass:
             for values, moments, slope in zip((heads.weight, heads.bias), self.moments, slopes):
                 moment = moments[some].mul_(self.momentum).add_(slope)
                 rates = self.rates[some].view(-1, *[1] * (moment.ndim - 1))
-                values[some] -= schedule * rates * moment
+                values[some] -= lr_factor * rates * moment
 
 
 def train_heads(
@@ -173,12 +173,12 @@ def train_heads(
             order = numbers[torch.randperm(len(numbers), generator=generator)]
             for step, batch in enumerate(order.split(protocol.total_batch)[:steps]):
                 done = (epoch * steps + step) / (protocol.epochs * steps)
-                schedule = (1 + math.cos(math.pi * done)) / 2
+                lr_factor = (1 + math.cos(math.pi * done)) / 2
                 own = batch[batch % world_size() == rank()] // world_size()
                 rows = features[own.to(features.device)].to(device)
                 targets = labels[own.to(device)]
                 for tap, training in passes.items():
-                    training.update(rows[:, train.columns[tap]], targets, len(batch), schedule)
+                    training.update(rows[:, train.columns[tap]], targets, len(batch), lr_factor)
             bar.update()
     return {tap: training.heads.eval() for tap, training in passes.items()}
 

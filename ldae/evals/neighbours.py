@@ -13,7 +13,7 @@ from ldae.errors import InputError
 from ldae.evals.accuracy import ranks
 from ldae.evals.features import (
     Features,
-    gathered,
+    gather_rows,
     new_rows,
     rows_on,
 )
@@ -76,7 +76,7 @@ class Bank:
             for first in range(0, -(-count // world_size()), step):
                 block = min(step * world_size(), count - first * world_size())
                 own = share.features[first : first + step]
-                queries = F.normalize(gathered(own, block, self.device).to(self.device))
+                queries = F.normalize(gather_rows(own, block, self.device).to(self.device))
                 similarities, numbers = self._merged(queries, min(k + others, self.size))
                 similarities, numbers = (
                     found[rank() :: world_size()].cpu() for found in (similarities, numbers)
@@ -201,7 +201,7 @@ def knn_accuracy(
     Raises: InputError when there are more neighbours than images.
     """
     images, queries = (images_of(share, device) for share in (train, evaluation))
-    labels = gathered(train.labels, images, device)
+    labels = gather_rows(train.labels, images, device)
     classes = int(labels.max()) + 1
     hits = torch.zeros(len(protocol.k), 2, dtype=torch.int64)
     bank = Bank(train, device, chosen)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldae.errors import InputError
-from ldae.evals.grading import Setup, file_name
+from ldae.evals.evaluation import Setup, file_name
 from ldae.tree import check, check_known, checked, read_toml
 
 Graders = dict[str, Callable[..., dict]]

@@ -10,7 +10,7 @@ from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.augment import drawn_from
 from ldae.data.loader import Batch
 from ldae.errors import InputError
-from ldae.finetuning.settings import Augment
+from ldae.finetuning.settings import AugmentSettings
 
 _MIXING = 1  # third word of the seed; with two, the loader draws an image's augmentation
 
@@ -26,7 +26,7 @@ class Mixing:
 
     def __init__(
         self,
-        augment: Augment,
+        augment: AugmentSettings,
         transform: EvalTransform,
         num_classes: int,
         seed: int,

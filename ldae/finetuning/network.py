@@ -11,7 +11,7 @@ from torch import nn
 
 from ldae.backbones.open import adapt_cfg
 from ldae.errors import InputError, first_line
-from ldae.finetuning.settings import Finetuning
+from ldae.finetuning.settings import FinetuneConfig
 
 
 class Classification(nn.Module):
@@ -44,7 +44,7 @@ class Classification(nn.Module):
         )
 
 
-def build_network(backbone: nn.Module, config: Finetuning, num_classes: int) -> nn.Module:
+def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int) -> nn.Module:
     """A timm model of the backbone's architecture with a new head of ``num_classes``.
 
     The weights are those of the backbone; with ``model.random_init`` timm's random ones, which
@@ -82,13 +82,13 @@ def build_network(backbone: nn.Module, config: Finetuning, num_classes: int) -> 
     return network
 
 
-def _pool_args(backbone: nn.Module, config: Finetuning) -> dict[str, Any]:
+def _pool_args(backbone: nn.Module, config: FinetuneConfig) -> dict[str, Any]:
     if config.model.pool == "own" or not isinstance(backbone, VisionTransformer):
         return {}
     return {"global_pool": "avg", "final_norm": True, "fc_norm": True}
 
 
-def _resize(backbone: nn.Module, config: Finetuning) -> dict[str, Any]:
+def _resize(backbone: nn.Module, config: FinetuneConfig) -> dict[str, Any]:
     """Make the backbone take another size, through timm; the argument that builds it so."""
     side, args = config.data.img_size, {}
     chans = backbone.pretrained_cfg["input_size"][0]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ldae.backbones.open import load_backbone
 from ldae.errors import InputError
-from ldae.finetuning.settings import Finetuning
+from ldae.finetuning.settings import FinetuneConfig
 from ldae.tree import difference, replace
 
 WIDTHS = {"B": 768, "L": 1024, "H": 1280}
@@ -70,7 +70,7 @@ def recipe(name: str) -> Recipe:
     )
 
 
-def config(name: str = "mae", size: str = "B") -> Finetuning:
+def config(name: str = "mae", size: str = "B") -> FinetuneConfig:
     """The settings of a recipe for the size of a network.
 
     Raises: InputError for a recipe or a size that does not exist.
@@ -79,7 +79,7 @@ def config(name: str = "mae", size: str = "B") -> Finetuning:
     if size not in found.sizes:
         raise InputError(f"there is no size {size!r}; there are {', '.join(found.sizes)}")
     head = {"recipe": found.name, "version": found.version, "size": size}
-    return replace(Finetuning(), head | found.constants | found.sizes[size])
+    return replace(FinetuneConfig(), head | found.constants | found.sizes[size])
 
 
 def size_of(spec: str) -> str:
@@ -93,13 +93,13 @@ def size_of(spec: str) -> str:
     return next((size for size, width in WIDTHS.items() if features <= width), "H")
 
 
-def changed(used: Finetuning) -> dict[str, tuple[Any, Any]]:
+def changed(used: FinetuneConfig) -> dict[str, tuple[Any, Any]]:
     """The constants that are not the recipe's: name -> (the recipe's, the used one)."""
     own = config(used.recipe, used.size)
     found = difference(own, used)
     return {name: pair for name, pair in found.items() if name in _constants(used)}
 
 
-def _constants(used: Finetuning) -> set[str]:
+def _constants(used: FinetuneConfig) -> set[str]:
     found = recipe(used.recipe)
     return {*found.constants, *found.sizes[used.size]}

@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ldae.settings import Execution, Optim
+from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, Range
 
 _OPEN_SHARE = Range(0, 1, open_low=True)
 
 
 @dataclass(frozen=True)
-class Data:
+class FinetuneDataSettings:
     """Which images."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
@@ -28,7 +28,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Augment:
+class AugmentSettings:
     """What is done to the images of the train split, and to their labels."""
 
     min_area: Annotated[float, _OPEN_SHARE] = 0.08  # timm's and torchvision's
@@ -54,7 +54,7 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class Model:
+class FinetuneModelSettings:
     """What becomes of the backbone."""
 
     random_init: bool = False
@@ -71,7 +71,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class System(Execution):
+class FinetuneSystemSettings(ExecutionSettings):
     """How a fine-tuning is executed."""
 
     eval_every: Annotated[float, NOT_NEGATIVE] = 1
@@ -79,7 +79,7 @@ class System(Execution):
 
 
 @dataclass(frozen=True)
-class Finetuning:
+class FinetuneConfig:
     """One fine-tuning."""
 
     backbone: tyro.conf.Fixed[str] = ""
@@ -90,14 +90,14 @@ class Finetuning:
     """Of the recipe: it changes whenever a constant does."""
     size: tyro.conf.Fixed[str] = "B"
     """The ViT whose constants of the recipe are used: B, L or H."""
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    model: Model = field(default_factory=Model)
-    optim: Optim = field(
-        default_factory=lambda: Optim(
+    data: FinetuneDataSettings = field(default_factory=FinetuneDataSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    model: FinetuneModelSettings = field(default_factory=FinetuneModelSettings)
+    optim: OptimSettings = field(
+        default_factory=lambda: OptimSettings(
             batch_size=1024, blr=5e-4, epochs=100, warmup_epochs=5, min_lr=1e-6, weight_decay=0.05
         )
     )
-    system: System = field(default_factory=System)
+    system: FinetuneSystemSettings = field(default_factory=FinetuneSystemSettings)
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Of the new weights, the data order, the augmentation, the mixing and the drop path."""

@@ -11,7 +11,7 @@ from ldae.train.loop import Hook, Plan
 _ONLINE_K = 20
 
 
-def online_knn(config: Config, schedule: Plan, device: torch.device) -> tuple[Hook, ...]:
+def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, ...]:
     if not config.system.knn_every:
         return ()
     from ldae.evals.features import Encoder, known_labels, own_rows
@@ -29,4 +29,4 @@ def online_knn(config: Config, schedule: Plan, device: torch.device) -> tuple[Ho
         )
         return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
 
-    return (Hook(config.system.knn_every * schedule.epoch, online_knn),)
+    return (Hook(config.system.knn_every * plan.epoch, online_knn),)

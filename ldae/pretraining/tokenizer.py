@@ -28,7 +28,7 @@ from ldae.runs.layout import RECONSTRUCTION, TOKENIZER
 from ldae.settings import Config
 from ldae.tokenizers import Tokenizer
 from ldae.tokenizers.losses import TokenizerLoss, Weights
-from ldae.train.loop import Plan, plan
+from ldae.train.loop import Plan, plan_run
 from ldae.train.run import runs_in_bf16, train_in, transform_of
 
 _FIT_BATCH = 256
@@ -53,7 +53,7 @@ class Fit:
     tokenizer: Tokenizer
     stats: tuple[tuple[float, ...], tuple[float, ...]]
     """Mean and standard deviation of the pixels; empty: the data's own."""
-    schedule: Plan | None
+    plan: Plan | None
     """Of the training; None where there is none."""
 
     @cached_property
@@ -62,7 +62,7 @@ class Fit:
 
         Raises: InputError when its weights are absent.
         """
-        if not (self.schedule and self.config.tokenizer.perceptual_weight):
+        if not (self.plan and self.config.tokenizer.perceptual_weight):
             return None
         net = self.config.tokenizer.perceptual_net
         found = open_perceptual(net, self.config.data.in_chans)
@@ -84,15 +84,15 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     """
     _check_settings(config)
     tokenizer = build_tokenizer(config, shape_of(config).patch_size)
-    schedule = None
+    plan = None
     if tokenizer.trained and not config.tokenizer.pretrained:
-        schedule = plan(len(source), config.tokenizer.optim, config.system)
-    fit = Fit(config, source, device, tokenizer, _pixel_stats(config), schedule)
-    if schedule and not (config.tokenizer.path or (run / TOKENIZER).exists()):
+        plan = plan_run(len(source), config.tokenizer.optim, config.system)
+    fit = Fit(config, source, device, tokenizer, _pixel_stats(config), plan)
+    if plan and not (config.tokenizer.path or (run / TOKENIZER).exists()):
         start = config.tokenizer.adversarial_start
-        if config.tokenizer.adversarial_weight and start >= schedule.steps:
+        if config.tokenizer.adversarial_weight and start >= plan.steps:
             raise InputError(
-                f"tokenizer.adversarial_start {start} is never reached in the {schedule.steps} steps "
+                f"tokenizer.adversarial_start {start} is never reached in the {plan.steps} steps "
                 "of tokenizer.optim"
             )
         tokenizer_loss(fit)  # what is absent or does not fit is told now
@@ -105,12 +105,12 @@ def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
     """The tokenizer of a pre-training in ``run``: the fitted one there or at tokenizer.path, or a new
     fit. One that is trained is a run of its own in the sub-folder tokenizer."""
     path, given = run / TOKENIZER, fit.config.tokenizer.path
-    folder = run / "tokenizer" if fit.schedule else run
-    if path.exists() and (given or fit.schedule):
+    folder = run / "tokenizer" if fit.plan else run
+    if path.exists() and (given or fit.plan):
         tokenizers.load(fit.tokenizer, path)
         return fit.tokenizer
     if not given:  # which is loaded already
-        with open_fit(fit, folder) if fit.schedule else nullcontext():
+        with open_fit(fit, folder) if fit.plan else nullcontext():
             carry_out(fit, folder, row)
     if distributed.is_main() and not path.exists():
         tokenizers.save(fit.tokenizer, path)
@@ -151,7 +151,7 @@ def _fit_axes(fit: Fit) -> None:
 def _train(fit: Fit, run: Path, row: str) -> None:
     """Pixel statistics, training, latent statistics; a published network gets the last alone."""
     tokenizer, config = fit.tokenizer.to(fit.device), fit.config
-    if fit.schedule:
+    if fit.plan:
         mean, std = fit.stats
         if mean:
             tokenizer.set_pixels(torch.tensor(mean), torch.tensor(std))
@@ -163,7 +163,7 @@ def _train(fit: Fit, run: Path, row: str) -> None:
             tokenizer_loss(fit),
             config,
             config.tokenizer.optim,
-            fit.schedule,
+            fit.plan,
             fit.source,
             row=f"tokenizer of {row}",
             transform=transform_of(config),
@@ -188,7 +188,7 @@ def tokenizer_loss(fit: Fit) -> TokenizerLoss:
         weights,
         fit.perceptual,
         adversarial_start=config.tokenizer.adversarial_start,
-        batch_size=fit.schedule.batch_size,
+        batch_size=fit.plan.batch_size,
         seed=config.seed,
         bf16=runs_in_bf16(config.system.precision, fit.device),
     ).to(fit.device)
@@ -239,8 +239,8 @@ def _images(
     """
     world = distributed.world_size()
     wanted, share = min(wanted, len(source)), _FIT_BATCH
-    if fit.schedule:
-        share = fit.schedule.batch_size // world // fit.schedule.micro_batches
+    if fit.plan:
+        share = fit.plan.batch_size // world // fit.plan.micro_batches
     batch = min(share, max(1, wanted // world)) * world
     stop = max(batch, wanted // batch * batch)
     batches = train_batches(

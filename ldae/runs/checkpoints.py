@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ldae.distributed import gathered, is_main
+from ldae.distributed import gather_values, is_main
 from ldae.errors import InputError, first_line
 from ldae.files import PARTIAL, replacing, told
 
@@ -88,7 +88,7 @@ class Checkpoints:
         Raises: InputError as it does, and when the ranks do not see the same.
         """
         found = self.load()
-        seen = gathered(found["images_seen"] if found else 0)
+        seen = gather_values(found["images_seen"] if found else 0)
         if len(set(seen)) > 1:
             raise InputError(
                 f"the ranks see different checkpoints in {self.folder}, of "

@@ -15,7 +15,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.layout import JOBS, RECONSTRUCTION, TOKENIZER
 from ldae.runs.lock import LOCK, locked
-from ldae.settings import Execution
+from ldae.settings import ExecutionSettings
 
 NAMES_HASH = "the hash of the images' names"  # in what a checkpoint says about its run
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # between the parts of a run
@@ -25,7 +25,7 @@ class Settings(Protocol):
     """What a tree of settings holds, of whichever kind of run."""
 
     data: Any  # with bad_images
-    system: Execution
+    system: ExecutionSettings
     seed: int
 
 

@@ -16,7 +16,7 @@ from ldae.data.loader import Batch, dead_worker
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.metrics import Metrics, progress_line
-from ldae.settings import Optim, System
+from ldae.settings import OptimSettings, SystemSettings
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.optim import lr_at, peak_lr, set_lr
 from ldae.train.saver import Saver
@@ -41,7 +41,7 @@ class Plan:
         return self.total // self.batch_size
 
 
-def plan(images: int, optim: Optim, system: System) -> Plan:
+def plan_run(images: int, optim: OptimSettings, system: SystemSettings) -> Plan:
     """The plan of a run over a source of so many images, on this world size.
 
     Raises: InputError when the batch can not be divided as the settings ask.
@@ -75,8 +75,8 @@ def train(
     model: nn.Module,
     batches_from: Callable[[int], Generator[Batch]],
     plan: Plan,
-    optim: Optim,
-    system: System,
+    optim: OptimSettings,
+    system: SystemSettings,
     *,
     device: torch.device,
     checkpoints: Checkpoints,
@@ -126,8 +126,8 @@ class _Loop:
         self,
         state: State,
         plan: Plan,
-        optim: Optim,
-        system: System,
+        optim: OptimSettings,
+        system: SystemSettings,
         watchdog: Watchdog,
         saver: Saver,
         stop: StopRequest,

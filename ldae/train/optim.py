@@ -5,10 +5,10 @@ import math
 import torch
 from torch import nn
 
-from ldae.settings import Optim
+from ldae.settings import OptimSettings
 
 
-def adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+def adamw(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; vectors and scalars are never decayed.
 
     A model with a method ``parameter_groups(weight_decay)`` declares its own groups; the ``lr_scale``
@@ -31,7 +31,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def peak_lr(optim: Optim) -> float:
+def peak_lr(optim: OptimSettings) -> float:
     """lr = blr * batch_size / 256 (Goyal et al. 2017)."""
     return optim.blr * optim.batch_size / 256
 

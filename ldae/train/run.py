@@ -15,7 +15,7 @@ from ldae.data.transforms import CropTransform
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import NAMES_HASH, Settings, names_hash
 from ldae.runs.metrics import Metrics
-from ldae.settings import Config, Optim
+from ldae.settings import Config, OptimSettings
 from ldae.train.loop import Hook, Plan, train
 
 
@@ -23,8 +23,8 @@ def train_in(
     run: Path,
     model: nn.Module,
     config: Settings,
-    optim: Optim,
-    schedule: Plan,
+    optim: OptimSettings,
+    plan: Plan,
     source: Source,
     *,
     row: str,
@@ -46,9 +46,9 @@ def train_in(
             transform,
             seed=config.seed,
             start=start,
-            stop=schedule.total,
-            batch_size=schedule.batch_size,
-            micro_batches=schedule.micro_batches,
+            stop=plan.total,
+            batch_size=plan.batch_size,
+            micro_batches=plan.micro_batches,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             workers=config.system.workers,
@@ -58,13 +58,13 @@ def train_in(
         return _mixed(batches, mixing) if mixing else batches
 
     def open_metrics(seen: int) -> Metrics:
-        say(f"{run}: {row}, {schedule.total:,} images in {schedule.steps:,} steps, from {seen:,}")
+        say(f"{run}: {row}, {plan.total:,} images in {plan.steps:,} steps, from {seen:,}")
         return Metrics(run, seen, config.system.tensorboard, config.system.wandb)
 
     return train(
         model,
         batches_from,
-        schedule,
+        plan,
         optim,
         config.system,
         device=device,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ldae import distributed
-from ldae.settings import Optim, System
+from ldae.settings import OptimSettings, SystemSettings
 from ldae.train.optim import adamw
 from ldae.train.parallel import spread
 
@@ -17,7 +17,12 @@ class State:
     """A model on its device, spread over the ranks, and what its training needs beside it."""
 
     def __init__(
-        self, model: nn.Module, optim: Optim, system: System, device: torch.device, compiled: bool
+        self,
+        model: nn.Module,
+        optim: OptimSettings,
+        system: SystemSettings,
+        device: torch.device,
+        compiled: bool,
     ) -> None:
         self.model, self.decay, self.device = model, optim.ema, device
         self.average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None

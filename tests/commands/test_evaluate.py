@@ -14,7 +14,7 @@ from ldae.commands.evaluate import evaluate
 from ldae.commands.retrieve import retrieve
 from ldae.errors import InputError, LostRank
 from ldae.evals import features
-from ldae.evals.grading import Setup
+from ldae.evals.evaluation import Setup
 from ldae.files import write_json
 from ldae.train.interrupt import Interrupted
 

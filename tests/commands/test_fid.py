@@ -17,14 +17,14 @@ from PIL import Image
 from ldae import cli
 from ldae.backbones.open import load_backbone
 from ldae.backbones.preprocessing import preprocessing
-from ldae.commands.fid import RunImages, Setup, fid
+from ldae.commands.fid import RunImages, FIDSettings, fid
 from ldae.commands.sample import sample
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.sampling.settings import Sampling
 
 DIM = 64  # of test_vit's features
-SETUP = Setup(features="test_vit", random_init=True, img_size=32, workers=0, device="cpu")
+SETUP = FIDSettings(features="test_vit", random_init=True, img_size=32, workers=0, device="cpu")
 
 
 def waves(count: int, seed: int) -> np.ndarray:
@@ -182,7 +182,7 @@ def inception(monkeypatch):
             return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
 
     monkeypatch.setattr("ldae.commands.fid.Inception", Quarters)
-    return Setup(weights=Path("real"), workers=0, device="cpu")
+    return FIDSettings(weights=Path("real"), workers=0, device="cpu")
 
 
 def quarters(images: np.ndarray) -> torch.Tensor:
@@ -276,7 +276,7 @@ def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
     with pytest.raises(InputError, match="has 10 images, fewer than the 64 dimensions"):
         fid(run, setup=replace(SETUP, images=10))
     with pytest.raises(InputError, match="has 10 images, fewer than the 2,048 dimensions"):
-        fid(run, setup=Setup(images=10, weights=Path("not-there.pth")))  # before it is opened
+        fid(run, setup=FIDSettings(images=10, weights=Path("not-there.pth")))  # before it is opened
     with pytest.raises(InputError, match="guidance needs a run with model.class_conditional"):
         fid(run, setup=SETUP, how=Sampling(guidance=2))
     with pytest.raises(InputError, match="eta is a setting of the sampler ddim"):

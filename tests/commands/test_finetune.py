@@ -18,7 +18,7 @@ from ldae.data.open import open_source
 from ldae.errors import InputError
 from ldae.finetuning import recipes
 from ldae.finetuning.network import Classification
-from ldae.finetuning.settings import Finetuning
+from ldae.finetuning.settings import FinetuneConfig
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
@@ -59,7 +59,7 @@ def exported(tmp_path_factory):
 def tiny(exported):
     """tiny(recipe, **changes): settings of a fine-tuning of seconds; a__b stands for a.b."""
 
-    def make(name: str = "mae", **changes) -> Finetuning:
+    def make(name: str = "mae", **changes) -> FinetuneConfig:
         given = {key.replace("__", "."): value for key, value in changes.items()}
         return tree.replace(recipes.config(name), TINY | {"backbone": exported} | given)
 
@@ -92,7 +92,7 @@ def test_it_learns_and_leaves_what_it_says(tiny, exported, tmp_path, capsys):
         "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "results.json",
         "classifier",
     }  # fmt: skip
-    assert tree.load(run / "config.yaml", Finetuning()) == config
+    assert tree.load(run / "config.yaml", FinetuneConfig()) == config
     curve = lines(run)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
     tops = [line["top1"] for line in curve if "top1" in line]
@@ -277,4 +277,4 @@ def test_the_command_line_takes_the_recipe_of_the_size(exported, tmp_path, capsy
 def test_every_setting_is_read_by_some_code():
     from test_settings import unread
 
-    assert unread(Finetuning()) == []
+    assert unread(FinetuneConfig()) == []

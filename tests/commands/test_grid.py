@@ -11,8 +11,8 @@ from ldae.backbones.fold import fold
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.grid import BlockReader, grid, table
 from ldae.errors import InputError
+from ldae.evals.evaluation import Setup
 from ldae.evals.features import Encoder, own_rows
-from ldae.evals.grading import Setup
 from ldae.evals.taps import Tap
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_table_has_a_row_for_each_t():
     ],
 )
 def test_what_a_run_has_not_is_told_before_the_work(run, given, told, monkeypatch):
-    monkeypatch.setattr("ldae.commands.grid.grading", None)
+    monkeypatch.setattr("ldae.commands.grid.open_evaluation", None)
     with pytest.raises(InputError, match=told):
         grid(run, "digits", **given)
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ldae.commands.knn import knn
 from ldae.errors import InputError
+from ldae.evals.evaluation import Setup
 from ldae.evals.features import Features
-from ldae.evals.grading import Setup
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy, vote
 from ldae.evals.subsets import drawn, few_shot
 

@@ -9,7 +9,7 @@ import torch
 
 from ldae.commands.linear import CachedProtocol, LDAEProtocol, MAEProtocol, linear, linear_probe
 from ldae.errors import InputError
-from ldae.evals.grading import Setup
+from ldae.evals.evaluation import Setup
 from ldae.evals.heads import train_heads
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Tap

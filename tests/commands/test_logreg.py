@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 
 from ldae.commands.logreg import LogregProtocol, fit, logistic_regression, logreg, tops
 from ldae.errors import InputError
+from ldae.evals.evaluation import Setup
 from ldae.evals.features import Features
-from ldae.evals.grading import Setup
 from ldae.evals.subsets import drawn, held_out
 
 SETUP = Setup(in_chans=1, workers=0, device="cpu")
@@ -109,7 +109,7 @@ def test_verb_writes(tmp_path, monkeypatch):
 
 
 def test_too_few_images_are_told_before_the_work(monkeypatch):
-    monkeypatch.setattr("ldae.evals.grading.extract", None)
+    monkeypatch.setattr("ldae.evals.evaluation.extract", None)
     with pytest.raises(InputError, match="fewer than 500 shots"):
         logreg("pixels:8", "digits", shots=(500,), setup=SETUP)
     with pytest.raises(InputError, match="C must be above 0, not 0"):

@@ -6,8 +6,8 @@ import pytest
 
 from ldae.commands.retrieve import RetrievalProtocol, retrieval, retrieve
 from ldae.errors import InputError
+from ldae.evals.evaluation import Setup
 from ldae.evals.features import Features
-from ldae.evals.grading import Setup
 
 SETUP = Setup(in_chans=1, workers=0, device="cpu")
 
@@ -63,7 +63,7 @@ def test_verb_writes(tmp_path, monkeypatch, capsys):
 def test_queries_without_anything_to_find_are_told_before_the_work(pictures, monkeypatch):
     monkeypatch.setattr("ldae.commands.retrieve.own_rows", None)
     train, evaluation = pictures(6, classes=2), pictures(4, "eval", classes=3)
-    monkeypatch.setattr("ldae.evals.grading.open_splits", lambda *given: (train, evaluation))
+    monkeypatch.setattr("ldae.evals.evaluation.open_splits", lambda *given: (train, evaluation))
     with pytest.raises(InputError, match=r"class 'class-2' of pictures has no image .* \(train\)"):
         retrieve("pixels:8", "pictures", k=(1,), setup=SETUP)
     with pytest.raises(InputError, match="class 'class-1' of pictures has no image"):

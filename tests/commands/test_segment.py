@@ -13,8 +13,8 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.segment import SegmentProtocol, segment, segmentation
 from ldae.data.source import MapSource
 from ldae.errors import InputError
+from ldae.evals.evaluation import Setup
 from ldae.evals.features import Encoder
-from ldae.evals.grading import Setup
 from ldae.evals.taps import TokenMapReader
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from ldae.commands import validate as module
 from ldae.commands.validate import validate
 from ldae.data.corruptions import NAMES
 from ldae.errors import InputError
-from ldae.evals.grading import Setup
+from ldae.evals.evaluation import Setup
 
 SYNSETS = ImageNetInfo().label_names()
 SETUP = Setup(workers=0, device="cpu")

@@ -6,7 +6,7 @@ import pytest
 
 from ldae.cli import graders
 from ldae.errors import InputError
-from ldae.evals.grading import Setup
+from ldae.evals.evaluation import Setup
 from ldae.evals.suite import read_suite
 
 SUITE = """

@@ -6,7 +6,7 @@ from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.loader import Batch
 from ldae.errors import InputError
 from ldae.finetuning.mixing import Mixing
-from ldae.finetuning.settings import Augment
+from ldae.finetuning.settings import AugmentSettings
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.3, 0.2)
@@ -15,7 +15,7 @@ PLAIN = dict(erasing=0.0, mixup=0.0, cutmix=0.0, mix_images=4)
 
 def mixing(seed=0, **changes):
     transform = EvalTransform((3, 16, 16), "bicubic", 1.0, "center", MEAN, STD)
-    return Mixing(Augment(**(PLAIN | changes)), transform, 5, seed, CPU)
+    return Mixing(AugmentSettings(**(PLAIN | changes)), transform, 5, seed, CPU)
 
 
 def batch(first=0, count=8):

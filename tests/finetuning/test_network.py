@@ -7,7 +7,7 @@ from ldae.backbones.open import load_backbone
 from ldae.errors import InputError
 from ldae.finetuning import recipes
 from ldae.finetuning.network import Classification, build_network
-from ldae.settings import Optim
+from ldae.settings import OptimSettings
 from ldae.train.optim import adamw, set_lr
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
@@ -54,7 +54,7 @@ def test_layer_decay_is_maes_closed_form(name, depth):
 
 def test_the_loops_optimizer_takes_the_scales():
     network = build_network(backbone(), settings(model__layer_decay=0.5), 4)
-    optimizer = adamw(Classification(network, 0.5), Optim(weight_decay=0.05))
+    optimizer = adamw(Classification(network, 0.5), OptimSettings(weight_decay=0.05))
     set_lr(optimizer, 0.1)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert rates[id(network.head.weight)] == 0.1

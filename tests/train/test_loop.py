@@ -14,13 +14,13 @@ from ldae import distributed
 from ldae.data.loader import Batch
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
-from ldae.settings import Optim, System
+from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import loop, watchdog
-from ldae.train.loop import Hook, Plan, plan, train
+from ldae.train.loop import Hook, Plan, plan_run, train
 from ldae.train.saver import Saver
 
-OPTIM = Optim(batch_size=4, blr=1.0, epochs=3, warmup_epochs=0.5)
-SYSTEM = System(log_every=2, workers=0)
+OPTIM = OptimSettings(batch_size=4, blr=1.0, epochs=3, warmup_epochs=0.5)
+SYSTEM = SystemSettings(log_every=2, workers=0)
 
 
 class Line(nn.Module):
@@ -73,7 +73,7 @@ def run(
 
 
 def test_it_learns_and_tells(tmp_path, capsys):
-    weight, records = run(tmp_path, optim=Optim(batch_size=4, blr=40.0, warmup_epochs=0.5))
+    weight, records = run(tmp_path, optim=OptimSettings(batch_size=4, blr=40.0, warmup_epochs=0.5))
     assert abs(weight - 3) < 1
     assert [record["images"] for record in records] == [8, 16, 24, 32, 40, 48]
     assert records[-1]["loss"] < records[0]["loss"]
@@ -122,7 +122,7 @@ def test_bad_data_stops_with_everything_before_it_saved(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
-    system = System(log_every=100, save_minutes=0)
+    system = SystemSettings(log_every=100, save_minutes=0)
     with pytest.raises(InputError, match="loss is nan in step 6 \\(images 20 to 23, lr"):
         run(tmp_path, batches_from(nan_at=20), system=system)
     state = Checkpoints(tmp_path).load()
@@ -146,7 +146,7 @@ def slow_line(left_out=(), rate=40.0):
     return weight.item()
 
 
-WILD = Optim(batch_size=4, blr=40.0, epochs=3, warmup_epochs=0.5)
+WILD = OptimSettings(batch_size=4, blr=40.0, epochs=3, warmup_epochs=0.5)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_an_explosion_is_undone_and_its_batch_left_out(
     minutes, micro_batches, impatient, tmp_path, capsys
 ):
     """Whenever it was saved, the run is that which never saw the batch."""
-    system = System(log_every=2, save_minutes=minutes, explosion=20)
+    system = SystemSettings(log_every=2, save_minutes=minutes, explosion=20)
     stream = batches_from(micro_batches, wild=(24,))
     weight, _ = run(tmp_path, stream, WILD, system, micro_batches)
     assert weight == pytest.approx(slow_line(left_out=(24,)), rel=1e-5)
@@ -172,7 +172,7 @@ def test_an_explosion_is_undone_and_its_batch_left_out(
 
 
 def test_what_was_left_out_stays_so_after_a_stop(impatient, tmp_path):
-    system = System(log_every=2, explosion=20)
+    system = SystemSettings(log_every=2, explosion=20)
     whole, _ = run(tmp_path / "whole", batches_from(wild=(24,)), WILD, system)
     with pytest.raises(InputError, match="cat.jpg"):
         run(tmp_path / "parts", batches_from(wild=(24,), bad_at=36), WILD, system)
@@ -181,7 +181,7 @@ def test_what_was_left_out_stays_so_after_a_stop(impatient, tmp_path):
 
 def test_metrics_tell_of_what_was_kept_alone(impatient, tmp_path):
     """One line a step, and none of the batch that is left out."""
-    system = System(log_every=1, explosion=20)
+    system = SystemSettings(log_every=1, explosion=20)
     starts, model = [], Line()
     log = SimpleNamespace(write=lambda record: None, close=lambda: None)
     train(
@@ -193,10 +193,10 @@ def test_metrics_tell_of_what_was_kept_alone(impatient, tmp_path):
 
 
 def test_explosions_without_end_end_the_run(impatient, tmp_path):
-    system = System(log_every=2, explosion=20)
+    system = SystemSettings(log_every=2, explosion=20)
     with pytest.raises(InputError, match="step 9 .*second time since the last checkpoint"):
         run(tmp_path / "one", batches_from(wild=(24, 32)), WILD, system)
-    system = System(log_every=2, explosion=20, save_minutes=0)
+    system = SystemSettings(log_every=2, explosion=20, save_minutes=0)
     weight, _ = run(tmp_path / "saved between", batches_from(wild=(24, 32)), WILD, system)
     assert weight == pytest.approx(slow_line(left_out=(24, 32)), rel=1e-5)
 
@@ -219,7 +219,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(minutes, tmp
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, most))
     try:
         with pytest.raises(InputError, match="could not be saved .*last good one: .*0016.pt$"):
-            run(tmp_path, system=System(log_every=2, save_minutes=minutes), model=Heavy())
+            run(tmp_path, system=SystemSettings(log_every=2, save_minutes=minutes), model=Heavy())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
     assert {path: path.read_bytes() for path in Checkpoints(tmp_path).folder.iterdir()} == before
@@ -245,7 +245,7 @@ def test_the_training_goes_on_while_it_is_saved(tmp_path, monkeypatch):
             return super().forward(images, positions, labels)
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    weight, _ = run(tmp_path, system=System(log_every=100, save_minutes=0), model=Watched())
+    weight, _ = run(tmp_path, system=SystemSettings(log_every=100, save_minutes=0), model=Watched())
     assert saved == list(range(4, 49, 4))
     kept = [torch.load(path)["model"]["w"].item() for path in Checkpoints(tmp_path).paths()]
     assert kept[-1] == weight and len(set(kept[1:])) == 11  # of warm-up's first step the rate is 0
@@ -273,7 +273,7 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "Saver", Kept)
     monkeypatch.setattr(Checkpoints, "save", save)
-    system = System(log_every=100, explosion=1e9)  # there is a checkpoint from the start
+    system = SystemSettings(log_every=100, explosion=1e9)  # there is a checkpoint from the start
     with pytest.raises(InputError, match="the disk is full"):
         run(tmp_path, system=system, model=Watched())
     assert len(steps) == 1
@@ -303,7 +303,9 @@ def test_the_average_follows_its_recurrence(tmp_path, monkeypatch):
         original(averages, weights, share)
 
     monkeypatch.setattr(torch, "_foreach_lerp_", spy)
-    averaged, _ = run(tmp_path, optim=Optim(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.75))
+    averaged, _ = run(
+        tmp_path, optim=OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.75)
+    )
     expected = seen[0][0]
     for _, weight in seen:
         expected = 0.75 * expected + 0.25 * weight
@@ -311,7 +313,7 @@ def test_the_average_follows_its_recurrence(tmp_path, monkeypatch):
 
 
 def test_the_average_survives_a_stop(tmp_path):
-    optim = Optim(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
+    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
     with pytest.raises(InputError):
         run(tmp_path, batches_from(bad_at=24), optim)
     assert run(tmp_path, optim=optim)[0] == run(tmp_path / "undisturbed", optim=optim)[0]
@@ -325,7 +327,10 @@ def test_clipping_bounds_the_step(tmp_path, monkeypatch):
     )
     run(tmp_path)
     assert norms == []
-    run(tmp_path / "clipped", optim=Optim(batch_size=4, blr=1.0, warmup_epochs=0, clip_grad=0.5))
+    run(
+        tmp_path / "clipped",
+        optim=OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0, clip_grad=0.5),
+    )
     assert len(norms) == 12
 
 
@@ -343,7 +348,7 @@ def test_hooks_see_the_average_where_there_is_one(tmp_path):
     run(tmp_path / "plain", hooks=(hook,), model=model)
     assert all(other is model for other in seen)
     seen.clear()
-    optim = Optim(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
+    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
     averaged, _ = run(tmp_path / "averaged", optim=optim, hooks=(hook,), model=model)
     assert all(other is not model for other in seen) and seen[-1].w.item() == averaged
 
@@ -373,7 +378,7 @@ def test_what_a_model_draws_depends_on_seed_and_place_alone(tmp_path):
 
 
 def test_the_average_has_averaged_statistics(tmp_path):
-    optim = Optim(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.5)
+    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.5)
     run(tmp_path, optim=optim, model=NoisyLine())
     expected = 0.0
     for step in range(1, 13):
@@ -382,9 +387,14 @@ def test_the_average_has_averaged_statistics(tmp_path):
 
 
 def test_plans_divide_the_batch_or_refuse():
-    assert plan(100, Optim(batch_size=32, epochs=2), System()) == Plan(100, 224, 32, 1)
-    assert plan(100, Optim(batch_size=32), System(device_batch=8)).micro_batches == 4
+    assert plan_run(100, OptimSettings(batch_size=32, epochs=2), SystemSettings()) == Plan(
+        100, 224, 32, 1
+    )
+    assert (
+        plan_run(100, OptimSettings(batch_size=32), SystemSettings(device_batch=8)).micro_batches
+        == 4
+    )
     with pytest.raises(InputError, match="batch_size.*30.*4 equal parts.*device_batch 8"):
-        plan(100, Optim(batch_size=30), System(device_batch=8))
+        plan_run(100, OptimSettings(batch_size=30), SystemSettings(device_batch=8))
     with pytest.raises(InputError, match="optim.batch_size 0"):
-        plan(100, Optim(batch_size=0), System())
+        plan_run(100, OptimSettings(batch_size=0), SystemSettings())

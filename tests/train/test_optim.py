@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from ldae.settings import Optim
+from ldae.settings import OptimSettings
 from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
 
 
 def test_the_rate_scales_with_the_batch():
-    assert peak_lr(Optim(batch_size=2048, blr=1e-4)) == pytest.approx(8e-4)
+    assert peak_lr(OptimSettings(batch_size=2048, blr=1e-4)) == pytest.approx(8e-4)
 
 
 def test_warmup_is_linear_and_the_rest_half_a_cosine():
@@ -35,7 +35,7 @@ def test_a_model_may_declare_its_groups():
                 {"params": [self.bias], "weight_decay": 0.0},
             ]
 
-    optimizer = adamw(Layers(2, 3), Optim(weight_decay=0.1))
+    optimizer = adamw(Layers(2, 3), OptimSettings(weight_decay=0.1))
     set_lr(optimizer, 0.8)
     told = [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
     assert told == [(0.1, 0.2), (0.0, 0.8)]
@@ -43,7 +43,7 @@ def test_a_model_may_declare_its_groups():
 
 def test_only_matrices_are_decayed():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    groups = adamw(model, Optim(weight_decay=0.1)).param_groups
+    groups = adamw(model, OptimSettings(weight_decay=0.1)).param_groups
     decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decayed == {id(p): 0.1 if p.ndim == 2 else 0.0 for p in model.parameters()}
     assert torch.equal(torch.tensor([g["fused"] for g in groups]), torch.tensor([True, True]))

@@ -12,12 +12,14 @@ from torch import nn
 from ldae import distributed
 from ldae.data.loader import Batch
 from ldae.runs.checkpoints import Checkpoints
-from ldae.settings import Optim, System
+from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import parallel
 from ldae.train.loop import Hook, Plan, train
 
 CPU = torch.device("cpu")
-OPTIM = Optim(batch_size=8, blr=1.0, warmup_epochs=0.5, clip_grad=0.5, ema=0.7, weight_decay=0.1)
+OPTIM = OptimSettings(
+    batch_size=8, blr=1.0, warmup_epochs=0.5, clip_grad=0.5, ema=0.7, weight_decay=0.1
+)
 STEPS, HALF = 6, 24
 
 
@@ -61,7 +63,7 @@ def run(folder, fsdp=False, micro_batches=1):
             functools.partial(stream, micro_batches=micro_batches),
             Plan(epoch=16, total=8 * STEPS, batch_size=8, micro_batches=micro_batches),
             OPTIM,
-            System(log_every=1, save_minutes=0, fsdp=fsdp),
+            SystemSettings(log_every=1, save_minutes=0, fsdp=fsdp),
             device=CPU,
             checkpoints=Checkpoints(folder),
             open_metrics=lambda seen: SimpleNamespace(write=print, close=lambda: None),

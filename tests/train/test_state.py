@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ldae.settings import Optim, System
+from ldae.settings import OptimSettings, SystemSettings
 from ldae.train.state import State, each_tensor
 
 CPU = torch.device("cpu")
@@ -12,7 +12,9 @@ CPU = torch.device("cpu")
 def made(ema=0.5):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    return State(model, Optim(batch_size=4, blr=1.0, ema=ema), System(), CPU, compiled=False)
+    return State(
+        model, OptimSettings(batch_size=4, blr=1.0, ema=ema), SystemSettings(), CPU, compiled=False
+    )
 
 
 def step(state, seed):
@@ -64,7 +66,7 @@ class Counts(nn.Linear):
 
 def test_plain_counts_begin_anew():
     model = nn.Sequential(Counts())
-    state = State(model, Optim(), System(), CPU, compiled=False)
+    state = State(model, OptimSettings(), SystemSettings(), CPU, compiled=False)
     model[0].calls, model[0].started, weight = 7, True, model[0].weight
     state.forget()
     assert (model[0].calls, model[0].started) == (0, False) and model[0].weight is weight
@@ -73,7 +75,7 @@ def test_plain_counts_begin_anew():
 def test_forgetting_leaves_the_mode_of_the_model_alone():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout()).eval()  # as a backbone is opened
-    state = State(model, Optim(batch_size=4), System(), CPU, compiled=False)
+    state = State(model, OptimSettings(batch_size=4), SystemSettings(), CPU, compiled=False)
     model.train()
     state.forget()
     assert all(module.training for module in model.modules())

@@ -59,7 +59,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Grading:
+class Evaluation:
     """One backbone, as an evaluator finds it: opened, beside two labelled splits."""
 
     task: str
@@ -209,14 +209,14 @@ def labelled_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
 
 
 @contextmanager
-def grading(
+def open_evaluation(
     task: str,
     backbone: str,
     data: str,
     eval_data: str | None,
     setup: Setup,
     splits: Splits = labelled_splits,
-) -> Iterator[Grading]:
+) -> Iterator[Evaluation]:
     """Join the process group, if one was launched, and open what ``task`` grades.
 
     Raises: InputError when the backbone can not be opened, and as ``splits`` does.
@@ -234,4 +234,4 @@ def grading(
             seed=setup.seed,
         )
         own = preprocessing(model)
-        yield Grading(task, str(backbone), setup, model, train, evaluation, device, own)
+        yield Evaluation(task, str(backbone), setup, model, train, evaluation, device, own)
