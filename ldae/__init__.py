@@ -13,7 +13,7 @@ __version__ = metadata.version("ldae")
 _HOMES = {
     "Config": "ldae.settings",
     "config": "ldae.trajectory",
-    "load_backbone": "ldae.backbone",
+    "load_backbone": "ldae.backbones.open",
 }
 
 

@@ -108,3 +108,8 @@ def test_import_has_no_side_effect_and_help_imports_no_torch():
         "print('loaded', *[m for m in ('torch', 'timm', 'numpy', 'tyro') if m in sys.modules])"
     )
     assert loaded.strip().endswith("loaded")
+
+
+@pytest.mark.parametrize("name", ldae.__all__)
+def test_the_public_face_is_there(name):
+    assert getattr(ldae, name) is not None
