@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are decoded and cropped, in which order they are shown."""
+"""Images: where they come from, how they are decoded and cropped, and the order of training."""

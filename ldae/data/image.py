@@ -1,4 +1,4 @@
-"""From the bytes of a file to 8-bit pixels, or one sentence that says why not."""
+"""Decoding of image files to 8-bit pixels; a file that cannot be decoded raises BadImage."""
 
 import functools
 import math
@@ -13,8 +13,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ldae.errors import InputError
 
-# Pillow recognises these but can not decode them alone; EPS it would hand to Ghostscript, and a
-# file of unknown origin must not start an interpreter.
+# Pillow recognises these formats but cannot decode them alone. It would pass EPS to Ghostscript,
+# and a file of unknown origin must not start an interpreter.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _NPY_MAGIC = b"\x93NUMPY"
 _NPY_HEADERS = {
@@ -23,75 +23,82 @@ _NPY_HEADERS = {
 }
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ImageFile = BinaryIO | str | bytes | os.PathLike
 
 
 class BadImage(InputError):
-    """An image that can not be decoded; the message names it."""
+    """An image that cannot be decoded; the message names the image."""
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
+    """Return the names of Pillow's formats that are decoded here.
+
+    Formats with a signature come first: checking their first bytes is more reliable and faster
+    than trying to decode.
+    """
     Image.init()
     formats = [name for name in Image.ID if name not in _NOT_DECODED]
-    # Formats known by their first bytes before those that must be tried: surer, and faster.
     return tuple(sorted(formats, key=lambda name: Image.OPEN[name][1] is None))
 
 
 @functools.cache
 def image_extensions() -> frozenset[str]:
-    """The lower-case extensions, with their dot, of the files that :func:`decode` reads."""
+    """Return the lower-case extensions, with their dot, of the files that :func:`decode` reads."""
     known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in known if name in _formats()) | {".npy"}
+    return frozenset(extension for extension, name in known if name in _formats()) | {".npy"}
 
 
 def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
-    """The first frame of ``file``, upright by its EXIF orientation and fully loaded.
+    """Decode the first frame of ``file`` and turn it upright by its EXIF orientation.
 
-    Returns a Pillow image in mode L, RGB or RGBA; or, for a ``.npy`` file with another number of
-    channels than 1 or 3, its array (H, W, C) uint8.
+    Returns a loaded Pillow image in mode L, RGB or RGBA. A ``.npy`` file whose number of channels
+    is not 1 or 3 is returned as an array, uint8 (H, W, C).
 
     - 16-bit and int32 grey: the range 0..65535 is divided by 257.
     - Float grey: values within 0..1 are multiplied by 255, values within 0..255 are rounded.
-      Values outside these ranges have no known white: the image is refused.
+      Values outside these ranges have no known white, so the image is refused.
     - ``.npy``: uint8 of shape (H, W) or (H, W, C).
 
-    Raises: BadImage, naming ``name``, for whatever can not be decoded, and for more pixels than
-    ``PIL.Image.MAX_IMAGE_PIXELS``, before memory is taken for them.
+    Raises: BadImage, naming ``name``, when the file cannot be decoded. An image with more pixels
+        than ``PIL.Image.MAX_IMAGE_PIXELS`` is refused before memory is allocated for the pixels.
     """
     return _read(file, name, _decode)
 
 
 def decode_label_map(file: ImageFile, name: str) -> np.ndarray:
-    """The class of every pixel, uint8 (H, W), of a grey or palette image; a palette's colours are
-    only for show.
+    """Decode a grey or palette image to the class of every pixel, uint8 (H, W).
 
-    Raises: BadImage, naming ``name``, for what can not be decoded, and for colours.
+    The colours of a palette are ignored.
+
+    Raises: BadImage, naming ``name``, when the file cannot be decoded or has colour channels.
     """
     return _read(file, name, _decode_label_map)
 
 
-def size_of(file: ImageFile, name: str) -> tuple[int, int]:
-    """Width and height of what :func:`decode` returns, where it can by the header alone.
+def image_size(file: ImageFile, name: str) -> tuple[int, int]:
+    """Return width and height of the image that :func:`decode` returns.
 
-    Raises: BadImage, naming ``name``.
+    Only the header is read, except for ``.npy`` files.
+
+    Raises: BadImage, naming ``name``, when the file cannot be read.
     """
-    return _read(file, name, _size_of)
+    return _read(file, name, _image_size)
 
 
-def _read(file: ImageFile, name: str, how: Callable[[BinaryIO], Any]) -> Any:
+def _read(file: ImageFile, name: str, reader: Callable[[BinaryIO], Any]) -> Any:
     try:
         if not isinstance(file, (str, bytes, os.PathLike)):
-            return how(file)
+            return reader(file)
         with open(file, "rb") as opened:
-            return how(opened)
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly every type
-        raise BadImage(f"{name} can not be decoded: {_reason(error)}") from error
+            return reader(opened)
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly every type
+        raise BadImage(f"{name} cannot be decoded: {_reason(error)}") from error
 
 
 def from_array(array: np.ndarray) -> Image.Image | np.ndarray:
-    """An array, uint8 (H, W) or (H, W, C), as :func:`decode` returns an image."""
+    """Convert an array, uint8 (H, W) or (H, W, C), to the form that :func:`decode` returns."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim == 2 or array.shape[2] == 3:
@@ -100,13 +107,13 @@ def from_array(array: np.ndarray) -> Image.Image | np.ndarray:
 
 
 def to_planes(image: Image.Image | np.ndarray, in_chans: int) -> list[Image.Image]:
-    """A decoded image as the Pillow images that are resized one by one: one of mode L, RGB or
-    RGBA, or ``in_chans`` of mode L when the channels are an array's.
+    """Convert a decoded image to Pillow images that can be resized one by one.
 
-    Transparency is dropped, not composited, unless ``in_chans`` is 4: torchvision, timm and the
-    users of the exported backbone do the same, and must see the pixels that training saw.
+    Returns one image of mode L, RGB or RGBA, or ``in_chans`` images of mode L for an array.
+    Transparency is dropped, not composited, unless ``in_chans`` is 4. torchvision, timm and the
+    users of the exported backbone do the same and must see the pixels that training saw.
 
-    Raises: InputError when the image can not have ``in_chans`` channels.
+    Raises: InputError when the image cannot have ``in_chans`` channels.
     """
     if isinstance(image, np.ndarray):
         if image.shape[2] != in_chans:
@@ -120,10 +127,21 @@ def to_planes(image: Image.Image | np.ndarray, in_chans: int) -> list[Image.Imag
     return [image if image.mode == mode else image.convert(mode)]
 
 
+def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read a .npy header; return shape, Fortran order and dtype, with ``file`` at the data.
+
+    Raises: ValueError for other content and other versions of the format.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in _NPY_HEADERS:
+        raise ValueError(f"a .npy file of version {version[0]}.{version[1]}")
+    return _NPY_HEADERS[version](file)
+
+
 def _decode(file: BinaryIO) -> Image.Image | np.ndarray:
     if _is_npy(file):
         return _decode_npy(file)
-    with _opened(file) as image:
+    with _open_image(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return _eight_bit(image)
 
@@ -137,33 +155,33 @@ def _is_npy(file: BinaryIO) -> bool:
 
 
 @contextmanager
-def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+def _open_image(file: BinaryIO) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged metadata beside good pixels
+        warnings.simplefilter("ignore")  # about damaged metadata beside good pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield Image.open(file, formats=_formats())
 
 
 def _decode_label_map(file: BinaryIO) -> np.ndarray:
-    with _opened(file) as image:
+    with _open_image(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-            raise ValueError(
-                f"its pixels are colours ({image.mode}) and not the numbers of classes"
-            )
+            raise ValueError(f"its pixels are colours ({image.mode}), not class numbers")
         labels = np.asarray(image)
         if labels.min() < 0 or labels.max() > 255:
-            raise ValueError(f"it holds the label {labels.max()}, and there can be 0 to 255")
+            raise ValueError(
+                f"its labels go from {labels.min()} to {labels.max()}; only 0 to 255 are allowed"
+            )
         return labels.astype(np.uint8)
 
 
-def _size_of(file: BinaryIO) -> tuple[int, int]:
+def _image_size(file: BinaryIO) -> tuple[int, int]:
     if _is_npy(file):
         image = _decode_npy(file)
         return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-    with _opened(file) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-        return image.size[::-1] if turned else image.size
+    with _open_image(file) as image:
+        transposed = image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED
+        return image.size[::-1] if transposed else image.size
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -177,7 +195,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _grey_levels(values: np.ndarray) -> np.ndarray:
-    """Wide grey values as uint8 by the rules of :func:`decode`."""
+    """Convert integer or float grey values to uint8 by the rules of :func:`decode`."""
     low, high = values.min(), values.max()
     if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
         scale = 1 / 257
@@ -191,26 +209,23 @@ def _grey_levels(values: np.ndarray) -> np.ndarray:
 
 
 def _decode_npy(file: BinaryIO) -> Image.Image | np.ndarray:
-    version = np.lib.format.read_magic(file)
-    if version not in _NPY_HEADERS:
-        raise ValueError(f"a .npy file of version {version[0]}.{version[1]}")
-    shape, fortran_order, dtype = _NPY_HEADERS[version](file)
+    shape, fortran_order, dtype = read_npy_header(file)
     if dtype != np.uint8 or len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"an array of {dtype} {shape}, not uint8 (H, W) or (H, W, C)")
-    if Image.MAX_IMAGE_PIXELS and math.prod(shape) > 4 * Image.MAX_IMAGE_PIXELS:
+    size = math.prod(shape)
+    if Image.MAX_IMAGE_PIXELS and size > 4 * Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"an array of {shape} is too large")
-    data = file.read(math.prod(shape))
-    if len(data) < math.prod(shape):
-        raise ValueError(f"the array is truncated at {len(data)} of {math.prod(shape)} bytes")
-    return from_array(
-        np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran_order else "C")
-    )
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"the array is truncated at {len(data)} of {size} bytes")
+    array = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran_order else "C")
+    return from_array(array)
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, on one line."""
+    """Return the reason of ``error`` on one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "its content is no image format that is read here"
+        return "its content is not an image format that is read here"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Images that have a label map each: the class of every pixel."""
+"""Images with label maps: the class of every pixel."""
 
 import logging
 import os
@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 
 from ldae.data.containers import Container, Location, visible_entries
-from ldae.data.folders import FileSource, Opener, find_splits
-from ldae.data.image import BadImage, decode_label_map, image_extensions, size_of
+from ldae.data.image import BadImage, decode_label_map, image_extensions, image_size
+from ldae.data.image_files import FileSource, find_splits
 from ldae.data.open import open_splits
-from ldae.data.source import MapSource
+from ldae.data.source import MapSource, Splits
 from ldae.errors import InputError
 
 _FOLDERS = ("images", "labels")
@@ -18,26 +18,26 @@ _log = logging.getLogger(__name__)
 
 
 def open_map_splits(data: str, eval_data: str | None) -> tuple[MapSource, MapSource]:
-    """The train and the eval source, as :func:`ldae.data.sources.open_splits` chooses them.
+    """Open the train and the eval source, chosen as :func:`ldae.data.open.open_splits` does.
 
-    In a folder or an archive, ``images`` and ``labels`` hold files of equal stems, the label maps as
-    .png. The splits lie above or below these two: train/images or images/train.
+    In a folder or an archive, each file in ``images`` has a label map in ``labels``: a .png file of
+    the same stem. The splits lie above or below these two folders: train/images or images/train.
 
     Raises: InputError as ``open_splits`` does, for a source without label maps, and for an image
         without one.
     """
-    found = open_splits(data, eval_data, _paired_splits)
-    for source in found:
+    sources = open_splits(data, eval_data, _paired_splits)
+    for source in sources:
         if not isinstance(source, MapSource):
             raise InputError(
                 f"{source.spec} has no label maps: they come from a folder or an archive with "
                 "images/ and labels/, or from scattered-digits"
             )
-    return found
+    return sources
 
 
 class PairedFiles(FileSource, MapSource):
-    """Image files and their label maps, in the order of the images' names."""
+    """Image files with their label maps, sorted by the images' stems."""
 
     def __init__(
         self,
@@ -53,55 +53,60 @@ class PairedFiles(FileSource, MapSource):
     def label_map(self, i: int) -> np.ndarray:
         labels = decode_label_map(self._maps.open(i), self._maps.where(i))
         height, width = labels.shape
-        image = size_of(self.open(i), self.where(i))
-        if image != (width, height):
+        size = image_size(self.open(i), self.where(i))
+        if size != (width, height):
             raise BadImage(
-                f"{self.where(i)} is {image[0]} x {image[1]} pixels, and its label map "
-                f"{self._maps.name(i)} {width} x {height}"
+                f"{self.where(i)} is {size[0]} x {size[1]} pixels, but its label map "
+                f"{self._maps.name(i)} is {width} x {height}"
             )
         return labels
 
 
-def _paired_splits(spec: str, container: Container) -> dict[str, Opener]:
-    entries = visible_entries(container)
-    images, maps = _by_stem(spec, entries, "images"), _by_stem(spec, entries, "labels")
-    for what, found in zip(_FOLDERS, (images, maps)):
-        if not found:
-            files = "images" if what == "images" else ".png label maps"
-            raise InputError(f"{spec} has no folder {what}/ that holds {files}")
-    for stem in sorted(images.keys() - maps.keys()):
-        raise InputError(
-            f"{spec}/{images[stem]} has no label map: there is no {stem}.png in labels/"
-        )
-    if lone := sorted(maps.keys() - images.keys()):
-        _log.warning("%s: left out, for they have no image: %s", spec, ", ".join(lone[:5]))
+def _paired_splits(spec: str, container: Container) -> Splits:
+    """Pair the images of a container with their label maps; return functions that open its splits.
 
-    def open_split(split: str, inner: str) -> PairedFiles:
-        stems = sorted(stem for stem in images if stem.startswith(inner))
-        files = ({part[stem]: entries[part[stem]] for stem in stems} for part in (images, maps))
+    Raises: InputError when a folder is empty, a pair is incomplete or a stem is ambiguous.
+    """
+    entries = visible_entries(container)
+    images = _by_stem(spec, entries, "images", image_extensions())
+    maps = _by_stem(spec, entries, "labels", {".png"})
+    if not images:
+        raise InputError(f"{spec} has no folder images/ with images")
+    if not maps:
+        raise InputError(f"{spec} has no folder labels/ with .png label maps")
+    if missing := sorted(images.keys() - maps.keys()):
+        stem = missing[0]
+        raise InputError(f"{spec}/{images[stem]} has no label map {stem}.png in labels/")
+    if unpaired := sorted(maps.keys() - images.keys()):
+        _log.warning("%s: ignored label maps without images: %s", spec, ", ".join(unpaired[:5]))
+
+    def open_split(split: str, root: str) -> PairedFiles:
+        stems = sorted(stem for stem in images if stem.startswith(root))
+        files = ({names[stem]: entries[names[stem]] for stem in stems} for names in (images, maps))
         return PairedFiles(spec, split, container, *files)
 
-    return {
-        split: partial(open_split, split, inner)
-        for split, inner in find_splits(sorted(images)).items()
-    }
+    stems = sorted(images)
+    return {split: partial(open_split, split, root) for split, root in find_splits(stems).items()}
 
 
-def _by_stem(spec: str, entries: dict[str, Location], folder: str) -> dict[str, str]:
-    """Stem -> name of the files in ``folder``; a stem is the name without the folder and suffix.
+def _by_stem(
+    spec: str, entries: dict[str, Location], folder: str, extensions: frozenset[str] | set[str]
+) -> dict[str, str]:
+    """Map stems to the names of the files in ``folder`` that have one of ``extensions``.
 
-    Raises: InputError when two have the same stem.
+    A stem is the name without the extension and without ``folder``.
+
+    Raises: InputError when two files have the same stem.
     """
-    suffixes = image_extensions() if folder == "images" else {".png"}
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name in sorted(entries):
-        *above, last = name.split("/")
-        here = next((place for place, part in enumerate(above) if part in _FOLDERS), None)
-        stem, suffix = os.path.splitext(last)
-        if here is None or above[here] != folder or suffix.lower() not in suffixes:
+        *folders, file = name.split("/")
+        depth = next((depth for depth, part in enumerate(folders) if part in _FOLDERS), None)
+        stem, extension = os.path.splitext(file)
+        if depth is None or folders[depth] != folder or extension.lower() not in extensions:
             continue
-        key = "/".join([*above[:here], *above[here + 1 :], stem])
-        if key in found:
-            raise InputError(f"{spec} holds {found[key]} and {name}, which have the same label map")
-        found[key] = name
-    return found
+        key = "/".join([*folders[:depth], *folders[depth + 1 :], stem])
+        if key in names:
+            raise InputError(f"{spec} contains {names[key]} and {name}, which have the same stem")
+        names[key] = name
+    return names

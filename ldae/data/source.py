@@ -1,15 +1,23 @@
-"""Images by index, with the labels that are known."""
+"""The contract of an image source: images by index, with labels where they are known."""
+
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
+IGNORED = 255
+"""Label of pixels that are neither trained on nor graded."""
+
 
 class Source:
-    """Images by index, with the labels that are known.
+    """Images by index, with labels where they are known.
 
-    ``spec`` is what the user wrote; ``split`` is train, eval, or all where there are no splits;
-    ``classes`` are names, or None; ``labels`` are int64 (N,) into ``classes``, or None.
-    A source can be pickled, and read by several processes and threads at once.
+    - ``spec`` is the source as the user named it.
+    - ``split`` is train, eval, or all when the source has no splits.
+    - ``classes`` are the names of the classes, or None when the images are unlabelled.
+    - ``labels`` are indices into ``classes``, int64 (N,), or None.
+
+    A source can be pickled, and several processes and threads can read it at once.
     """
 
     def __init__(self, spec: str, split: str, classes: list[str] | None, labels: np.ndarray | None):
@@ -22,31 +30,31 @@ class Source:
         raise NotImplementedError
 
     def name(self, i: int) -> str:
-        """The name of image ``i``, unique and stable: a path in the source, or split and number."""
+        """Return the unique, stable name of image ``i``: its path, or the split and the index."""
         return f"{self.split}/{i:06d}"
 
     def where(self, i: int) -> str:
-        """Image ``i`` as messages call it."""
+        """Return the source and the name of image ``i``, for messages."""
         return f"{self.spec}/{self.name(i)}"
 
     def image(self, i: int) -> Image.Image | np.ndarray:
-        """Image ``i``, as :func:`ldae.data.image.decode` returns it.
+        """Return image ``i`` in the form that :func:`ldae.data.image.decode` returns.
 
-        Raises: BadImage when it can not be read or decoded.
+        Raises: BadImage when the image cannot be read or decoded.
         """
         raise NotImplementedError
-
-
-IGNORED = 255
-"""The label of pixels that nothing is learned from, and that are not graded."""
 
 
 class MapSource(Source):
     """A source with a label map for each image."""
 
     def label_map(self, i: int) -> np.ndarray:
-        """The class of every pixel of image ``i``, uint8 (H, W), ``IGNORED`` where it is not known.
+        """Return the class of each pixel of image ``i``, uint8 (H, W); ``IGNORED`` if unknown.
 
-        Raises: BadImage when it can not be read, or is not of the image's size.
+        Raises: BadImage when the map cannot be read or differs from the image in size.
         """
         raise NotImplementedError
+
+
+Splits = dict[str, Callable[[], Source]]
+"""Functions that open the splits of a source; the keys are train and eval, eval alone, or all."""

@@ -151,7 +151,7 @@ def few(folder, highest: int = 10, size: int = 20) -> str:
     [
         (11, 20, {}, "few/images/a.png holds 11, and there are the classes 0 to 10"),
         (10, 20, {"classes": 8}, "scattered-digits:40/train/0.* holds .*, .* classes 0 to 7"),
-        (10, 21, {}, "images/a.png is 30 x 21 pixels, and its label map labels/a.png 30 x 20"),
+        (10, 21, {}, "images/a.png is 30 x 21 pixels, but its label map labels/a.png is 30 x 20"),
         (10, 20, {"classes": 1}, "classes must be 2 to 255, not 1"),
         (10, 20, {"steps": 0}, "steps must be at least 1"),
         (10, 20, {"backbone": "pixels:30"}, "pixels:30 can not be cut into patches of 4"),

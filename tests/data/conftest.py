@@ -17,7 +17,7 @@ def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
 
 @pytest.fixture
 def make_tree(tmp_path):
-    """Writes files below a new folder: name -> bytes, or None for a random PNG of its own."""
+    """make_tree(folder, files): write files from bytes by name; None or a list: random PNGs."""
 
     def make(folder: str, files: dict[str, bytes | None] | list[str]) -> Path:
         root = tmp_path / folder
@@ -50,5 +50,5 @@ def pack_tar(root: Path) -> Path:
 
 @pytest.fixture(params=["folder", "zip", "tar"])
 def pack(request):
-    """Turns a folder into each kind of container."""
+    """pack(folder): the folder, or a ZIP or tar archive of it."""
     return {"folder": lambda root: root, "zip": pack_zip, "tar": pack_tar}[request.param]

@@ -1,4 +1,4 @@
-"""Label maps are found beside their images, whatever holds them, and what is wrong is told."""
+"""Label maps are found for their images in folders and archives; errors are reported."""
 
 import io
 
@@ -14,7 +14,7 @@ def label_png(seed: int, size=(8, 8), mode="L", highest=4) -> bytes:
     labels = np.random.default_rng(seed).integers(0, highest, (size[1], size[0]), np.uint8)
     image = Image.fromarray(labels)
     if mode == "P":
-        image.putpalette(list(range(255, -1, -1)) * 3)  # colours that say nothing of the numbers
+        image.putpalette(list(range(255, -1, -1)) * 3)  # colours unrelated to the numbers
     file = io.BytesIO()
     (image if mode in "LP" else image.convert(mode)).save(file, "PNG")
     return file.getvalue()
@@ -33,7 +33,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", ["L", "P"])
-def test_layouts_of_folders_and_archives(layout, mode, make_tree, pack):
+def test_layouts_of_folders_and_archives_are_read(layout, mode, make_tree, pack):
     first, first_map, second, second_map = layout
     maps = [label_png(1, mode=mode), label_png(2, mode=mode)]
     files = {f"{first}.PNG": None, f"{second}.png": None}
@@ -56,19 +56,18 @@ def test_each_image_has_its_own_label_map(make_tree, pack):
         assert np.array_equal(source.label_map(i), values(maps[stem]))
 
 
-def test_sixteen_bits_are_read_as_they_are(make_tree):
+def test_16_bit_labels_are_not_scaled(make_tree):
     wide = io.BytesIO()
     Image.fromarray(np.array([[0, 7], [254, 255]], np.uint16)).save(wide, "PNG")
-    turned = Image.fromarray(np.zeros((2, 2), np.uint8))
     image = io.BytesIO()
-    turned.save(image, "PNG")
+    Image.new("L", (2, 2)).save(image, "PNG")
     files = {"images/a.png": image.getvalue(), "labels/a.png": wide.getvalue()}
     root = make_tree("set", files)
     source, _ = open_map_splits(str(root), str(root))
     assert source.label_map(0).tolist() == [[0, 7], [254, 255]]
 
 
-def test_a_turned_image_has_the_size_that_is_seen(make_tree):
+def test_a_label_map_matches_the_upright_image(make_tree):
     image, exif = Image.new("RGB", (6, 4)), Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
@@ -79,47 +78,47 @@ def test_a_turned_image_has_the_size_that_is_seen(make_tree):
     assert source.image(0).size == (4, 6) and source.label_map(0).shape == (6, 4)
 
 
-def over() -> bytes:
+def label_300() -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.full((8, 8), 300, np.uint16)).save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        (label_png(0, (8, 9)), "images/a.png is 8 x 8 pixels, and its label map .* 8 x 9"),
-        (label_png(0, mode="RGB"), r"labels/a.png can not .* colours \(RGB\) and not the numbers"),
-        (over(), "labels/a.png can not be decoded: it holds the label 300"),
-        (b"", "labels/a.png can not be decoded: the file is empty|its content"),
+        (label_png(0, (8, 9)), "images/a.png is 8 x 8 pixels, but its label map .* is 8 x 9"),
+        (label_png(0, mode="RGB"), r"labels/a.png cannot .* colours \(RGB\), not class numbers"),
+        (label_300(), "labels/a.png cannot be decoded: its labels go from 300 to 300"),
+        (b"", "labels/a.png cannot be decoded: the file is empty|its content"),
     ],
 )
-def test_bad_label_maps_are_told(content, told, make_tree):
+def test_bad_label_maps_are_refused(content, message, make_tree):
     root = make_tree("set", {"images/a.png": None, "labels/a.png": content})
     source, _ = open_map_splits(str(root), str(root))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         source.label_map(0)
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
+        (["images/a.png", "images/b.png", "labels/a.png"], "images/b.png has no label map b.png"),
+        (["images/a.png", "labels/a.jpg"], "no folder labels/ with .png label maps"),
+        (["cats/a.png"], "no folder images/ with images"),
         (
-            ["images/a.png", "images/b.png", "labels/a.png"],
-            "images/b.png has no label map: .*b.png",
+            ["images/a.png", "images/a.jpg", "labels/a.png"],
+            "images/a.png, which have the same stem",
         ),
-        (["images/a.png", "labels/a.jpg"], "no folder labels/ that holds .png label maps"),
-        (["cats/a.png"], "no folder images/ that holds images"),
-        (["images/a.png", "images/a.jpg", "labels/a.png"], "a.jpg and images/a.png, which have"),
     ],
 )
-def test_incomplete_folders_are_told(names, told, make_tree):
+def test_incomplete_folders_are_refused(names, message, make_tree):
     root = str(make_tree("set", names))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         open_map_splits(root, root)
 
 
-def test_sources_without_label_maps_are_told(tmp_path):
+def test_sources_without_label_maps_are_refused(tmp_path):
     with pytest.raises(InputError, match="digits has no label maps"):
         open_map_splits("digits", None)
     with pytest.raises(InputError, match="no folder, archive or built-in data set"):

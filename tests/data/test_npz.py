@@ -1,4 +1,4 @@
-"""The arrays that generators write are images like any other."""
+"""Images and labels in a .npz file are read as they were written."""
 
 import pickle
 
@@ -15,7 +15,7 @@ def pixels(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("chans", [1, 3, 5])
-def test_images_and_labels_are_the_arrays(save, chans, tmp_path):
+def test_images_and_labels_equal_the_arrays(save, chans, tmp_path):
     arrays, labels = pixels(7, 6, 8, chans), np.array([3, 1, 1, 9, 3, 3, 9])
     save(tmp_path / "a.npz", arrays, labels)
     source = open_source(str(tmp_path / "a.npz"), "train")
@@ -26,8 +26,8 @@ def test_images_and_labels_are_the_arrays(save, chans, tmp_path):
     assert source.classes == ["1", "3", "9"] and source.labels.tolist() == [1, 0, 0, 2, 1, 1, 2]
 
 
-def test_what_savez_writes_is_read_in_place(tmp_path):
-    """Whatever stands before it in the file, in either order of the axes; a pickle holds none."""
+def test_files_from_savez_are_read_in_place(tmp_path):
+    """Also behind other arrays and in Fortran order; a pickled source has no pixels."""
     arrays = pixels(5, 16, 16, 3)
     np.savez(
         tmp_path / "a.npz", arr_1=np.arange(5), other=np.zeros(100), arr_0=np.asfortranarray(arrays)
@@ -39,30 +39,30 @@ def test_what_savez_writes_is_read_in_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arrays, told",
+    "arrays, message",
     [
         ({"mu": np.zeros(3)}, "no array arr_0"),
         ({"arr_0": np.zeros((2, 4, 4, 3))}, r"float64 \(2, 4, 4, 3\), not uint8"),
         ({"arr_0": pixels(2, 4, 4)}, r"uint8 \(2, 4, 4\), not uint8 \(N, H, W, C\)"),
         ({"arr_0": pixels(0, 4, 4, 3)}, "not uint8"),
-        ({"arr_0": np.array([{}], object)}, "no readable .npz file"),
+        ({"arr_0": np.array([{}], object)}, "not a readable .npz file"),
         ({"arr_0": pixels(2, 4, 4, 3), "arr_1": np.zeros(3, int)}, "not one label for each"),
     ],
 )
-def test_other_arrays_are_told(arrays, told, tmp_path):
+def test_other_arrays_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         open_source(str(tmp_path / "a.npz"), "train")
 
 
-def test_other_files_are_told(tmp_path):
-    np.savez(tmp_path / "whole.npz", pixels(50, 8, 8, 3))
-    whole = (tmp_path / "whole.npz").read_bytes()
-    for number, content in enumerate([b"", b"text", whole[: len(whole) // 2]]):
+def test_other_files_are_refused(tmp_path):
+    np.savez(tmp_path / "valid.npz", pixels(50, 8, 8, 3))
+    valid = (tmp_path / "valid.npz").read_bytes()
+    for number, content in enumerate([b"", b"text", valid[: len(valid) // 2]]):
         path = tmp_path / f"{number}.npz"
         path.write_bytes(content)
-        with pytest.raises(InputError, match=f"{number}.npz is no readable .npz file"):
+        with pytest.raises(InputError, match=f"{number}.npz is not a readable .npz file"):
             open_source(str(path), "train")
     (tmp_path / "folder.npz").mkdir()
-    with pytest.raises(InputError, match="folder.npz holds no images"):
+    with pytest.raises(InputError, match="folder.npz contains no images"):
         open_source(str(tmp_path / "folder.npz"), "train")

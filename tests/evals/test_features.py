@@ -16,9 +16,9 @@ from ldae.commands.linear import CachedProtocol, MAEProtocol
 from ldae.commands.logreg import LogregProtocol, logistic_regression
 from ldae.commands.retrieve import RetrievalProtocol, retrieval
 from ldae.commands.segment import SegmentProtocol, segmentation
+from ldae.data.digits import ScatteredDigits
 from ldae.data.open import open_source
 from ldae.data.source import Source
-from ldae.data.synthetic import ScatteredDigits
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, all_rows, extract, extracted_once, own_rows
 from ldae.evals.heads import grade_heads, train_heads

@@ -1,7 +1,7 @@
 import numpy as np
 
-from ldae.data.open import open_splits
-from ldae.data.synthetic import Digits, ScatteredDigits
+from ldae.data.digits import Digits, ScatteredDigits
+from ldae.data.open import open_source, open_splits
 
 
 def pixels(source, i: int) -> np.ndarray:
@@ -17,7 +17,15 @@ def test_scattered_digits_depend_on_seed_split_and_index_only():
         assert not any(np.array_equal(pixels(few, i), pixels(other, i)) for i in range(20))
 
 
-def test_one_digit_lies_on_a_black_canvas():
+def test_the_spec_of_scattered_digits_has_count_and_seed():
+    assert len(open_source("scattered-digits", "train")) == 20_000
+    assert len(open_source("scattered-digits:30", "eval")) == 5_000
+    one, same, other = (open_source(f"scattered-digits:30{s}", "train") for s in ("", ":0", ":1"))
+    assert len(one) == 30
+    assert np.array_equal(one.labels, same.labels) and not np.array_equal(one.labels, other.labels)
+
+
+def test_a_digit_of_varying_place_lies_on_a_black_canvas():
     source = ScatteredDigits("s", "train", 200, seed=0)
     boxes = [source.image(i).getbbox() for i in range(200)]
     assert {source.image(i).size for i in range(200)} == {(32, 32)}
@@ -25,11 +33,11 @@ def test_one_digit_lies_on_a_black_canvas():
     assert min(left for left, *_ in boxes) <= 1 and max(right for _, _, right, _ in boxes) >= 31
 
 
-def test_training_never_shows_a_digit_of_evaluation():
+def test_no_digit_is_in_both_splits():
     train, evaluation = Digits("digits", "train"), Digits("digits", "eval")
     assert (len(train), len(evaluation)) == (1348, 449)
-    shown = {pixels(train, i).tobytes() for i in range(len(train))}
-    assert not any(pixels(evaluation, i).tobytes() in shown for i in range(len(evaluation)))
+    seen = {pixels(train, i).tobytes() for i in range(len(train))}
+    assert not any(pixels(evaluation, i).tobytes() in seen for i in range(len(evaluation)))
 
 
 def test_every_class_is_in_both_splits():
@@ -39,19 +47,19 @@ def test_every_class_is_in_both_splits():
         assert train.classes == evaluation.classes == list("0123456789")
 
 
-def test_labels_are_the_digits_that_are_shown():
-    def essence(image) -> np.ndarray:
+def test_labels_match_the_nearest_plain_digit():
+    def cropped(image) -> np.ndarray:
         grey = image.convert("L")
         return np.asarray(grey.crop(grey.getbbox()).resize((8, 8)), float).ravel()
 
     train, digits = ScatteredDigits("s", "train", 300, seed=0), Digits("digits", "train")
-    shown = np.array([essence(train.image(i)) for i in range(300)])
-    plain = np.array([essence(digits.image(i)) for i in range(len(digits))])
-    distance = ((shown[:, None] - plain[None]) ** 2).sum(-1)
+    scattered = np.array([cropped(train.image(i)) for i in range(300)])
+    plain = np.array([cropped(digits.image(i)) for i in range(len(digits))])
+    distance = ((scattered[:, None] - plain[None]) ** 2).sum(-1)
     assert (digits.labels[distance.argmin(1)] == train.labels).mean() > 0.9
 
 
-def test_label_maps_are_the_digit_where_there_is_ink():
+def test_label_maps_are_the_digit_where_the_canvas_is_not_black():
     source = ScatteredDigits("s", "train", 50, seed=0)
     for i in range(50):
         ink = pixels(source, i).any(2)

@@ -1,18 +1,18 @@
-"""timm's data sets: torchvision's and the Hugging Face hub's."""
+"""Data sets that timm opens: torchvision's and those of the Hugging Face hub."""
 
 import os
 
 import numpy as np
 from PIL import Image
 
-from ldae.data.folders import HELD_OUT
 from ldae.data.image import BadImage, decode
+from ldae.data.image_files import EVAL_NAMES
 from ldae.data.source import Source
-from ldae.errors import InputError
+from ldae.errors import InputError, first_line
 
 
 class TorchSource(Source):
-    """A data set of torchvision, by timm's name for it, downloaded into its root if absent."""
+    """A torchvision data set, ``torch/NAME@ROOT``; it is downloaded into its root if absent."""
 
     def __init__(self, spec: str, split: str):
         name, _, root = spec.removeprefix("torch/").partition("@")
@@ -21,10 +21,10 @@ class TorchSource(Source):
         timm_split = "train" if split == "train" else "validation"
         try:
             self._dataset = _create_dataset(f"torch/{name}", root, timm_split)
-        except Exception as error:  # of download, checksum, archive or name
-            raise InputError(f"{spec} can not be opened: {_first_line(error)}") from error
+        except Exception as error:  # of the download, a checksum, an archive or the name
+            raise InputError(f"{spec} cannot be opened: {first_line(error)}") from error
         names = getattr(self._dataset, "wnids", getattr(self._dataset, "classes", None))
-        super().__init__(spec, split, *_labelled(names, getattr(self._dataset, "targets", None)))
+        super().__init__(spec, split, *_classes(names, getattr(self._dataset, "targets", None)))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -32,41 +32,47 @@ class TorchSource(Source):
     def image(self, i: int) -> Image.Image:
         try:
             return self._dataset[i][0]
-        except Exception as error:  # the data set decodes: any of Pillow's errors
-            raise BadImage(f"{self.where(i)} can not be decoded: {_first_line(error)}") from error
+        except Exception as error:  # torchvision decodes, and Pillow raises nearly every type
+            raise BadImage(f"{self.where(i)} cannot be decoded: {first_line(error)}") from error
 
 
 class HfdsSource(Source):
-    """A data set of the Hugging Face hub, with columns ``image`` and, if labelled, ``label``."""
+    """A data set of the Hugging Face hub, ``hfds/NAME[@ROOT]``.
+
+    Images are in the column ``image``, labels, if any, in the column ``label``.
+    """
 
     def __init__(self, spec: str, split: str):
         try:
-            import datasets  # noqa: F401  timm would end in a bare ImportError
+            import datasets  # noqa: F401  without it timm raises a bare ImportError
         except ImportError as error:
             raise InputError(
                 f"{spec} needs the package datasets: pip install 'ldae[hfds]'"
             ) from error
         name, _, root = spec.removeprefix("hfds/").partition("@")
-        for hub_split in ("train",) if split == "train" else HELD_OUT:
+        for hub_split in ("train",) if split == "train" else EVAL_NAMES:
             try:
                 self._reader = _create_dataset(f"hfds/{name}", root or None, hub_split).reader
                 break
-            except ValueError as error:  # most often: there is no such split
+            except ValueError as error:  # most often: the split does not exist
                 reason = error
-            except Exception as error:  # of network, script or format
-                raise InputError(f"{spec} can not be opened: {_first_line(error)}") from error
+            except Exception as error:  # of the network, a script or the format
+                raise InputError(f"{spec} cannot be opened: {first_line(error)}") from error
         else:
-            raise InputError(f"{spec} has no {split} split: {_first_line(reason)}") from reason
+            raise InputError(f"{spec} has no {split} split: {first_line(reason)}") from reason
         table, key = self._reader.dataset, self._reader.label_key
         names = sorted(self._reader.class_to_idx, key=self._reader.class_to_idx.get)
         values = list(table[key]) if key in table.column_names else None
-        super().__init__(spec, split, *_labelled(names, values))
+        super().__init__(spec, split, *_classes(names, values))
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def image(self, i: int) -> Image.Image | np.ndarray:
         return decode(self._reader[i][0], self.where(i))
+
+
+SOURCES = {"torch": TorchSource, "hfds": HfdsSource}
 
 
 def _create_dataset(name: str, root: str | None, split: str):
@@ -76,14 +82,13 @@ def _create_dataset(name: str, root: str | None, split: str):
     return create_dataset(name, root=root, split=split, download=name.startswith("torch/"))
 
 
-def _labelled(names, values) -> tuple[list[str], np.ndarray] | tuple[None, None]:
-    """Classes and labels; values without names are their own names, -1 means unlabelled."""
+def _classes(names, values) -> tuple[list[str], np.ndarray] | tuple[None, None]:
+    """Return the classes and labels of a data set, or None for both when a label is -1 or absent.
+
+    Without ``names``, each distinct value is a class.
+    """
     if values is None or -1 in (values := np.asarray(values)):
         return None, None
     if not names:
         names, values = np.unique(values, return_inverse=True)
     return [str(name) for name in names], values.astype(np.int64)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

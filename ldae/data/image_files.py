@@ -1,0 +1,118 @@
+"""Image files in a folder or an archive, with splits and classes named by its sub-folders."""
+
+import logging
+import os
+import struct
+import zlib
+from functools import partial
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from ldae.data.containers import Container, Location, visible_entries
+from ldae.data.image import BadImage, decode, image_extensions
+from ldae.data.source import Source, Splits
+from ldae.errors import InputError
+
+EVAL_NAMES = ("val", "valid", "validation", "test")
+"""Names of evaluation splits; the first one that is present is used."""
+_log = logging.getLogger(__name__)
+
+
+class FileSource(Source):
+    """The image files of one split of a folder or an archive, sorted by name."""
+
+    def __init__(
+        self,
+        spec: str,
+        split: str,
+        container: Container,
+        files: dict[str, Location],
+        classes: list[str] | None,
+        labels: np.ndarray | None,
+    ):
+        super().__init__(spec, split, classes, labels)
+        self._container = container
+        # Arrays, because worker processes would copy millions of Python objects one by one.
+        encoded = [os.fsencode(name) for name in files]
+        self._names = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._locations = np.array(list(files.values()), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._locations)
+
+    def _encoded_name(self, i: int) -> bytes:
+        return self._names[self._ends[i] : self._ends[i + 1]]
+
+    def name(self, i: int) -> str:
+        return self._encoded_name(i).decode("utf-8", "backslashreplace")
+
+    def image(self, i: int) -> Image.Image | np.ndarray:
+        return decode(self.open(i), self.where(i))
+
+    def open(self, i: int) -> BinaryIO | bytes:
+        """Return the file of image ``i``, opened or as a path.
+
+        Raises: BadImage when the file cannot be read.
+        """
+        try:
+            return self._container.open(self._encoded_name(i), tuple(self._locations[i].tolist()))
+        except (OSError, ValueError, struct.error, zlib.error) as error:
+            raise BadImage(f"{self.where(i)} cannot be read: {error}") from error
+
+
+def file_splits(spec: str, container: Container) -> Splits:
+    """Find the image files of a container and return functions that open its splits.
+
+    Raises: InputError when the container has no image files or must not be used.
+    """
+    entries = visible_entries(container)
+    extensions = image_extensions()
+    images = sorted(name for name in entries if os.path.splitext(name)[1].lower() in extensions)
+    if not images:
+        raise InputError(f"{spec} contains no images")
+
+    def open_split(split: str, root: str) -> FileSource:
+        files = {name: entries[name] for name in images if name.startswith(root)}
+        classes, labels = _classes(list(files), root)
+        if classes is not None:
+            folders = {_first_folder(name, root) for name in entries if name.startswith(root)}
+            if empty := sorted(folders - {"", *classes}):
+                _log.warning("%s: ignored folders without images: %s", spec, ", ".join(empty))
+        return FileSource(spec, split, container, files, classes, labels)
+
+    return {split: partial(open_split, split, root) for split, root in find_splits(images).items()}
+
+
+def _first_folder(name: str, root: str) -> str:
+    """Return the first folder of the path ``name`` below ``root``, or "" if there is none."""
+    head, slash, _ = name[len(root) :].partition("/")
+    return head if slash else ""
+
+
+def find_splits(images: list[str]) -> dict[str, str]:
+    """Return the folder of each split, with its trailing slash; the keys are as in ``Splits``."""
+    root = ""
+    while True:
+        folders = {_first_folder(name, root) for name in images}
+        eval_name = next((name for name in EVAL_NAMES if name in folders), None)
+        if "train" in folders and eval_name:
+            return {"train": f"{root}train/", "eval": f"{root}{eval_name}/"}
+        folder = min(folders)
+        below = f"{root}{folder}/"
+        if len(folders) > 1 or not folder or not all(_first_folder(name, below) for name in images):
+            return {"all": root}
+        if folder in EVAL_NAMES:
+            return {"eval": below}
+        root = below  # a single folder around all other folders cannot distinguish classes
+
+
+def _classes(names: list[str], root: str) -> tuple[list[str], np.ndarray] | tuple[None, None]:
+    folders = [_first_folder(name, root) for name in names]
+    classes = sorted(set(folders))
+    if "" in classes:
+        return None, None
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([number[folder] for folder in folders], np.int64)

@@ -1,0 +1,76 @@
+import pytest
+
+from ldae.data.open import open_source, open_splits
+from ldae.errors import InputError
+
+
+def names(source) -> list[str]:
+    return [source.name(i) for i in range(len(source))]
+
+
+def class_of(source, i: int) -> str:
+    return source.classes[source.labels[i]]
+
+
+def test_eval_labels_follow_the_train_classes_by_name(make_tree):
+    train_root = make_tree("train_data", ["ant/1.png", "bee/1.png", "cat/1.png"])
+    eval_root = make_tree("eval_data", ["bee/1.png", "cat/1.png"])
+    train, evaluation = open_splits(str(train_root), str(eval_root))
+    assert evaluation.classes == train.classes
+    assert [class_of(evaluation, i) for i in range(2)] == ["bee", "cat"]
+
+
+def test_an_eval_class_unknown_in_training_is_refused(make_tree):
+    roots = [str(make_tree("a", ["ant/1.png"])), str(make_tree("b", ["ant/1.png", "wasp/1.png"]))]
+    with pytest.raises(InputError, match="class 'wasp' of .*b is not among the classes of .*a$"):
+        open_splits(*roots)
+    both = make_tree("both", ["train/ant/1.png", "val/ant/1.png", "val/wasp/1.png"])
+    message = r"class 'wasp' of .*both \(eval\) is not among the classes of .*both \(train\)$"
+    with pytest.raises(InputError, match=message):
+        open_splits(str(both), None)
+
+
+def test_eval_data_replaces_the_eval_split(make_tree):
+    split = str(make_tree("split", ["train/x/1.png", "val/x/2.png"]))
+    whole = str(make_tree("whole", ["x/3.png"]))
+    assert names(open_splits(split, whole)[1]) == ["x/3.png"]
+    train, evaluation = open_splits(whole, split)
+    assert (names(train), names(evaluation)) == (["x/3.png"], ["val/x/2.png"])
+    with pytest.raises(InputError, match="--eval-data"):
+        open_splits(whole, None)
+
+
+def test_an_unlabelled_split_stays_unlabelled(make_tree):
+    labelled, plain = str(make_tree("l", ["x/1.png"])), str(make_tree("p", ["1.png"]))
+    assert open_splits(labelled, plain)[1].labels is None
+    assert open_splits(plain, labelled)[0].labels is None
+
+
+def test_training_on_only_an_evaluation_split_is_refused(make_tree):
+    root = make_tree("data", ["val/cat/1.png"])
+    (root / "train").mkdir()
+    assert len(open_source(str(root), "eval")) == 1
+    with pytest.raises(InputError, match="has only an evaluation split"):
+        open_source(str(root), "train")
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("", "is named ''"),
+        ("/no/such/place", "is named '/no/such/place'$"),
+        ("scatered-digits:100", "did you mean scattered-digits"),
+        ("digits:5", "neither digits nor"),
+        ("scattered-digits:", "N >= 1"),
+        ("scattered-digits:0", "N >= 1"),
+        ("scattered-digits:ten", "N >= 1"),
+        ("scattered-digits:1:2:3", "N >= 1"),
+        ("scattered-digits:1:-2", "N >= 1"),
+        ("torch/cifar10", "torch/cifar10@ROOT"),
+        ("torch/cifar99@/tmp", "cannot be opened: Unknown torchvision dataset cifar99"),
+    ],
+)
+def test_wrong_specs_are_refused_in_one_sentence(spec, message):
+    with pytest.raises(InputError, match=message) as caught:
+        open_source(spec, "train")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,50 @@
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+from ldae.data.open import open_source, open_splits
+from ldae.errors import InputError
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A torchvision CIFAR-10 of 4 + 2 images in its own file format."""
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": None})
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), np.uint8)
+    flat = pixels.reshape(6, -1)
+    train = {"data": flat[:4], "labels": [1, 0, 1, 1]}
+    (folder / "data_batch_1").write_bytes(pickle.dumps(train))
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": flat[4:], "labels": [0, 1]}))
+    (folder / "meta").write_bytes(pickle.dumps({"label_names": ["plane", "car"]}))
+    return tmp_path, pixels
+
+
+def test_torchvision_data_sets_are_opened_by_timm(cifar10):
+    root, pixels = cifar10
+    train, evaluation = open_splits(f"torch/cifar10@{root}", None)
+    assert (train.labels.tolist(), evaluation.labels.tolist()) == ([1, 0, 1, 1], [0, 1])
+    assert train.classes == evaluation.classes == ["plane", "car"]
+    assert [evaluation.name(i) for i in range(2)] == ["eval/000000", "eval/000001"]
+    assert np.array_equal(np.asarray(train.image(3)), pixels[3].transpose(1, 2, 0))
+    assert np.array_equal(np.asarray(evaluation.image(0)), pixels[4].transpose(1, 2, 0))
+
+
+def test_hidden_test_labels_make_a_source_unlabelled(cifar10):
+    root, _ = cifar10
+    content = {"data": np.zeros((2, 3072), np.uint8), "labels": [-1, -1]}
+    (root / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(content))
+    assert open_source(f"torch/cifar10@{root}", "eval").labels is None
+
+
+def test_hfds_without_its_package_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"hfds/some/data needs the package datasets: pip install"):
+        open_source("hfds/some/data", "train")
