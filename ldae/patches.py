@@ -1,13 +1,13 @@
-"""Images to tokens and back, and the positions of the tokens."""
+"""Conversion of images to tokens and back, and position embeddings of the tokens."""
 
 import torch
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Cut (B, C, H, W) images into (B, N, C * p * p) tokens, row by row.
+    """Cut images (B, C, H, W) into tokens (B, N, C * p * p), row by row.
 
-    A token is channel-major, so a Linear on tokens is a convolution of stride p with the same
-    weight reshaped to (out, C, p, p).
+    A token is channel-major, so a Linear on tokens equals a convolution of stride p with the same
+    weight in the shape (out, C, p, p).
     """
     batch, chans, height, width = images.shape
     p = patch_size
@@ -16,7 +16,7 @@ def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(tokens: torch.Tensor, patch_size: int, chans: int) -> torch.Tensor:
-    """The inverse of ``patchify`` for square images: (B, N, C * p * p) to (B, C, H, W)."""
+    """Convert tokens (B, N, C * p * p) of square images back to images (B, C, H, W)."""
     batch, count, _ = tokens.shape
     p = patch_size
     side = round(count**0.5)
@@ -25,14 +25,13 @@ def unpatchify(tokens: torch.Tensor, patch_size: int, chans: int) -> torch.Tenso
 
 
 def sincos_positions(embed_dim: int, side: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine position embeddings of a square grid, (side * side, embed_dim).
+    """Return 2-D sine-cosine position embeddings of a square grid, (side * side, embed_dim).
 
-    The first half of the channels encodes the column, the second the row, as in DiT and MAE.
+    The first half of the channels encodes the column, the second half the row, as in DiT and MAE.
     """
     quarter = embed_dim // 4
     omega = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    places = torch.arange(side, dtype=torch.float64)
-    angles = places[:, None] * omega
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, embed_dim / 2)
     column = line.expand(side, side, -1)
     row = line[:, None].expand(side, side, -1)

@@ -17,14 +17,14 @@ def test_a_linear_on_tokens_is_a_convolution_with_the_same_weight():
     torch.testing.assert_close(tokens, convolved.flatten(2).transpose(1, 2))
 
 
-def test_positions_equal_the_sinusoids_written_one_by_one():
+def test_positions_equal_a_loop_over_the_definition():
     dim, side = 16, 3
     positions = sincos_positions(dim, side)
     for row in range(side):
         for column in range(side):
-            for half, place in enumerate((column, row)):
+            for half, coordinate in enumerate((column, row)):
                 for i in range(dim // 4):
-                    angle = torch.tensor(place / 10_000 ** (i / (dim // 4)))
-                    found = positions[row * side + column]
-                    torch.testing.assert_close(found[half * dim // 2 + i], angle.sin())
-                    torch.testing.assert_close(found[half * dim // 2 + dim // 4 + i], angle.cos())
+                    angle = torch.tensor(coordinate / 10_000 ** (i / (dim // 4)))
+                    values = positions[row * side + column]
+                    torch.testing.assert_close(values[half * dim // 2 + i], angle.sin())
+                    torch.testing.assert_close(values[half * dim // 2 + dim // 4 + i], angle.cos())

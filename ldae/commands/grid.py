@@ -228,7 +228,7 @@ def heat_maps(cells: list[dict], best: dict) -> list[HeatMap]:
                 title=f"Top-1 in percent, {given} input; framed: best on the held-out tenth of train",
                 rows=[f"t = {t}" for t in steps],
                 columns=[str(number) for number in leading],
-                columns_are="leading blocks",
+                column_label="leading blocks",
                 values=[[own[t, number]["top1"] for number in leading] for t in steps],
                 framed=next(
                     (

@@ -22,7 +22,7 @@ from ldae.distributed import (
 )
 from ldae.errors import InputError
 from ldae.method import LDAE
-from ldae.plots.pictures import save
+from ldae.plots.pictures import save_grid
 from ldae.sampling.album import Album, check_same, pack
 from ldae.sampling.generation import Choice, Create, sampler
 from ldae.sampling.settings import Sampling, check_settings
@@ -139,7 +139,7 @@ def _draw_grid(
         columns = len(asked) if asked is not None and 1 < len(asked) <= 2 * _COLUMNS else _COLUMNS
         columns = min(columns, images)
         blank = torch.ones_like(everything[:1]).expand(-images % columns, -1, -1, -1)
-        save(list(torch.cat([everything, blank]).split(columns)), out)
+        save_grid(list(torch.cat([everything, blank]).split(columns)), out)
     barrier()
 
 

@@ -7,7 +7,7 @@ import tyro
 
 from ldae.backbones.open import load_classifier
 from ldae.backbones.preprocessing import EvalTransform, preprocessing
-from ldae.data.corruptions import NAMES, SEVERITIES, constants, known
+from ldae.data.corruptions import NAMES, SEVERITIES, constants, resolve_names
 from ldae.data.open import open_source
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
@@ -17,7 +17,7 @@ from ldae.evals.corrupted import Cells, CorruptedTransform, album, means, table
 from ldae.evals.evaluation import Evaluation, Setup, SourceSpec, home_of
 from ldae.evals.features import Encoder
 from ldae.files import check_writable, write
-from ldae.plots.pictures import save
+from ldae.plots.pictures import save_grid
 from ldae.tree import check
 
 
@@ -113,7 +113,7 @@ def _protocol(
         raise InputError("--severity is of corruptions: say which by --corruption")
     if corruption and not severity:
         raise InputError("severity must name at least one")
-    names = known(corruption)
+    names = resolve_names(corruption)
     for number in severity:
         constants(NAMES[0], number, 224)  # told before anything is opened
     names = ("all",) if names == NAMES else names
@@ -132,7 +132,7 @@ def _constants(
     side = min(transform.input_size[1:])
     return {
         name: {severity: constants(name, severity, side) for severity in protocol.severity}
-        for name in known(protocol.corruption)
+        for name in resolve_names(protocol.corruption)
     }
 
 
@@ -153,7 +153,8 @@ def _grade(graded: Evaluation, protocol: ValidationProtocol, targets: Targets) -
     if is_main():
         folder = graded.folder(protocol)
         rows = [list(row.values()) for row in transforms.values()]
-        save(album(graded.eval, int(targets.images[0]), clean, rows), folder / "corruptions.png")
+        pictures = album(graded.eval, int(targets.images[0]), clean, rows)
+        save_grid(pictures, folder / "corruptions.png")
     cells: Cells = {}
     for name, row in transforms.items():
         cells[name] = {

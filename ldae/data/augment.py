@@ -15,16 +15,18 @@ from timm.data import auto_augment, create_transform
 from ldae.data.image import to_planes
 from ldae.errors import InputError
 
-# timm skips what it does not know, and a misspelt policy would be another one in silence.
+# timm ignores parts of a policy that it does not know, so a misspelt policy would pass unnoticed.
 _POLICY = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)(\d+(\.\d+)?)|-mstdinf|-t[0-9a-z]+)+")
 
 
 @contextmanager
-def drawn_from(rng: np.random.Generator, device: torch.device | None = None) -> Iterator[None]:
-    """Within it the global generators of Python, NumPy and torch, which timm draws from, follow
-    ``rng``; after it they are as before. ``device`` is the GPU on which something is drawn, if any.
+def seed_global_rng(rng: np.random.Generator, device: torch.device | None = None) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch from ``rng`` within the context.
+
+    timm draws from these generators. They are restored at the end. ``device`` is the GPU whose
+    generator is used too, if any.
     """
-    python, legacy = random.getstate(), np.random.get_bit_generator()
+    python_state, numpy_generator = random.getstate(), np.random.get_bit_generator()
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         seeds = rng.integers(2**32, size=3).tolist()
@@ -37,37 +39,37 @@ def drawn_from(rng: np.random.Generator, device: torch.device | None = None) -> 
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_bit_generator(legacy)
+            random.setstate(python_state)
+            np.random.set_bit_generator(numpy_generator)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """timm's training transform: random resized crop, flip, RandAugment, as uint8 (C, H, W).
+    """timm's training transform to uint8 (C, H, W): random resized crop, flip and RandAugment.
 
-    Channels that are no RGB are augmented one by one, all by the same draws.
+    Channels that are not RGB are augmented one by one, all with the same random numbers.
 
-    Raises: InputError for an image that can not have the channels, and by :meth:`check`.
+    Raises: InputError for an image that cannot have C channels.
     """
 
     input_size: tuple[int, int, int]
     """C, H, W."""
     interpolation: str
     mean: tuple[float, ...]
-    """Of each channel, in [0, 1]; what a shifted image leaves is filled with it."""
+    """Mean of each channel in [0, 1]; it fills the border of shifted and rotated images."""
     min_area: float
     """Smallest share of the image that a crop keeps."""
     flip: float
-    """Probability of the mirror image."""
+    """Probability of a horizontal flip."""
     policy: str
-    """As timm writes RandAugment's, such as rand-m9-mstd0.5-inc1; empty: none."""
+    """A RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1; empty for none."""
 
     def check(self) -> None:
-        """Raises: InputError for another policy than a RandAugment."""
+        """Check the policy. Raises: InputError when it is not a RandAugment policy."""
         if self.policy and not _POLICY.fullmatch(self.policy):
             raise InputError(
-                f"augment.policy {self.policy!r} is no RandAugment as timm writes it, such as "
-                "rand-m9-mstd0.5-inc1"
+                f"augment.policy {self.policy!r} is not a RandAugment policy in timm's notation, "
+                "such as rand-m9-mstd0.5-inc1"
             )
 
     def __call__(self, image: Image.Image | np.ndarray, rng: np.random.Generator) -> torch.Tensor:
@@ -77,13 +79,13 @@ class Augmentation:
         seed = rng.integers(2**63)
         parts = []
         for transform, band in zip(self._transforms, bands, strict=True):
-            with drawn_from(np.random.default_rng(seed)):
+            with seed_global_rng(np.random.default_rng(seed)):
                 parts.append(transform(band))
         return torch.cat(parts)
 
     @cached_property
     def _transforms(self) -> list[Callable[[Image.Image], torch.Tensor]]:
-        """One of all channels, or one of each."""
+        """One transform for grey and RGB images, otherwise one for each channel."""
         means = [self.mean] if self.input_size[0] == 3 else [(mean,) for mean in self.mean]
         return [self._timm_transform(mean) for mean in means]
 
@@ -107,5 +109,8 @@ class Augmentation:
 
 
 def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
-    """timm's, which at its highest magnitude keeps 0 bits: black, which new Pillows refuse."""
+    """Posterize as timm does, but also to 0 bits (black), which newer Pillow versions refuse.
+
+    timm asks for 0 bits at the highest magnitude.
+    """
     return auto_augment.posterize(image, bits) if bits else Image.new(image.mode, image.size)

@@ -1,4 +1,4 @@
-"""Folders, ZIP and tar archives as one kind of thing: named entries that can be opened in place."""
+"""Containers: folders, ZIP and tar archives as named entries that are read in place."""
 
 import io
 import os
@@ -13,34 +13,40 @@ from typing import BinaryIO, Iterator, Protocol
 from ldae.errors import InputError
 
 _COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-_MAX_MEMBER = 1 << 30  # bytes: no image needs more, and a forged archive can claim anything
+_MAX_MEMBER = 1 << 30  # bytes: no image needs more, and a forged archive can claim any size
 _OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)")
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")
-Location = tuple[int, ...]  # where an entry lies in its container, always of the same length
+Location = tuple[int, ...]
+"""Position of an entry in its container; the length depends only on the kind of container."""
 
 
 class Container(Protocol):
-    """Can be pickled, and read by several processes and threads at once."""
+    """Named entries that can be opened in place.
+
+    A container can be pickled, and several processes and threads can read it at once.
+    """
 
     path: Path
 
     def entries(self) -> dict[str, Location]:
-        """Every entry's name, folders ending in a slash, and location. The order is unspecified.
+        """Return the location of every entry by its name; names of folders end in a slash.
 
-        Raises: InputError when the container can not be listed or must not be used.
+        The order is unspecified.
+
+        Raises: InputError when the container cannot be listed or must not be used.
         """
 
     def open(self, name: bytes, location: Location) -> BinaryIO | bytes:
-        """The entry as a file, or as the path of one.
+        """Return an entry as an opened file or as a path.
 
-        Raises: OSError, ValueError, struct.error or zlib.error when its bytes can not be had.
+        Raises: OSError, ValueError, struct.error or zlib.error when its bytes cannot be read.
         """
 
 
 def open_container(path: Path) -> Container:
-    """The folder or archive at ``path``, which exists.
+    """Open the existing folder or archive at ``path``.
 
-    Raises: InputError when it is of no kind that can be read in place.
+    Raises: InputError when its kind cannot be read in place.
     """
     name = path.name.lower()
     if path.is_dir():
@@ -51,26 +57,28 @@ def open_container(path: Path) -> Container:
         return Tar(path)
     if name.endswith(_COMPRESSED_TAR):
         raise InputError(
-            f"{path} is a compressed tar archive, which can only be read from its start: "
+            f"{path} is a compressed tar archive, which can only be read from the start: "
             "decompress it to a .tar"
         )
     raise InputError(f"{path} is neither a folder nor a .zip or .tar archive")
 
 
 def visible_entries(container: Container) -> dict[str, Location]:
-    """The entries that are not hidden: no part of their name starts with a dot or is __MACOSX.
+    """Return the entries that are not hidden.
 
-    Raises: InputError for names that lead outside the container, and as ``entries`` does.
+    A hidden entry has a part in its name that starts with a dot or is ``__MACOSX``.
+
+    Raises: InputError for a name that leads outside the container, and as ``entries`` does.
     """
     entries = container.entries()
     for name in entries:
         if _OUTSIDE.search(name):
-            raise InputError(f"{container.path} holds {name!r}, a name that leads outside of it")
-    return {name: place for name, place in entries.items() if not _HIDDEN.search(name)}
+            raise InputError(f"{container.path} contains {name!r}, a name that leads outside")
+    return {name: location for name, location in entries.items() if not _HIDDEN.search(name)}
 
 
 class Folder:
-    """A folder of the file system; symbolic links are followed."""
+    """A folder of the file system; symbolic links are followed. A location is empty."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -78,31 +86,34 @@ class Folder:
     def entries(self) -> dict[str, Location]:
         return dict.fromkeys(self._walk("", ()), ())
 
-    def _walk(self, inner: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """Names below the folder ``inner``; ``above`` identifies the folders that lead to it."""
-        folder = self.path / inner
+    def _walk(self, prefix: str, parents: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        """Yield the names below the folder ``prefix``.
+
+        ``parents`` are device and inode of the folders around it, to stop at links in a circle.
+        """
+        folder = self.path / prefix
         try:
-            state = folder.stat()
-            identity = (state.st_dev, state.st_ino)
-            if identity in above:  # a link back to a folder that contains it: a loop
+            status = folder.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in parents:
                 return
-            with os.scandir(folder) as found:
-                for entry in found:
-                    name = inner + entry.name
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
                     if entry.is_dir():
                         yield name + "/"
-                        yield from self._walk(name + "/", (*above, identity))
+                        yield from self._walk(name + "/", (*parents, identity))
                     elif entry.is_file() or entry.is_symlink():  # a broken link is a bad image
                         yield name
         except OSError as error:
-            raise InputError(f"folder {folder} can not be read: {error.strerror}") from error
+            raise InputError(f"folder {folder} cannot be read: {error.strerror}") from error
 
     def open(self, name: bytes, location: Location) -> bytes:
         return os.path.join(os.fsencode(self.path), name)
 
 
 class _Archive:
-    """Members in one file, read by position, which needs no lock between processes."""
+    """An archive file, read by position so that processes need no lock."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -118,50 +129,49 @@ class _Archive:
             self._file = open(self.path, "rb", buffering=0)
         data = os.pread(self._file.fileno(), size, offset)
         if len(data) < size:
-            raise ValueError("the archive ends inside it")
+            raise ValueError("the archive is truncated")
         return data
 
 
 class Zip(_Archive):
-    """A ZIP archive. A member's location: header offset, packed size, size, method, checksum."""
+    """A ZIP archive. A location is header offset, packed size, size, method and checksum."""
 
     def entries(self) -> dict[str, Location]:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
         except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise InputError(f"{self.path} is no readable ZIP archive: {error}") from error
+            raise InputError(f"{self.path} is not a readable ZIP archive: {error}") from error
+        entries = {}
         for member in members:
             if member.flag_bits & 1:
                 raise InputError(f"{self.path} is encrypted: {member.filename} needs a password")
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise InputError(
-                    f"{self.path} holds {member.filename} in ZIP method {member.compress_type}: "
+                    f"{self.path} contains {member.filename} in ZIP method {member.compress_type}: "
                     "only stored and deflated members are read"
                 )
-        # Some Windows programs write backslashes, against the format.
-        return {
-            m.filename.replace("\\", "/"): (
-                *(m.header_offset, m.compress_size, m.file_size, m.compress_type, m.CRC),
-            )
-            for m in members
-        }
+            # Some Windows programs write backslashes, which the format forbids.
+            name = member.filename.replace("\\", "/")
+            sizes = (member.compress_size, member.file_size)
+            entries[name] = (member.header_offset, *sizes, member.compress_type, member.CRC)
+        return entries
 
     def open(self, name: bytes, location: Location) -> BinaryIO:
-        # Not by zipfile, which would read the whole central directory again in each process.
+        # zipfile would read the whole central directory again in each process.
         offset, packed_size, size, method, checksum = location
         name_size, extra_size = struct.unpack("<26x2H", self._read(offset, 30))
         data = self._read(offset + 30 + name_size + extra_size, packed_size)
         if method == zipfile.ZIP_DEFLATED:
-            # A limit of 0 would mean none.
+            # max_length 0 would mean unlimited.
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, min(size, _MAX_MEMBER) or 1)
         if len(data) != size or zlib.crc32(data) != checksum:
-            raise ValueError("it does not match its size and checksum in the archive")
+            raise ValueError("its size or checksum differs from the archive's directory")
         return io.BytesIO(data)
 
 
 class Tar(_Archive):
-    """An uncompressed tar archive. A member's location: offset, size."""
+    """An uncompressed tar archive. A location is offset and size."""
 
     def entries(self) -> dict[str, Location]:
         entries = {}
@@ -176,11 +186,11 @@ class Tar(_Archive):
                         entries[name] = (member.offset_data, member.size)
                     else:
                         raise InputError(
-                            f"{self.path} holds {name} as a link, a device or a sparse file: pack "
+                            f"{self.path} contains {name}, a link, a device or a sparse file: pack "
                             "it again with tar --dereference --hard-dereference"
                         )
         except (OSError, tarfile.TarError) as error:
-            raise InputError(f"{self.path} is no readable tar archive: {error}") from error
+            raise InputError(f"{self.path} is not a readable tar archive: {error}") from error
         return entries
 
     def open(self, name: bytes, location: Location) -> BinaryIO:

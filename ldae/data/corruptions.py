@@ -1,12 +1,15 @@
 """The fifteen corruptions of ImageNet-C by name, at five severities, as pure functions.
 
 Source: Hendrycks and Dietterich 2019, Benchmarking Neural Network Robustness to Common Corruptions
-and Perturbations. The constants are those of ImageNet-C, and of CIFAR-10-C for small images.
+and Perturbations, with the constants of ImageNet-C, and of CIFAR-10-C for small images.
 
-What is ours, so that numbers are near the published files' but not theirs: lengths scale with the
-shorter side of the image; frost is drawn (see ``distortions.frost``); values are rounded, not cut
-off; nothing is compressed afterwards, as the files of ImageNet-C are, by JPEG of quality 85; blurs,
-zooms and clouds are computed by NumPy, SciPy and Pillow.
+Results are close to those on the published files, but not equal. The differences are:
+
+- Lengths scale with the shorter side of the image.
+- Frost is drawn (see ``distortions.frost``).
+- Values are rounded, not truncated.
+- The corrupted images are not compressed; the files of ImageNet-C are JPEGs of quality 85.
+- Blurs, zooms and clouds are computed with NumPy, SciPy and Pillow.
 """
 
 import difflib
@@ -19,12 +22,12 @@ from ldae.errors import InputError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL = 64
-"""Images with a shorter side have CIFAR-10-C's constants."""
-
+"""Images with a shorter side below this use CIFAR-10-C's constants."""
 
 Table = dict[str, dict[str, tuple[float, ...]]]
 
-# The side that the constants are for -> corruption -> constant -> its value at each severity.
+# The image side for which the constants were chosen, and corruption -> constant -> values at the
+# five severities.
 _IMAGENET: tuple[int, Table] = (224, {
     "gaussian_noise": {"std": (0.08, 0.12, 0.18, 0.26, 0.38)},
     "shot_noise": {"photons": (60, 25, 12, 5, 3)},
@@ -48,7 +51,7 @@ _IMAGENET: tuple[int, Table] = (224, {
     "fog": {"amount": (1.5, 2, 2.5, 2.5, 3), "decay": (2, 2, 1.7, 1.5, 1.4)},
     "brightness": {"added": (0.1, 0.2, 0.3, 0.4, 0.5)},
     "contrast": {"kept": (0.4, 0.3, 0.2, 0.1, 0.05)},
-    "elastic_transform": {  # of a side of 244, which its authors meant to be 224
+    "elastic_transform": {  # multiples of a side of 244, by which the authors meant 224
         "alpha": (488, 488, 12.2, 17.08, 29.28),
         "sigma": (170.8, 19.52, 2.44, 2.44, 2.44),
         "jitter": (24.4, 48.8, 4.88, 4.88, 4.88),
@@ -56,7 +59,6 @@ _IMAGENET: tuple[int, Table] = (224, {
     "pixelate": {"kept": (0.6, 0.5, 0.4, 0.3, 0.25)},
     "jpeg_compression": {"quality": (25, 18, 15, 10, 7)},
 })  # fmt: skip
-
 
 _CIFAR: tuple[int, Table] = (32, {
     "gaussian_noise": {"std": (0.04, 0.06, 0.08, 0.09, 0.1)},
@@ -92,29 +94,30 @@ _CIFAR: tuple[int, Table] = (32, {
 
 NAMES = tuple(_IMAGENET[1])
 
-# Powers of the image's side. Noise smoothed over twice the length is half as strong, so that alpha
-# needs its square for shifts that grow with the image. A zoom of noise is the size of a flake.
-_GROWTH = {"radius": 1, "alias": 1, "reach": 1, "sigma": 1, "jitter": 1, "zoom": 1, "alpha": 2}
+# The power of the image's side with which each length grows. Noise smoothed over twice the length
+# is half as strong, so alpha grows with the square for shifts that grow with the image. The zoom of
+# snow is the size of a flake.
+_EXPONENTS = {"radius": 1, "alias": 1, "reach": 1, "sigma": 1, "jitter": 1, "zoom": 1, "alpha": 2}
 
 
 def constants(name: str, severity: int, side: int) -> dict[str, float]:
-    """The constants of a corruption for images whose shorter side is ``side`` pixels.
+    """Return the constants of a corruption for images with a shorter side of ``side`` pixels.
 
-    Raises: InputError when there is no such corruption or severity.
+    Raises: InputError for an unknown corruption or severity.
     """
-    name = known((name,))[0]
+    name = resolve_names((name,))[0]
     if severity not in SEVERITIES:
         raise InputError(f"severity must be 1, 2, 3, 4 or 5, not {severity}")
-    own_side, table = _CIFAR if side < SMALL else _IMAGENET
-    scale = side / own_side
+    table_side, table = _CIFAR if side < SMALL else _IMAGENET
+    scale = side / table_side
     values = {key: row[severity - 1] for key, row in table[name].items()}
-    return {key: value * scale ** _GROWTH.get(key, 0) for key, value in values.items()}
+    return {key: value * scale ** _EXPONENTS.get(key, 0) for key, value in values.items()}
 
 
-def known(names: Iterable[str]) -> tuple[str, ...]:
-    """``names``, or those of all fifteen for ``all``, in their order here.
+def resolve_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the named corruptions in the order of ``NAMES``; ``all`` means all fifteen.
 
-    Raises: InputError for another name, with the nearest.
+    Raises: InputError for an unknown name; the message has the nearest name.
     """
     names = tuple(names)
     for name in names:
@@ -125,9 +128,10 @@ def known(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def corrupt(pixels: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
-    """The corrupted copy of an image, uint8 (H, W, C), as ``pixels`` is; C is any number.
+    """Return a corrupted copy of an image, uint8 (H, W, C), with any number of channels.
 
-    What is random is a function of ``seed`` and ``name``: an image's severities share their draws.
+    The random numbers are a function of ``seed`` and ``name``, so all severities of a corruption
+    use the same ones.
 
     Raises: InputError as ``constants`` does.
     """

@@ -1,4 +1,4 @@
-"""The training stream, where "batch at image n" is a pure function, and the pass for evaluation."""
+"""Batches for training, where the batch at image n is a pure function of n, and for evaluation."""
 
 import functools
 import itertools
@@ -44,24 +44,26 @@ def train_batches(
     bad_images: Literal["stop", "skip"] = "stop",
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """The micro batches that this rank trains on, from image ``start`` on, without end or until a
-    global batch would begin at ``stop``.
+    """Yield the micro batches of ``rank``, starting at image ``start`` of the training order.
 
-    The endless training order shows each image once an epoch: position n is image
-    ``epoch_order(seed, n // N, N)[n % N]``, augmented by ``default_rng([seed, n])``. The global
-    batch at n holds positions n .. n + ``batch_size`` - 1, over the end of an epoch too. It is cut
-    into ``micro_batches`` x ``world_size`` equal pieces: piece ``micro * world_size + rank`` is
-    this rank's, so that every division into ranks and micro batches trains on the same images.
+    The stream is endless when ``stop`` is None. Otherwise each global batch begins before ``stop``.
 
-    ``bad_images``: stop raises BadImage; skip shows the next readable image of the epoch's order
-    in the place of a bad one, and tells the bad one's name.
+    The endless training order contains each image once per epoch: position n is image
+    ``epoch_order(seed, n // N, N)[n % N]``, augmented with ``default_rng([seed, n])``. The global
+    batch at n has the positions n .. n + ``batch_size`` - 1 and may extend into the next epoch. It
+    is split into ``micro_batches`` x ``world_size`` equal pieces, and each rank takes the pieces
+    ``micro * world_size + rank``. Every number of ranks and micro batches therefore trains on the
+    same images.
 
-    Raises: InputError for a setting that does not fit, when no image of the source is readable,
-        and when a worker process dies.
+    With ``bad_images`` stop, a bad image raises BadImage. With skip, the next readable image in the
+    epoch's order replaces the bad image, and ``Batch.bad`` has the name of the bad image.
+
+    Raises: InputError for invalid settings, when no image of the source is readable, and when a
+        worker process dies.
     """
     if batch_size < 1 or batch_size % (micro_batches * world_size):
         raise InputError(
-            f"batch_size {batch_size} can not be cut into equal parts for {world_size} processes "
+            f"batch_size {batch_size} cannot be split into equal parts for {world_size} processes "
             f"of {micro_batches} micro batches"
         )
     if bad_images not in ("stop", "skip"):
@@ -80,11 +82,12 @@ def train_batches(
 def eval_batches(
     source: Source, transform: Transform, indices: Sequence[int], batch_size: int, workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Images as ``transform`` makes them, labels (-1 when unlabelled) and indices, in the order of
-    ``indices``; the last batch may be short. A random transform is seeded by the image's index.
+    """Yield transformed images, labels (-1 when unlabelled) and indices, in the given order.
 
-    Raises: BadImage, since an evaluation without some of its images is another one, and InputError
-        when a worker process dies.
+    The last batch may be smaller. A random transform is seeded with the image's index.
+
+    Raises: BadImage for a bad image, because results without it would not be comparable.
+        InputError when a worker process dies.
     """
     batches = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
     for batch in _load(_EvaluationOrder(source, transform), batches, workers, pin_memory=False):
@@ -93,7 +96,7 @@ def eval_batches(
 
 @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
 def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order of the images in one epoch, int64 (length,)."""
+    """Return the order of the images in one epoch, int64 (length,)."""
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
@@ -144,7 +147,10 @@ class _TrainingOrder(Dataset):
 def _labelled_image(
     source: Source, transform: Transform, index: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, int]:
-    """Raises: BadImage when the image can not be decoded or does not fit the transform."""
+    """Return the transformed image and its label, or -1 when the source is unlabelled.
+
+    Raises: BadImage when the image cannot be decoded or does not fit the transform.
+    """
     image = source.image(index)
     try:
         tensor = transform(image, rng)
@@ -167,44 +173,42 @@ def _load(
 ) -> Iterator[Batch]:
     if workers < 0:
         raise InputError(f"workers must be at least 0, not {workers}")
-    # Fork: workers start in milliseconds and share the source's index with this process. It is
-    # safe here because workers only decode and copy, on one thread: they touch neither the GPU nor
-    # the OpenMP pools (torch's, faiss') whose threads do not survive a fork. Python 3.14 changes
-    # its own default, and macOS' frameworks forbid fork, hence by name and on Linux only.
+    # With fork, workers start in milliseconds and share the source's index with this process. Fork
+    # is safe here because workers only decode and copy, on one thread. They use neither the GPU nor
+    # the OpenMP pools of torch and faiss, whose threads do not survive a fork. The method is named
+    # because Python 3.14 changes the default, and only on Linux because macOS' frameworks forbid
+    # fork.
     context = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=min(workers, _processors()),
+        num_workers=min(workers, _available_cpus()),
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
         multiprocessing_context=context,
-        generator=torch.Generator(),  # else it draws from the global one, and shifts the training
+        generator=torch.Generator(),  # drawing from the global generator would change the training
     )
-    return _without_tracebacks(loader)
-
-
-def _without_tracebacks(loader: DataLoader) -> Iterator[Batch]:
-    with dead_worker():
-        yield from _batches(loader)
+    return _batches(loader)
 
 
 def _batches(loader: DataLoader) -> Iterator[Batch]:
-    try:
-        for batch in loader:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
-    except (EOFError, ConnectionError) as error:  # from the pipe of a worker that is gone
-        raise RuntimeError(f"DataLoader worker: {error}") from error
+    """Yield the loader's batches; raise errors that are values and errors of dead workers."""
+    with report_dead_worker():
+        try:
+            for batch in loader:
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+        except (EOFError, ConnectionError) as error:  # from the pipe of a dead worker
+            raise RuntimeError(f"DataLoader worker: {error}") from error
 
 
 @contextmanager
-def dead_worker() -> Iterator[None]:
-    """Tell in a sentence that a data worker died.
+def report_dead_worker() -> Iterator[None]:
+    """Raise InputError in place of torch's error about a dead data worker.
 
-    torch raises its error in a signal handler: wherever the main process is just then.
+    torch raises that error in a signal handler, at any place of the main process.
     """
     try:
         yield
@@ -212,17 +216,17 @@ def dead_worker() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise InputError(
-            "a data worker was killed, most often for want of memory or of shared memory "
-            "(/dev/shm): use fewer workers"
+            "a data worker was killed, most often because memory or shared memory (/dev/shm) ran "
+            "out: use fewer workers"
         ) from error
 
 
-def _processors() -> int:
-    """How many this process may use; more workers than that only wait for each other."""
+def _available_cpus() -> int:
+    """Return the number of CPUs of this process; more workers would only wait for each other."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _ignore_signals(worker: int) -> None:
-    """The main process alone decides when to stop: a scheduler signals the whole group."""
+    """Ignore stop signals: schedulers send them to all processes, and the main process decides."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

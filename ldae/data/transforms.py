@@ -1,4 +1,4 @@
-"""Crops: from a decoded image to the uint8 tensor that goes to the device."""
+"""Crops of decoded images as uint8 tensors."""
 
 import math
 from dataclasses import dataclass
@@ -13,24 +13,26 @@ from ldae.errors import InputError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 
-# Of torchvision's random resized crop: width / height, and how often a box is drawn.
-_RATIO = (3 / 4, 4 / 3)
-_ATTEMPTS = 10
+# Source: torchvision's RandomResizedCrop.
+_RATIO = (3 / 4, 4 / 3)  # of width to height
+_ATTEMPTS = 10  # draws of a box before the middle is taken
 
 
 @dataclass(frozen=True)
 class CropTransform:
-    """A square crop as uint8 (in_chans, img_size, img_size): a pure function of image and ``rng``.
+    """A square crop as uint8 (in_chans, img_size, img_size), a pure function of image and ``rng``.
 
-    ``center`` scales the short side to ``img_size`` and keeps the middle; ``random`` is
-    torchvision's RandomResizedCrop with the ratio 3/4..4/3. Both resize bicubically with
-    antialiasing, in one step from the source pixels, so that no image of extreme shape is ever
-    enlarged whole; a crop that already has the size is copied untouched.
-    ``flip`` mirrors left and right with probability 1/2.
-    ``area`` is the part of the image that a random crop keeps; MAE pre-trains with this one.
-    ``clip`` cuts a box that is too wide or too high, as BYOL does, where torchvision draws another.
+    - ``crop``: ``center`` scales the short side to ``img_size`` and keeps the middle. ``random`` is
+      torchvision's RandomResizedCrop with aspect ratios of 3/4 to 4/3. Both resize bicubically with
+      antialiasing, in one step from the source pixels, so an image of extreme shape is never
+      enlarged as a whole. A crop that already has the size is copied unchanged.
+    - ``flip``: mirror left and right with probability 1/2.
+    - ``area``: smallest and largest share of the image that a random crop keeps; the default is
+      that of MAE's pre-training.
+    - ``clip``: clip a box that is too wide or too high to the image, as BYOL does, where
+      torchvision draws another box.
 
-    Raises: InputError for a setting or an image that does not fit.
+    Raises: InputError for an invalid setting or an image that cannot have ``in_chans`` channels.
     """
 
     img_size: int
@@ -55,23 +57,24 @@ class CropTransform:
             box = _center_box(width, height, self.img_size)
         else:
             box = _random_box(width, height, rng, self.area, self.clip)
-        array = np.dstack([_cut(plane, box, self.img_size) for plane in planes])
+        array = np.dstack([_crop(plane, box, self.img_size) for plane in planes])
         if self.flip and rng.random() < 0.5:
             array = array[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-def _cut(plane: Image.Image, box: Box, img_size: int) -> Image.Image:
+def _crop(plane: Image.Image, box: Box, img_size: int) -> Image.Image:
     left, top, right, bottom = box
     if right - left == bottom - top == img_size and left == int(left) and top == int(top):
         return plane.crop(tuple(map(int, box)))
-    # From 6 times the size on, whole blocks are averaged first: invisible, and many times faster.
+    # From 6 times the size on, whole blocks are averaged first. The difference is invisible, and
+    # large images are many times faster.
     size = (img_size, img_size)
     return plane.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
 
 
 def _center_box(width: int, height: int, img_size: int) -> Box:
-    """What torchvision's Resize(img_size) and CenterCrop(img_size) keep, in source pixels."""
+    """Return the box that torchvision's Resize and CenterCrop to ``img_size`` keep."""
     short = min(width, height)
     left, right = _center_span(width, width * img_size // short, img_size)
     top, bottom = _center_span(height, height * img_size // short, img_size)
@@ -84,15 +87,15 @@ def _center_span(length: int, resized: int, img_size: int) -> tuple[float, float
 
 
 def _random_box(
-    width: int, height: int, rng: np.random.Generator, part: tuple[float, float], clip: bool
+    width: int, height: int, rng: np.random.Generator, shares: tuple[float, float], clip: bool
 ) -> Box:
-    """A box of random area and ratio at a random place, or the middle when ten tries do not fit."""
+    """Draw a box of random area, ratio and position; return the middle if no box fits."""
     for _ in range(_ATTEMPTS):
-        area = width * height * rng.uniform(*part)
+        area = width * height * rng.uniform(*shares)
         ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if clip:
-            w, h = (min(max(side, 1), whole) for side, whole in ((w, width), (h, height)))
+            w, h = min(max(w, 1), width), min(max(h, 1), height)
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
             return float(left), float(top), float(left + w), float(top + h)

@@ -7,7 +7,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 
 from ldae.backbones.preprocessing import EvalTransform
-from ldae.data.augment import drawn_from
+from ldae.data.augment import seed_global_rng
 from ldae.data.loader import Batch
 from ldae.errors import InputError
 from ldae.finetuning.settings import AugmentSettings
@@ -70,7 +70,7 @@ class Mixing:
 
     def _mix(self, start: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rng = np.random.default_rng([self.seed, start, _MIXING])
-        with drawn_from(rng, self.device):
+        with seed_global_rng(rng, self.device):
             if self.augment.erasing:
                 self.erase(images)
             if self.mix:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ldae import distributed
-from ldae.data.loader import Batch, dead_worker
+from ldae.data.loader import Batch, report_dead_worker
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.metrics import Metrics, progress_line
@@ -102,7 +102,7 @@ def train(
     """
     state = State(model, optim, system, device, compiled)
     watchdog = Watchdog(system.explosion)
-    with StopRequest() as stop, dead_worker(), Saver(checkpoints) as saver:
+    with StopRequest() as stop, report_dead_worker(), Saver(checkpoints) as saver:
         loop = _Loop(state, plan, optim, system, watchdog, saver, stop, describe, hooks, seed)
         while True:
             try:

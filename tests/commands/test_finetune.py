@@ -203,7 +203,7 @@ def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
         ({"backbone": "pixels:8"}, "pixels:8 is no timm model: it can not be fine-tuned"),
         ({"data__img_size": 30}, "data.img_size 30 does not fit .*patches are of 8 pixels"),
         ({"data__in_chans": 4}, "takes 3 channels"),
-        ({"augment__policy": "rnad-m9"}, "'rnad-m9' is no RandAugment"),
+        ({"augment__policy": "rnad-m9"}, "'rnad-m9' is not a RandAugment policy"),
         ({"augment__mix_images": 48}, "micro batch of 64 images .*augment.mix_images 48"),
         ({"optim__warmup_epochs": 5}, "optim.warmup_epochs 5 must be fewer than optim.epochs 1"),
         ({"model__layer_decay": 0.0}, "model.layer_decay must be above 0"),

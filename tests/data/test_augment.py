@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldae.data.augment import Augmentation, drawn_from
+from ldae.data.augment import Augmentation, seed_global_rng
 from ldae.errors import InputError
 
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -28,62 +28,62 @@ def global_draws():
 
 
 @pytest.mark.parametrize("chans", [1, 3, 4, 5])
-def test_it_is_a_pure_function_of_image_and_generator(chans):
-    """Whatever was drawn before: a loader's worker augments images in another order."""
+def test_augmentation_is_a_pure_function_of_image_and_generator(chans):
+    """Earlier draws have no influence: a loader's workers augment images in another order."""
     augment, image = augmentation(chans), picture(chans)
-    alone = [augment(image, np.random.default_rng([7, n])) for n in range(6)]
+    expected = [augment(image, np.random.default_rng([7, n])) for n in range(6)]
     for n in (5, 2, 0):
         global_draws()
         again = augmentation(chans)(image, np.random.default_rng([7, n]))
-        assert torch.equal(again, alone[n])
-    assert alone[0].dtype == torch.uint8 and alone[0].shape == (chans, 24, 24)
-    assert len({tuple(part.flatten().tolist()) for part in alone}) == 6
+        assert torch.equal(again, expected[n])
+    assert expected[0].dtype == torch.uint8 and expected[0].shape == (chans, 24, 24)
+    assert len({tuple(part.flatten().tolist()) for part in expected}) == 6
     other_seed = augment(image, np.random.default_rng([8, 0]))
-    assert not torch.equal(other_seed, alone[0])
+    assert not torch.equal(other_seed, expected[0])
 
 
-def test_global_generators_are_left_as_they_were():
+def test_global_generators_are_restored():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    wanted = global_draws()
+    expected = global_draws()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     augmentation()(picture(), np.random.default_rng(0))
-    with pytest.raises(KeyError), drawn_from(np.random.default_rng(0)):
-        assert global_draws() != wanted
+    with pytest.raises(KeyError), seed_global_rng(np.random.default_rng(0)):
+        assert global_draws() != expected
         raise KeyError
-    assert global_draws() == wanted
+    assert global_draws() == expected
 
 
-def test_channels_that_are_no_rgb_share_the_draws():
+def test_channels_that_are_not_rgb_share_the_random_numbers():
     """Five equal channels stay equal."""
-    same = np.repeat(np.asarray(picture(1))[..., None], 5, axis=2)
+    equal = np.repeat(np.asarray(picture(1))[..., None], 5, axis=2)
     for n in range(8):
-        found = augmentation(5)(same, np.random.default_rng(n))
-        assert (found == found[:1]).all()
+        augmented = augmentation(5)(equal, np.random.default_rng(n))
+        assert (augmented == augmented[:1]).all()
 
 
-def test_without_randomness_it_is_the_resized_image():
+def test_augmentation_without_randomness_keeps_the_image():
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     plain = augmentation(policy="", min_area=1.0, flip=0.0)
-    found = plain(Image.fromarray(pixels), np.random.default_rng(0))
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
+    augmented = plain(Image.fromarray(pixels), np.random.default_rng(0))
+    assert np.array_equal(augmented.permute(1, 2, 0).numpy(), pixels)
     mirrored = augmentation(policy="", min_area=1.0, flip=1.0)
-    found = mirrored(Image.fromarray(pixels), np.random.default_rng(0))
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels[:, ::-1])
+    augmented = mirrored(Image.fromarray(pixels), np.random.default_rng(0))
+    assert np.array_equal(augmented.permute(1, 2, 0).numpy(), pixels[:, ::-1])
 
 
 @pytest.mark.parametrize("policy", ["rnad-m9", "m9", "augmix-m3", "rand-mx"])
-def test_wrong_policies_are_told(policy):
+def test_wrong_policies_are_refused(policy):
     augmentation().check()
     augmentation(policy="").check()
-    with pytest.raises(InputError, match=f"{policy!r} is no RandAugment as timm"):
+    with pytest.raises(InputError, match=f"{policy!r} is not a RandAugment policy"):
         augmentation(policy=policy).check()
 
 
 def test_every_operation_runs_at_every_magnitude():
-    """timm's posterize asks Pillow for 0 bits at the highest one."""
+    """timm's posterize asks Pillow for 0 bits at the highest magnitude."""
     for magnitude in (0, 5, 10):
         transform = augmentation(policy=f"rand-m{magnitude}-p1-inc1")._transforms[0]
         ops = next(part.ops for part in transform.transforms if hasattr(part, "ops"))
         for op in ops:
-            with drawn_from(np.random.default_rng(0)):
+            with seed_global_rng(np.random.default_rng(0)):
                 assert op(picture()).size == (30, 40), op

@@ -23,13 +23,13 @@ def write_tar(path, *members: tarfile.TarInfo):
     return path
 
 
-def refuse(path, sentence: str):
-    with pytest.raises(InputError, match=sentence) as caught:
+def refuse(path, message: str):
+    with pytest.raises(InputError, match=message) as caught:
         visible_entries(open_container(path))
     assert str(path) in str(caught.value)
 
 
-def test_entries_are_the_files_and_folders_and_open_to_their_bytes(make_tree, pack):
+def test_entries_are_files_and_folders_with_their_bytes(make_tree, pack):
     files = {"a/b/1.png": b"one", "a/2.png": b"two" * 5000, "ü/日本.png": b"three", "empty": b""}
     root = make_tree("tree", files)
     (root / "void").mkdir()
@@ -38,7 +38,7 @@ def test_entries_are_the_files_and_folders_and_open_to_their_bytes(make_tree, pa
     assert {name: read(container, name) for name in files} == files
 
 
-def test_hidden_entries_are_left_out(make_tree, pack):
+def test_hidden_entries_are_ignored(make_tree, pack):
     hidden = [".a.png", "a/._1.png", ".git/1.png", "__MACOSX/a/1.png"]
     root = make_tree("tree", [*hidden, "a/1.png"])
     assert set(visible_entries(open_container(pack(root)))) == {"a/", "a/1.png"}
@@ -54,14 +54,14 @@ def test_links_are_followed_but_not_in_circles(make_tree):
     assert files == {"a/1.png", "a/lost.png", "b/1.png", "b/lost.png"}
 
 
-def test_an_unreadable_folder_is_named(make_tree, monkeypatch):
+def test_an_unreadable_folder_is_refused(make_tree, monkeypatch):
     root = make_tree("tree", ["a/1.png"])
 
     def scandir(path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "scandir", scandir)
-    refuse(root, "can not be read: Permission denied")
+    refuse(root, "cannot be read: Permission denied")
 
 
 @pytest.mark.parametrize("name", ["/etc/1.png", "../1.png", "a/../../1.png"])
@@ -72,7 +72,7 @@ def test_names_that_lead_outside_are_refused(name, tmp_path):
     refuse(write_tar(tmp_path / "a.tar", tarfile.TarInfo(name)), "leads outside")
 
 
-def test_compressed_tars_are_refused_with_the_remedy(tmp_path):
+def test_compressed_tars_are_refused_with_a_remedy(tmp_path):
     for name in ("a.tar.gz", "a.TGZ", "a.tar.zst"):
         (tmp_path / name).write_bytes(b"\x1f\x8b")
         refuse(tmp_path / name, "decompress it")
@@ -84,10 +84,10 @@ def test_other_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])
-def test_what_only_claims_to_be_an_archive_is_refused(suffix, tmp_path):
+def test_other_content_in_an_archive_file_is_refused(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"no archive" * 100)
-    refuse(path, "is no readable")
+    refuse(path, "is not a readable")
 
 
 def test_a_truncated_tar_is_refused(tmp_path):
@@ -95,7 +95,7 @@ def test_a_truncated_tar_is_refused(tmp_path):
     member.size = 5000
     path = write_tar(tmp_path / "a.tar", member)
     path.write_bytes(path.read_bytes()[:2000])
-    refuse(path, "is no readable tar archive")
+    refuse(path, "is not a readable tar archive")
 
 
 def test_links_in_a_tar_are_refused(tmp_path):
@@ -117,7 +117,7 @@ def test_encrypted_and_exotic_zips_are_refused(tmp_path):
     refuse(path, "is encrypted: a/1.png")
 
 
-def test_a_damaged_zip_member_can_not_be_opened(tmp_path):
+def test_a_damaged_zip_member_cannot_be_opened(tmp_path):
     path = tmp_path / "a.zip"
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         with zipfile.ZipFile(path, "w", method) as archive:
@@ -129,16 +129,16 @@ def test_a_damaged_zip_member_can_not_be_opened(tmp_path):
             read(open_container(path), "a/1.png")
 
 
-def test_a_zip_bomb_unpacks_to_no_more_than_it_claims(tmp_path):
+def test_a_zip_bomb_is_unpacked_only_to_its_declared_size(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/1.png", b"\0" * 10_000_000)
     container = open_container(path)
     offset, packed, _, method, checksum = container.entries()["a/1.png"]
     tracemalloc.start()
-    for claim in (0, 1000):
-        with pytest.raises(ValueError, match="size and checksum"):
-            container.open(b"a/1.png", (offset, packed, claim, method, checksum))
+    for size in (0, 1000):
+        with pytest.raises(ValueError, match="size or checksum differs"):
+            container.open(b"a/1.png", (offset, packed, size, method, checksum))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -146,7 +146,7 @@ def test_a_zip_bomb_unpacks_to_no_more_than_it_claims(tmp_path):
         container.open(b"a/1.png", (offset, 1 << 40, 1 << 40, zipfile.ZIP_STORED, checksum))
 
 
-def test_backslashes_of_windows_zips_are_slashes(tmp_path):
+def test_backslashes_in_windows_zips_become_slashes(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("cats\\1.png", b"x")
     assert set(open_container(tmp_path / "a.zip").entries()) == {"cats/1.png"}

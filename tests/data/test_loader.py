@@ -36,7 +36,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3])) and one.bad == other.bad
 
 
-def test_a_batch_is_what_its_type_says(digits):
+def test_a_batch_has_the_documented_types(digits):
     first = stream(digits)[0]
     assert first.images.shape == (12, 3, 8, 8) and first.images.dtype == torch.uint8
     assert first.labels.dtype == first.positions.dtype == torch.int64
@@ -44,23 +44,23 @@ def test_a_batch_is_what_its_type_says(digits):
 
 
 @pytest.mark.parametrize("world_size, micro_batches", [(1, 3), (2, 1), (3, 2), (4, 3)])
-def test_every_division_makes_the_same_global_batches(digits, world_size, micro_batches):
+def test_every_division_of_the_global_batch_has_the_same_images(digits, world_size, micro_batches):
     ranks = [
         stream(digits, rank=rank, world_size=world_size, micro_batches=micro_batches)
         for rank in range(world_size)
     ]
-    for n, whole in enumerate(stream(digits)):
+    for n, global_batch in enumerate(stream(digits)):
         parts = [
             ranks[rank][n * micro_batches + micro]
             for micro in range(micro_batches)
             for rank in range(world_size)
         ]
         assert {len(part.labels) for part in parts} == {12 // world_size // micro_batches}
-        assert_equal(join(parts), whole)
+        assert_equal(join(parts), global_batch)
 
 
 @pytest.mark.parametrize("start", [12, 24, 60])
-def test_a_start_at_image_n_is_the_tail_of_the_whole(digits, start):
+def test_a_stream_from_image_n_is_the_tail_of_the_stream_from_0(digits, start):
     assert_equal(join(stream(digits, start=start)), join(stream(digits)[start // 12 :]))
 
 
@@ -68,13 +68,13 @@ def test_the_order_does_not_depend_on_the_batch_size(digits):
     assert_equal(join(stream(digits, batch_size=8)), join(stream(digits)))
 
 
-def test_without_a_stop_there_is_no_end(digits):
+def test_a_stream_without_stop_is_endless(digits):
     endless = train_batches(digits, TRANSFORM, seed=1, start=0, batch_size=12)
     assert_equal(join(itertools.islice(endless, 6)), join(stream(digits)))
 
 
 class Numbered(Source):
-    """Images whose one pixel tells their index."""
+    """Images of two channels and one pixel that is their index."""
 
     def __init__(self, length: int, bad: frozenset[int] = frozenset()):
         super().__init__("numbered", "all", None, None)
@@ -85,11 +85,11 @@ class Numbered(Source):
 
     def image(self, i: int) -> np.ndarray:
         if i in self.bad:
-            raise BadImage(f"{self.where(i)} can not be decoded: it is bad")
+            raise BadImage(f"{self.where(i)} cannot be decoded: it is bad")
         return np.full((1, 1, 2), i, np.uint8)
 
 
-def shown(source: Source, **settings) -> Batch:
+def joined_stream(source: Source, **settings) -> Batch:
     settings = {"seed": 0, "start": 0, "batch_size": 5, "stop": 3 * len(source), **settings}
     return join(train_batches(source, CropTransform(1, in_chans=2), **settings))
 
@@ -98,25 +98,25 @@ def indices(batch: Batch) -> list[int]:
     return batch.images[:, 0, 0, 0].tolist()
 
 
-def test_each_epoch_shows_every_image_once_in_its_own_order():
-    order = indices(shown(Numbered(15)))
+def test_each_epoch_has_every_image_once_in_a_new_order():
+    order = indices(joined_stream(Numbered(15)))
     epochs = [order[:15], order[15:30], order[30:]]
     assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
-    assert order != indices(shown(Numbered(15), seed=1))
+    assert order != indices(joined_stream(Numbered(15), seed=1))
 
 
-def test_an_image_is_augmented_anew_in_each_epoch_and_seed(digits):
+def test_an_image_is_augmented_differently_in_each_epoch_and_seed(digits):
     def crops(seed: int) -> set[bytes]:
         batches = join(stream(digits, seed=seed, batch_size=N, stop=3 * N))
         return {image.numpy().tobytes() for image in batches.images}
 
     assert len(crops(1)) == len(crops(2)) == 3 * N
-    assert len(crops(1) & crops(2)) < N // 4  # black corners can be alike
+    assert len(crops(1) & crops(2)) < N // 4  # crops of black corners can be equal
 
 
 def test_unlabelled_images_have_label_minus_one():
-    assert set(shown(Numbered(10)).labels.tolist()) == {-1}
+    assert set(joined_stream(Numbered(10)).labels.tolist()) == {-1}
 
 
 def test_workers_change_nothing_and_leave_the_global_rng_alone(digits):
@@ -126,17 +126,17 @@ def test_workers_change_nothing_and_leave_the_global_rng_alone(digits):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_stops_the_stream_by_its_own_sentence(workers):
+def test_a_bad_image_stops_the_stream_with_its_message(workers):
     with pytest.raises(BadImage) as caught:
-        shown(Numbered(10, bad=frozenset({4})), workers=workers)
-    assert str(caught.value) == "numbered/all/000004 can not be decoded: it is bad"
+        joined_stream(Numbered(10, bad=frozenset({4})), workers=workers)
+    assert str(caught.value) == "numbered/all/000004 cannot be decoded: it is bad"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_skipped_image_is_replaced_by_the_next_readable_one(workers):
-    order = indices(shown(Numbered(10)))
+    order = indices(joined_stream(Numbered(10)))
     bad = frozenset(order[3:5])
-    batch = shown(Numbered(10, bad), bad_images="skip", workers=workers)
+    batch = joined_stream(Numbered(10, bad), bad_images="skip", workers=workers)
     expected = []
     for epoch in (order[:10], order[10:20], order[20:]):
         for place in range(10):
@@ -148,13 +148,13 @@ def test_a_skipped_image_is_replaced_by_the_next_readable_one(workers):
 
 def test_skipping_does_not_depend_on_where_the_stream_starts():
     source = Numbered(10, bad=frozenset({1, 2, 7}))
-    tail = shown(source, bad_images="skip", start=15)
-    assert indices(tail) == indices(shown(source, bad_images="skip"))[15:]
+    tail = joined_stream(source, bad_images="skip", start=15)
+    assert indices(tail) == indices(joined_stream(source, bad_images="skip"))[15:]
 
 
-def test_nothing_but_bad_images_is_an_error_not_a_loop():
+def test_only_bad_images_are_an_error_not_an_endless_loop():
     with pytest.raises(InputError, match="none of the 10 images of numbered can be decoded"):
-        shown(Numbered(10, bad=frozenset(range(10))), bad_images="skip")
+        joined_stream(Numbered(10, bad=frozenset(range(10))), bad_images="skip")
 
 
 def test_an_image_that_does_not_fit_in_chans_is_named(digits):
@@ -172,12 +172,14 @@ def test_an_image_that_does_not_fit_in_chans_is_named(digits):
         {"workers": -1},
     ],
 )
-def test_settings_that_do_not_fit_are_refused_at_once(digits, settings):
+def test_invalid_settings_are_refused_at_once(digits, settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         train_batches(digits, TRANSFORM, **{"seed": 0, "start": 0, "batch_size": 12, **settings})
 
 
-class Deadly(Numbered):
+class SignalledWorker(Numbered):
+    """Images whose workers send themselves signals."""
+
     def __init__(self, signals: tuple[int, ...]):
         super().__init__(10)
         self.signals = signals
@@ -188,18 +190,18 @@ class Deadly(Numbered):
         return super().image(i)
 
 
-def test_a_killed_worker_is_one_sentence():
+def test_a_killed_worker_is_reported():
     with pytest.raises(InputError, match="a data worker was killed"):
-        shown(Deadly((signal.SIGKILL,)), workers=1)
+        joined_stream(SignalledWorker((signal.SIGKILL,)), workers=1)
 
 
-def test_workers_ignore_the_signals_that_the_main_process_decides_on():
+def test_workers_ignore_stop_signals():
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    assert_equal(shown(Deadly(signals), workers=1), shown(Numbered(10)))
+    assert_equal(joined_stream(SignalledWorker(signals), workers=1), joined_stream(Numbered(10)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_keeps_the_order_of_its_indices(digits, workers):
+def test_evaluation_keeps_the_order_of_the_indices(digits, workers):
     chosen = np.array([5, 3, 22, 0, 5, 17, 1])
     batches = list(eval_batches(digits, CropTransform(32), chosen, 3, workers))
     assert [len(labels) for _, labels, _ in batches] == [3, 3, 1]

@@ -8,7 +8,7 @@ from ldae.errors import InputError
 
 
 def picture(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Image | np.ndarray:
-    """A smooth random picture; an array where Pillow has no such mode."""
+    """Return a smooth random picture, as an array when it does not have three channels."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), np.uint8)
     planes = [Image.fromarray(coarse[..., c]).resize((width, height)) for c in range(channels)]
     array = np.dstack([np.asarray(plane) for plane in planes])
@@ -20,7 +20,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("size", [(50, 37), (37, 50), (32, 32), (33, 32), (64, 64), (20, 31)])
-def test_center_is_resize_of_the_short_side_then_center_crop(size):
+def test_center_crop_equals_resize_then_crop(size):
     image, S = picture(*size), 32
     resized = tuple(side * S // min(size) for side in size)
     left, top = ((side - S) / 2 for side in resized)
@@ -31,7 +31,7 @@ def test_center_is_resize_of_the_short_side_then_center_crop(size):
 
 
 @pytest.mark.parametrize("channels", [3, 5])
-def test_an_image_of_the_right_size_is_untouched(channels):
+def test_an_image_of_the_right_size_is_unchanged(channels):
     noise = rng().integers(0, 256, (16, 16, channels), np.uint8)
     image = Image.fromarray(noise) if channels == 3 else noise
     pixels = CropTransform(16, in_chans=channels)(image, rng())
@@ -52,20 +52,20 @@ def test_every_shape_becomes_a_square(crop, size, in_chans):
         assert (pixels == torch.tensor([255, 0, 0]).view(3, 1, 1)).all()
 
 
-def test_an_extreme_shape_is_never_enlarged_whole(monkeypatch):
-    made, resize = [], Image.Image.resize
+def test_an_image_of_extreme_shape_is_not_enlarged_as_a_whole(monkeypatch):
+    sizes, resize = [], Image.Image.resize
 
     def spy(image, size, *args, **kwargs):
-        made.append(size)
+        sizes.append(size)
         return resize(image, size, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", spy)
     for crop in ("center", "random"):
         CropTransform(64, crop=crop)(Image.new("RGB", (1, 5000)), rng())
-    assert made == [(64, 64), (64, 64)]
+    assert sizes == [(64, 64), (64, 64)]
 
 
-def test_channels_of_an_array_are_resized_as_three_are():
+def test_channels_of_an_array_are_resized_like_rgb():
     image = picture(40, 30)
     six = np.dstack([np.asarray(image)] * 2)
     for crop in ("center", "random"):
@@ -73,7 +73,7 @@ def test_channels_of_an_array_are_resized_as_three_are():
         assert torch.equal(CropTransform(16, 6, crop)(six, rng(5)), torch.cat([three, three]))
 
 
-def test_the_same_rng_gives_the_same_crop_and_another_another():
+def test_crops_are_a_pure_function_of_the_rng():
     image = picture(60, 40)
     transform = CropTransform(16, crop="random", flip=True)
     crops = [transform(image, rng(seed)) for seed in range(20)]
@@ -90,7 +90,7 @@ def test_flip_mirrors_half_of_the_images():
 
 
 def test_random_crops_have_maes_areas_and_ratios():
-    # Coordinates as pixel values show where a crop came from.
+    # Pixel values that are coordinates show where a crop comes from.
     size = 250
     ramp = np.arange(size, dtype=np.uint8)
     x, y = np.meshgrid(ramp, ramp)
@@ -107,16 +107,16 @@ def test_random_crops_have_maes_areas_and_ratios():
 
 
 @pytest.mark.parametrize("settings", [{"crop": "middle"}, {"img_size": 0}, {"in_chans": 0}])
-def test_settings_that_do_not_fit_are_refused(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         CropTransform(**{"img_size": 8, **settings})
 
 
 def test_clipped_crops_have_the_sides_of_maes_probe():
-    """util/crop.py: one draw, of which each side is cut to the image."""
+    """In MAE's util/crop.py each side of a single draw is clipped to the image."""
 
-    class Box:
-        """Notes the crop that is asked for."""
+    class Spy:
+        """An image that records the requested crop."""
 
         size = (200, 50)
         mode = "RGB"
@@ -125,14 +125,14 @@ def test_clipped_crops_have_the_sides_of_maes_probe():
             self.sides = (box[2] - box[0], box[3] - box[1])
             return Image.new("RGB", size)
 
-    found, wanted = [], []
+    sides, expected = [], []
     for seed in range(200):
-        image, draws = Box(), rng(seed)
+        image, draws = Spy(), rng(seed)
         CropTransform(64, 3, "random", area=(0.08, 1.0), clip=True)(image, rng(seed))
         area = 200 * 50 * draws.uniform(0.08, 1.0)
         ratio = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
-        wanted.append(
+        expected.append(
             (min(round((area * ratio) ** 0.5), 200), min(round((area / ratio) ** 0.5), 50))
         )
-        found.append(image.sides)
-    assert found == wanted and 0 < [h for _, h in found].count(50) < 200
+        sides.append(image.sides)
+    assert sides == expected and 0 < [h for _, h in sides].count(50) < 200
