@@ -21,10 +21,9 @@ _POLICY = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)(\d+(\.\d+)?)|-mstdinf|-t[0-9a
 
 @contextmanager
 def seed_global_rng(rng: np.random.Generator, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch from ``rng`` within the context.
+    """Seed the global generators, from which timm draws, with ``rng`` and restore them at the end.
 
-    timm draws from these generators. They are restored at the end. ``device`` is the GPU whose
-    generator is used too, if any.
+    They are Python's, NumPy's, torch's CPU generator and, if ``device`` is a GPU, that GPU's.
     """
     python_state, numpy_generator = random.getstate(), np.random.get_bit_generator()
     devices = [device] if device is not None and device.type == "cuda" else []

@@ -21,8 +21,7 @@ from ldae.data import distortions
 from ldae.errors import InputError
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SMALL = 64
-"""Images with a shorter side below this use CIFAR-10-C's constants."""
+SMALL = 64  # images with a shorter side below this use CIFAR-10-C's constants
 
 Table = dict[str, dict[str, tuple[float, ...]]]
 

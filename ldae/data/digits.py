@@ -2,7 +2,6 @@
 
 import functools
 import re
-from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -23,13 +22,13 @@ def built_in_splits(spec: str) -> Splits:
     Raises: InputError when ``spec`` has another form.
     """
     if spec == "digits":
-        return {split: partial(Digits, spec, split) for split in _SPLITS}
+        return {split: functools.partial(Digits, spec, split) for split in _SPLITS}
     numbers = re.fullmatch(r"scattered-digits(?::(\d*[1-9]\d*)(?::(\d+))?)?", spec, re.ASCII)
     if not numbers:
         raise InputError(f"{spec!r} is neither digits nor scattered-digits[:N[:SEED]] with N >= 1")
     counts, seed = (int(numbers[1] or _TRAIN_IMAGES), _EVAL_IMAGES), int(numbers[2] or 0)
     return {
-        split: partial(ScatteredDigits, spec, split, count, seed)
+        split: functools.partial(ScatteredDigits, spec, split, count, seed)
         for split, count in zip(_SPLITS, counts)
     }
 

@@ -53,15 +53,13 @@ def glass_blur(
     """
     x = _gaussian_blur(x, sigma)
     height, width = x.shape[:2]
-    distance = max(1, round(reach))
-    rows = np.arange(height - distance, distance, -1)
-    columns = np.arange(width - distance, distance, -1)
+    far = max(1, round(reach))
+    rows, columns = np.arange(height - far, far, -1), np.arange(width - far, far, -1)
     targets = (rows[:, None] * width + columns).ravel()
-    # A reach below one pixel replaces this share of the pixels.
-    targets = targets[rng.random(len(targets)) < reach]
+    targets = targets[rng.random(len(targets)) < reach]  # below 1, only this share moves
     indices = list(range(height * width))
     for _ in range(int(passes)):
-        down, right = rng.integers(-distance, distance, (2, len(targets)))
+        down, right = rng.integers(-far, far, (2, len(targets)))
         sources = targets + down * width + right
         for target, source in zip(targets.tolist(), sources.tolist()):
             indices[target] = indices[source]
@@ -139,8 +137,7 @@ def elastic_transform(
 ) -> Pixels:
     """Apply an affine map that moves three points by up to ``jitter``, and smooth local shifts.
 
-    The shifts are uniform noise, smoothed by ``sigma``, times ``alpha``. Both steps are one
-    interpolation.
+    Shifts are uniform noise, smoothed by ``sigma``, times ``alpha``. Pixels are interpolated once.
     """
     height, width = x.shape[:2]
     center, offset = np.array([height // 2, width // 2]), min(height, width) // 3

@@ -4,9 +4,9 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -53,8 +53,8 @@ def image_extensions() -> frozenset[str]:
 def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
     """Decode the first frame of ``file`` and turn it upright by its EXIF orientation.
 
-    Returns a loaded Pillow image in mode L, RGB or RGBA. A ``.npy`` file whose number of channels
-    is not 1 or 3 is returned as an array, uint8 (H, W, C).
+    Returns a loaded Pillow image in mode L, RGB or RGBA. For a ``.npy`` file with a number of
+    channels other than 1 and 3, returns the array, uint8 (H, W, C).
 
     - 16-bit and int32 grey: the range 0..65535 is divided by 257.
     - Float grey: values within 0..1 are multiplied by 255, values within 0..255 are rounded.
@@ -64,7 +64,12 @@ def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
     Raises: BadImage, naming ``name``, when the file cannot be decoded. An image with more pixels
         than ``PIL.Image.MAX_IMAGE_PIXELS`` is refused before memory is allocated for the pixels.
     """
-    return _read(file, name, _decode)
+    with _opened(file, name) as opened:
+        if _is_npy(opened):
+            return _decode_npy(opened)
+        with _open_image(opened) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _eight_bit(image)
 
 
 def decode_label_map(file: ImageFile, name: str) -> np.ndarray:
@@ -74,7 +79,15 @@ def decode_label_map(file: ImageFile, name: str) -> np.ndarray:
 
     Raises: BadImage, naming ``name``, when the file cannot be decoded or has colour channels.
     """
-    return _read(file, name, _decode_label_map)
+    with _opened(file, name) as opened, _open_image(opened) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            raise ValueError(f"its pixels are colours ({image.mode}), not class numbers")
+        labels = np.asarray(image)
+        low, high = labels.min(), labels.max()
+        if low < 0 or high > 255:
+            raise ValueError(f"its labels go from {low} to {high}; only 0 to 255 are allowed")
+        return labels.astype(np.uint8)
 
 
 def image_size(file: ImageFile, name: str) -> tuple[int, int]:
@@ -84,17 +97,40 @@ def image_size(file: ImageFile, name: str) -> tuple[int, int]:
 
     Raises: BadImage, naming ``name``, when the file cannot be read.
     """
-    return _read(file, name, _image_size)
+    with _opened(file, name) as opened:
+        if _is_npy(opened):
+            image = _decode_npy(opened)
+            return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+        with _open_image(opened) as image:
+            transposed = image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED
+            return image.size[::-1] if transposed else image.size
 
 
-def _read(file: ImageFile, name: str, reader: Callable[[BinaryIO], Any]) -> Any:
+@contextmanager
+def _opened(file: ImageFile, name: str) -> Iterator[BinaryIO]:
+    """Open ``file`` if it is a path; turn every error within the context into BadImage."""
     try:
-        if not isinstance(file, (str, bytes, os.PathLike)):
-            return reader(file)
-        with open(file, "rb") as opened:
-            return reader(opened)
+        is_path = isinstance(file, (str, bytes, os.PathLike))
+        with open(file, "rb") if is_path else nullcontext(file) as opened:
+            yield opened
     except Exception as error:  # on damaged files Pillow's decoders raise nearly every type
         raise BadImage(f"{name} cannot be decoded: {_reason(error)}") from error
+
+
+@contextmanager
+def _open_image(file: BinaryIO) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged metadata beside good pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield Image.open(file, formats=_formats())
+
+
+def _is_npy(file: BinaryIO) -> bool:
+    magic = file.read(len(_NPY_MAGIC))
+    if not magic:
+        raise ValueError("the file is empty")
+    file.seek(0)
+    return magic == _NPY_MAGIC
 
 
 def from_array(array: np.ndarray) -> Image.Image | np.ndarray:
@@ -136,52 +172,6 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version not in _NPY_HEADERS:
         raise ValueError(f"a .npy file of version {version[0]}.{version[1]}")
     return _NPY_HEADERS[version](file)
-
-
-def _decode(file: BinaryIO) -> Image.Image | np.ndarray:
-    if _is_npy(file):
-        return _decode_npy(file)
-    with _open_image(file) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return _eight_bit(image)
-
-
-def _is_npy(file: BinaryIO) -> bool:
-    magic = file.read(len(_NPY_MAGIC))
-    if not magic:
-        raise ValueError("the file is empty")
-    file.seek(0)
-    return magic == _NPY_MAGIC
-
-
-@contextmanager
-def _open_image(file: BinaryIO) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about damaged metadata beside good pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield Image.open(file, formats=_formats())
-
-
-def _decode_label_map(file: BinaryIO) -> np.ndarray:
-    with _open_image(file) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-            raise ValueError(f"its pixels are colours ({image.mode}), not class numbers")
-        labels = np.asarray(image)
-        if labels.min() < 0 or labels.max() > 255:
-            raise ValueError(
-                f"its labels go from {labels.min()} to {labels.max()}; only 0 to 255 are allowed"
-            )
-        return labels.astype(np.uint8)
-
-
-def _image_size(file: BinaryIO) -> tuple[int, int]:
-    if _is_npy(file):
-        image = _decode_npy(file)
-        return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-    with _open_image(file) as image:
-        transposed = image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED
-        return image.size[::-1] if transposed else image.size
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -15,8 +15,7 @@ from ldae.data.image import BadImage, decode, image_extensions
 from ldae.data.source import Source, Splits
 from ldae.errors import InputError
 
-EVAL_NAMES = ("val", "valid", "validation", "test")
-"""Names of evaluation splits; the first one that is present is used."""
+EVAL_NAMES = ("val", "valid", "validation", "test")  # of eval splits; the first present is used
 _log = logging.getLogger(__name__)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -13,7 +14,6 @@ from ldae.data.open import open_splits
 from ldae.data.source import MapSource, Splits
 from ldae.errors import InputError
 
-_FOLDERS = ("images", "labels")
 _log = logging.getLogger(__name__)
 
 
@@ -68,8 +68,7 @@ def _paired_splits(spec: str, container: Container) -> Splits:
     Raises: InputError when a folder is empty, a pair is incomplete or a stem is ambiguous.
     """
     entries = visible_entries(container)
-    images = _by_stem(spec, entries, "images", image_extensions())
-    maps = _by_stem(spec, entries, "labels", {".png"})
+    images, maps = _names_by_stem(spec, entries)
     if not images:
         raise InputError(f"{spec} has no folder images/ with images")
     if not maps:
@@ -89,24 +88,24 @@ def _paired_splits(spec: str, container: Container) -> Splits:
     return {split: partial(open_split, split, root) for split, root in find_splits(stems).items()}
 
 
-def _by_stem(
-    spec: str, entries: dict[str, Location], folder: str, extensions: frozenset[str] | set[str]
-) -> dict[str, str]:
-    """Map stems to the names of the files in ``folder`` that have one of ``extensions``.
+def _names_by_stem(spec: str, entries: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Map stems to the names of the images and of the label maps.
 
-    A stem is the name without the extension and without ``folder``.
+    A stem is the name without the extension and without the folder images/ or labels/.
 
-    Raises: InputError when two files have the same stem.
+    Raises: InputError when two files of a folder have the same stem.
     """
-    names: dict[str, str] = {}
+    extensions = {"images": image_extensions(), "labels": {".png"}}
+    names: dict[str, dict[str, str]] = {"images": {}, "labels": {}}
     for name in sorted(entries):
         *folders, file = name.split("/")
-        depth = next((depth for depth, part in enumerate(folders) if part in _FOLDERS), None)
+        depth = next((depth for depth, part in enumerate(folders) if part in names), None)
         stem, extension = os.path.splitext(file)
-        if depth is None or folders[depth] != folder or extension.lower() not in extensions:
+        if depth is None or extension.lower() not in extensions[folders[depth]]:
             continue
-        key = "/".join([*folders[:depth], *folders[depth + 1 :], stem])
-        if key in names:
-            raise InputError(f"{spec} contains {names[key]} and {name}, which have the same stem")
-        names[key] = name
-    return names
+        siblings = names[folders.pop(depth)]
+        stem = "/".join([*folders, stem])
+        if stem in siblings:
+            raise InputError(f"{spec} contains {siblings[stem]} and {name} of the same stem")
+        siblings[stem] = name
+    return names["images"], names["labels"]

@@ -42,7 +42,6 @@ def save_heat_maps(maps: list[HeatMap], path: Path) -> None:
 
 
 def _draw(heat_map: HeatMap, low: float, high: float) -> Image.Image:
-    """Draw a heat map with colours that span ``low`` to ``high``."""
     font = ImageFont.load_default(_FONT)
     left = _CELL[0] // 4 + round(max(font.getlength(text) for text in heat_map.rows))
     cell, top = _CELL, 3 * _CELL[1]

@@ -108,7 +108,7 @@ def test_bad_label_maps_are_refused(content, message, make_tree):
         (["cats/a.png"], "no folder images/ with images"),
         (
             ["images/a.png", "images/a.jpg", "labels/a.png"],
-            "images/a.png, which have the same stem",
+            "images/a.png of the same stem",
         ),
     ],
 )
