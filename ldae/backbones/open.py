@@ -11,7 +11,7 @@ from torch import nn
 
 from ldae.backbones.weights import load_weights
 from ldae.errors import InputError, first_line
-from ldae.runs.layout import CLASSIFIER
+from ldae.runs.layout import CLASSIFIER, CONFIG
 
 
 def load_backbone(
@@ -95,7 +95,7 @@ def backbone_folder(spec: str | Path) -> Path | None:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
+    return (folder / CONFIG).is_file()
 
 
 def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> nn.Module:
@@ -190,7 +190,7 @@ def _known(name: str) -> Any:
     if Path(name).is_file():
         raise InputError(f"the file {name} does not tell its architecture: write NAME@{name}")
     if Path(name).is_dir():
-        raise InputError(f"the folder {name} has neither a config.yaml nor a config.json")
+        raise InputError(f"the folder {name} has neither a {CONFIG} nor a config.json")
     nearest = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
     hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
     raise InputError(f"there is no folder {name} and no timm model of that name{hint}")

@@ -10,6 +10,7 @@ from ldae.backbones.fold import TIMESTEP, features, fold, model_args, pretrained
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.layout import CONFIG
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
 from ldae.tree import load
@@ -22,8 +23,8 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
 
     Raises: InputError when the folder is no run or has no checkpoint yet.
     """
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run} is not a run folder: it has no config.yaml")
+    if not (run / CONFIG).is_file():
+        raise InputError(f"{run} is not a run folder: it has no {CONFIG}")
     state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
@@ -31,13 +32,11 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
         raise InputError(
             f"run folder {run} holds no pre-training, but the {state['describe']['row']}"
         )
-    method = build(
-        load(run / "config.yaml", Config()), num_classes=len(state["describe"]["classes"])
-    )
+    method = build(load(run / CONFIG, Config()), num_classes=len(state["describe"]["classes"]))
     try:
         method.load_state_dict(state["average"] or state["model"])
     except RuntimeError:
-        raise InputError(f"run folder {run}: config.yaml is not that of its checkpoints") from None
+        raise InputError(f"run folder {run}: {CONFIG} is not that of its checkpoints") from None
     return method.eval(), state
 
 

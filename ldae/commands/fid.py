@@ -30,6 +30,7 @@ from ldae.evals.frechet import (
 )
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
 from ldae.files import state_hash, write_json
+from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.sampling.album import record_of
 from ldae.sampling.generation import sampler
@@ -209,7 +210,7 @@ def _check_files(setup: FIDSettings) -> None:
 
 
 def _is_run(spec: str) -> bool:
-    return Path(spec, "config.yaml").is_file()
+    return Path(spec, layout.CONFIG).is_file()
 
 
 def _open_images(spec: str, setup: FIDSettings, how: Sampling, device: torch.device) -> Images:
@@ -225,7 +226,7 @@ def _open_images(spec: str, setup: FIDSettings, how: Sampling, device: torch.dev
 def _source_of_run(spec: str) -> str:
     if not _is_run(spec):
         raise InputError(f"say what to compare {spec} with: ldae fid {spec} REFERENCE")
-    return load(Path(spec, "config.yaml"), Config()).data.source
+    return load(Path(spec, layout.CONFIG), Config()).data.source
 
 
 def _open_features(setup: FIDSettings, ours: Images, device: torch.device) -> tuple[Encoder, dict]:
@@ -326,12 +327,12 @@ def _path(images: str, reference: str, setup: FIDSettings, how: Sampling) -> Pat
     name = "-".join(["fid", file_name(reference), *random, *changes(setup, how)]) + ".json"
     home = Path(images).expanduser()
     if _is_run(images):
-        return home / "evals" / name
+        return home / layout.EVALS / name
     if home.is_dir():
         return home / name
     if home.is_file():
         return home.with_name(f"{home.name}-{name}")
-    return Path("evals", file_name(images), name)
+    return Path(layout.EVALS, file_name(images), name)
 
 
 def _summary(record: dict) -> str:

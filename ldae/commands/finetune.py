@@ -21,8 +21,8 @@ from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import Classification, build_network
 from ldae.finetuning.recipes import changed
 from ldae.finetuning.settings import AugmentSettings, FinetuneConfig, FinetuneModelSettings
+from ldae.runs import layout
 from ldae.runs.folder import open_run
-from ldae.runs.layout import CLASSIFIER
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Plan, plan_run
 from ldae.train.optim import peak_lr
@@ -151,12 +151,12 @@ def _carry_out(work: Work, run: Path) -> dict:
     )
     network = trained.network
     results = accuracy(network, graded)
-    if distributed.is_main() and not (run / CLASSIFIER).exists():
-        save(network, run / CLASSIFIER, work, results)
+    if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
+        save(network, run / layout.CLASSIFIER, work, results)
     record = replace(graded, model=network).write(
         protocol_of(work), results, graded.model.num_features
     )
-    say(f"{run}: done; classifier in {run / CLASSIFIER}")
+    say(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 
 

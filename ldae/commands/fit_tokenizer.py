@@ -7,7 +7,7 @@ from ldae.console import say
 from ldae.data.open import open_source
 from ldae.errors import InputError
 from ldae.pretraining.tokenizer import Fit, carry_out, open_fit, prepare
-from ldae.runs.layout import TOKENIZER
+from ldae.runs import layout
 from ldae.settings import Config
 from ldae.train.optim import peak_lr
 
@@ -35,7 +35,7 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
             return
         with open_fit(fit, run):
             carry_out(fit, run, row)
-        say(f"{run}: done; {TOKENIZER}, pictures in reconstructed.png")
+        say(f"{run}: done; {layout.TOKENIZER}, pictures in {layout.RECONSTRUCTED}")
 
 
 def _describe(fit: Fit) -> str:

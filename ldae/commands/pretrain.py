@@ -14,6 +14,7 @@ from ldae.plots.pictures import save_denoising, save_filters
 from ldae.pretraining.online_knn import online_knn
 from ldae.pretraining.pictures import samples
 from ldae.pretraining.tokenizer import prepare, tokenizer_of_run
+from ldae.runs import layout
 from ldae.runs.folder import open_run
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
@@ -79,10 +80,10 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
                 hooks=hooks,
             )
             if distributed.is_main():
-                pictures = ["denoised.png"]
+                pictures = [layout.DENOISED]
                 save_denoising(trained.eval(), samples(config, device), run / pictures[0])
                 if isinstance(trained.tokenizer, PatchTokenizer):
-                    pictures.append("filters.png")
+                    pictures.append(layout.FILTERS)
                     save_filters(trained.tokenizer, run / pictures[1])
                 print(f"{run}: done; pictures in {' and '.join(pictures)}")
 

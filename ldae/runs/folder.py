@@ -11,10 +11,10 @@ import torch
 from ldae import distributed, files, tree
 from ldae.data.source import Source
 from ldae.errors import InputError
+from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
-from ldae.runs.layout import JOBS, RECONSTRUCTION, TOKENIZER
-from ldae.runs.lock import LOCK, locked
+from ldae.runs.lock import locked
 from ldae.settings import ExecutionSettings
 
 NAMES_HASH = "the hash of the images' names"  # in what a checkpoint says about its run
@@ -51,11 +51,11 @@ def open_run(
         distributed.barrier()  # every rank has looked before one of them writes
         if distributed.is_main():
             if changed:
-                for name in (TOKENIZER, RECONSTRUCTION):
+                for name in (layout.TOKENIZER, layout.RECONSTRUCTION):
                     (run / name).unlink(missing_ok=True)
-            files.write(run / "config.yaml", tree.to_yaml(config).encode())
+            files.write(run / layout.CONFIG, tree.to_yaml(config).encode())
             record = environment(device) | {"ranks": distributed.world_size()}
-            files.write_json(run / "environment.json", record)
+            files.write_json(run / layout.ENVIRONMENT, record)
         distributed.barrier()
         yield
 
@@ -67,10 +67,12 @@ def _check_settings(
 
     Raises: InputError when it holds another run, or no run but something else.
     """
-    record, before = run / "config.yaml", config
+    record, before = run / layout.CONFIG, config
     if record.exists():
         before = _settings_of(run, type(config))
-    elif run.is_dir() and any(path.name not in (LOCK, JOBS) for path in run.iterdir()):
+    elif run.is_dir() and any(
+        path.name not in (layout.LOCK, layout.JOBS) for path in run.iterdir()
+    ):
         raise InputError(f"run folder {run} is not empty and holds no run")
     free = (*_MAY_CHANGE, *unread)
     checkpoints = Checkpoints(run)
@@ -98,8 +100,8 @@ def names_hash(source: Source) -> str:
 def _settings_of(run: Path, kind: type) -> Settings:
     """Raises: InputError when the run folder is not of this kind of run."""
     try:
-        if not (run / "config.yaml").read_bytes().strip():
-            raise InputError("its config.yaml is empty")
-        return tree.load(run / "config.yaml", kind())
+        if not (run / layout.CONFIG).read_bytes().strip():
+            raise InputError(f"its {layout.CONFIG} is empty")
+        return tree.load(run / layout.CONFIG, kind())
     except InputError as error:
         raise InputError(f"run folder {run} holds another kind of run: {error}") from None

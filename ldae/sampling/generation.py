@@ -16,6 +16,7 @@ from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.objective import IMAGE_TARGETS
 from ldae.prediction import PREDICTIONS
+from ldae.runs.layout import CONFIG
 from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import Sampling
@@ -222,7 +223,7 @@ def sampler(
     method.bf16 = how.precision == "bf16"
     gaussian = None
     if not drowned(method, chosen.levels[0]):
-        config = load(run / "config.yaml", Config())
+        config = load(run / CONFIG, Config())
         gaussian = gaussian_of_run(run, config, method, device, data, workers)
     record = asdict(how) | {
         "run": run.resolve().name,
