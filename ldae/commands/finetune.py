@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
         if dry_run:
             print(_describe(work))
             return None
-        with open_run(run, config, graded.train, graded.device):
+        with open_run(run, "fine-tuning", config, graded.train, graded.device):
             return _carry_out(work, run)
 
 

@@ -57,7 +57,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         if dry_run:
             print(_describe(config, method, plan, source, device))
             return
-        with open_run(run, config, source, device):
+        with open_run(run, "pretraining", config, source, device):
             method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
             if exported:
                 init_from(method, exported)

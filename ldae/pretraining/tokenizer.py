@@ -122,7 +122,7 @@ def open_fit(fit: Fit, run: Path) -> AbstractContextManager:
     patch_size = {"model.patch_size": fit.tokenizer.patch_size}
     begun = (run / layout.TOKENIZER).exists()
     config = tree.replace(fit.config, patch_size)
-    return open_run(run, config, fit.source, fit.device, _UNREAD, begun)
+    return open_run(run, "tokenizer", config, fit.source, fit.device, _UNREAD, begun)
 
 
 def carry_out(fit: Fit, run: Path, row: str) -> None:
