@@ -10,7 +10,7 @@ from torch import nn
 from ldae import distributed, tree
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
-from ldae.console import say
+from ldae.console import describe, say
 from ldae.data.augment import Augmentation
 from ldae.data.source import Source
 from ldae.errors import InputError
@@ -92,7 +92,7 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
     with open_evaluation("finetune", config.backbone, *data, setup) as graded:
         work = _prepare(config, graded, bf16)
         if dry_run:
-            print(_describe(work))
+            print(describe(config, _facts(work)))
             return None
         with open_run(run, "fine-tuning", config, graded.train, graded.device):
             return _carry_out(work, run)
@@ -253,20 +253,18 @@ names = model.pretrained_cfg["label_names"]
 """
 
 
-def _describe(work: Work) -> str:
+def _facts(work: Work) -> dict[str, str]:
     config, network, plan = work.config, work.graded.model, work.plan
     train: Source = work.graded.train
     count = sum(parameter.numel() for parameter in network.parameters())
-    modified = protocol_of(work).modified
-    return (
-        f"{tree.to_yaml(config)}\n"
-        f"recipe            {config.recipe}, version {config.version}, size {config.size}; changed: "
-        f"{', '.join(modified) or 'nothing'}\n"
-        f"parameters        {count:,}\n"
-        f"input             {asdict(preprocessing(network))}\n"
-        f"images            {len(train):,} in {train.spec}, {len(train.classes)} classes\n"
-        f"steps             {plan.steps:,} of {plan.batch_size} images, "
-        f"{plan.total:,} images seen\n"
-        f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
-        f"computed in       {'bfloat16' if work.bf16 else 'float32'} on {work.graded.device}"
-    )
+    modified = ", ".join(protocol_of(work).modified) or "nothing"
+    return {
+        "recipe": f"{config.recipe}, version {config.version}, size {config.size}; "
+        f"changed: {modified}",
+        "parameters": f"{count:,}",
+        "input": f"{asdict(preprocessing(network))}",
+        "images": f"{len(train):,} in {train.spec}, {len(train.classes)} classes",
+        "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
+        "learning rate": f"{peak_lr(config.optim):.3g} at its peak",
+        "computed in": f"{'bfloat16' if work.bf16 else 'float32'} on {work.graded.device}",
+    }

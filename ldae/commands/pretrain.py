@@ -6,6 +6,7 @@ import torch
 
 from ldae import distributed, tree
 from ldae.backbones.fold import init_from, open_exported
+from ldae.console import describe
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.errors import InputError
@@ -55,7 +56,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
             raise InputError(f"tokenizer.path: there is no {path}")
         exported = open_exported(config.init_from, method) if config.init_from else None
         if dry_run:
-            print(_describe(config, method, plan, source, device))
+            print(describe(config, _facts(config, method, plan, source, device)))
             return
         with open_run(run, "pretraining", config, source, device):
             method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
@@ -88,19 +89,17 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
                 print(f"{run}: done; pictures in {' and '.join(pictures)}")
 
 
-def _describe(
+def _facts(
     config: Config, method: LDAE, plan: Plan, source: Source, device: torch.device
-) -> str:
+) -> dict[str, str]:
     count = sum(p.numel() for p in method.denoiser.parameters())
     encoder = sum(p.numel() for p in method.denoiser.encoder.parameters())
     tokens = len(method.denoiser.pos_embed)
-    return (
-        f"{tree.to_yaml(config)}\n"
-        f"parameters        {count:,} ({encoder:,} in the encoder's blocks)\n"
-        f"tokens per image  {tokens}, each of {method.denoiser.embed.in_features} numbers\n"
-        f"images            {len(source):,} in {source.spec}\n"
-        f"steps             {plan.steps:,} of {plan.batch_size} images, "
-        f"{plan.total:,} images seen\n"
-        f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
-        f"computed in       {'bfloat16' if method.bf16 else 'float32'} on {device}"
-    )
+    return {
+        "parameters": f"{count:,} ({encoder:,} in the encoder's blocks)",
+        "tokens per image": f"{tokens}, each of {method.denoiser.embed.in_features} numbers",
+        "images": f"{len(source):,} in {source.spec}",
+        "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
+        "learning rate": f"{peak_lr(config.optim):.3g} at its peak",
+        "computed in": f"{'bfloat16' if method.bf16 else 'float32'} on {device}",
+    }
