@@ -33,7 +33,7 @@ from ldae.console import progress
 from ldae.files import PARTIAL, write_json
 from ldae.runs.checkpoints import Checkpoints, read
 from ldae.runs.environment import environment
-from ldae.runs.lock import LOCK
+from ldae.runs.layout import LOCK
 
 SETTINGS = {
     "data.source": "scattered-digits:500",

@@ -13,7 +13,8 @@ from typing import Annotated
 from ldae.errors import LOST_RANK, InputError, LostRank
 from ldae.train.interrupt import SIGNALS, Interrupted
 
-_OF_A_ROW = ("pretrain", "fit-tokenizer")  # verbs that take ROW, --scale, all settings and --run
+# Verbs that take ROW, --scale, all settings and --run -> the kind of their runs.
+_OF_A_ROW = {"pretrain": "pretraining", "fit-tokenizer": "tokenizer"}
 _GRADERS = ("knn", "linear", "logreg", "retrieve", "segment", "validate")
 _WITHOUT_JOBS = ("jobs", "show", "diff")
 
@@ -216,7 +217,8 @@ def graders() -> dict[str, Callable[..., dict]]:
 
 def _call_with_row(verb: str, argv: Sequence[str], function: Callable) -> None:
     """The settings' defaults are those of the row and the scale, so these two are read first."""
-    from ldae import trajectory, tree
+    from ldae import trajectory
+    from ldae.runs import kinds
 
     chosen, row, rest = _read_first(argv, scale="paper")
     if row is None and not _asks_help(rest):
@@ -224,7 +226,7 @@ def _call_with_row(verb: str, argv: Sequence[str], function: Callable) -> None:
             f"say which row of the paper: ldae {verb} l_dae ... (`ldae show` lists all)"
         )
     if row and Path(row).suffix in (".yaml", ".yml"):
-        base = tree.load(row, trajectory.config("l_dae", chosen.scale))
+        base = kinds.load(Path(row), _OF_A_ROW[verb], trajectory.config("l_dae", chosen.scale))
     else:
         base = trajectory.config(row or "l_dae", chosen.scale)
         row = trajectory.row(row or "l_dae").name

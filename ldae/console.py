@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from ldae import distributed
+from ldae import distributed, tree
 
 
 def progress(total: int, what: str) -> Any:
@@ -23,6 +23,12 @@ def duration(seconds: float) -> str:
     days, hour = divmod(hours, 24)
     clock = f"{hour:02d}:{minute:02d}:{second:02d}"
     return f"{days}d {clock}" if days else clock
+
+
+def describe(config: Any, facts: dict[str, str]) -> str:
+    """Return what a dry run prints: the settings as YAML, then each fact behind its name."""
+    lines = (f"{name:<18}{fact}" for name, fact in facts.items())
+    return "\n".join([tree.to_yaml(config), *lines])
 
 
 def say(line: str) -> None:

@@ -156,7 +156,7 @@ def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def to_yaml(config: Any) -> str:
-    """A tree as YAML that :func:`load` reads."""
+    """Return a tree of settings as YAML, nested as ``update`` takes it."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -176,19 +176,27 @@ def read_toml(path: Path) -> dict:
         raise InputError(f"it is no TOML file: {first_line(error)}") from None
 
 
-def load(path: str | Path, base: Any) -> Any:
-    """``base`` changed by what the YAML file says, which may be a whole tree or a few settings.
+def read_yaml(path: Path) -> dict:
+    """Read a YAML file of settings, which may be empty.
 
-    Raises: InputError naming the file when it is missing, no YAML, or sets what does not exist.
+    Raises: InputError naming the file when it is missing, or holds something else.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise InputError(f"configuration {path} can not be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(f"configuration {path} is not a YAML file") from None
-    if not isinstance(tree, dict):
+    if not isinstance(table, dict):
         raise InputError(f"configuration {path} holds no settings")
+    return table
+
+
+def update(base: Any, table: dict) -> Any:
+    """Return ``base`` changed by nested tables, which may hold a whole tree or a few settings.
+
+    Raises: InputError as ``replace`` does.
+    """
     changes: dict[str, Any] = {}
 
     def collect(part: dict, prefix: str) -> None:
@@ -198,8 +206,5 @@ def load(path: str | Path, base: Any) -> Any:
             else:
                 changes[f"{prefix}{key}"] = value
 
-    collect(tree, "")
-    try:
-        return replace(base, changes)
-    except InputError as error:
-        raise InputError(f"configuration {path}: {error}") from None
+    collect(table, "")
+    return replace(base, changes)

@@ -18,9 +18,10 @@ from ldae.data.source import Source
 from ldae.evals.features import Features
 from ldae.method import build
 from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.kinds import to_yaml
 from ldae.settings import Config
 from ldae.tokenizers import Tokenizer
-from ldae.tree import replace, to_yaml
+from ldae.tree import replace
 
 TINY = {
     "data.source": "scattered-digits:64",
@@ -136,7 +137,7 @@ def run(method, tiny, tmp_path):
     def make(row="l_dae", **changes):
         folder = tmp_path / f"run-{row}"
         folder.mkdir()
-        (folder / "config.yaml").write_text(to_yaml(tiny(row, **changes)))
+        (folder / "config.yaml").write_text(to_yaml(tiny(row, **changes), "pretraining"))
         describe = {"row": row, "images": 64, "classes": []}
         state = {"images_seen": 8, "average": None, "optimizer": {}, "describe": describe}
         Checkpoints(folder).save(state | {"model": method(row, **changes).state_dict()})

@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import ldae
+from ldae.runs import layout
 
 PACKAGE = Path(ldae.__file__).parent
 
@@ -97,6 +99,38 @@ def test_no_room_for_leftovers():
     assert not names & {"utils", "misc", "common", "helpers", "util"}
 
 
+# The names in a run folder. Those of files are known by their ending. Those of folders are words that
+# mean other things too, except where they are joined to a path.
+NAMES = {name for key, name in vars(layout).items() if key.isupper()}
+FILE_NAMES = {name for name in NAMES if "." in name}
+
+
+def strings(node: ast.AST) -> Iterator[str]:
+    """The literals in a piece of code, without the docstrings."""
+    docs = {id(part.value) for part in ast.walk(node) if isinstance(part, ast.Expr)}
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and id(part) not in docs:
+            yield part.value
+
+
+def joined(node: ast.AST) -> Iterator[str]:
+    """The parts of paths that are literals."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Div):
+            yield from strings(part)
+        if isinstance(part, ast.Call) and "hub.get_dir" not in ast.unparse(part):  # not of a run
+            called = getattr(part.func, "attr", getattr(part.func, "id", ""))
+            if called in ("Path", "joinpath", "glob", "rglob", "with_name"):
+                yield from strings(part)
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"ldae.runs.layout"}))
+def test_names_in_a_run_folder_are_known_to_one_file(name):
+    code = ast.parse(FILES[name].read_text())
+    assert [text for text in strings(code) if any(own in text for own in FILE_NAMES)] == []
+    assert [text for text in joined(code) if NAMES & {*text.split("/")}] == []
+
+
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout
@@ -108,6 +142,15 @@ def test_import_has_no_side_effect_and_help_imports_no_torch():
         "print('loaded', *[m for m in ('torch', 'timm', 'numpy', 'tyro') if m in sys.modules])"
     )
     assert loaded.strip().endswith("loaded")
+
+
+def test_the_batch_script_needs_nothing_but_python():
+    """Its last line outlives every rank, on a machine that may have nothing left to give."""
+    loaded = run(
+        "import sys, ldae.cluster.requeue; "
+        "print('loaded', *{'torch', 'timm', 'numpy', 'tyro', 'yaml'} & sys.modules.keys())"
+    )
+    assert loaded.strip() == "loaded"
 
 
 @pytest.mark.parametrize("name", ldae.__all__)

@@ -8,20 +8,21 @@ import yaml
 import ldae
 from ldae import tree
 from ldae.errors import InputError
+from ldae.runs import kinds
 from ldae.settings import Config
 
 
 def test_a_saved_configuration_loads_as_it_was(tmp_path):
     config = ldae.config("patch_pca", scale="small")
     path = tmp_path / "config.yaml"
-    path.write_text(tree.to_yaml(config))
-    assert tree.load(path, Config()) == config
+    path.write_text(kinds.to_yaml(config, "pretraining"))
+    assert kinds.load(path, "pretraining") == config
 
 
 def test_a_file_may_be_only_a_difference(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("tokenizer: {dim: 7}\noptim:\n  blr: 3e-4\n")
-    loaded = tree.load(path, Config())
+    loaded = kinds.load(path, "pretraining")
     assert tree.difference(Config(), loaded) == {
         "tokenizer.dim": (32, 7),
         "optim.blr": (1e-4, 3e-4),
@@ -44,7 +45,7 @@ def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, senten
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=f"mine.yaml.*{sentence}"):
-        tree.load(path, Config())
+        kinds.load(path, "pretraining")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_every_number_has_a_range():
 
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(InputError, match="nothing.yaml can not be read"):
-        tree.load(tmp_path / "nothing.yaml", Config())
+        kinds.load(tmp_path / "nothing.yaml", "pretraining")
 
 
 def test_every_setting_is_read_by_some_code():

@@ -11,6 +11,7 @@ from torch import nn
 
 from ldae.backbones.weights import load_weights
 from ldae.errors import InputError, first_line
+from ldae.runs.kinds import kind_of
 from ldae.runs.layout import CLASSIFIER
 
 
@@ -60,7 +61,7 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
     name, at, file = spec.partition("@")
     if name.startswith("hf-hub:"):  # there, @ precedes a revision
         name, at = spec, ""
-    if folder and not _is_run(folder):
+    if folder and not kind_of(folder):
         if img_size is not None:
             raise InputError(f"img_size is for timm names: {spec} has its own")
         model = _from_timm_folder(folder, False, head=True)
@@ -91,11 +92,7 @@ def backbone_folder(spec: str | Path) -> Path | None:
     folder = Path(spec)
     if (folder / CLASSIFIER / "config.json").is_file():
         return folder / CLASSIFIER
-    return folder if _is_run(folder) or (folder / "config.json").is_file() else None
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
+    return folder if kind_of(folder) or (folder / "config.json").is_file() else None
 
 
 def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> nn.Module:
@@ -105,7 +102,7 @@ def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> 
     if img_size is not None and (folder or is_pixels):
         raise InputError(f"img_size is for timm names: {spec} has its own")
     if folder:
-        model = (_from_run if _is_run(folder) else _from_timm_folder)(folder, random_init)
+        model = (_from_run if kind_of(folder) else _from_timm_folder)(folder, random_init)
         own_chans = model.pretrained_cfg["input_size"][0]
         if in_chans not in (3, own_chans):  # 3 is what callers pass who did not ask
             raise InputError(f"in_chans is for timm names: {spec} takes {own_chans} channels")
@@ -190,7 +187,9 @@ def _known(name: str) -> Any:
     if Path(name).is_file():
         raise InputError(f"the file {name} does not tell its architecture: write NAME@{name}")
     if Path(name).is_dir():
-        raise InputError(f"the folder {name} has neither a config.yaml nor a config.json")
+        raise InputError(
+            f"the folder {name} holds neither a run nor the config.json of a timm model"
+        )
     nearest = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
     hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
     raise InputError(f"there is no folder {name} and no timm model of that name{hint}")

@@ -10,9 +10,9 @@ from ldae.backbones.fold import TIMESTEP, features, fold, model_args, pretrained
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.runs.checkpoints import Checkpoints
-from ldae.settings import Config
+from ldae.runs.kinds import settings_of
+from ldae.runs.layout import CONFIG
 from ldae.tokenizers import PatchTokenizer
-from ldae.tree import load
 
 
 def load_run(run: Path) -> tuple[LDAE, dict]:
@@ -20,24 +20,17 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
 
     The moving average of the weights is taken where the run has one.
 
-    Raises: InputError when the folder is no run or has no checkpoint yet.
+    Raises: InputError when the folder holds no pre-training, or one without a checkpoint yet.
     """
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run} is not a run folder: it has no config.yaml")
+    config = settings_of(run, "pretraining")
     state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
-    if not any(name.startswith("denoiser.") for name in state["model"]):
-        raise InputError(
-            f"run folder {run} holds no pre-training, but the {state['describe']['row']}"
-        )
-    method = build(
-        load(run / "config.yaml", Config()), num_classes=len(state["describe"]["classes"])
-    )
+    method = build(config, num_classes=len(state["describe"]["classes"]))
     try:
         method.load_state_dict(state["average"] or state["model"])
     except RuntimeError:
-        raise InputError(f"run folder {run}: config.yaml is not that of its checkpoints") from None
+        raise InputError(f"run folder {run}: {CONFIG} is not that of its checkpoints") from None
     return method.eval(), state
 
 

@@ -17,10 +17,8 @@ from pathlib import Path
 
 from ldae import files
 from ldae.errors import LOST_RANK
+from ldae.runs import layout
 
-RECORD = "job.json"  # what was sent, and when
-_STATUS = ".status"
-STATE = "state.json"  # how it stands
 _INTERRUPTED = 128 + signal.SIGINT
 LOCAL_REQUEUE = 144  # the status by which submitit's local cluster is asked for another start
 _PAUSES = (1, 2, 4, 8)  # seconds: KillWait, by default 30, is all that a batch script may have left
@@ -42,7 +40,7 @@ def ended(folder: Path, rank: int, status: int) -> None:
 
 
 def _status_of(folder: Path, rank: int) -> Path:
-    return folder / f"{rank}{_STATUS}"
+    return folder / f"{rank}{layout.RANK_STATUS}"
 
 
 def ended_here(status: int, folder: Path) -> int:
@@ -100,7 +98,7 @@ def _reason(status: int, folder: Path) -> int:
     rank has ended by itself, a node did not start it, or lost it.
     """
     ranks = []
-    for path in sorted(folder.glob(f"*{_STATUS}")):
+    for path in sorted(folder.glob(f"*{layout.RANK_STATUS}")):
         ranks.append(int(path.read_text()))
         path.unlink()  # the next start may not come so far
     if status in (0, _INTERRUPTED):
@@ -147,7 +145,7 @@ def saved(folder: Path) -> int:
     files below --out.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / layout.JOB_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it ended sooner than its sender wrote
         return 0
     here, words = Path(record["directory"]), record["command"]
@@ -158,15 +156,14 @@ def saved(folder: Path) -> int:
         found = (path for place in places for path in place.rglob("*"))
         return _images_seen(here / out) + sum(path.suffix != files.PARTIAL for path in found)
     backbone = here.joinpath(*words[1:2])
-    return _images_seen(backbone if backbone.is_dir() else here / "evals")
+    return _images_seen(backbone if backbone.is_dir() else here / layout.EVALS)
 
 
 def _images_seen(folder: Path) -> int:
     """The sum over all folders of checkpoints: of a run, of its tokenizer, of probes."""
     newest: dict[Path, int] = {}
-    for path in folder.glob("**/checkpoints/*.pt"):
-        images = re.fullmatch(r"images-(\d+)\.pt", path.name)
-        newest[path.parent] = max(newest.get(path.parent, 0), int(images[1]) if images else 0)
+    for path in folder.glob(f"**/{layout.CHECKPOINTS}/*"):
+        newest[path.parent] = max(newest.get(path.parent, 0), layout.images_seen(path) or 0)
     return sum(newest.values())
 
 
@@ -206,13 +203,13 @@ def _signal(status: int) -> str:
 def state(folder: Path) -> dict:
     """How a job stands, as it was last noted; empty before it began."""
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return json.loads((folder / layout.JOB_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
 def _note(folder: Path, **news: object) -> None:
-    files.write_json(folder / STATE, state(folder) | news)
+    files.write_json(folder / layout.JOB_STATE, state(folder) | news)
 
 
 def _run(*command: str) -> subprocess.CompletedProcess:

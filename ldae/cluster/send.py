@@ -22,8 +22,8 @@ from ldae import files
 from ldae.cluster import requeue
 from ldae.cluster.settings import Slurm, check_settings, minutes
 from ldae.errors import InputError
-from ldae.runs.environment import GIT, git_state
-from ldae.runs.layout import JOBS
+from ldae.runs import layout
+from ldae.runs.environment import git_state
 
 # What srun tells each task; submitit takes rank 0 of 1 for what is missing.
 _OF_A_TASK = (
@@ -138,7 +138,7 @@ def send(
     import submitit
 
     check_settings(settings)
-    jobs = _carried(folder) / JOBS
+    jobs = _carried(folder) / layout.JOBS
     with files.told(jobs):
         code = _snapshot(jobs)
         executor = submitit.AutoExecutor(jobs / "%j", cluster=settings.cluster)
@@ -161,7 +161,7 @@ def send(
             "after": list(after),
             "sent": datetime.now().astimezone().isoformat(timespec="microseconds"),
         }
-        files.write_json(jobs / job.job_id / requeue.RECORD, record)
+        files.write_json(jobs / job.job_id / layout.JOB_RECORD, record)
     return sent
 
 
@@ -250,16 +250,16 @@ def _snapshot(jobs: Path) -> Path:
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(f"{name} {len(content)}\n".encode() + content)
-    folder = jobs / f"code-{digest.hexdigest()[:16]}"
+    folder = jobs / f"{layout.CODE}{digest.hexdigest()[:16]}"
     if folder.exists():
         return folder
     jobs.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=jobs, prefix=".code-"))
+    aside = Path(tempfile.mkdtemp(dir=jobs, prefix=f".{layout.CODE}"))
     aside.chmod(0o755)
     for name, content in files.items():
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
         (aside / name).write_bytes(content)
-    (aside / GIT).write_text(json.dumps(git_state()))
+    (aside / layout.GIT).write_text(json.dumps(git_state()))
     with suppress(OSError):  # another process made the same
         aside.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from ldae.cluster.requeue import option
 from ldae.errors import InputError
+from ldae.runs.kinds import kind_of
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
 FLAG = "--slurm"
@@ -147,4 +148,4 @@ def folder_of(settings: Slurm, argv: Sequence[str]) -> Path:
     if run := option(argv, "--run"):
         return Path(run)
     first = Path(argv[0]) if argv and not argv[0].startswith("-") else Path()
-    return first if (first / "config.yaml").is_file() else Path()
+    return first if kind_of(first) else Path()

@@ -13,6 +13,7 @@ from ldae.console import duration
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.files import write_json
+from ldae.runs import layout
 
 DATA = "scattered-digits:20000"
 _PROBE_EPOCHS = 20  # of 90: the demo has five minutes
@@ -37,7 +38,7 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
         {"data.source": DATA, "optim.epochs": epochs},
     )
     pretrain(config, run, "l_dae")
-    exported = run / "exported"
+    exported = run / layout.EXPORTED
     if not exported.exists():
         export(run, exported)
     table = {
@@ -46,14 +47,14 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
         "l-DAE": _grade(str(run), run),
         "l-DAE, exported and reopened by timm": _grade(str(exported), run),
     }
-    write_json(run / "demo.json", table)
+    write_json(run / layout.DEMO, table)
     print(f"\n{DATA.split(':')[0]}, top-1 in percent{'':14} k-NN  linear")
     for name, (neighbours, probe) in table.items():
         print(f"{name:40} {neighbours:6.1f}  {probe:6.1f}")
     print(f"\nrun folder         {run}")
     print(f"exported backbone  {exported}")
-    print(f"denoising          {run / 'denoised.png'} (clean, noised, denoised)")
-    print(f"tokenizer filters  {run / 'filters.png'}")
+    print(f"denoising          {run / layout.DENOISED} (clean, noised, denoised)")
+    print(f"tokenizer filters  {run / layout.FILTERS}")
     print(f"time               {duration(time.perf_counter() - start)}")
     inside, reopened = list(table.values())[-2:]
     if inside != reopened:
@@ -63,7 +64,7 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
 
 def _grade(backbone: str, run: Path, random_init: bool = False) -> tuple[float, float]:
     """Top-1 of 20 nearest neighbours and of the linear probe, on ten thousand labels."""
-    folder = run / "evals" / f"{Path(backbone).name}{'-random-init' if random_init else ''}"
+    folder = run / layout.EVALS / f"{Path(backbone).name}{'-random-init' if random_init else ''}"
     setup = Setup(random_init=random_init, workers=0)
     labels = "scattered-digits:10000"
     neighbours = knn(backbone, labels, k=(20,), setup=replace(setup, out=folder / "knn"))

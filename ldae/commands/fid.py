@@ -30,13 +30,14 @@ from ldae.evals.frechet import (
 )
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
 from ldae.files import state_hash, write_json
+from ldae.runs import layout
 from ldae.runs.environment import environment
+from ldae.runs.kinds import kind_of, settings_of
 from ldae.sampling.album import record_of
 from ldae.sampling.generation import sampler
 from ldae.sampling.settings import Sampling, check_settings
-from ldae.settings import Config
 from ldae.tokenizers.moments import Moments
-from ldae.tree import COUNT, NOT_NEGATIVE, check, load
+from ldae.tree import COUNT, NOT_NEGATIVE, check
 
 INCEPTION = "inception"
 _SAMPLES = 50_000  # FID-50K
@@ -160,7 +161,7 @@ def fid(
     check(setup)
     check_settings(how)
     _check_files(setup)
-    if reference and _is_run(reference):
+    if reference and kind_of(Path(reference)):
         raise InputError(f"the reference {reference} is a run: name a folder of its samples")
     device = device_for(setup.device)
     with process_group(device):
@@ -208,12 +209,8 @@ def _check_files(setup: FIDSettings) -> None:
         raise InputError(f"save_stats {setup.save_stats} must end in .npz")
 
 
-def _is_run(spec: str) -> bool:
-    return Path(spec, "config.yaml").is_file()
-
-
 def _open_images(spec: str, setup: FIDSettings, how: Sampling, device: torch.device) -> Images:
-    if _is_run(spec):
+    if kind_of(Path(spec)):
         return RunImages(Path(spec), setup.images or _SAMPLES, how, device, setup.workers)
     given = [name for name, value in asdict(how).items() if value != getattr(Sampling(), name)]
     given += ["images"] if setup.images else []
@@ -223,9 +220,9 @@ def _open_images(spec: str, setup: FIDSettings, how: Sampling, device: torch.dev
 
 
 def _source_of_run(spec: str) -> str:
-    if not _is_run(spec):
+    if not kind_of(Path(spec)):
         raise InputError(f"say what to compare {spec} with: ldae fid {spec} REFERENCE")
-    return load(Path(spec, "config.yaml"), Config()).data.source
+    return settings_of(Path(spec), "pretraining").data.source
 
 
 def _open_features(setup: FIDSettings, ours: Images, device: torch.device) -> tuple[Encoder, dict]:
@@ -325,13 +322,13 @@ def _path(images: str, reference: str, setup: FIDSettings, how: Sampling) -> Pat
     random = ["random-init"] if setup.random_init else []
     name = "-".join(["fid", file_name(reference), *random, *changes(setup, how)]) + ".json"
     home = Path(images).expanduser()
-    if _is_run(images):
-        return home / "evals" / name
+    if kind_of(home):
+        return home / layout.EVALS / name
     if home.is_dir():
         return home / name
     if home.is_file():
         return home.with_name(f"{home.name}-{name}")
-    return Path("evals", file_name(images), name)
+    return Path(layout.EVALS, file_name(images), name)
 
 
 def _summary(record: dict) -> str:

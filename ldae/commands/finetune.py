@@ -10,7 +10,7 @@ from torch import nn
 from ldae import distributed, tree
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
-from ldae.console import say
+from ldae.console import describe, say
 from ldae.data.augment import Augmentation
 from ldae.data.source import Source
 from ldae.errors import InputError
@@ -21,8 +21,8 @@ from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import Classification, build_network
 from ldae.finetuning.recipes import changed
 from ldae.finetuning.settings import AugmentSettings, FinetuneConfig, FinetuneModelSettings
+from ldae.runs import layout
 from ldae.runs.folder import open_run
-from ldae.runs.layout import CLASSIFIER
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Plan, plan_run
 from ldae.train.optim import peak_lr
@@ -92,9 +92,9 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
     with open_evaluation("finetune", config.backbone, *data, setup) as graded:
         work = _prepare(config, graded, bf16)
         if dry_run:
-            print(_describe(work))
+            print(describe(config, _facts(work)))
             return None
-        with open_run(run, config, graded.train, graded.device):
+        with open_run(run, "fine-tuning", config, graded.train, graded.device):
             return _carry_out(work, run)
 
 
@@ -151,12 +151,12 @@ def _carry_out(work: Work, run: Path) -> dict:
     )
     network = trained.network
     results = accuracy(network, graded)
-    if distributed.is_main() and not (run / CLASSIFIER).exists():
-        save(network, run / CLASSIFIER, work, results)
+    if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
+        save(network, run / layout.CLASSIFIER, work, results)
     record = replace(graded, model=network).write(
         protocol_of(work), results, graded.model.num_features
     )
-    say(f"{run}: done; classifier in {run / CLASSIFIER}")
+    say(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 
 
@@ -253,20 +253,18 @@ names = model.pretrained_cfg["label_names"]
 """
 
 
-def _describe(work: Work) -> str:
+def _facts(work: Work) -> dict[str, str]:
     config, network, plan = work.config, work.graded.model, work.plan
     train: Source = work.graded.train
     count = sum(parameter.numel() for parameter in network.parameters())
-    modified = protocol_of(work).modified
-    return (
-        f"{tree.to_yaml(config)}\n"
-        f"recipe            {config.recipe}, version {config.version}, size {config.size}; changed: "
-        f"{', '.join(modified) or 'nothing'}\n"
-        f"parameters        {count:,}\n"
-        f"input             {asdict(preprocessing(network))}\n"
-        f"images            {len(train):,} in {train.spec}, {len(train.classes)} classes\n"
-        f"steps             {plan.steps:,} of {plan.batch_size} images, "
-        f"{plan.total:,} images seen\n"
-        f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
-        f"computed in       {'bfloat16' if work.bf16 else 'float32'} on {work.graded.device}"
-    )
+    modified = ", ".join(protocol_of(work).modified) or "nothing"
+    return {
+        "recipe": f"{config.recipe}, version {config.version}, size {config.size}; "
+        f"changed: {modified}",
+        "parameters": f"{count:,}",
+        "input": f"{asdict(preprocessing(network))}",
+        "images": f"{len(train):,} in {train.spec}, {len(train.classes)} classes",
+        "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
+        "learning rate": f"{peak_lr(config.optim):.3g} at its peak",
+        "computed in": f"{'bfloat16' if work.bf16 else 'float32'} on {work.graded.device}",
+    }

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from ldae import distributed, tree
-from ldae.console import say
+from ldae.console import describe, say
 from ldae.data.open import open_source
 from ldae.errors import InputError
 from ldae.pretraining.tokenizer import Fit, carry_out, open_fit, prepare
-from ldae.runs.layout import TOKENIZER
+from ldae.runs import layout
 from ldae.settings import Config
 from ldae.train.optim import peak_lr
 
@@ -31,14 +31,14 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
             raise InputError("tokenizer.path names a fitted tokenizer, and this verb fits one")
         fit = prepare(config, open_source(config.data.source, "train"), device, run)
         if dry_run:
-            print(_describe(fit))
+            print(describe(fit.config, _facts(fit)))
             return
         with open_fit(fit, run):
             carry_out(fit, run, row)
-        say(f"{run}: done; {TOKENIZER}, pictures in reconstructed.png")
+        say(f"{run}: done; {layout.TOKENIZER}, pictures in {layout.RECONSTRUCTED}")
 
 
-def _describe(fit: Fit) -> str:
+def _facts(fit: Fit) -> dict[str, str]:
     tokenizer, optim, plan = fit.tokenizer, fit.config.tokenizer.optim, fit.plan
     images = min(fit.config.tokenizer.fit_images or len(fit.source), len(fit.source))
     how = f"one pass over {images:,} images"
@@ -47,10 +47,9 @@ def _describe(fit: Fit) -> str:
             f"{plan.steps:,} steps of {plan.batch_size} images, {plan.total:,} images "
             f"seen, learning rate {peak_lr(optim):.3g} at its peak"
         )
-    return (
-        f"{tree.to_yaml(fit.config)}\n"
-        f"parameters        {sum(p.numel() for p in tokenizer.parameters()):,}\n"
-        f"tokens per image  {tokenizer.tokens}, each of {tokenizer.dim} numbers\n"
-        f"images            {len(fit.source):,} in {fit.source.spec}\n"
-        f"fitted in         {how}"
-    )
+    return {
+        "parameters": f"{sum(p.numel() for p in tokenizer.parameters()):,}",
+        "tokens per image": f"{tokenizer.tokens}, each of {tokenizer.dim} numbers",
+        "images": f"{len(fit.source):,} in {fit.source.spec}",
+        "fitted in": how,
+    }

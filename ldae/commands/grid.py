@@ -23,6 +23,7 @@ from ldae.evals.taps import Tap
 from ldae.files import write
 from ldae.method import LDAE
 from ldae.plots.heat_maps import HeatMap, save_heat_maps
+from ldae.runs import layout
 
 Input = Literal["clean", "noisy"]
 
@@ -106,8 +107,8 @@ def grid(
         best = max(cells, key=lambda cell: cell["held_out_top1"])
         folder = graded.folder(protocol)
         if is_main():
-            write(folder / "grid.md", table(cells, best).encode())
-            save_heat_maps(heat_maps(cells, best), folder / "grid.png")
+            write(folder / layout.GRID_TABLE, table(cells, best).encode())
+            save_heat_maps(heat_maps(cells, best), folder / layout.GRID_PICTURE)
         return graded.write(protocol, {**best, "cells": cells}, method.denoiser.shape.embed_dim)
 
 
@@ -213,7 +214,7 @@ def table(cells: list[dict], best: dict) -> str:
         f"In bold the cell that is best on the held-out tenth of train, with "
         f"{best['held_out_top1']:.2f} there: its number is the honest one. The highest of a table was "
         "chosen on what it reports. Each cell's learning rate was chosen on that tenth too; "
-        "results.json holds it, and the accuracy there.\n"
+        f"{layout.RESULTS} holds it, and the accuracy there.\n"
     )
 
 

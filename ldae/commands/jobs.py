@@ -10,9 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from ldae.cluster.requeue import RECORD, STATE
 from ldae.errors import InputError
-from ldae.runs.layout import JOBS
+from ldae.runs.layout import JOB_RECORD, JOB_STATE, JOBS
 
 _DEPTH = 3  # folders between the given one and that of jobs: runs/paper/l_dae/jobs
 _STATES = {"COMPLETED": "done", "RUNNING": "running", "COMPLETING": "running"}
@@ -55,7 +54,7 @@ def jobs(folder: Path = Path(), /) -> None:
 def statuses(folder: Path) -> list[Status]:
     """Of all jobs below a folder, in the order in which they were sent."""
     levels = ("*/" * depth for depth in range(_DEPTH + 1))
-    paths = [path for level in levels for path in folder.glob(f"{level}{JOBS}/*/{RECORD}")]
+    paths = [path for level in levels for path in folder.glob(f"{level}{JOBS}/*/{JOB_RECORD}")]
     found = ((_read(path), path.parent) for path in paths)
     records = sorted(
         ((record, place) for record, place in found if _is_job(record)),
@@ -74,7 +73,7 @@ def _is_job(record: dict) -> bool:
 
 
 def _status(record: dict, place: Path, known: dict[str, tuple[str, str]]) -> Status:
-    state = _read(place / STATE)
+    state = _read(place / JOB_STATE)
     told = str(state.get("said", ""))
     if record["id"] in known:
         now, told_by_slurm = known[record["id"]]

@@ -6,6 +6,7 @@ import torch
 
 from ldae import distributed, tree
 from ldae.backbones.fold import init_from, open_exported
+from ldae.console import describe
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.errors import InputError
@@ -14,6 +15,7 @@ from ldae.plots.pictures import save_denoising, save_filters
 from ldae.pretraining.online_knn import online_knn
 from ldae.pretraining.pictures import samples
 from ldae.pretraining.tokenizer import prepare, tokenizer_of_run
+from ldae.runs import layout
 from ldae.runs.folder import open_run
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
@@ -54,9 +56,9 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
             raise InputError(f"tokenizer.path: there is no {path}")
         exported = open_exported(config.init_from, method) if config.init_from else None
         if dry_run:
-            print(_describe(config, method, plan, source, device))
+            print(describe(config, _facts(config, method, plan, source, device)))
             return
-        with open_run(run, config, source, device):
+        with open_run(run, "pretraining", config, source, device):
             method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
             if exported:
                 init_from(method, exported)
@@ -79,27 +81,25 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
                 hooks=hooks,
             )
             if distributed.is_main():
-                pictures = ["denoised.png"]
+                pictures = [layout.DENOISED]
                 save_denoising(trained.eval(), samples(config, device), run / pictures[0])
                 if isinstance(trained.tokenizer, PatchTokenizer):
-                    pictures.append("filters.png")
+                    pictures.append(layout.FILTERS)
                     save_filters(trained.tokenizer, run / pictures[1])
                 print(f"{run}: done; pictures in {' and '.join(pictures)}")
 
 
-def _describe(
+def _facts(
     config: Config, method: LDAE, plan: Plan, source: Source, device: torch.device
-) -> str:
+) -> dict[str, str]:
     count = sum(p.numel() for p in method.denoiser.parameters())
     encoder = sum(p.numel() for p in method.denoiser.encoder.parameters())
     tokens = len(method.denoiser.pos_embed)
-    return (
-        f"{tree.to_yaml(config)}\n"
-        f"parameters        {count:,} ({encoder:,} in the encoder's blocks)\n"
-        f"tokens per image  {tokens}, each of {method.denoiser.embed.in_features} numbers\n"
-        f"images            {len(source):,} in {source.spec}\n"
-        f"steps             {plan.steps:,} of {plan.batch_size} images, "
-        f"{plan.total:,} images seen\n"
-        f"learning rate     {peak_lr(config.optim):.3g} at its peak\n"
-        f"computed in       {'bfloat16' if method.bf16 else 'float32'} on {device}"
-    )
+    return {
+        "parameters": f"{count:,} ({encoder:,} in the encoder's blocks)",
+        "tokens per image": f"{tokens}, each of {method.denoiser.embed.in_features} numbers",
+        "images": f"{len(source):,} in {source.spec}",
+        "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
+        "learning rate": f"{peak_lr(config.optim):.3g} at its peak",
+        "computed in": f"{'bfloat16' if method.bf16 else 'float32'} on {device}",
+    }

@@ -23,6 +23,7 @@ from ldae.distributed import (
 from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.plots.pictures import save_grid
+from ldae.runs import layout
 from ldae.sampling.album import Album, check_same, pack
 from ldae.sampling.generation import Choice, Create, sampler
 from ldae.sampling.settings import Sampling, check_settings
@@ -73,7 +74,11 @@ def sample(
         _check_channels(method, out)
         create, chosen, record = sampler(run, method, state, how, place, data, workers)
         if out is None:
-            out = run / "samples" / (_name(how, len(chosen.levels), state["images_seen"]) + ".png")
+            out = (
+                run
+                / layout.SAMPLES
+                / (_name(how, len(chosen.levels), state["images_seen"]) + ".png")
+            )
             _draw_grid(create, chosen, images, batch_size, place, out)
         elif out.suffix == ".npz":
             _write_npz(create, chosen, images, batch_size, place, record, out)

@@ -13,7 +13,7 @@ from ldae import cli
 from ldae.cluster import requeue, send
 from ldae.cluster.settings import Slurm, check_settings, folder_of, parse, split
 from ldae.errors import InputError, first_line
-from ldae.runs.layout import JOBS
+from ldae.runs import layout
 from ldae.tree import check_known, read_toml, replace
 
 _FIRST = "pretrain"
@@ -159,5 +159,6 @@ def _finish(jobs: Sequence[Any], folder: Path) -> list[str]:
         except SystemExit:  # the status of one that ran in this process
             pass
     return [
-        requeue.state(folder.absolute() / JOBS / job.job_id).get("state", "failed") for job in jobs
+        requeue.state(folder.absolute() / layout.JOBS / job.job_id).get("state", "failed")
+        for job in jobs
     ]

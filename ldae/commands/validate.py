@@ -18,6 +18,7 @@ from ldae.evals.evaluation import Evaluation, Setup, SourceSpec, home_of
 from ldae.evals.features import Encoder
 from ldae.files import check_writable, write
 from ldae.plots.pictures import save_grid
+from ldae.runs import layout
 from ldae.tree import check
 
 
@@ -154,7 +155,7 @@ def _grade(graded: Evaluation, protocol: ValidationProtocol, targets: Targets) -
         folder = graded.folder(protocol)
         rows = [list(row.values()) for row in transforms.values()]
         pictures = album(graded.eval, int(targets.images[0]), clean, rows)
-        save_grid(pictures, folder / "corruptions.png")
+        save_grid(pictures, folder / layout.CORRUPTIONS_PICTURE)
     cells: Cells = {}
     for name, row in transforms.items():
         cells[name] = {
@@ -165,7 +166,7 @@ def _grade(graded: Evaluation, protocol: ValidationProtocol, targets: Targets) -
             print(f"{name}: top-1 {numbers}", flush=True)
     shown = table(cells, results["top1"])
     if is_main():
-        write(folder / "corruptions.md", shown.encode())
+        write(folder / layout.CORRUPTIONS_TABLE, shown.encode())
         print(shown, end="")
     by_corruption = means(cells)
     mean = sum(by_corruption.values()) / len(by_corruption)

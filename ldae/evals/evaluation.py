@@ -21,6 +21,7 @@ from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
 from ldae.evals.features import Features, Precision, extract, known_labels
 from ldae.files import check_writable, write_json
+from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
@@ -105,7 +106,7 @@ class Evaluation:
             constants["top5_over"] = min(5, classes)
         if "modified" not in constants:
             constants["modified"] = changes(protocol)
-        path = self.folder(protocol) / "results.json"
+        path = self.folder(protocol) / layout.RESULTS
         random_init = self.setup.random_init
         record = {
             "task": self.task,
@@ -148,7 +149,7 @@ class Evaluation:
         if self.setup.random_init:
             parts.append("random-init")
         found = home_of(self.spec) / "-".join(dict.fromkeys(parts + changes(protocol, self.setup)))
-        if self._is_of_other_data(found / "results.json"):  # of the same name elsewhere
+        if self._is_of_other_data(found / layout.RESULTS):  # of the same name elsewhere
             places = f"{(self.train or self.eval).spec}\0{self.eval.spec}"
             digest = hashlib.sha256(places.encode()).hexdigest()[:8]
             found = found.with_name(f"{found.name}-{digest}")
@@ -167,7 +168,7 @@ class Evaluation:
 def home_of(spec: str) -> Path:
     """Where the evaluations of a backbone go that are not told where."""
     folder = backbone_folder(spec)
-    return folder / "evals" if folder else Path("evals", file_name(spec))
+    return folder / layout.EVALS if folder else Path(layout.EVALS, file_name(spec))
 
 
 def changes(*settings: Any) -> list[str]:

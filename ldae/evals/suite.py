@@ -10,6 +10,7 @@ from typing import Any
 
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup, file_name
+from ldae.runs import layout
 from ldae.tree import check, check_known, checked, read_toml
 
 Graders = dict[str, Callable[..., dict]]
@@ -57,7 +58,7 @@ class Cell:
 
     @property
     def results(self) -> Path:
-        return self.setup.out / "results.json"
+        return self.setup.out / layout.RESULTS
 
 
 def read_suite(path: Path, specs: tuple[str, ...], setup: Setup, graders: Graders) -> list[Cell]:

@@ -21,10 +21,10 @@ from ldae.method import build_tokenizer, shape_of
 from ldae.plots.pictures import save_reconstruction
 from ldae.pretraining.pictures import samples
 from ldae.pretraining.reconstruction import measure_reconstruction
+from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.folder import open_run
-from ldae.runs.layout import RECONSTRUCTION, TOKENIZER
 from ldae.settings import Config
 from ldae.tokenizers import Tokenizer
 from ldae.tokenizers.losses import TokenizerLoss, Weights
@@ -88,7 +88,7 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     if tokenizer.trained and not config.tokenizer.pretrained:
         plan = plan_run(len(source), config.tokenizer.optim, config.system)
     fit = Fit(config, source, device, tokenizer, _pixel_stats(config), plan)
-    if plan and not (config.tokenizer.path or (run / TOKENIZER).exists()):
+    if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
         start = config.tokenizer.adversarial_start
         if config.tokenizer.adversarial_weight and start >= plan.steps:
             raise InputError(
@@ -104,8 +104,8 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
 def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
     """The tokenizer of a pre-training in ``run``: the fitted one there or at tokenizer.path, or a new
     fit. One that is trained is a run of its own in the sub-folder tokenizer."""
-    path, given = run / TOKENIZER, fit.config.tokenizer.path
-    folder = run / "tokenizer" if fit.plan else run
+    path, given = run / layout.TOKENIZER, fit.config.tokenizer.path
+    folder = run / layout.TOKENIZER_RUN if fit.plan else run
     if path.exists() and (given or fit.plan):
         tokenizers.load(fit.tokenizer, path)
         return fit.tokenizer
@@ -120,14 +120,14 @@ def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
 
 def open_fit(fit: Fit, run: Path) -> AbstractContextManager:
     patch_size = {"model.patch_size": fit.tokenizer.patch_size}
-    begun = (run / TOKENIZER).exists()
+    begun = (run / layout.TOKENIZER).exists()
     config = tree.replace(fit.config, patch_size)
-    return open_run(run, config, fit.source, fit.device, _UNREAD, begun)
+    return open_run(run, "tokenizer", config, fit.source, fit.device, _UNREAD, begun)
 
 
 def carry_out(fit: Fit, run: Path, row: str) -> None:
     """Fit in an opened folder, or load what was fitted there, and report if that was not done yet."""
-    path = run / TOKENIZER
+    path = run / layout.TOKENIZER
     if path.exists():
         tokenizers.load(fit.tokenizer, path)
         fit.tokenizer.to(fit.device)
@@ -135,7 +135,7 @@ def carry_out(fit: Fit, run: Path, row: str) -> None:
         _train(fit, run, row) if fit.tokenizer.trained else _fit_axes(fit)
         if distributed.is_main():
             tokenizers.save(fit.tokenizer, path)
-    if not (run / RECONSTRUCTION).exists():
+    if not (run / layout.RECONSTRUCTION).exists():
         _report(fit, run, row)
     distributed.barrier()
     fit.tokenizer.cpu()
@@ -203,7 +203,7 @@ def _report(fit: Fit, run: Path, row: str) -> None:
     results = measure_reconstruction(tokenizer, images, fit.distances())
     if not distributed.is_main():
         return
-    save_reconstruction(tokenizer, samples(config, fit.device), run / "reconstructed.png")
+    save_reconstruction(tokenizer, samples(config, fit.device), run / layout.RECONSTRUCTED)
     record = {
         "row": row,
         "tokenizer": tokenizers.describe(tokenizer),
@@ -211,7 +211,7 @@ def _report(fit: Fit, run: Path, row: str) -> None:
         "results": results,
         "environment": environment(fit.device),
     }
-    files.write_json(run / RECONSTRUCTION, record)
+    files.write_json(run / layout.RECONSTRUCTION, record)
     told = [f"{name} {value:.4g}" for name, value in results.items() if name != "images"]
     where = f"{results['images']:,} images of {source.spec}"
     say(f"{config.tokenizer.name}: {', '.join(told)} over {where}")

@@ -1,7 +1,6 @@
 """Checkpoints: complete or absent, opened without unpickling anything but tensors."""
 
 import pickle
-import re
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -11,22 +10,22 @@ import torch
 from ldae.distributed import gather_values, is_main
 from ldae.errors import InputError, first_line
 from ldae.files import PARTIAL, replacing, told
+from ldae.runs import layout
 
 _KEYS = ("images_seen", "model", "average", "optimizer", "describe")
-_NAME = re.compile(r"images-(\d{12})\.pt")
 
 
 class Checkpoints:
     """The checkpoints of one run folder, by images seen. ``keep`` of 0 keeps all of them."""
 
     def __init__(self, run: Path, keep: int = 0) -> None:
-        self.folder, self.keep = Path(run) / "checkpoints", keep
+        self.folder, self.keep = Path(run) / layout.CHECKPOINTS, keep
 
     def paths(self) -> list[Path]:
         """Oldest first."""
         if not self.folder.is_dir():
             return []
-        found = (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        found = (path for path in self.folder.iterdir() if layout.images_seen(path) is not None)
         return sorted(path for path in found if path.is_file())
 
     def save(self, state: dict) -> Path:
@@ -37,7 +36,7 @@ class Checkpoints:
 
         Raises: InputError when the disk does not take it; what was saved before is still there.
         """
-        path = self.folder / f"images-{state['images_seen']:012d}.pt"
+        path = self.folder / layout.checkpoint(state["images_seen"])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(f"*{PARTIAL}"):

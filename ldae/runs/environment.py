@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 import ldae
+from ldae.runs import layout
 
-GIT = "git.json"  # beside a copy of this package: the checkout that it was made of
 _PACKAGES = (
     "ldae",
     "torch",
@@ -64,8 +64,8 @@ def _cpu_name() -> str:
 def git_state() -> dict | None:
     """Commit and cleanness of the checkout that the package runs from; None when installed."""
     here = Path(ldae.__file__).resolve().parent
-    if (here.parent / GIT).is_file():
-        return json.loads((here.parent / GIT).read_text(encoding="utf-8"))
+    if (here.parent / layout.GIT).is_file():
+        return json.loads((here.parent / layout.GIT).read_text(encoding="utf-8"))
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(here), *args]

@@ -14,8 +14,8 @@ from pathlib import Path
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.files import told
+from ldae.runs import layout
 
-LOCK = "running.json"
 _BEAT, _PATIENCE = 5.0, 30.0  # seconds between two signs of life, and until there should be another
 
 # What a file system answers that has no locks, or none between machines.
@@ -37,7 +37,7 @@ def locked(run: Path) -> Iterator[None]:
     if not is_main():
         yield
         return
-    path = run / LOCK
+    path = run / layout.LOCK
     with told(path):
         file = _take(path)
     ended = threading.Event()

@@ -8,6 +8,7 @@ from ldae.console import duration
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.files import told, write
+from ldae.runs import layout
 
 
 class Metrics:
@@ -23,7 +24,7 @@ class Metrics:
         self.file = self.board = self.wandb = None
         if not is_main():
             return
-        self.path = run / "metrics.jsonl"
+        self.path = run / layout.METRICS
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         kept = [line + "\n" for line in lines if _images(line) <= seen]
         write(self.path, "".join(kept).encode())
@@ -33,7 +34,7 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise _missing("tensorboard") from None
-            self.board = SummaryWriter(run / "tensorboard", purge_step=seen)
+            self.board = SummaryWriter(run / layout.TENSORBOARD, purge_step=seen)
         if wandb:
             try:
                 import wandb as client

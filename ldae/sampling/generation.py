@@ -16,12 +16,11 @@ from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.objective import IMAGE_TARGETS
 from ldae.prediction import PREDICTIONS
+from ldae.runs.kinds import settings_of
 from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import Sampling
 from ldae.sampling.start import LatentGaussian, gaussian_of_run
-from ldae.settings import Config
-from ldae.tree import load
 
 Create = Callable[[torch.Tensor], torch.Tensor]
 """Numbers of pictures, int64 (B,) on the device -> uint8 (B, C, H, W) on the CPU."""
@@ -222,7 +221,7 @@ def sampler(
     method.bf16 = how.precision == "bf16"
     gaussian = None
     if not drowned(method, chosen.levels[0]):
-        config = load(run / "config.yaml", Config())
+        config = settings_of(run, "pretraining")
         gaussian = gaussian_of_run(run, config, method, device, data, workers)
     record = asdict(how) | {
         "run": run.resolve().name,

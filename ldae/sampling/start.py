@@ -14,12 +14,12 @@ from ldae.data.open import open_source
 from ldae.distributed import barrier, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.method import LDAE
+from ldae.runs import layout
 from ldae.settings import Config
 from ldae.tokenizers import PatchPCA
 from ldae.tokenizers.moments import Moments
 from ldae.train.run import transform_of
 
-FILE = "latents.safetensors"
 _BATCH = 256
 _AXES_IMAGES = 1024  # of 64 tokens and more each, for at most 768 axes
 
@@ -93,7 +93,7 @@ def gaussian_of_run(
 
     Raises: InputError when the source can not be opened, BadImage for one that can not be decoded.
     """
-    path = run / FILE
+    path = run / layout.LATENTS
     tokenizer = files.state_hash(method.tokenizer.state_dict())
     known = LatentGaussian.load(path) if path.is_file() else None
     barrier()  # every rank has looked before one of them writes

@@ -90,7 +90,7 @@ def test_offline_is_told(monkeypatch):
 
 
 def test_folder_and_file_without_architecture_are_told(tmp_path):
-    with pytest.raises(InputError, match="neither a config.yaml nor a config.json"):
+    with pytest.raises(InputError, match="neither a run nor the config.json of a timm model"):
         load_backbone(tmp_path)
     file = tmp_path / "weights.pth"
     torch.save({}, file)
@@ -144,11 +144,18 @@ def test_broken_timm_folder_is_told(folder):
         load_backbone(path)
 
 
+def test_a_timm_folder_with_another_programs_config_opens(folder):
+    model, path = folder
+    (path / "config.yaml").write_text("trainer: {gpus: 8}\n")
+    assert backbone_folder(path) == path
+    assert load_backbone(path).num_features == model.num_features
+
+
 def test_run_folder_gives_the_exported_backbone_or_its_control(tmp_path, monkeypatch):
     backbone = trained()
     backbone.model_args |= {"num_classes": 0}  # as the export gives them
     monkeypatch.setattr("ldae.backbones.run.backbone_of_run", lambda path: backbone)
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("kind: pretraining\n")
     assert backbone_folder(tmp_path) == tmp_path
     assert load_backbone(tmp_path) is backbone
     control = load_backbone(tmp_path, random_init=True, seed=7)  # the seed of the stand-in
@@ -173,7 +180,7 @@ def test_what_has_no_classifier_is_told(folder, tmp_path):
     model.reset_classifier(0)
     timm.models.save_for_hf(model, path, safe_serialization=True)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "config.yaml").write_text("kind: pretraining\n")
     for spec in (path, tmp_path / "run", "pixels:16"):
         with pytest.raises(InputError, match=f"{re.escape(str(spec))} has no classifier"):
             load_classifier(spec)

@@ -65,7 +65,7 @@ def test_without_sbatch_it_is_told(monkeypatch):
 
 
 def test_a_jobs_folder_is_that_of_its_run(tmp_path):
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("kind: pretraining\n")
     assert folder_of(Slurm(), ["x", "--run", "a b"]) == Path("a b")
     assert folder_of(Slurm(), ["x", "--run=a b"]) == Path("a b")
     assert folder_of(Slurm(), [str(tmp_path), "--data", "x"]) == tmp_path

@@ -20,6 +20,7 @@ from ldae.finetuning import recipes
 from ldae.finetuning.network import Classification
 from ldae.finetuning.settings import FinetuneConfig
 from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.kinds import settings_of
 from ldae.train.interrupt import Interrupted
 
 SHAPE = dict(
@@ -92,7 +93,7 @@ def test_it_learns_and_leaves_what_it_says(tiny, exported, tmp_path, capsys):
         "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "results.json",
         "classifier",
     }  # fmt: skip
-    assert tree.load(run / "config.yaml", FinetuneConfig()) == config
+    assert settings_of(run, "fine-tuning") == config
     curve = lines(run)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
     tops = [line["top1"] for line in curve if "top1" in line]
@@ -250,7 +251,10 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="holds another run: optim.epochs is 0.1 there, 2.0 here"):
         finetune(tiny(optim__epochs=2.0, optim__warmup_epochs=0.01), run)
     (run / "config.yaml").write_text("noise: {steps: 3}\n")
-    with pytest.raises(InputError, match="holds another kind of run"):
+    with pytest.raises(InputError, match="config.yaml: there is no setting 'noise.steps'"):
+        finetune(tiny(), run)
+    (run / "config.yaml").write_text("kind: pretraining\nnoise: {steps: 3}\n")
+    with pytest.raises(InputError, match="run holds a pre-training, not a fine-tuning"):
         finetune(tiny(), run)
 
 

@@ -21,6 +21,7 @@ from ldae.commands.fit_tokenizer import fit_tokenizer
 from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
 from ldae.pretraining import tokenizer as verb
+from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
@@ -200,7 +201,7 @@ def test_two_gloo_ranks_are_one_process(tmp_path):
     changes = {"tokenizer.optim.blr": 1e-2}
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--")
     subprocess.run(command(tmp_path / "two", *torchrun, **changes), check=True, capture_output=True)
-    config = tree.load(tmp_path / "two.yaml", ldae.config("patch_vae"))
+    config = kinds.load(tmp_path / "two.yaml", "tokenizer", ldae.config("patch_vae"))
     fit_tokenizer(config, tmp_path / "one", "patch_vae")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
@@ -234,7 +235,7 @@ def test_a_fitted_tokenizer_serves_a_pretraining(tiny, tmp_path):
         config = tiny("linear_gamma2", tokenizer__path=path, tokenizer__width=16)
         pretrain(config, tmp_path / "other", "linear_gamma2")
     assert not (tmp_path / "other").exists()
-    with pytest.raises(InputError, match="holds no pre-training, but the tokenizer of no_adversar"):
+    with pytest.raises(InputError, match="fit holds a tokenizer, not a pre-training"):
         load_run(tmp_path / "fit")
 
 

@@ -23,8 +23,8 @@ from ldae import distributed, tree
 from ldae.commands import pretrain as verb
 from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
+from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
-from ldae.settings import Config
 from ldae.train.interrupt import Interrupted
 
 FORK = multiprocessing.get_context("fork")  # torch is imported already
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_says(row, tiny, tmp_path, capsys):
         "config.yaml", "environment.json", "tokenizer.safetensors", "metrics.jsonl",
         "checkpoints", "filters.png", "denoised.png", "reconstruction.json", "reconstructed.png",
     }  # fmt: skip
-    assert tree.load(run / "config.yaml", Config()) == config
+    assert kinds.settings_of(run, "pretraining") == config
     records = lines(run)
     assert records[-1]["images"] == 192
     if row.startswith("l_dae"):  # eps takes longer than this to be predicted better than by 0
@@ -185,7 +185,7 @@ def test_two_gloo_ranks_are_one_process_and_each_goes_on_for_the_other(tiny, tmp
     changes = {"optim.epochs": 1, "optim.blr": 1e-3, "tokenizer.fit_images": 32, "system.keep": 0}
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command(two, *TORCHRUN, **changes), check=True, capture_output=True)
-    config = tree.load(two / "config.yaml", Config())
+    config = kinds.settings_of(two, "pretraining")
     pretrain(config, one, "l_dae")
     assert_close(one, two)
     pretrain(config, half(two, tmp_path / "two then one"), "l_dae")
@@ -263,10 +263,11 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="images was 64 then, and is 65 now"):
         moved = tmp_path / "moved"
         shutil.copytree(run, moved)
-        (moved / "config.yaml").write_text(tree.to_yaml(tiny(data__source="scattered-digits:65")))
-        pretrain(tiny(data__source="scattered-digits:65"), moved, "l_dae")
+        config = tiny(data__source="scattered-digits:65")
+        (moved / "config.yaml").write_text(kinds.to_yaml(config, "pretraining"))
+        pretrain(config, moved, "l_dae")
     (run / "config.yaml").write_text("")
-    with pytest.raises(InputError, match="run holds another kind of run: its config.yaml is empty"):
+    with pytest.raises(InputError, match="run is damaged: its config.yaml is empty"):
         pretrain(tiny(), run, "l_dae")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
@@ -323,7 +324,7 @@ def test_the_images_of_a_run_may_move_and_not_change(folder, tiny, tmp_path, mon
         pretrain(other, tmp_path / "copy", "l_dae")
     with pytest.raises(InputError, match="the hash of the images' names was"):
         pretrain(config, tmp_path / "copy", "l_dae")
-    assert tree.load(tmp_path / "copy" / "config.yaml", Config()) == config
+    assert kinds.settings_of(tmp_path / "copy", "pretraining") == config
 
 
 def test_a_first_start_that_failed_leaves_the_folder_free(tiny, tmp_path):

@@ -21,10 +21,11 @@ from ldae.commands.pretrain import pretrain
 from ldae.commands.sample import sample
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.layout import LATENTS
 from ldae.sampling import album
 from ldae.sampling.album import Album
 from ldae.sampling.settings import Sampling
-from ldae.sampling.start import FILE, LatentGaussian
+from ldae.sampling.start import LatentGaussian
 
 FEW = {"steps": 6}
 KINDS = {
@@ -102,7 +103,7 @@ def test_two_ranks_draw_what_one_draws(run, tmp_path):
     """Seven pictures in batches of two: neither comes out even. The Gaussian is fitted by both."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    for made in ("samples", FILE):
+    for made in ("samples", LATENTS):
         path = copy / made
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     with socket.socket() as free:
@@ -118,7 +119,7 @@ def test_two_ranks_draw_what_one_draws(run, tmp_path):
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     alone = opened(draw(run, tmp_path / "alone", 7))
-    shared, single = (LatentGaussian.load(path / FILE) for path in (copy, run))
+    shared, single = (LatentGaussian.load(path / LATENTS) for path in (copy, run))
     torch.testing.assert_close(shared.covariance, single.covariance)
     assert np.abs(opened(tmp_path / "folder") - alone).max() <= 1
     assert np.abs(np.load(tmp_path / "one.npz")["arr_0"].astype(int) - alone).max() <= 1

@@ -12,7 +12,8 @@ import pytest
 
 from ldae.errors import InputError
 from ldae.runs import lock
-from ldae.runs.lock import LOCK, locked
+from ldae.runs.layout import LOCK
+from ldae.runs.lock import locked
 
 FORK = multiprocessing.get_context("fork")
 

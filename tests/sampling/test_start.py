@@ -8,6 +8,7 @@ from ldae.data.open import open_source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.method import build
+from ldae.runs.layout import LATENTS
 from ldae.sampling import start
 from ldae.sampling.start import LatentGaussian, fit_gaussian, gaussian_of_run
 
@@ -91,9 +92,9 @@ def test_it_is_kept_and_fitted_again_when_it_does_not_fit(seen, tmp_path, monkey
     method.tokenizer.scales.mul_(2)
     gaussian_of_run(tmp_path, config, method, CPU)
     assert calls[2:] == [DATA]
-    (tmp_path / start.FILE).write_bytes(b"half")
+    (tmp_path / LATENTS).write_bytes(b"half")
     with pytest.raises(InputError, match="latents.safetensors is damaged"):
-        LatentGaussian.load(tmp_path / start.FILE)
+        LatentGaussian.load(tmp_path / LATENTS)
 
 
 def test_the_images_are_as_many_as_the_tokenizers(seen):

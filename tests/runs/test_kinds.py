@@ -1,0 +1,233 @@
+"""The kind of a run is written, read back, inferred from older folders, and never mistaken."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from ldae import cli
+from ldae.cluster.settings import Slurm, folder_of
+from ldae.data.open import open_source
+from ldae.errors import InputError
+from ldae.finetuning.settings import FinetuneConfig
+from ldae.runs import kinds
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.folder import open_run
+from ldae.settings import Config, DataSettings, ExecutionSettings
+from ldae.tree import flatten
+
+# The kinds are the names of its folders.
+BEFORE = Path(__file__).parent / "written_before"
+WORDS = {
+    "pretraining": "a pre-training",
+    "tokenizer": "a tokenizer",
+    "fine-tuning": "a fine-tuning",
+}
+PAIRS = [(own, other) for own in WORDS for other in WORDS if own != other]
+
+
+def before(kind: str) -> Path:
+    """The folder that a run of this kind was written into before runs had one."""
+    return BEFORE / kind.replace("-", "")
+
+
+def open_as(run: Path, kind: str, config: object) -> None:
+    with open_run(run, kind, config, open_source("scattered-digits:64", "train"), "cpu"):
+        pass
+
+
+def settings(kind: str) -> object:
+    return FinetuneConfig() if kind == "fine-tuning" else Config()
+
+
+def in_words(own: str, other: str) -> str:
+    return f"holds {WORDS[own]}, not {WORDS[other]}"
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_kind_is_written_and_read_back(kind, tmp_path):
+    open_as(tmp_path, kind, settings(kind))
+    assert (tmp_path / "config.yaml").read_text().splitlines()[0] == f"kind: {kind}"
+    assert kinds.kind_of(tmp_path) == kind
+    assert kinds.settings_of(tmp_path, kind) == settings(kind)
+    open_as(tmp_path, kind, settings(kind))
+
+
+@pytest.mark.parametrize("own, other", PAIRS)
+def test_a_run_is_not_taken_for_another(own, other, tmp_path):
+    open_as(tmp_path, own, settings(own))
+    written = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(InputError, match=in_words(own, other)):
+        open_as(tmp_path, other, settings(other))
+    with pytest.raises(InputError, match=in_words(own, other)):
+        kinds.settings_of(tmp_path, other)
+    assert (tmp_path / "config.yaml").read_text() == written
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_an_older_folder_is_recognised_and_gets_its_kind(kind, tmp_path):
+    run = shutil.copytree(before(kind), tmp_path / "run")
+    assert "kind" not in (run / "config.yaml").read_text()
+    assert kinds.kind_of(run) == kind
+    for other in WORDS.keys() - {kind}:
+        with pytest.raises(InputError, match=in_words(kind, other)):
+            open_as(run, other, settings(other))
+    open_as(run, kind, kinds.settings_of(run, kind))
+    assert (run / "config.yaml").read_text().splitlines()[0] == f"kind: {kind}"
+    assert kinds.settings_of(run, kind) == kinds.settings_of(before(kind), kind)
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_an_older_folder_without_a_checkpoint_is_judged_by_its_settings(kind, tmp_path):
+    shutil.copy(before(kind) / "config.yaml", tmp_path)
+    alike = ("pretraining", "tokenizer")
+    for asked in WORDS:
+        if asked == kind or {asked, kind} == {*alike}:  # whose settings are the same
+            assert kinds.settings_of(tmp_path, asked)
+        else:
+            with pytest.raises(InputError, match=f"not {WORDS[asked]}"):
+                kinds.settings_of(tmp_path, asked)
+    open_as(tmp_path, kind, kinds.settings_of(tmp_path, kind))
+    assert kinds.kind_of(tmp_path) == kind
+
+
+COMMANDS = [
+    ["sample", "RUN"],
+    ["export", "RUN", "out"],
+    ["grid", "RUN", "--data", "digits"],
+    ["fid", "RUN"],
+    ["knn", "RUN", "--data", "digits"],
+]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "fine-tuning"])
+@pytest.mark.parametrize("argv", COMMANDS, ids=lambda argv: argv[0])
+def test_a_command_for_pretrainings_names_what_it_was_given(
+    argv, kind, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    run = str(before(kind))
+    assert cli.main([run if word == "RUN" else word for word in argv]) == 2
+    told = capsys.readouterr().err
+    assert in_words(kind, "pretraining") in told and len(told.splitlines()) == 1
+
+
+TO_FOLDERS = [
+    ["pretrain", "l_dae", "--data", "scattered-digits:64", "--optim.batch-size", "8"],
+    ["fit-tokenizer", "l_dae", "--data", "scattered-digits:64"],
+    ["finetune", str(BEFORE / "backbone"), "--recipe", "mae", "--data", "scattered-digits:64"],
+]
+SMALL = ["--data.img-size", "32", "--model.name", "vit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["sample", "RUN"], "is not a run folder: its config.yaml is of no run"),
+        (["export", "RUN", "out"], "is not a run folder: its config.yaml is of no run"),
+        (["grid", "RUN", "--data", "digits"], "is not a run folder: its config.yaml is of no run"),
+        (
+            ["fid", "RUN", "digits", "--steps", "3"],
+            "steps is for samples of a run, and RUN is no run",
+        ),
+        (
+            ["knn", "RUN", "--data", "digits"],
+            "the folder RUN holds neither a run nor the config.json of a timm",
+        ),
+        (["jobs", "RUN"], "no job was sent from RUN"),
+        *(([*argv, "--run", "RUN"], "RUN is not empty and holds no run") for argv in TO_FOLDERS),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_a_folder_that_is_no_run_is_told_so(argv, sentence, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("RUN").mkdir()
+    Path("RUN", "config.yaml").write_text("trainer: {gpus: 8}\n")  # another program's
+    if argv[0] in ("pretrain", "fit-tokenizer"):
+        argv = [*argv, *SMALL]
+    assert kinds.kind_of(Path("RUN")) is None
+    assert folder_of(Slurm(), ["RUN"]) == Path()
+    assert cli.main(argv) == 2
+    told = capsys.readouterr().err
+    assert sentence in told and len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("", "run is damaged: its config.yaml is empty"),
+        ("{", "config.yaml is not a YAML file"),
+        ("kind: [1]\n", "run is of the kind '\\[1\\]', and there are pretraining, tokenizer"),
+        ("kind: mae\n", "run is of the kind 'mae', and there are pretraining, tokenizer, fine-tun"),
+        (
+            "kind: pretraining\nmodel: {deep: 1}\n",
+            "no setting 'model.deep'; the nearest is 'model.d",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_told_in_a_sentence(content, sentence, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(content)
+    with pytest.raises(InputError, match=sentence):
+        kinds.settings_of(tmp_path / "run", "pretraining")
+
+
+def test_the_settings_of_a_run_stand_in_place_of_a_row(capsys, tmp_path):
+    """And those of another kind do not."""
+    verbs = {"pretraining": "pretrain", "tokenizer": "fit-tokenizer"}
+    for kind, verb in verbs.items():
+        for given in WORDS:
+            file = tmp_path / f"{given}.yaml"
+            file.write_text(kinds.to_yaml(settings(given), given))
+            argv = [
+                verb,
+                str(file),
+                "--data",
+                "scattered-digits:64",
+                "--run",
+                str(tmp_path / "run"),
+            ]
+            status, told = cli.main([*argv, "--dry-run"]), capsys.readouterr()
+            if given == kind:
+                assert status == 0 and "kind:" not in told.out
+            else:
+                assert status == 2
+                assert f"{given}.yaml is of the kind '{given}', not '{kind}'" in told.err
+
+
+def test_a_kind_is_no_setting(capsys):
+    """It is a line of config.yaml alone: no flag, and in no tree of settings."""
+    for kind in kinds.KINDS.values():
+        assert "kind" not in {name.partition(".")[0] for name in flatten(kind.defaults())}
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "l_dae", "--run", "x", "--kind", "tokenizer"])
+    assert "kind" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """The settings of a kind that is not there."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    system: ExecutionSettings = field(default_factory=ExecutionSettings)
+    masked: float = 0.75
+    seed: int = 0
+
+
+def test_a_class_and_a_line_are_another_kind(monkeypatch, tmp_path):
+    line = kinds.Kind("a masked pre-training", f"{__name__}:MadeUp")
+    monkeypatch.setitem(kinds.KINDS, "masked", line)
+    run = tmp_path / "run"
+    open_as(run, "masked", MadeUp(masked=0.5))
+    assert kinds.kind_of(run) == "masked"
+    assert kinds.settings_of(run, "masked") == MadeUp(masked=0.5)
+    assert folder_of(Slurm(), [str(run)]) == run
+    with pytest.raises(InputError, match="holds a masked pre-training, not a pre-training"):
+        open_as(run, "pretraining", Config())
+    state = {"images_seen": 8, "model": {}, "average": None, "optimizer": {}}
+    Checkpoints(run).save(state | {"describe": {"row": "masked 0.5"}})
+    with pytest.raises(InputError, match="masked is 0.5 there, 0.6 here"):
+        open_as(run, "masked", MadeUp(masked=0.6))
+    for kind in WORDS:
+        assert kinds.kind_of(before(kind)) == kind
