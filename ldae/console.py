@@ -3,21 +3,21 @@
 import sys
 from typing import Any
 
-from ldae import distributed
+from ldae.distributed import is_main
 
 
-def progress(total: int, what: str) -> Any:
-    """A tqdm bar on rank 0, which a log file gets a line of only now and then."""
+def progress(total: int, description: str) -> Any:
+    """Return a tqdm bar that only rank 0 shows: every 0.1 s on a terminal, every 30 s in a log."""
     from tqdm import tqdm
 
-    from ldae.distributed import is_main
-
     seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total, desc=what, leave=False, disable=not is_main(), mininterval=seconds)
+    return tqdm(
+        total=total, desc=description, leave=False, disable=not is_main(), mininterval=seconds
+    )
 
 
-def duration(seconds: float) -> str:
-    """``93784`` as ``1d 02:03:04``."""
+def format_duration(seconds: float) -> str:
+    """Return a duration as a clock, such as ``1d 02:03:04`` for 93784 seconds."""
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -25,6 +25,7 @@ def duration(seconds: float) -> str:
     return f"{days}d {clock}" if days else clock
 
 
-def say(line: str) -> None:
-    if distributed.is_main():
+def print_main(line: str) -> None:
+    """Print a line on rank 0 only."""
+    if is_main():
         print(line, flush=True)

@@ -151,7 +151,7 @@ def test_a_folder_that_takes_no_results_is_told(capsys, tmp_path):
     (tmp_path / "text.txt").touch()
     argv = ["knn", "pixels", "--data", "scattered-digits:50", "--k", "5", "--workers", "0"]
     status, _, err = call(capsys, *argv, "--out", str(tmp_path / "text.txt"))
-    assert status == 2 and "text.txt" in err and "can not be written" in err
+    assert status == 2 and "text.txt" in err and "cannot be written" in err
 
 
 def test_too_many_neighbours_are_told(capsys):

@@ -139,7 +139,7 @@ def send(
 
     check_settings(settings)
     jobs = _carried(folder) / JOBS
-    with files.told(jobs):
+    with files.report_write_errors(jobs):
         code = _snapshot(jobs)
         executor = submitit.AutoExecutor(jobs / "%j", cluster=settings.cluster)
     executor.update_parameters(**_parameters(commands, settings, jobs, code, after))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ldae.distributed import is_main
 from ldae.errors import InputError
-from ldae.files import told
+from ldae.files import report_write_errors
 
 LOCK = "running.json"
 _BEAT, _PATIENCE = 5.0, 30.0  # seconds between two signs of life, and until there should be another
@@ -38,7 +38,7 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     path = run / LOCK
-    with told(path):
+    with report_write_errors(path):
         file = _take(path)
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(file, ended), daemon=True)

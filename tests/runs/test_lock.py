@@ -133,5 +133,5 @@ def test_a_process_that_ends_while_it_is_watched_is_not_waited_for(tmp_path, mon
 
 def test_a_folder_that_can_not_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file.* can not be written: "):
+    with pytest.raises(InputError, match="file.* cannot be written: "):
         take(tmp_path / "file")
