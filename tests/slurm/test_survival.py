@@ -98,7 +98,7 @@ def test_a_port_that_is_taken_costs_one_start(send, assert_undisturbed):
     with socket.create_server(("", send._port(job.id))):
         shell("scontrol", "release", job.id)
         assert job.finish() == "COMPLETED", job.told()
-    assert job.known("Restarts") == "1" and "could not join the others at sln" in job.said()
+    assert job.known("Restarts") == "1" and "could not join the other ranks at sln" in job.said()
     assert_undisturbed(job)
 
 
