@@ -54,7 +54,7 @@ def _status_file(folder: Path, rank: int) -> Path:
 def finish_local(status: int, folder: Path) -> int:
     """Record how a job on this machine ended, decide on a requeue, and return the exit status.
 
-    Only SIGUSR2, the signal of the time limit, requeues the job: who sends SIGTERM wants it to end.
+    Only SIGUSR2, the signal of the time limit, requeues the job. SIGTERM ends the job for good.
     """
     if status != 128 + signal.SIGUSR2:
         _conclude(folder, status, f"stopped by {_signal_name(status)}" if status >= 128 else "")
@@ -135,9 +135,9 @@ def _query_slurm(job: str) -> dict[str, str]:
 
 
 def _is_cancelled(info: dict[str, str]) -> bool:
-    """Return whether somebody ended the job, and not its time limit, a preemption or a lost node.
+    """Return whether somebody cancelled the job, unlike a time limit, preemption or lost node.
 
-    Whatever the reason, the state of an ending job is COMPLETING until its batch script has ended.
+    While its batch script runs, an ending job has the state COMPLETING, whatever ended the job.
     """
     if info.get("JobState") not in ("CANCELLED", "COMPLETING"):
         return False
