@@ -1,4 +1,4 @@
-# The commands set themselves up: Python 3.11+ and make are all they need; test-slurm installs a SLURM.
+# The targets install all they need except Python 3.11+ and make; test-slurm installs a SLURM.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,11 +11,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
-# 69: there can be no SLURM on this machine, which only continuous integration may not pass over.
+# Exit status 69: SLURM cannot be installed here. Then only continuous integration (CI) fails.
 test-slurm: $(VENV)/installed-test
 	@tools/slurm_local.sh with "$$(mktemp -d)" $(BIN)/python -m pytest tests/slurm --numprocesses=3; status=$$?; \
 	if [ $$status = 69 ] && [ -z "$$CI" ]; then \
-		echo "test-slurm: skipped, for SLURM can not be installed here"; \
+		echo "test-slurm: skipped, because SLURM cannot be installed here"; \
 	else exit $$status; fi
 
 clean:

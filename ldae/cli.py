@@ -127,11 +127,10 @@ def _stopped_by_schedulers() -> Iterator[None]:
 
 def _run(verb: str, argv: Sequence[str]) -> None:
     """Call the function of a verb here, or send the command to where its flags of --slurm say."""
-    from ldae.cluster.send import log_of, send
-    from ldae.cluster.settings import FLAG, folder_of, split
-    from ldae.cluster.settings import parse as parse_flags
+    from ldae.cluster.send import log_path, send
+    from ldae.cluster.settings import FLAG, folder_of, parse_flags, split_flags
 
-    own, flags = split(argv)
+    own, flags = split_flags(argv)
     if _asks_help(own) and verb not in _WITHOUT_JOBS:
         try:
             _call(verb, own)
@@ -145,7 +144,7 @@ def _run(verb: str, argv: Sequence[str]) -> None:
         settings = parse_flags(flags, prog=f"ldae {verb} ...")
         parse(verb, own)  # what it refuses is told now, and not by a job that has waited for hours
         (job,) = send([[verb, *own]], settings, folder_of(settings, own))
-        print(f"job {job.job_id}: ldae {verb}; its log is {log_of(job)}", flush=True)
+        print(f"job {job.job_id}: ldae {verb}; its log is {log_path(job)}", flush=True)
         if settings.cluster == "debug":
             job.results()
     else:

@@ -3,21 +3,22 @@
 import sys
 from typing import Any
 
-from ldae import distributed, tree
+from ldae import tree
+from ldae.distributed import is_main
 
 
-def progress(total: int, what: str) -> Any:
-    """A tqdm bar on rank 0, which a log file gets a line of only now and then."""
+def progress(total: int, description: str) -> Any:
+    """Return a tqdm bar that only rank 0 shows: every 0.1 s on a terminal, every 30 s in a log."""
     from tqdm import tqdm
 
-    from ldae.distributed import is_main
-
     seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total, desc=what, leave=False, disable=not is_main(), mininterval=seconds)
+    return tqdm(
+        total=total, desc=description, leave=False, disable=not is_main(), mininterval=seconds
+    )
 
 
-def duration(seconds: float) -> str:
-    """``93784`` as ``1d 02:03:04``."""
+def format_duration(seconds: float) -> str:
+    """Return a duration as a clock, such as ``1d 02:03:04`` for 93784 seconds."""
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -31,6 +32,7 @@ def describe(config: Any, facts: dict[str, str]) -> str:
     return "\n".join([tree.to_yaml(config), *lines])
 
 
-def say(line: str) -> None:
-    if distributed.is_main():
+def print_main(line: str) -> None:
+    """Print a line on rank 0 only."""
+    if is_main():
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Process start-up and the few collectives that the rest of the package uses."""
+"""Process start-up, and the few collectives that the package uses."""
 
 import os
 import platform
@@ -13,26 +13,28 @@ import torch.distributed as dist
 
 from ldae.errors import InputError, LostRank, first_line
 
-# torchrun sets all of these; a half-set environment is a launcher's mistake that hangs if believed.
+# torchrun sets all of these. When a launcher sets only some of them, the start can hang.
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_ROLL_CALL = 20.0  # seconds for ranks that have lost each other to say so
+_REPORT_SECONDS = 20.0  # time that a rank which lost the others waits for their reports
 
 
 def rank() -> int:
-    """This process's global rank, 0 when there is only one process."""
+    """Return the global rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes, 1 when nothing was launched."""
+    """Return the number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
+    """Return whether this process is rank 0."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Wait until all ranks have called this function."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -45,7 +47,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_values(value: int) -> list[int]:
-    """The value of each rank."""
+    """Return the values of all ranks, in the order of the ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [0] * dist.get_world_size()
@@ -54,30 +56,36 @@ def gather_values(value: int) -> list[int]:
 
 
 def device_for(name: str = "auto") -> torch.device:
-    """The torch device of this process for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """Return the torch device of this process for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
-    Raises: InputError for another name, and when a GPU is asked for and there is none.
+    ``cuda`` is the GPU with the number of the local rank.
+
+    Raises: InputError for another name, and for a GPU when there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {name} was asked for, but torch finds no GPU here")
+        raise InputError(f"device {name} was asked for, but torch finds no GPU on this machine")
     if name == "cuda":
-        # SLURM and submitit may show each process its own GPU only: then the index is 0.
+        # SLURM and submitit may show each process only its own GPU, which then has the index 0.
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     return torch.device(name)
 
 
 @contextmanager
 def process_group(device: torch.device, rank_timeout: float = 30) -> Iterator[None]:
-    """Join the group that torchrun describes in the environment, if any, and leave it at the end.
+    """Join the process group that torchrun describes in the environment, and leave it at the end.
 
-    Ranks wait ``rank_timeout`` minutes for each other.
+    It does nothing without torchrun's variables, or inside another ``process_group``.
 
-    Raises: InputError when torchrun's variables are set by half or are no ranks; LostRank when a rank
-        does not come to the start, and on every other rank, naming it, when one has ended or hangs.
+    Args:
+        device: device of this rank; NCCL connects CUDA devices, gloo all others.
+        rank_timeout: minutes that the ranks wait for each other.
+
+    Raises: InputError when torchrun's variables are incomplete or invalid. LostRank when a rank
+        does not join. LostRank on all other ranks, with the rank named, when one ends or hangs.
     """
     if dist.is_initialized() or not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & os.environ.keys():
         yield
@@ -86,91 +94,102 @@ def process_group(device: torch.device, rank_timeout: float = 30) -> Iterator[No
     timeout = timedelta(minutes=rank_timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # There the watchdog of NCCL ends the process: let it tell which ranks are missing.
+        # NCCL's watchdog ends the process at a timeout: let it print which ranks are missing.
         os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise LostRank(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {first_line(error)}"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the other "
+            f"ranks at {_address()}: {first_line(error)}"
         ) from None
-    words = _Words()
+    reports = _Reports()
     try:
-        words.leave("here", f"process {os.getpid()} on {platform.node()}")
+        reports.post("process", f"process {os.getpid()} on {platform.node()}")
         yield
     except InputError as error:
-        words.leave("end", str(error))
+        reports.post("end", str(error))
         raise
     except RuntimeError as error:
         if not re.search("gloo|NCCL|connection|time", str(error), re.IGNORECASE):
-            words.leave("end", first_line(error))
+            reports.post("end", first_line(error))
             raise
-        words.leave("end", "")
-        raise LostRank(f"rank {rank()} lost the others: {words.missing()}") from error
+        reports.post("end", "")
+        raise LostRank(f"rank {rank()} lost the other ranks: {reports.explain_loss()}") from error
     finally:
         dist.destroy_process_group()
 
 
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
 def _check_launch() -> None:
-    """Raises: InputError when what the launcher says can not be."""
+    """Check torchrun's variables. Raises: InputError when they are incomplete or invalid."""
     missing = [name for name in _LAUNCH_VARIABLES if not os.environ.get(name)]
     if missing:
         raise InputError(
-            f"the launch environment is half set: {', '.join(missing)} missing; start with torchrun"
+            f"the launch environment is incomplete, missing {', '.join(missing)}; "
+            "start with torchrun"
         )
     numbers = [name for name in _LAUNCH_VARIABLES if name != "MASTER_ADDR"]
-    wrong = [name for name in numbers if not os.environ[name].isdecimal()]
-    if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-        wrong = ["RANK"]
-    if not wrong and not 0 < int(os.environ["MASTER_PORT"]) < 65536:
-        wrong = ["MASTER_PORT"]
-    if wrong:
-        told = ", ".join(f"{name}={os.environ[name]!r}" for name in wrong)
+    invalid = [name for name in numbers if not os.environ[name].isdecimal()]
+    if not invalid and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        invalid = ["RANK"]
+    if not invalid and not 0 < int(os.environ["MASTER_PORT"]) < 65536:
+        invalid = ["MASTER_PORT"]
+    if invalid:
+        values = ", ".join(f"{name}={os.environ[name]!r}" for name in invalid)
         size = os.environ["WORLD_SIZE"]
-        raise InputError(f"the launch environment is wrong: {told} with WORLD_SIZE {size}")
+        raise InputError(f"the launch environment is invalid: {values} with WORLD_SIZE {size}")
 
 
-class _Words:
-    """What ranks leave for the others, in the store that they met in: it needs none of them to wait.
+class _Reports:
+    """Reports of the ranks about themselves, in the key-value store of the process group.
 
-    Where the store's own process has ended, a word that can not be left is none.
+    A rank posts its process and, when it fails, the reason. Posting and reading wait for no other
+    rank. A report is lost when the process that serves the store has ended.
     """
 
     def __init__(self) -> None:
         self.store = dist.PrefixStore("ldae", dist.distributed_c10d._get_default_store())
 
-    def leave(self, what: str, word: str) -> None:
+    def post(self, topic: str, text: str) -> None:
+        """Publish this rank's report on a topic."""
         with suppress(RuntimeError):
-            self.store.set(f"{what}/{rank()}", word)
+            self.store.set(f"{topic}/{rank()}", text)
 
-    def _read(self, what: str, of: int) -> str | None:
-        """Raises: RuntimeError when the store's process has ended."""
-        if not self.store.check([f"{what}/{of}"]):
+    def _read(self, topic: str, other: int) -> str | None:
+        """Return what rank ``other`` posted, if anything.
+
+        Raises: RuntimeError when the process that serves the store has ended.
+        """
+        if not self.store.check([f"{topic}/{other}"]):
             return None
-        return self.store.get(f"{what}/{of}").decode()
+        return self.store.get(f"{topic}/{other}").decode()
 
-    def missing(self) -> str:
-        """Who has ended and why, or who does not answer while all others have lost each other."""
+    def explain_loss(self) -> str:
+        """Return the errors that other ranks posted, or else the names of the silent ranks."""
         try:
-            return self._missing()
+            return self._explain_loss()
         except RuntimeError:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            return f"the process at {place}, where they met, has ended: rank 0 or the launcher"
+            return f"rank 0 or the launcher has ended, and with it the store at {_address()}"
 
-    def _missing(self) -> str:
-        until = time.monotonic() + _ROLL_CALL
+    def _explain_loss(self) -> str:
+        until = time.monotonic() + _REPORT_SECONDS
         others = [other for other in range(world_size()) if other != rank()]
         while True:
             ends = {other: self._read("end", other) for other in others}
             silent = [other for other, end in ends.items() if end is None]
-            reasons = [f"rank {other} said: {end}" for other, end in ends.items() if end]
+            # A rank that lost the others itself posts an empty reason.
+            reasons = [f"rank {other} reported: {end}" for other, end in ends.items() if end]
             if reasons:
                 return "; ".join(reasons)
-            if not silent or time.monotonic() > until:
+            if not silent:
+                return "the connection between them broke"
+            if time.monotonic() > until:
                 break
             time.sleep(0.2)
-        names = [f"rank {other} ({self._read('here', other) or 'unknown'})" for other in silent]
-        if not names:
-            return "the connection between them broke"
-        return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} ended, or hangs"
+        names = [f"rank {other} ({self._read('process', other) or 'unknown'})" for other in silent]
+        end = "has ended or hangs" if len(names) == 1 else "have ended or hang"
+        return f"{' and '.join(names)} {end}"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the hash of a state."""
+"""Files that are written completely or not at all, and the hash of a state dict."""
 
 import hashlib
 import json
@@ -10,12 +10,15 @@ from typing import Any, BinaryIO
 
 from ldae.errors import InputError
 
-PARTIAL = ".partial"  # ending of a file that is being written
-PARTS = ".parts"  # ending of the folder in which a file's pieces wait until all are there
+PARTIAL = ".partial"  # suffix of a file that is being written
+PARTS = ".parts"  # suffix of the folder that holds the parts of a file until all are there
 
 
 def state_hash(state: Mapping[str, Any]) -> str:
-    """sha256 over the names, types, shapes and bytes of tensors, in order of the names."""
+    """Return the SHA-256 of a state dict as a hexadecimal number.
+
+    It covers the names, types, shapes and bytes of the tensors, in the order of their names.
+    """
     import torch
 
     digest = hashlib.sha256()
@@ -27,61 +30,61 @@ def state_hash(state: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write ``path`` (a full disk, no permission) into a sentence."""
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing ``path`` (a full disk, no permission) into an InputError."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path} can not be written: {error.strerror or error}") from error
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def check_writable(path: Path) -> None:
-    """Whether ``path`` could be made, before the work whose result it is to take.
+    """Check that the folder ``path`` can be created or written to, before the work that fills it.
 
-    Raises: InputError when it could not.
+    Raises: InputError when its closest existing parent is not a writable folder.
     """
-    above = path
-    while not above.exists() and above != above.parent:
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{path} can not be written: {above} is no folder that can be written to")
+    parent = path
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: {parent} is not a writable folder")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when it is written: flushed to the disk, then renamed.
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that replaces ``path`` at the end: flushed to the disk, then renamed.
 
-    Raises: OSError when the disk does not take it; what was there before stays.
+    Raises: OSError when the file cannot be written; ``path`` then stays as it was.
     """
-    aside = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + PARTIAL)
     try:
-        with open(aside, "wb") as file:
+        with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
-            aside.unlink()
+            partial.unlink()
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)  # the rename is in the folder
     finally:
         os.close(folder)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Make ``path`` hold ``content``, wholly or not at all.
+    """Write ``content`` to ``path``, completely or not at all. Missing folders are created.
 
-    Raises: InputError when it can not be written; what was there before stays.
+    Raises: InputError when the file cannot be written; ``path`` then stays as it was.
     """
-    with told(path):
+    with report_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with open_atomic(path) as file:
             file.write(content)
 
 
 def write_json(path: Path, value: object) -> None:
-    """``write`` for JSON."""
+    """Write ``value`` to ``path`` as indented JSON, as ``write`` does."""
     write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -129,10 +129,10 @@ def test_a_scheduler_ends_a_command_in_a_sentence(number, capsys, monkeypatch):
 
 def test_a_lost_rank_has_a_status_of_its_own(capsys, monkeypatch):
     def show(row: str = "", /) -> None:
-        raise LostRank("rank 0 lost the others")
+        raise LostRank("rank 0 lost the other ranks")
 
     monkeypatch.setattr("ldae.commands.show.show", show)
-    assert call(capsys, "show") == (LOST_RANK, "", "ldae: rank 0 lost the others\n")
+    assert call(capsys, "show") == (LOST_RANK, "", "ldae: rank 0 lost the other ranks\n")
 
 
 def test_every_verb_that_works_shows_how_it_is_sent(capsys):
@@ -151,7 +151,7 @@ def test_a_folder_that_takes_no_results_is_told(capsys, tmp_path):
     (tmp_path / "text.txt").touch()
     argv = ["knn", "pixels", "--data", "scattered-digits:50", "--k", "5", "--workers", "0"]
     status, _, err = call(capsys, *argv, "--out", str(tmp_path / "text.txt"))
-    assert status == 2 and "text.txt" in err and "can not be written" in err
+    assert status == 2 and "text.txt" in err and "cannot be written" in err
 
 
 def test_too_many_neighbours_are_told(capsys):

@@ -4,15 +4,15 @@ import ldae
 from ldae import console, tree
 
 
-def test_durations():
-    assert console.duration(5.9) == "00:00:05"
-    assert console.duration(3 * 3600 + 62) == "03:01:02"
-    assert console.duration(93784) == "1d 02:03:04"
-
-
 def test_a_dry_run_is_settings_and_then_facts_in_one_column():
     config = ldae.config("l_dae")
     facts = {"images": "64 in digits", "tokens per image": "16, each of 192 numbers"}
     settings, told = console.describe(config, facts).split("\n\n")
     assert tree.update(ldae.Config(), yaml.safe_load(settings)) == config
     assert {line[:18].rstrip(): line[18:] for line in told.splitlines()} == facts
+
+
+def test_durations_are_shown_as_a_clock():
+    assert console.format_duration(5.9) == "00:00:05"
+    assert console.format_duration(3 * 3600 + 62) == "03:01:02"
+    assert console.format_duration(93784) == "1d 02:03:04"

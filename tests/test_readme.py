@@ -39,8 +39,8 @@ def test_the_command_line_takes_it(command, monkeypatch):
         monkeypatch.setattr(f"{module}.{name}", nothing)
     monkeypatch.setattr("ldae.finetuning.recipes.size_of", lambda backbone: "B")  # opens it
     words = shlex.split(command)
-    words, flags = settings.split(words)
-    settings.parse(flags)
+    words, flags = settings.split_flags(words)
+    settings.parse_flags(flags)
     verb, *rest = words[words.index("ldae") + 1 :]
     assert cli.main([verb, *rest]) == 0
     assert called == [verb.replace("-", "_")]

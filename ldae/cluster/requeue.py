@@ -1,7 +1,7 @@
-"""What follows when a job's command has ended: the end, or another start where it was.
+"""What happens when a job's command ends: the job ends too, or is requeued to resume.
 
-``python -m ldae.cluster.requeue STATUS JOBS`` is the last line of the batch script: it outlives every rank,
-and needs nothing but SLURM's own commands.
+``python -m ldae.cluster.requeue STATUS JOBS`` is the last line of the batch script. This process
+outlives all ranks, and needs nothing but SLURM's own commands.
 """
 
 import json
@@ -20,147 +20,160 @@ from ldae.errors import LOST_RANK
 from ldae.runs import layout
 
 _INTERRUPTED = 128 + signal.SIGINT
-LOCAL_REQUEUE = 144  # the status by which submitit's local cluster is asked for another start
-_PAUSES = (1, 2, 4, 8)  # seconds: KillWait, by default 30, is all that a batch script may have left
-_NO_PROGRESS = (
-    "ended for the second time with nothing new saved since; it is not started again by itself"
-)
+LOCAL_REQUEUE = 144  # exit status that makes submitit's local cluster start the job again
+# Seconds between requests. KillWait, 30 s by default, is all the time that a batch script may have.
+_PAUSES = (1, 2, 4, 8)
+_NO_PROGRESS = "nothing new was saved since the last requeue, so the job is not requeued again"
 
 
-def started(folder: Path, rank: int) -> None:
-    """Note that a rank of the job of ``folder`` runs, in this process."""
-    _status_of(folder, rank).unlink(missing_ok=True)
+def record_start(folder: Path, rank: int) -> None:
+    """Record that this process runs a rank of the job.
+
+    Args:
+        folder: the folder of the job, with job.json.
+    """
+    _status_file(folder, rank).unlink(missing_ok=True)
     if rank == 0:
-        _note(folder, state="running", said="", host=socket.gethostname(), pid=os.getpid())
+        _update_state(folder, state="running", said="", host=socket.gethostname(), pid=os.getpid())
 
 
-def ended(folder: Path, rank: int, status: int) -> None:
-    """Note with which status a rank ends. What srun returns can be that of one that it killed for it."""
-    files.write(_status_of(folder, rank), str(status).encode())
+def record_end(folder: Path, rank: int, status: int) -> None:
+    """Record the exit status of a rank.
+
+    srun's own status may be that of a rank that it killed because another one failed.
+    """
+    files.write(_status_file(folder, rank), str(status).encode())
 
 
-def _status_of(folder: Path, rank: int) -> Path:
+def _status_file(folder: Path, rank: int) -> Path:
     return folder / f"{rank}{layout.RANK_STATUS}"
 
 
-def ended_here(status: int, folder: Path) -> int:
-    """The same decision as after a job of SLURM, for a job of this machine; the status to end with.
+def finish_local(status: int, folder: Path) -> int:
+    """Record how a job on this machine ended, decide on a requeue, and return the exit status.
 
-    Only USR2, its time limit's signal, is followed by another start: whoever sends TERM means it.
+    Only SIGUSR2, the signal of the time limit, requeues the job. SIGTERM ends the job for good.
     """
-    asked = status == 128 + signal.SIGUSR2
-    told = "" if asked or status < 128 else f"stopped by {_signal(status)}"
-    if asked and not _progress(folder):
-        asked, told = False, _NO_PROGRESS
-    return LOCAL_REQUEUE if _conclude(folder, status, asked, told) else status
+    if status != 128 + signal.SIGUSR2:
+        _conclude(folder, status, f"stopped by {_signal_name(status)}" if status >= 128 else "")
+    elif not _has_progressed(folder):
+        _conclude(folder, status, _NO_PROGRESS)
+    else:
+        _conclude_requeue(folder, status)
+        return LOCAL_REQUEUE
+    return status
 
 
-def after_slurm(status: int, jobs: Path) -> None:
-    """Ask SLURM for another start of the job that this batch script is, where that may help.
+def finish_slurm(status: int, jobs: Path) -> None:
+    """Record how the job of this batch script ended, and ask SLURM to requeue it if that may help.
 
-    It may when a rank was killed, could not be started, or stopped because it was asked to by a signal:
-    of preemption, of the time limit. It may not after wrong input or an exception, when the owner has
-    cancelled the job or interrupted it (SIGINT), and when the job was given another start since the
-    last checkpoint already. A requeue that SLURM has begun by itself is left alone.
+    A requeue may help when a rank was killed, could not be started, or was stopped by a signal of
+    preemption or of the time limit. It cannot help after wrong input or an exception. The job ends
+    for good when its owner cancelled or interrupted it (SIGINT), and when nothing new was saved
+    since the last requeue. A requeue that SLURM itself has begun is left alone.
+
+    Args:
+        status: exit status of srun.
+        jobs: the folder of all jobs.
     """
     array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     folder = jobs / job
-    status = _reason(status, folder)
+    status = _cause(status, folder)
     if not _may_help(status):
-        _conclude(folder, status, False, "")
+        _conclude(folder, status)
         return
-    known = _known_to_slurm(job)
-    if int(known.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-        _note(folder, state="waiting", said="SLURM requeued the job")
-    elif _is_cancelled(known):
-        _conclude(folder, status, False, "cancelled: it stays ended")
-    elif not _progress(folder):
-        _conclude(folder, status, False, _NO_PROGRESS)
-    elif _conclude(folder, status, True, ""):
+    info = _query_slurm(job)
+    if int(info.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+        _update_state(folder, state="waiting", said="SLURM requeued the job")
+    elif _is_cancelled(info):
+        _conclude(folder, status, "cancelled: the job is not requeued", state="cancelled")
+    elif not _has_progressed(folder):
+        _conclude(folder, status, _NO_PROGRESS)
+    else:
+        _conclude_requeue(folder, status)
         _requeue(job, folder)
 
 
 def _requeue(job: str, folder: Path) -> None:
-    """Ask until it is taken, for a while: a controller that is asked by many at once times out."""
+    """Ask SLURM for the requeue, repeatedly: a controller with many requests may time out."""
     for pause in (0, *_PAUSES):
         time.sleep(pause)
-        asked = _run("scontrol", "requeue", job)
-        if asked.returncode == 0:
+        answer = _run("scontrol", "requeue", job)
+        if answer.returncode == 0:
             return
-    _note(folder, state="failed", said=f"no requeue: {asked.stderr.strip()}")
+    _update_state(folder, state="failed", said=f"the requeue failed: {answer.stderr.strip()}")
 
 
-def _reason(status: int, folder: Path) -> int:
-    """The status that tells why a job ended: that of a rank which ended by itself, and not srun's.
+def _cause(status: int, folder: Path) -> int:
+    """Return the exit status that explains why a job ended, and delete the records of its ranks.
 
-    srun returns the highest, which can be that of a rank that it killed for the sake of another. Where no
-    rank has ended by itself, a node did not start it, or lost it.
+    srun returns the highest status, which may be that of a rank that it killed because another one
+    failed. When no rank recorded a failure, a node did not start a rank, or lost one.
     """
     ranks = []
     for path in sorted(folder.glob(f"*{layout.RANK_STATUS}")):
         ranks.append(int(path.read_text()))
-        path.unlink()  # the next start may not come so far
+        path.unlink()  # the next start may end before this rank writes a status
     if status in (0, _INTERRUPTED):
         return status
-    if any(ranks):
+    if any(ranks):  # a failure that a requeue cannot help comes first
         return min(filter(None, ranks), key=_may_help)
     return status if _may_help(status) else LOST_RANK
 
 
 def _may_help(status: int) -> bool:
+    """Return whether a requeue may help after this exit status."""
     return status == LOST_RANK or (status > 128 and status != _INTERRUPTED)
 
 
-def _known_to_slurm(job: str) -> dict[str, str]:
-    """What SLURM says of the job, by its names; nothing if it does not answer."""
+def _query_slurm(job: str) -> dict[str, str]:
+    """Return the fields that ``scontrol show job`` prints, or {} when SLURM does not answer."""
     return dict(re.findall(r"(\w+)=(\S*)", _run("scontrol", "show", "job", "-o", job).stdout))
 
 
-def _is_cancelled(known: dict[str, str]) -> bool:
-    """Whether somebody ended the job, and not its time limit, a preemption or a lost node.
+def _is_cancelled(info: dict[str, str]) -> bool:
+    """Return whether somebody cancelled the job, unlike a time limit, preemption or lost node.
 
-    A job that SLURM is ending says COMPLETING, whatever for, until its batch script is gone.
+    While its batch script runs, an ending job has the state COMPLETING, whatever ended the job.
     """
-    if known.get("JobState") not in ("CANCELLED", "COMPLETING"):
+    if info.get("JobState") not in ("CANCELLED", "COMPLETING"):
         return False
-    return known.get("Reason") != "TimeLimit" and known.get("PreemptTime", "None") == "None"
+    return info.get("Reason") != "TimeLimit" and info.get("PreemptTime", "None") == "None"
 
 
-def _progress(folder: Path) -> bool:
-    """Whether the job has saved something since it was last given another start.
-
-    That is images seen of the run's checkpoints, or files below --out.
-    """
-    before = state(folder).get("saved_before")
-    now = saved(folder)
-    _note(folder, saved_before=now)
+def _has_progressed(folder: Path) -> bool:
+    """Return whether the job has saved anything since its last requeue, and record how much."""
+    before = read_state(folder).get("saved_before")
+    now = measure_progress(folder)
+    _update_state(folder, saved_before=now)
     return now != before
 
 
-def saved(folder: Path) -> int:
-    """A number that changes when a job's command saves something.
+def measure_progress(folder: Path) -> int:
+    """Return a number that changes whenever the command of a job saves something.
 
-    Images that the newest checkpoints of its --run have seen; else those of a probe that trains, and
-    files below --out.
+    With --run: the images that the newest checkpoints of the run have seen. With --out: the number
+    of files there, and the images that a probe there has seen. Otherwise: the images that the
+    probes of the backbone have seen.
     """
     try:
         record = json.loads((folder / layout.JOB_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it ended sooner than its sender wrote
+    except (OSError, ValueError):  # the job ended before its sender wrote the record
         return 0
     here, words = Path(record["directory"]), record["command"]
     if run := option(words, "--run"):
         return _images_seen(here / run)
     if out := option(words, "--out"):
         places = (here / out, here / f"{out}{files.PARTS}")
-        found = (path for place in places for path in place.rglob("*"))
-        return _images_seen(here / out) + sum(path.suffix != files.PARTIAL for path in found)
+        paths = (path for place in places for path in place.rglob("*"))
+        return _images_seen(here / out) + sum(path.suffix != files.PARTIAL for path in paths)
     backbone = here.joinpath(*words[1:2])
     return _images_seen(backbone if backbone.is_dir() else here / layout.EVALS)
 
 
 def _images_seen(folder: Path) -> int:
-    """The sum over all folders of checkpoints: of a run, of its tokenizer, of probes."""
+    """Sum the images seen over all checkpoint folders: of a run, its tokenizer and its probes."""
     newest: dict[Path, int] = {}
     for path in folder.glob(f"**/{layout.CHECKPOINTS}/*"):
         newest[path.parent] = max(newest.get(path.parent, 0), layout.images_seen(path) or 0)
@@ -168,7 +181,7 @@ def _images_seen(folder: Path) -> int:
 
 
 def option(words: Sequence[str], name: str) -> str:
-    """The value of an option of a command line; empty without it."""
+    """Return the value of an option in a command line, or an empty string without the option."""
     for word, value in zip(words, [*words[1:], ""]):
         if word == name:
             return value
@@ -177,21 +190,22 @@ def option(words: Sequence[str], name: str) -> str:
     return ""
 
 
-def _conclude(folder: Path, status: int, again: bool, told: str) -> bool:
-    """Tell how a job ended, in its log and in its record; returns ``again``."""
-    requeues = state(folder).get("requeues", 0)
-    if again:
-        told = f"{_signal(status)}; requeued"
-        _note(folder, state="waiting", said=told, status=status, requeues=requeues + 1)
-    else:
-        end = "done" if status == 0 else "cancelled" if told.startswith("cancelled") else "failed"
-        _note(folder, state=end, said=told, status=status)
-    if told:
-        print(f"ldae: {told}", flush=True)
-    return again
+def _conclude(folder: Path, status: int, message: str = "", **changes: object) -> None:
+    """Record that a job ended, with changes to its state; print the message to its log."""
+    end = {"state": "failed" if status else "done", "said": message, "status": status}
+    _update_state(folder, **end | changes)
+    if message:
+        print(f"ldae: {message}", flush=True)
 
 
-def _signal(status: int) -> str:
+def _conclude_requeue(folder: Path, status: int) -> None:
+    """Record that a job ended to be started again; print the reason to its log."""
+    requeues = read_state(folder).get("requeues", 0) + 1
+    message = f"{_signal_name(status)}; requeued"
+    _conclude(folder, status, message, state="waiting", requeues=requeues)
+
+
+def _signal_name(status: int) -> str:
     if status == LOST_RANK:
         return "a rank was lost"
     try:
@@ -200,16 +214,16 @@ def _signal(status: int) -> str:
         return f"status {status}"
 
 
-def state(folder: Path) -> dict:
-    """How a job stands, as it was last noted; empty before it began."""
+def read_state(folder: Path) -> dict:
+    """Return the recorded state of a job, or {} before its first start."""
     try:
         return json.loads((folder / layout.JOB_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _note(folder: Path, **news: object) -> None:
-    files.write_json(folder / layout.JOB_STATE, state(folder) | news)
+def _update_state(folder: Path, **changes: object) -> None:
+    files.write_json(folder / layout.JOB_STATE, read_state(folder) | changes)
 
 
 def _run(*command: str) -> subprocess.CompletedProcess:
@@ -217,5 +231,5 @@ def _run(*command: str) -> subprocess.CompletedProcess:
 
 
 if __name__ == "__main__":
-    after_slurm(int(sys.argv[1]), Path(sys.argv[2]))
+    finish_slurm(int(sys.argv[1]), Path(sys.argv[2]))
     sys.exit(int(sys.argv[1]))

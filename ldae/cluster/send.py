@@ -1,4 +1,4 @@
-"""A command line as a job: its code, its logs, and how it is sent and starts."""
+"""Sending command lines as jobs: their code, records and logs, and how a job starts."""
 
 import hashlib
 import json
@@ -20,59 +20,44 @@ from typing import Any, NoReturn
 import ldae
 from ldae import files
 from ldae.cluster import requeue
-from ldae.cluster.settings import Slurm, check_settings, minutes
+from ldae.cluster.settings import SlurmSettings, check_settings, parse_time_limit
 from ldae.errors import InputError
 from ldae.runs import layout
 from ldae.runs.environment import git_state
 
-# What srun tells each task; submitit takes rank 0 of 1 for what is missing.
-_OF_A_TASK = (
+# srun sets these for each task; for a missing one, submitit silently assumes rank 0 of 1.
+_TASK_VARIABLES = (
     *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     *("SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST"),
 )
 
-
-# Below those that systems give to whoever connects: there a rank that asks for the one where rank 0 does
-# not listen yet can be given that very port, and hold it against rank 0.
+# Below the ports that systems assign to outgoing connections (Linux: from 32768). Otherwise a rank
+# that connects before rank 0 listens could be assigned the very port of rank 0, and block it.
 _PORTS = range(20000, 32768)
-
-
-def _carried(folder: Path) -> Path:
-    """``folder`` from the root on. Raises: InputError when a batch script can not hold its name."""
-    folder = folder.absolute()
-    # sbatch reads % and \ in the names of logs, its own quoting knows no escapes, and PYTHONPATH is
-    # cut at colons.
-    found = re.search(r"[%\\:'\"\x00-\x1f\x7f]", str(folder))
-    if found:
-        raise InputError(
-            f"folder {str(folder)!r} has {found[0]!r} in its name, which a batch script of SLURM can "
-            "not carry; name another folder"
-        )
-    return folder
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command line. It is all that is pickled, and it is opened by the code that pickled it."""
+    """A command line as a function, which submitit pickles and the job unpickles and calls."""
 
     command: tuple[str, ...]
     """The verb and its arguments."""
     directory: str
-    """Where relative paths begin."""
+    """The folder in which relative paths begin."""
     jobs: str
-    """The folder of records."""
+    """The folder of all jobs."""
 
     def __call__(self) -> NoReturn:
-        """Run the command in this process, as ``python -m ldae`` does, and end with its status."""
+        """Run the command in this process, as ``python -m ldae`` does, and exit with its status."""
         import submitit
 
         environment = submitit.JobEnvironment()
         os.chdir(self.directory)
         folder = Path(self.jobs, environment.job_id)
         rank, argv, status = environment.global_rank, sys.argv, 1
-        requeue.started(folder, rank)
+        requeue.record_start(folder, rank)
         try:
-            _join(environment)
+            _set_launch_variables(environment)
             sys.argv = ["ldae", *self.command]
             runpy.run_module("ldae", run_name="__main__")
         except InputError as error:
@@ -82,79 +67,88 @@ class Job:
             status = end.code or 0
         finally:
             sys.argv = argv
-            requeue.ended(folder, rank, status)
-            if rank == 0 and environment.cluster != "slurm":  # there the batch script does it
-                status = requeue.ended_here(status, folder)
+            requeue.record_end(folder, rank, status)
+            if rank == 0 and environment.cluster != "slurm":  # there the batch script does this
+                status = requeue.finish_local(status, folder)
         if rank > 0 and status > 128:
-            # The ranks agreed to stop. Rank 0 may be saving yet, which srun would cut short
-            # (--kill-on-bad-exit) if this one failed; its status is the job's.
+            # The ranks agreed to stop, and the job's status is rank 0's. Rank 0 may still be
+            # saving; with --kill-on-bad-exit, srun would kill it if this rank failed.
             status = 0
-        # Neither a value nor an exception: submitit would write it down as the end of the job.
+        # submitit would record a returned value or an exception as the end of the job.
         raise SystemExit(status)
 
 
-def _join(environment: Any) -> None:
-    """Put into this process's environment what torchrun would.
+def _set_launch_variables(environment: Any) -> None:
+    """Set the environment variables that torchrun would set.
 
-    Raises: InputError when SLURM has told only half of it.
+    Raises: InputError when SLURM has set only some of a task's variables.
     """
     from submitit.helpers import TorchDistributedEnvironment
 
     if environment.cluster == "slurm":
-        missing = [name for name in _OF_A_TASK if name not in os.environ]
+        missing = [name for name in _TASK_VARIABLES if name not in os.environ]
         if missing:
             raise InputError(
-                f"the environment of this SLURM task is half set: {', '.join(missing)} missing"
+                f"the environment of this SLURM task is incomplete, missing {', '.join(missing)}"
             )
     if environment.num_tasks > 1:
-        os.environ.setdefault("MASTER_PORT", str(_port(environment.job_id)))  # or what setup says
-        # CUDA_VISIBLE_DEVICES stays SLURM's: submitit's would be the local rank, which is another
-        # job's GPU where SLURM gave this one, say, 4 to 7. ``device_for`` chooses by LOCAL_RANK.
+        # A port that a line of slurm.setup has exported stays.
+        os.environ.setdefault("MASTER_PORT", str(_choose_port(environment.job_id)))
+        # CUDA_VISIBLE_DEVICES stays SLURM's. submitit would set it to the local rank, which is
+        # another job's GPU when SLURM gave this job, say, GPUs 4 to 7. ``device_for`` chooses the
+        # GPU by LOCAL_RANK.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
-def _port(job: str) -> int:
-    """Where the ranks of a job meet: known to all of them, and another one at each start of the job,
-    for the first could be taken."""
+def _choose_port(job: str) -> int:
+    """Return the port at which the ranks of a job meet.
+
+    It is the same on all ranks, and another one at each start, because the first may be taken.
+    """
     start = os.environ.get("SLURM_RESTART_COUNT", 0)
     return random.Random(f"{job} {start}").choice(_PORTS)
 
 
 def send(
-    commands: Sequence[Sequence[str]], settings: Slurm, folder: Path, after: Sequence[str] = ()
+    commands: Sequence[Sequence[str]],
+    settings: SlurmSettings,
+    folder: Path,
+    after: Sequence[str] = (),
 ) -> list[Any]:
-    """Submit command lines as one job, or as one array, to run from this directory with this code.
+    """Submit command lines as one job or one array, to run in this directory with this code.
 
     Args:
         commands: verbs with their arguments.
-        folder: takes jobs/ with a folder for each job (job.json, state.json, the batch script and
-            a log for each process), and the code.
-        after: ids of jobs that must have succeeded before; if one fails, these are cancelled.
+        settings: the resources that each job asks for.
+        folder: gets a folder jobs/ with the code and a folder for each job (job.json, state.json,
+            the batch script and a log of each process).
+        after: ids of jobs that must succeed first. When one fails, these jobs are cancelled.
 
-    Returns: submitit's jobs. Those of the cluster debug have not run yet: ``results()`` runs them.
+    Returns: submitit's jobs. A job of the cluster debug has not run yet; ``results()`` runs it.
 
-    Raises: InputError for settings or a folder that do not fit, or when SLURM refuses.
+    Raises: InputError for invalid settings, for a folder that a batch script cannot contain, and
+        when SLURM refuses the job.
     """
     import submitit
 
     check_settings(settings)
-    jobs = _carried(folder) / layout.JOBS
-    with files.told(jobs):
-        code = _snapshot(jobs)
+    jobs = _check_folder(folder) / layout.JOBS
+    with files.report_write_errors(jobs):
+        code = _copy_code(jobs)
         executor = submitit.AutoExecutor(jobs / "%j", cluster=settings.cluster)
     executor.update_parameters(**_parameters(commands, settings, jobs, code, after))
     directory = os.getcwd()
     work = [Job(tuple(command), directory, str(jobs)) for command in commands]
     try:
-        with _environment_of_a_job(code if settings.cluster == "local" else None):
+        with _job_environment(code if settings.cluster == "local" else None):
             sent = executor.submit_array(work) if len(work) > 1 else [executor.submit(work[0])]
-    except submitit.core.utils.FailedJobError as error:  # of sbatch, whose last line is its reason
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"SLURM does not take the job: {reason}") from None
-    for job, one in zip(sent, work):
+    except submitit.core.utils.FailedJobError as error:
+        reason = str(error).strip().splitlines()[-1]  # the last line that sbatch printed
+        raise InputError(f"SLURM refused the job: {reason}") from None
+    for job, command in zip(sent, commands):
         record = {
             "id": job.job_id,
-            "command": one.command,
+            "command": command,
             "directory": directory,
             "cluster": settings.cluster,
             "code": code.name,
@@ -165,23 +159,39 @@ def send(
     return sent
 
 
-def log_of(job: Any) -> Path:
-    """The log of rank 0, which is the batch script's too."""
+def log_path(job: Any) -> Path:
+    """Return the log of rank 0, which the batch script writes to as well."""
     return Path(job.task(0).paths.stdout)
+
+
+def _check_folder(folder: Path) -> Path:
+    """Return the absolute path of ``folder``.
+
+    Raises: InputError for a character that a batch script cannot contain. sbatch interprets % and
+        \\ in the names of logs and cannot escape quotes, and PYTHONPATH is split at colons.
+    """
+    folder = folder.absolute()
+    character = re.search(r"[%\\:'\"\x00-\x1f\x7f]", str(folder))
+    if character:
+        raise InputError(
+            f"folder {str(folder)!r} has {character[0]!r} in its name, which a SLURM batch script "
+            "cannot contain; name another folder"
+        )
+    return folder
 
 
 def _parameters(
     commands: Sequence[Sequence[str]],
-    settings: Slurm,
+    settings: SlurmSettings,
     jobs: Path,
     code: Path,
     after: Sequence[str],
 ) -> dict:
-    """For submitit's executor; None is left out."""
+    """Return the parameters of submitit's executor, in which None is a default."""
     verbs = {command[0] for command in commands}
     shared = {
         "name": f"ldae-{verbs.pop()}" if len(verbs) == 1 else "ldae",
-        "timeout_min": minutes(settings.time),
+        "timeout_min": parse_time_limit(settings.time),
         "nodes": settings.nodes,
         "tasks_per_node": settings.tasks,
         "gpus_per_node": settings.gpus_per_node or None,
@@ -196,12 +206,12 @@ def _parameters(
     for option in settings.extra:
         key, equals, value = option.partition("=")
         options[key] = value if equals else True
-    # A lost rank ends the step at once, where the others would wait for it in a collective. And
-    # from 22.05 on, srun does not inherit --cpus-per-task.
+    # A lost rank ends the step at once; otherwise the others would wait for it in a collective.
     srun = ["--kill-on-bad-exit=1"]
-    if settings.cpus_per_task:
+    if settings.cpus_per_task:  # since SLURM 22.05, srun does not inherit this from sbatch
         srun.append(f"--cpus-per-task={settings.cpus_per_task}")
     path = f"{shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    finish = shlex.join([sys.executable, "-m", "ldae.cluster.requeue"])
     return shared | {
         "slurm_partition": settings.partition or None,
         "slurm_account": settings.account or None,
@@ -213,22 +223,23 @@ def _parameters(
         "slurm_srun_args": srun,
         "slurm_setup": [
             *settings.setup,
-            # The current directory may hold another ldae than the one that was sent.
+            # PYTHONSAFEPATH: the current directory may hold another version of ldae.
             f"export PYTHONSAFEPATH=1 PYTHONPATH={path}",
-            # SLURM ends the batch script together with its step, when the time is up, say. Caught,
-            # the signal lets it wait for the step to save, and decide what follows.
+            # SLURM signals the batch script together with its step, for example at the time limit.
+            # With the signals trapped, the script waits for the step to save, and then requeues.
             "trap : TERM USR2",
         ],
-        "slurm_teardown": [
-            f"exec {shlex.join([sys.executable, '-m', 'ldae.cluster.requeue'])} $? {shlex.quote(str(jobs))}"
-        ],
+        "slurm_teardown": [f"exec {finish} $? {shlex.quote(str(jobs))}"],
     }
 
 
 @contextmanager
-def _environment_of_a_job(code: Path | None) -> Iterator[None]:
-    """Without what SLURM or torchrun told this process, should it be part of a job itself; with
-    the code on the path, if given."""
+def _job_environment(code: Path | None) -> Iterator[None]:
+    """Set the environment in which jobs are submitted.
+
+    The variables that SLURM or torchrun set for this process are removed, in case it is a job
+    itself. ``code`` is put first on PYTHONPATH.
+    """
     from submitit.helpers import clean_env, environment_variables
 
     changes = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
@@ -239,28 +250,28 @@ def _environment_of_a_job(code: Path | None) -> Iterator[None]:
         yield
 
 
-def _snapshot(jobs: Path) -> Path:
-    """The folder of a copy of this package, named after what is in it."""
+def _copy_code(jobs: Path) -> Path:
+    """Copy this package into a folder named after the hash of its content; return the folder."""
     package = Path(ldae.__file__).parent
-    files = {
+    contents = {
         path.relative_to(package.parent): path.read_bytes()
         for path in sorted(package.rglob("*"))
         if path.is_file() and path.parent.name != "__pycache__"
     }
     digest = hashlib.sha256()
-    for name, content in files.items():
+    for name, content in contents.items():
         digest.update(f"{name} {len(content)}\n".encode() + content)
     folder = jobs / f"{layout.CODE}{digest.hexdigest()[:16]}"
     if folder.exists():
         return folder
     jobs.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=jobs, prefix=f".{layout.CODE}"))
-    aside.chmod(0o755)
-    for name, content in files.items():
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        (aside / name).write_bytes(content)
-    (aside / layout.GIT).write_text(json.dumps(git_state()))
-    with suppress(OSError):  # another process made the same
-        aside.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(dir=jobs, prefix=f".{layout.CODE}"))
+    partial.chmod(0o755)
+    for name, content in contents.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(content)
+    (partial / layout.GIT).write_text(json.dumps(git_state()))
+    with suppress(OSError):  # another process was faster and made the same copy
+        partial.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -1,4 +1,4 @@
-"""What a job asks of a cluster, and the flags of --slurm that say it."""
+"""The settings of a job on a cluster, and the --slurm flags that set them."""
 
 import itertools
 import re
@@ -15,88 +15,95 @@ from ldae.tree import COUNT, NOT_NEGATIVE, check
 
 FLAG = "--slurm"
 
-# What the sending itself sets; another value would lose the logs, the order or the requeue.
-_OURS = (
+# Options of sbatch that ``send`` sets. Other values would break logs, dependencies or requeues.
+_RESERVED = (
     *("array", "chdir", "dependency", "error", "input", "kill-on-invalid-dep", "no-requeue"),
     *("open-mode", "output", "requeue", "signal"),
 )
 
 
 @dataclass(frozen=True)
-class Slurm:
-    """What a job asks of the cluster."""
+class SlurmSettings:
+    """The resources that a job asks the cluster for."""
 
     cluster: Literal["slurm", "local", "debug"] = "slurm"
-    """slurm; local: processes of this machine, without SLURM; debug: this very process, now."""
+    """slurm: by sbatch; local: in processes on this machine; debug: in this process, at once."""
     partition: str = ""
-    """Partition; empty: the cluster's default, as for all that is empty."""
+    """Partition; empty: the cluster's default, as for all empty settings."""
     nodes: Annotated[int, COUNT] = 1
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: Annotated[int, NOT_NEGATIVE] = 0
-    """GPUs of each machine."""
+    """GPUs per machine."""
     tasks_per_node: Annotated[int, NOT_NEGATIVE] = 0
-    """Processes of each machine; 0: one for each of its GPUs, or one."""
+    """Processes per machine; 0: one for each of its GPUs, or one without GPUs."""
     cpus_per_task: Annotated[int, NOT_NEGATIVE] = 0
-    """CPUs of each process, its data workers among them; 0: the cluster's default."""
+    """CPUs per process, including its data workers; 0: the cluster's default."""
     time: str = "1:00:00"
-    """Time limit, as sbatch has it: minutes, H:MM:SS, D-HH or D-HH:MM:SS. The job saves before it
-    ends and is requeued, so this is no limit of the run."""
+    """Time limit in sbatch's formats: minutes, H:MM:SS, D-HH or D-HH:MM:SS. At the limit the job
+    saves and is requeued, so a run may take longer."""
     warning: Annotated[int, NOT_NEGATIVE] = 120
-    """Seconds before the time limit at which the job is told to save."""
+    """Seconds before the time limit at which the job is signalled to save."""
     account: str = ""
     """Account to charge."""
     constraint: str = ""
-    """Features of the machines."""
+    """Features that the machines must have."""
     array_parallelism: Annotated[int, COUNT] = 16
-    """Jobs of an array that may run at once."""
+    """Largest number of jobs of an array that run at the same time."""
     setup: tuple[str, ...] = ()
-    """A line of shell before the command, such as "module load cuda"; may be given again."""
+    """Shell line to run before the command, such as "module load cuda"; may be repeated."""
     extra: tuple[str, ...] = ()
-    """Any other option of sbatch, as KEY=VALUE or KEY; may be given again."""
+    """Any other option of sbatch, as KEY=VALUE or KEY; may be repeated."""
     folder: str = ""
-    """Where jobs/ with logs, records and code goes; by default the run folder of the command, or
-    the current one."""
+    """Folder of jobs/ with logs and code; empty: the command's run folder or the current folder."""
 
     @property
     def tasks(self) -> int:
-        """Processes of each machine."""
+        """The number of processes per machine."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line without the flags of --slurm, and these flags with their values."""
-    own, flags = [], []
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the command, and the --slurm flags with their values."""
+    command, flags = [], []
     words = iter(argv)
     for word in words:
         if word != FLAG and not word.startswith(f"{FLAG}."):
-            own.append(word)
+            command.append(word)
             continue
         flags.append(word)
         if word != FLAG and "=" not in word:  # every setting takes one value
             flags += itertools.islice(words, 1)
-    return own, flags
+    return command, flags
 
 
-def parse(flags: Sequence[str], base: Slurm = Slurm(), prog: str = "ldae COMMAND ...") -> Slurm:
-    """``base`` changed by flags of --slurm; with --help among them, the list of all is printed."""
+def parse_flags(
+    flags: Sequence[str], base: SlurmSettings = SlurmSettings(), prog: str = "ldae COMMAND ..."
+) -> SlurmSettings:
+    """Return ``base`` with the changes of --slurm flags.
+
+    Raises: SystemExit after --help, which prints all flags, and for flags that cannot be parsed.
+    """
     import tyro
 
     def settings(
-        slurm: Annotated[Slurm, tyro.conf.UseAppendAction] = base,
-    ) -> Slurm:
+        slurm: Annotated[SlurmSettings, tyro.conf.UseAppendAction] = base,
+    ) -> SlurmSettings:
         return slurm
 
     return tyro.cli(
         settings,
         prog=f"{prog} {FLAG}",
-        description="Send the command to a cluster as a job. It is requeued when it is preempted or "
-        "its time is up, and goes on where it was; `ldae jobs` tells how it stands.",
+        description="Send the command to a cluster as a job. When the job is preempted or reaches "
+        "its time limit, it is requeued and resumes; `ldae jobs` shows its state.",
         args=[flag for flag in flags if flag != FLAG],
     )
 
 
-def minutes(time: str) -> int:
-    """A time limit of sbatch in whole minutes, rounded up. Raises: InputError for another text."""
+def parse_time_limit(time: str) -> int:
+    """Return a time limit in sbatch's formats as minutes, rounded up.
+
+    Raises: InputError for another format, and for less than a minute.
+    """
     days, dash, clock = time.rpartition("-")
     parts = clock.split(":")
     if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", time):
@@ -105,44 +112,49 @@ def minutes(time: str) -> int:
         hours, minute, second = (*map(int, parts), 0, 0)[:3]
     else:
         hours, minute, second = 0, *(*map(int, parts), 0)[:2]
-    total = int(days or 0) * 1440 + hours * 60 + minute + (second > 0)
-    if not total:
+    minutes = int(days or 0) * 1440 + hours * 60 + minute + (second > 0)
+    if not minutes:
         raise InputError("slurm.time must be at least a minute")
-    return total
+    return minutes
 
 
-def check_settings(settings: Slurm) -> None:
-    """Raises: InputError for what no job can be sent with."""
+def check_settings(settings: SlurmSettings) -> None:
+    """Check that a job can be sent. Raises: InputError that names the first wrong setting."""
     check(settings, "slurm.")
-    minutes(settings.time)
-    for part in fields(settings):
-        value = getattr(settings, part.name)
+    parse_time_limit(settings.time)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and re.search(r"[\x00-\x1f\x7f]", text):
                 raise InputError(
-                    f"slurm.{part.name} {text!r} must be one line without control codes"
+                    f"slurm.{field.name} {text!r} must be one line without control characters"
                 )
     for key_value in settings.extra:
         key = key_value.partition("=")[0]
         if not re.fullmatch(r"[a-z][a-z-]*", key):
             raise InputError(
-                f"slurm.extra must be KEY=VALUE or KEY as sbatch has it, not {key_value!r}"
+                f"slurm.extra must be an option of sbatch as KEY=VALUE or KEY, not {key_value!r}"
             )
-        if key in _OURS:
+        if key in _RESERVED:
             raise InputError(f"slurm.extra {key} is set by ldae itself")
     if settings.cluster == "slurm" and not shutil.which("sbatch"):
-        raise InputError("there is no sbatch here; --slurm.cluster local runs on this machine")
+        raise InputError(
+            "there is no sbatch on this machine; --slurm.cluster local runs the job without SLURM"
+        )
     if settings.cluster == "local" and settings.nodes > 1:
-        raise InputError(f"slurm.cluster local is one machine, not slurm.nodes {settings.nodes}")
+        raise InputError(f"slurm.cluster local has one machine, not slurm.nodes {settings.nodes}")
     if settings.cluster == "debug" and settings.nodes * settings.tasks > 1:
         raise InputError(
-            f"slurm.cluster debug is one process, not {settings.nodes * settings.tasks}"
+            f"slurm.cluster debug has one process, not {settings.nodes * settings.tasks}"
         )
 
 
-def folder_of(settings: Slurm, argv: Sequence[str]) -> Path:
-    """The run folder that a command is about: of --run, else its first argument's, else this one;
-    or what the settings say."""
+def folder_of(settings: SlurmSettings, argv: Sequence[str]) -> Path:
+    """Return the folder in which a command's jobs/ goes.
+
+    It is the folder of the settings, or else the run folder of the command: the value of --run, the
+    first argument if that is a run folder, or the current folder.
+    """
     if settings.folder:
         return Path(settings.folder)
     if run := option(argv, "--run"):

@@ -9,7 +9,7 @@ from ldae.commands.export import export
 from ldae.commands.knn import knn
 from ldae.commands.linear import linear
 from ldae.commands.pretrain import pretrain
-from ldae.console import duration
+from ldae.console import format_duration
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.files import write_json
@@ -55,7 +55,7 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
     print(f"exported backbone  {exported}")
     print(f"denoising          {run / layout.DENOISED} (clean, noised, denoised)")
     print(f"tokenizer filters  {run / layout.FILTERS}")
-    print(f"time               {duration(time.perf_counter() - start)}")
+    print(f"time               {format_duration(time.perf_counter() - start)}")
     inside, reopened = list(table.values())[-2:]
     if inside != reopened:
         raise InputError(f"the exported backbone scores {reopened}, the run {inside}")

@@ -10,7 +10,7 @@ from torch import nn
 from ldae import distributed, tree
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
-from ldae.console import describe, say
+from ldae.console import describe, print_main
 from ldae.data.augment import Augmentation
 from ldae.data.source import Source
 from ldae.errors import InputError
@@ -156,7 +156,7 @@ def _carry_out(work: Work, run: Path) -> dict:
     record = replace(graded, model=network).write(
         protocol_of(work), results, graded.model.num_features
     )
-    say(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
+    print_main(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 
 

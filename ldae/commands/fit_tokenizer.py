@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ldae import distributed, tree
-from ldae.console import describe, say
+from ldae.console import describe, print_main
 from ldae.data.open import open_source
 from ldae.errors import InputError
 from ldae.pretraining.tokenizer import Fit, carry_out, open_fit, prepare
@@ -35,7 +35,7 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
             return
         with open_fit(fit, run):
             carry_out(fit, run, row)
-        say(f"{run}: done; {layout.TOKENIZER}, pictures in {layout.RECONSTRUCTED}")
+        print_main(f"{run}: done; {layout.TOKENIZER}, pictures in {layout.RECONSTRUCTED}")
 
 
 def _facts(fit: Fit) -> dict[str, str]:

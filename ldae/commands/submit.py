@@ -1,4 +1,4 @@
-"""The verb that sends a whole study: a pre-training, and what is to be done with it afterwards."""
+"""The command that submits a pre-training and the jobs that follow it."""
 
 import shlex
 import time
@@ -11,7 +11,13 @@ import tyro
 
 from ldae import cli
 from ldae.cluster import requeue, send
-from ldae.cluster.settings import Slurm, check_settings, folder_of, parse, split
+from ldae.cluster.settings import (
+    SlurmSettings,
+    check_settings,
+    folder_of,
+    parse_flags,
+    split_flags,
+)
 from ldae.errors import InputError, first_line
 from ldae.runs import layout
 from ldae.tree import check_known, read_toml, replace
@@ -26,139 +32,144 @@ class Stage:
     name: str
     command: tuple[str, ...]
     """The verb and its arguments."""
-    settings: Slurm
+    settings: SlurmSettings
 
 
 def submit(pipeline: Path, /, flags: Annotated[Sequence[str], tyro.conf.Suppress] = ()) -> None:
-    """Send a pre-training, and the jobs that follow it when it is done.
+    """Submit a pre-training, and the jobs that follow when it is done.
 
-    Those are sent at once, as arrays of the jobs that ask for the same machines, and wait in the
-    queue. One that fails does not stop the others. Flags of --slurm change what the file says for
-    every job; --slurm.cluster local or debug runs all of it here, and takes its time.
+    All jobs are submitted at once, and wait in the queue until the pre-training is done. Jobs with
+    the same settings form an array. A job that fails does not stop the others. --slurm flags change
+    the settings of all jobs. With --slurm.cluster local or debug, the jobs run on this machine, and
+    the command returns when all have ended.
 
     Args:
-        pipeline: file of [pretrain] and [jobs.NAME], each with command and, where it differs from
-            [slurm], a table slurm.
-        flags: those of --slurm on the command line.
+        pipeline: TOML file with the tables [pretrain] and [jobs.NAME]. Each has a command, and a
+            table slurm where its settings differ from the table [slurm].
+        flags: the --slurm flags of the command line.
 
-    Raises: InputError naming the file and the key, before anything is sent.
+    Raises: InputError that names the file and the key, before anything is submitted.
     """
-    first, others = read(pipeline, flags)
+    first, others = read_pipeline(pipeline, flags)
     folder = folder_of(first.settings, first.command[1:])
     (job,) = _send([first], folder, after=())
-    groups: dict[Slurm, list[Stage]] = {}
+    groups: dict[SlurmSettings, list[Stage]] = {}
     for stage in others:
         groups.setdefault(stage.settings, []).append(stage)
     if first.settings.cluster == "slurm":
         for stages in groups.values():
             _send(stages, folder, after=[job.job_id])
         return
-    if _finish([job], folder) == ["done"]:
-        states = [state for stages in groups.values() for state in _run_here(stages, folder)]
-        if failed := len(states) - states.count("done"):
-            raise InputError(
-                f"{failed} of {len(states)} jobs failed; `ldae jobs {folder}` lists them"
-            )
-    else:
+    if _wait([job], folder) != ["done"]:
         raise InputError(
-            f"{_FIRST} failed, so nothing else was begun; its log is {send.log_of(job)}"
+            f"{_FIRST} failed, so no other job was started; its log is {send.log_path(job)}"
         )
+    states = [state for stages in groups.values() for state in _run_local(stages, folder)]
+    if failed := len(states) - states.count("done"):
+        raise InputError(f"{failed} of {len(states)} jobs failed; `ldae jobs {folder}` lists them")
 
 
-def read(path: Path, flags: Sequence[str] = ()) -> tuple[Stage, list[Stage]]:
-    """The pre-training of a pipeline, and the jobs that follow it.
+def read_pipeline(path: Path, flags: Sequence[str] = ()) -> tuple[Stage, list[Stage]]:
+    """Read a pipeline: the pre-training, and the jobs that follow it.
 
-    Raises: InputError naming the file and the key.
+    Raises: InputError that names the file and the key.
     """
     try:
-        return _stages(read_toml(path), flags)
+        return _parse_pipeline(read_toml(path), flags)
     except InputError as error:
         raise InputError(f"pipeline {path}: {error}") from None
 
 
-def _stages(given: dict, flags: Sequence[str]) -> tuple[Stage, list[Stage]]:
-    check_known("the pipeline", given, ("slurm", _FIRST, "jobs"))
-    if _FIRST not in given:
+def _parse_pipeline(tables: dict, flags: Sequence[str]) -> tuple[Stage, list[Stage]]:
+    check_known("the pipeline", tables, ("slurm", _FIRST, "jobs"))
+    if _FIRST not in tables:
         raise InputError(f"there is no [{_FIRST}]")
-    base = _settings("[slurm]", Slurm(), given.get("slurm", {}))
-    first = _stage(f"[{_FIRST}]", _FIRST, given[_FIRST], base, flags)
+    base = _change_settings("[slurm]", SlurmSettings(), tables.get("slurm", {}))
+    first = _parse_stage(f"[{_FIRST}]", _FIRST, tables[_FIRST], base, flags)
     if first.command[0] != _FIRST or not requeue.option(first.command, "--run"):
         raise InputError(f"[{_FIRST}] command must be {_FIRST} ... --run FOLDER")
-    others = given.get("jobs", {})
-    if not isinstance(others, dict):
+    jobs = tables.get("jobs", {})
+    if not isinstance(jobs, dict):
         raise InputError("jobs must be tables, [jobs.NAME]")
     return first, [
-        _stage(f"[jobs.{name}]", name, table, base, flags) for name, table in others.items()
+        _parse_stage(f"[jobs.{name}]", name, table, base, flags) for name, table in jobs.items()
     ]
 
 
-def _stage(where: str, name: str, table: Any, base: Slurm, flags: Sequence[str]) -> Stage:
+def _parse_stage(
+    key: str, name: str, table: Any, base: SlurmSettings, flags: Sequence[str]
+) -> Stage:
+    slurm_key = f"{key[:-1]}.slurm]"
     if not isinstance(table, dict):
-        raise InputError(f"{where} must be a table, not {table!r}")
-    check_known(where, table, ("command", "slurm"))
-    words = _words(where, table.get("command"))
-    own, inside = split(words)
-    if inside:
-        raise InputError(f"{where} command: {inside[0]} belongs into {where[:-1]}.slurm]")
-    settings = _settings(f"{where[:-1]}.slurm]", base, table.get("slurm", {}))
-    settings = parse(flags, settings, prog="ldae submit ...")
+        raise InputError(f"{key} must be a table, not {table!r}")
+    check_known(key, table, ("command", "slurm"))
+    command, flags_inside = split_flags(_split_words(key, table.get("command")))
+    if flags_inside:
+        raise InputError(f"{key} command: {flags_inside[0]} belongs in {slurm_key}")
+    settings = _change_settings(slurm_key, base, table.get("slurm", {}))
+    settings = parse_flags(flags, settings, prog="ldae submit ...")
     try:
         check_settings(settings)
-        cli.parse(own[0], own[1:])
+        cli.parse(command[0], command[1:])
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    except SystemExit:  # the parser has said what it does not take
-        raise InputError(f"{where} command: ldae {shlex.join(own)} is refused, see above") from None
-    return Stage(name, tuple(own), settings)
+        raise InputError(f"{key}: {error}") from None
+    except SystemExit:  # the parser has printed what is wrong
+        line = shlex.join(command)
+        raise InputError(f"{key} command: ldae {line} is refused, see above") from None
+    return Stage(name, tuple(command), settings)
 
 
-def _words(where: str, command: Any) -> list[str]:
-    """A command as a list of words, or as a line that is cut as a shell does."""
+def _split_words(key: str, command: Any) -> list[str]:
+    """Return the words of a command, given as a list or as a line to split like a shell."""
     if isinstance(command, list) and command and all(isinstance(word, str) for word in command):
         return command
     if not isinstance(command, str) or not command.strip():
-        raise InputError(f"{where} needs a command: a line, or a list of words; not {command!r}")
+        raise InputError(f"{key} needs a command: a line, or a list of words; not {command!r}")
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise InputError(f"{where} command: {first_line(error)}") from None
+        raise InputError(f"{key} command: {first_line(error)}") from None
     return words[1:] if words[0] == "ldae" and len(words) > 1 else words
 
 
-def _settings(where: str, base: Slurm, table: Any) -> Slurm:
+def _change_settings(key: str, base: SlurmSettings, table: Any) -> SlurmSettings:
     if not isinstance(table, dict):
-        raise InputError(f"{where} must be a table, not {table!r}")
+        raise InputError(f"{key} must be a table, not {table!r}")
     try:
         return replace(base, table)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{key}: {error}") from None
 
 
 def _send(stages: Sequence[Stage], folder: Path, after: Sequence[str]) -> list[Any]:
+    """Submit stages with the same settings, and print the ids and logs of the jobs."""
     jobs = send.send([stage.command for stage in stages], stages[0].settings, folder, after)
     for job, stage in zip(jobs, stages):
-        print(f"job {job.job_id}: {stage.name}; its log is {send.log_of(job)}", flush=True)
+        print(f"job {job.job_id}: {stage.name}; its log is {send.log_path(job)}", flush=True)
     return jobs
 
 
-def _run_here(stages: Sequence[Stage], folder: Path) -> list[str]:
-    """Run jobs of one kind on this machine, and return how they ended."""
-    at_once = stages[0].settings.array_parallelism
+def _run_local(stages: Sequence[Stage], folder: Path) -> list[str]:
+    """Run stages with the same settings on this machine, and return their final states."""
+    size = stages[0].settings.array_parallelism
     states = []
-    for start in range(0, len(stages), at_once):
-        states += _finish(_send(stages[start : start + at_once], folder, after=()), folder)
+    for start in range(0, len(stages), size):
+        states += _wait(_send(stages[start : start + size], folder, after=()), folder)
     return states
 
 
-def _finish(jobs: Sequence[Any], folder: Path) -> list[str]:
-    """Wait for jobs of this machine, which run now if they are of the cluster debug."""
+def _wait(jobs: Sequence[Any], folder: Path) -> list[str]:
+    """Wait for jobs on this machine, and return their final states.
+
+    A job of the cluster debug runs here, when ``done`` is called.
+    """
     for job in jobs:
         try:
             while not job.done():
                 time.sleep(0.2)
-        except SystemExit:  # the status of one that ran in this process
+        except SystemExit:  # the exit status of a debug job
             pass
     return [
-        requeue.state(folder.absolute() / layout.JOBS / job.job_id).get("state", "failed")
+        requeue.read_state(folder.absolute() / layout.JOBS / job.job_id).get("state", "failed")
         for job in jobs
     ]

@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ldae import console, distributed, files, tokenizers, tree
 from ldae.backbones.perceptual import PerceptualDistance, lpips, lpips_is_here, open_perceptual
-from ldae.console import say
+from ldae.console import print_main
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source
 from ldae.data.source import Source
@@ -145,7 +145,9 @@ def _fit_axes(fit: Fit) -> None:
     tokenizer = fit.tokenizer.to(fit.device)
     tokenizer.fit(_first_images(fit), *fit.stats)
     kept = tokenizer.variances[: tokenizer.dim].sum() / tokenizer.variances.sum()
-    say(f"tokenizer: {tokenizer.dim} of {tokenizer.patch_dim} axes keep {kept:.1%} of the variance")
+    print_main(
+        f"tokenizer: {tokenizer.dim} of {tokenizer.patch_dim} axes keep {kept:.1%} of the variance"
+    )
 
 
 def _train(fit: Fit, run: Path, row: str) -> None:
@@ -214,7 +216,7 @@ def _report(fit: Fit, run: Path, row: str) -> None:
     files.write_json(run / layout.RECONSTRUCTION, record)
     told = [f"{name} {value:.4g}" for name, value in results.items() if name != "images"]
     where = f"{results['images']:,} images of {source.spec}"
-    say(f"{config.tokenizer.name}: {', '.join(told)} over {where}")
+    print_main(f"{config.tokenizer.name}: {', '.join(told)} over {where}")
 
 
 def _first_images(fit: Fit) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from ldae.distributed import gather_values, is_main
 from ldae.errors import InputError, first_line
-from ldae.files import PARTIAL, replacing, told
+from ldae.files import PARTIAL, open_atomic, report_write_errors
 from ldae.runs import layout
 
 _KEYS = ("images_seen", "model", "average", "optimizer", "describe")
@@ -41,7 +41,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(f"*{PARTIAL}"):
                 left.unlink()
-            with replacing(path) as file:
+            with open_atomic(path) as file:
                 torch.save(state, file)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             last = self.paths()[-1].name if self.paths() else "none"
@@ -53,7 +53,7 @@ class Checkpoints:
         if self.keep:
             # Not what is newer: it was found damaged, or this state would not be behind it.
             for old in [known for known in self.paths() if known <= path][: -self.keep]:
-                with told(old):
+                with report_write_errors(old):
                     old.unlink()
         return path
 

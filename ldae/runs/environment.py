@@ -1,4 +1,4 @@
-"""The record of the environment: versions, processor, device and git state."""
+"""The record of the environment of a result: versions, processor, device and git state."""
 
 import json
 import platform
@@ -25,7 +25,7 @@ _PACKAGES = (
 
 
 def environment(device: object = None) -> dict:
-    """Versions, processor, device and git state: what a reader needs to judge a number."""
+    """Return versions, processor, device, git state and command: the context of a result."""
     import torch
 
     record = {
@@ -62,13 +62,16 @@ def _cpu_name() -> str:
 
 
 def git_state() -> dict | None:
-    """Commit and cleanness of the checkout that the package runs from; None when installed."""
-    here = Path(ldae.__file__).resolve().parent
-    if (here.parent / layout.GIT).is_file():
-        return json.loads((here.parent / layout.GIT).read_text(encoding="utf-8"))
+    """Return the commit of the package's checkout, and whether files have uncommitted changes.
+
+    A copy of the package returns the state of its original. None when the package is installed.
+    """
+    package = Path(ldae.__file__).resolve().parent
+    if (package.parent / layout.GIT).is_file():
+        return json.loads((package.parent / layout.GIT).read_text(encoding="utf-8"))
 
     def git(*args: str) -> str:
-        command = ["git", "-C", str(here), *args]
+        command = ["git", "-C", str(package), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -1,4 +1,4 @@
-"""A run folder belongs to one living process at a time."""
+"""The lock that gives a run folder to one living process at a time."""
 
 import errno
 import fcntl
@@ -13,89 +13,94 @@ from pathlib import Path
 
 from ldae.distributed import is_main
 from ldae.errors import InputError
-from ldae.files import told
+from ldae.files import report_write_errors
 from ldae.runs import layout
 
-_BEAT, _PATIENCE = 5.0, 30.0  # seconds between two signs of life, and until there should be another
+_HEARTBEAT_SECONDS = 5.0  # between two writes of the holder into its lock file
+_TIMEOUT_SECONDS = 30.0  # without a heartbeat, until a holder on another machine counts as dead
 
-# What a file system answers that has no locks, or none between machines.
+# Errors of file systems without locks, or without locks between machines.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the folder ``run``; on ranks other than 0 it does nothing.
+    """Hold the lock of the folder ``run``. On ranks other than 0 this does nothing.
 
-    The system locks the file ``running.json`` for the process and lets go with its death, however it
-    dies, so on one machine nothing waits and nothing is left over. Locks between machines can be
-    absent, or outlive a machine that lost its power. So where the file is another machine's, it is
-    watched: its process writes something new into it every few seconds. No clock is compared with
-    that of another machine.
+    The operating system locks the file ``running.json`` for the process, and unlocks it when the
+    process dies, however it dies. On one machine, nothing has to wait and no stale lock remains.
 
-    Raises: InputError, naming who holds it, when another process does.
+    Locks between machines may not exist, or may outlive a machine that lost its power. So a lock
+    file from another machine is watched for its heartbeat: the holder writes to it every few
+    seconds. The clocks of two machines are never compared.
+
+    Raises: InputError, with the holder named, when another process holds the lock.
     """
     if not is_main():
         yield
         return
     path = run / layout.LOCK
-    with told(path):
-        file = _take(path)
-    ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(file, ended), daemon=True)
-    beating.start()
+    with report_write_errors(path):
+        fd = _acquire(path)
+    stop = threading.Event()
+    heartbeat = threading.Thread(target=_write_heartbeats, args=(fd, stop), daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
-        ended.set()
-        beating.join()
-        if _is(path, file):
+        stop.set()
+        heartbeat.join()
+        if _is_same_file(path, fd):
             with suppress(OSError):
                 path.unlink()
-        os.close(file)  # and only now can it be had by another
+        os.close(fd)  # this unlocks the file, so it comes last
 
 
-def _take(path: Path) -> int:
-    """An open file that this process has locked, and written itself into.
+def _acquire(path: Path) -> int:
+    """Create and lock the lock file, write this process into it, and return its descriptor.
 
-    It is read only through that: to close another one would let go of the lock.
+    The file is read through this descriptor only: closing any other descriptor of the same file
+    would release the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    watched = b""
+    stale = b""  # content of a lock file without a heartbeat
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        taken = False
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        acquired = False
         try:
-            free = _lock(file)
-            if not _is(path, file):  # its last holder has just removed it
+            lock = _try_lock(fd)
+            if not _is_same_file(path, fd):  # the last holder has just removed it
                 continue
-            content = os.pread(file, 4096, 0)
-            holder = _holder(content)
-            # Here the system knows whether the holder lives; elsewhere only the file can tell.
-            known = free is not None and holder.get("machine") in (None, _machine())
-            if known and not free:
-                raise InputError(_in_use(path, holder))
-            if not known and content != watched:
-                if _changes(path, content):
-                    raise InputError(_in_use(path, holder))
-                watched = content
-            elif free is False:
-                path.unlink()  # a lock that outlived its machine stays with the removed file
+            content = os.pread(fd, 4096, 0)
+            holder = _parse_holder(content)
+            # Locks between processes of this machine are reliable; otherwise only heartbeats are.
+            reliable = lock is not None and holder.get("machine") in (None, _machine_id())
+            if reliable and not lock:
+                raise InputError(_in_use_message(path, holder))
+            if not reliable and content != stale:
+                if _has_heartbeat(path, content):
+                    raise InputError(_in_use_message(path, holder))
+                stale = content
+            elif lock is False:
+                # A lock that outlived its machine stays with the removed file; try on a new one.
+                path.unlink()
             else:
-                _sign(file, 0)
-                taken = True
-                return file
+                _write_holder(fd, 0)
+                acquired = True
+                return fd
         finally:
-            if not taken:
-                os.close(file)
+            if not acquired:
+                os.close(fd)
 
 
-def _lock(file: int) -> bool | None:
-    """Whether this process has the lock now; None where there are no locks.
+def _try_lock(fd: int) -> bool | None:
+    """Lock a file without waiting; return whether that succeeded, or None without lock support.
 
-    It is the process's own: data workers, which may outlive it for seconds, do not inherit it.
+    The lock belongs to this process alone. Data workers, which may outlive it for seconds, do not
+    inherit the lock.
     """
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return None
@@ -105,75 +110,78 @@ def _lock(file: int) -> bool | None:
     return True
 
 
-def _is(path: Path, file: int) -> bool:
+def _is_same_file(path: Path, fd: int) -> bool:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(file))
+        return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:
         return False
 
 
-def _holder(content: bytes) -> dict:
-    """What the file says; nothing while it is being written for the first time."""
+def _parse_holder(content: bytes) -> dict:
+    """Return the record of a lock file, or {} while its first holder is still writing it."""
     with suppress(ValueError):
         return dict(json.loads(content))
     return {}
 
 
-def _changes(path: Path, content: bytes) -> bool:
-    """Whether somebody writes into the file. Opened anew, it is read from the server."""
-    holder = _holder(content)
+def _has_heartbeat(path: Path, content: bytes) -> bool:
+    """Return whether a lock file changes within the timeout.
+
+    The file is opened anew each time, because a network file system then reads it from the server.
+    """
+    holder = _parse_holder(content)
     print(
-        f"{path}: process {holder.get('process', '?')} on {holder.get('host', '?')} had this run, and "
-        f"did not say that it ended; waiting {_PATIENCE:g} s for a sign of life",
+        f"{path}: process {holder.get('process', '?')} on {holder.get('host', '?')} used this run "
+        f"and did not record its end; waiting {_TIMEOUT_SECONDS:g} s to see whether it still runs",
         flush=True,
     )
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + _TIMEOUT_SECONDS
     while time.monotonic() < until:
-        time.sleep(_PATIENCE / 20)
+        time.sleep(_TIMEOUT_SECONDS / 20)
         try:
             if path.read_bytes() != content:
                 return True
-        except FileNotFoundError:  # it has ended
+        except FileNotFoundError:  # the holder has ended and removed it
             return False
     return False
 
 
-def _in_use(path: Path, holder: dict) -> str:
+def _in_use_message(path: Path, holder: dict) -> str:
     who = "another process"
     if holder:
         who = (
             f"process {holder.get('process')} on {holder.get('host')}, since {holder.get('since')}"
         )
-    return f"run folder {path.parent} is in use by {who}; end that first, or name another --run"
+    return f"run folder {path.parent} is in use by {who}; stop it first, or name another --run"
 
 
-def _machine() -> str:
-    """Of this start of this machine: names of machines can be the same in containers."""
+def _machine_id() -> str:
+    """Return an id of this boot of this machine: host names of containers can be the same."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return platform.node()
 
 
-_SINCE = time.strftime("%Y-%m-%d %H:%M:%S %z")  # for people
+_SINCE = time.strftime("%Y-%m-%d %H:%M:%S %z")  # only for messages
 
 
-def _sign(file: int, beat: int) -> None:
+def _write_holder(fd: int, beat: int) -> None:
     record = {
         "process": os.getpid(),
         "host": platform.node(),
-        "machine": _machine(),
+        "machine": _machine_id(),
         "since": _SINCE,
         "beat": beat,
     }
     content = (json.dumps(record) + "\n").encode()
-    os.pwrite(file, content, 0)
-    os.ftruncate(file, len(content))
-    os.fsync(file)  # to the server, for the others to read
+    os.pwrite(fd, content, 0)
+    os.ftruncate(fd, len(content))
+    os.fsync(fd)  # so that other machines can read it from the server
 
 
-def _beat(file: int, ended: threading.Event) -> None:
+def _write_heartbeats(fd: int, stop: threading.Event) -> None:
     beat = 0
-    while not ended.wait(_BEAT):
+    while not stop.wait(_HEARTBEAT_SECONDS):
         beat += 1
-        with suppress(OSError):  # of a full disk, which whoever saves tells of
-            _sign(file, beat)
+        with suppress(OSError):  # a full disk is reported where checkpoints are saved
+            _write_holder(fd, beat)

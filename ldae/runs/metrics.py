@@ -4,10 +4,10 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from ldae.console import duration
+from ldae.console import format_duration
 from ldae.distributed import is_main
 from ldae.errors import InputError
-from ldae.files import told, write
+from ldae.files import report_write_errors, write
 from ldae.runs import layout
 
 
@@ -46,7 +46,7 @@ class Metrics:
         """Add one record, which holds ``images`` seen and numbers."""
         if self.file is None:
             return
-        with told(self.path):
+        with report_write_errors(self.path):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         for name, value in record.items():
@@ -84,5 +84,5 @@ def progress_line(record: dict, total: int) -> str:
         f"images {record['images']:>10,}/{total:,}  epoch {record['epoch']:.2f}  "
         f"loss {record['loss']:.4f}  {top1}lr {record['lr']:.2e}  "
         f"{record['images_per_second']:,.0f} images/s  data {record['data_wait']:.0%}  "
-        f"left {duration(left)}"
+        f"left {format_duration(left)}"
     )

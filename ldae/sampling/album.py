@@ -29,7 +29,7 @@ class Album:
 
     def __init__(self, folder: Path, record: dict, suffix: str = ".png") -> None:
         self.folder, self.suffix = folder, suffix
-        with files.told(folder):
+        with files.report_write_errors(folder):
             holds_files = folder.exists() and any(folder.iterdir())
         if (folder / RECORD).is_file():
             check_same(folder, record)
@@ -69,7 +69,7 @@ def pack(album: Album, count: int, labels: np.ndarray | None, record: dict, out:
     aside = out.with_name(out.name + ".partial")
     shape = (count, *np.load(album.path(0)).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with files.told(out):
+    with files.report_write_errors(out):
         try:
             with open(aside, "wb") as whole:
                 with zipfile.ZipFile(whole, "w") as archive:

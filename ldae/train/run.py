@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ldae import distributed
-from ldae.console import say
+from ldae.console import print_main
 from ldae.data.loader import Batch, Transform, train_batches
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
@@ -58,7 +58,7 @@ def train_in(
         return _mixed(batches, mixing) if mixing else batches
 
     def open_metrics(seen: int) -> Metrics:
-        say(f"{run}: {row}, {plan.total:,} images in {plan.steps:,} steps, from {seen:,}")
+        print_main(f"{run}: {row}, {plan.total:,} images in {plan.steps:,} steps, from {seen:,}")
         return Metrics(run, seen, config.system.tensorboard, config.system.wandb)
 
     return train(

@@ -1,4 +1,4 @@
-"""A job is its command line, exactly, run by the code that sent it. SLURM's commands here are fakes."""
+"""A job runs its command line unchanged, with the code that sent it. SLURM's commands are fakes."""
 
 import json
 import os
@@ -13,16 +13,16 @@ import submitit
 import ldae
 from ldae import cli
 from ldae.cluster import requeue, send
-from ldae.cluster.settings import Slurm
+from ldae.cluster.settings import SlurmSettings
 from ldae.errors import InputError
 from ldae.runs.environment import git_state
 
-STRANGE = "no 'such' \"row\"\n $HOME `x` *"  # of all that a shell would change
+STRANGE = "no 'such' \"row\"\n $HOME `x` *"  # a word with everything that a shell would change
 
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A folder of fakes: sbatch keeps the script, srun runs its command as the only task."""
+    """A folder of fakes: sbatch stores the script, and srun runs its command as the only task."""
     for name in list(os.environ):
         if name.startswith(("SLURM", "SUBMITIT")):
             monkeypatch.delenv(name)
@@ -43,7 +43,7 @@ def cluster(tmp_path, monkeypatch):
 
 
 def run_script(cluster: Path, **environment) -> subprocess.CompletedProcess:
-    """Do what SLURM does with a batch script, in a folder that holds another ldae."""
+    """Run a batch script as SLURM does, in a folder that holds another package ldae."""
     elsewhere = cluster / "elsewhere" / "ldae"
     elsewhere.mkdir(parents=True)
     (elsewhere / "__init__.py").write_text("raise SystemExit('the code has changed')")
@@ -57,26 +57,26 @@ def run_script(cluster: Path, **environment) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("name", ["50%", "a\\b", "a:b", "it's", 'a"b', "a\nb"])
-def test_a_folder_that_sbatch_can_not_carry_is_refused(name, tmp_path, cluster):
-    with pytest.raises(InputError, match="can not carry"):
-        send.send([("show",)], Slurm(), tmp_path / name)
+def test_a_folder_that_a_batch_script_cannot_contain_is_refused(name, tmp_path, cluster):
+    with pytest.raises(InputError, match="cannot contain"):
+        send.send([("show",)], SlurmSettings(), tmp_path / name)
     assert not (tmp_path / name).exists()
 
 
-def test_a_job_is_its_command_line_run_by_the_code_that_sent_it(tmp_path, cluster, capfd):
-    """Words arrive as they were, from a folder with a space; the launcher tells how it ended."""
+def test_a_job_runs_its_command_line_with_the_code_that_sent_it(tmp_path, cluster, capfd):
+    """Words arrive unchanged, in a folder with a space, and the exit status is recorded."""
     folder = tmp_path / "a run"
-    (job,) = send.send([("show", STRANGE)], Slurm(tasks_per_node=1), folder)
+    (job,) = send.send([("show", STRANGE)], SlurmSettings(tasks_per_node=1), folder)
     record = json.loads((folder / "jobs" / "7" / "job.json").read_text())
     assert record["command"] == ["show", STRANGE] and record["id"] == job.job_id == "7"
     done = run_script(cluster)
     assert f"there is no row {STRANGE!r}" in done.stderr, done
     assert done.returncode == 2
-    assert requeue.state(folder / "jobs" / "7")["state"] == "failed"
+    assert requeue.read_state(folder / "jobs" / "7")["state"] == "failed"
 
 
-def test_the_batch_script_asks_for_what_the_settings_say(tmp_path, cluster):
-    settings = Slurm(
+def test_the_batch_script_holds_the_settings(tmp_path, cluster):
+    settings = SlurmSettings(
         partition="gpu", nodes=2, gpus_per_node=4, cpus_per_task=3, time="1-00", warning=30,
         account="mine", constraint="a100|h100", setup=("module load x",),
         extra=("qos=high", "exclusive", "mail-user=a b"),
@@ -94,25 +94,25 @@ def test_the_batch_script_asks_for_what_the_settings_say(tmp_path, cluster):
     assert "--kill-on-bad-exit=1" in script and "srun --unbuffered" in script
 
 
-def test_what_sbatch_refuses_is_told_in_its_words(tmp_path, cluster):
+def test_a_refusal_by_sbatch_is_quoted(tmp_path, cluster):
     (cluster / "sbatch").write_text("#!/bin/sh\necho sbatch: error: invalid partition >&2; exit 1")
-    with pytest.raises(InputError, match="SLURM does not take the job: .*invalid partition"):
-        send.send([("show",)], Slurm(), tmp_path)
+    with pytest.raises(InputError, match="SLURM refused the job: .*invalid partition"):
+        send.send([("show",)], SlurmSettings(), tmp_path)
 
 
-def test_the_code_is_kept_once(tmp_path):
+def test_the_code_is_copied_once(tmp_path):
     package = Path(ldae.__file__).parent
-    first = send._snapshot(tmp_path)
-    assert send._snapshot(tmp_path) == first and len(list(tmp_path.iterdir())) == 1
+    first = send._copy_code(tmp_path)
+    assert send._copy_code(tmp_path) == first and len(list(tmp_path.iterdir())) == 1
     for path in package.rglob("*.py"):
         copy = first / "ldae" / path.relative_to(package)
         assert copy.read_bytes() == path.read_bytes()
-    told = (
+    script = (
         "import json; from ldae.runs import environment; "
         "print(environment.__file__, json.dumps(environment.git_state()))"
     )
     environment = os.environ | {"PYTHONPATH": str(first)}
-    out = subprocess.check_output([sys.executable, "-P", "-c", told], env=environment, text=True)
+    out = subprocess.check_output([sys.executable, "-P", "-c", script], env=environment, text=True)
     file, git = out.strip().split(" ", 1)
     assert file.startswith(str(first)) and json.loads(git) == git_state()
 
@@ -128,14 +128,14 @@ LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
 
 @pytest.fixture
 def task(monkeypatch):
-    """task(without=): the environment of rank 3 of 4 on two nodes, as srun makes it."""
-    for name in LAUNCH:  # to be put back afterwards
+    """task(without=): set the environment that srun sets for rank 3 of 4 on two nodes."""
+    for name in LAUNCH:  # monkeypatch restores them afterwards
         monkeypatch.setenv(name, "")
         os.environ.pop(name)
 
     def make(without: str = ""):
-        told = TASK | {"SUBMITIT_EXECUTOR": "slurm", "CUDA_VISIBLE_DEVICES": "4,5"}
-        for name, value in told.items():
+        variables = TASK | {"SUBMITIT_EXECUTOR": "slurm", "CUDA_VISIBLE_DEVICES": "4,5"}
+        for name, value in variables.items():
             if name != without:
                 monkeypatch.setenv(name, value)
         return submitit.JobEnvironment()
@@ -143,60 +143,58 @@ def task(monkeypatch):
     return make
 
 
-def test_a_task_starts_as_under_torchrun(task):
-    send._join(task())
+def test_a_task_has_the_variables_of_torchrun(task):
+    send._set_launch_variables(task())
     expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "sln1"}
     assert {name: os.environ[name] for name in expected} == expected
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"  # SLURM's own
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"  # as SLURM set it
 
 
-def test_ranks_meet_at_the_same_port_and_at_another_one_when_the_job_starts_again(
-    task, monkeypatch
-):
+def test_all_ranks_choose_the_same_port_and_another_one_at_the_next_start(task, monkeypatch):
     ports = []
     for start, rank in [("0", "0"), ("0", "3"), ("1", "0"), ("1", "3")]:
         environment = task()
         monkeypatch.delenv("MASTER_PORT", raising=False)
         monkeypatch.setenv("SLURM_RESTART_COUNT", start)
         monkeypatch.setenv("SLURM_PROCID", rank)
-        send._join(environment)
+        send._set_launch_variables(environment)
         ports.append(int(os.environ["MASTER_PORT"]))
     assert ports[0] == ports[1] != ports[2] == ports[3]
-    assert all(1024 <= port < 32768 for port in ports)  # what Linux never gives to who connects
+    assert all(1024 <= port < 32768 for port in ports)  # Linux assigns ports from 32768
 
 
-def test_they_meet_at_the_port_that_a_line_of_setup_has_exported(task, monkeypatch):
+def test_a_port_that_setup_exports_is_kept(task, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
-    send._join(task())
+    send._set_launch_variables(task())
     assert os.environ["MASTER_PORT"] == "29500"
 
 
 @pytest.mark.parametrize("name", [name for name in TASK if name != "SLURM_JOB_ID"])
-def test_a_half_set_environment_is_refused_by_name(name, task):
-    with pytest.raises(InputError, match=f"half set: {name} missing"):
-        send._join(task(without=name))
+def test_an_incomplete_task_environment_is_refused(name, task):
+    with pytest.raises(InputError, match=f"incomplete, missing {name}$"):
+        send._set_launch_variables(task(without=name))
 
 
-def test_what_srun_or_torchrun_told_the_sender_does_not_reach_the_job(task, monkeypatch):
+def test_a_job_does_not_inherit_the_variables_of_srun_and_torchrun(task, monkeypatch):
     task()
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("SLURM_CONF", "here")
-    with send._environment_of_a_job(None):
+    with send._job_environment(None):
         assert not set(TASK) & set(os.environ) and "MASTER_PORT" not in os.environ
         assert os.environ["SLURM_CONF"] == "here"
     assert os.environ["SLURM_NTASKS"] == "4"
 
 
 @pytest.mark.parametrize("command, state", [(("show", "1"), "done"), (("show", STRANGE), "failed")])
-def test_the_local_cluster_runs_it_without_slurm(command, state, tmp_path):
-    (job,) = send.send([command], Slurm(cluster="local"), tmp_path / "a run")
+def test_the_local_cluster_needs_no_slurm(command, state, tmp_path):
+    (job,) = send.send([command], SlurmSettings(cluster="local"), tmp_path / "a run")
     job.wait()
-    assert requeue.state(tmp_path / "a run" / "jobs" / job.job_id)["state"] == state
-    told = "row 1, dit" if state == "done" else repr(STRANGE)
-    assert told in send.log_of(job).read_text()
+    assert requeue.read_state(tmp_path / "a run" / "jobs" / job.job_id)["state"] == state
+    output = "row 1, dit" if state == "done" else repr(STRANGE)
+    assert output in send.log_path(job).read_text()
 
 
-def test_debug_runs_it_here_and_now(tmp_path, capsys):
+def test_the_debug_cluster_runs_the_job_in_this_process(tmp_path, capsys):
     argv = ["knn", "pixels", "--data", "scattered-digits:50", "--k", "5", "--workers", "0"]
     argv += ["--out", str(tmp_path / "out"), "--slurm", "--slurm.cluster", "debug"]
     with pytest.raises(SystemExit) as end:
@@ -206,7 +204,7 @@ def test_debug_runs_it_here_and_now(tmp_path, capsys):
     assert (tmp_path / "out" / "results.json").exists()
 
 
-def test_a_command_is_refused_before_it_waits_in_a_queue(tmp_path, cluster, capsys):
+def test_a_wrong_command_is_refused_before_it_is_sent(tmp_path, cluster, capsys):
     flags = ["--slurm", "--slurm.folder", str(tmp_path / "jobs")]
     with pytest.raises(SystemExit):
         cli.main(["knn", "pixels", "--dat", "x", *flags])

@@ -1,16 +1,23 @@
-"""What a job asks for is taken as it is said, or refused by name."""
+"""Settings of jobs: their flags, their checks, and the folder of a job."""
 
 from pathlib import Path
 
 import pytest
 
-from ldae.cluster.settings import Slurm, check_settings, folder_of, minutes, parse, split
+from ldae.cluster.settings import (
+    SlurmSettings,
+    check_settings,
+    folder_of,
+    parse_flags,
+    parse_time_limit,
+    split_flags,
+)
 from ldae.errors import InputError
 from ldae.tree import replace
 
 
-def test_flags_are_split_off_wherever_they_stand():
-    given = [
+def test_flags_are_split_off_at_any_position():
+    argv = [
         "a",
         "--slurm.setup",
         "--x y",
@@ -21,53 +28,55 @@ def test_flags_are_split_off_wherever_they_stand():
         "--slurm.time=1:00",
         "--slurmx",
     ]
-    own, flags = split(given)
-    assert own == ["a", "--k", "5", "b c", "--slurmx"]
+    command, flags = split_flags(argv)
+    assert command == ["a", "--k", "5", "b c", "--slurmx"]
     assert flags == ["--slurm.setup", "--x y", "--slurm", "--slurm.time=1:00"]
-    settings = parse(["--slurm", "--slurm.setup=a b", "--slurm.setup=c", "--slurm.nodes", "3"])
-    assert settings == Slurm(setup=("a b", "c"), nodes=3)
-    base = Slurm(partition="gpu", setup=("a",))
-    assert parse(["--slurm.nodes", "2"], base) == replace(base, {"nodes": 2})
+    settings = parse_flags(
+        ["--slurm", "--slurm.setup=a b", "--slurm.setup=c", "--slurm.nodes", "3"]
+    )
+    assert settings == SlurmSettings(setup=("a b", "c"), nodes=3)
+    base = SlurmSettings(partition="gpu", setup=("a",))
+    assert parse_flags(["--slurm.nodes", "2"], base) == replace(base, {"nodes": 2})
 
 
 @pytest.mark.parametrize(
     "time, expected",
     [("90", 90), ("90:30", 91), ("1:30:00", 90), ("0:00:01", 1), ("2-00", 2880), ("1-02:30", 1590)],
 )
-def test_time_limits_are_sbatchs(time, expected):
-    assert minutes(time) == expected
+def test_time_limits_have_sbatchs_formats(time, expected):
+    assert parse_time_limit(time) == expected
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [
         ({"time": "two days"}, "slurm.time must be like"),
         ({"time": "0"}, "at least a minute"),
         ({"nodes": 0}, "slurm.nodes must be at least 1"),
         ({"setup": ("a\nb",)}, "slurm.setup 'a.nb' must be one line"),
         ({"extra": ("qos=a\n#SBATCH -x",)}, "must be one line"),
-        ({"extra": ("--qos=a",)}, "slurm.extra must be KEY=VALUE"),
+        ({"extra": ("--qos=a",)}, "slurm.extra must be an option of sbatch as KEY=VALUE"),
         ({"extra": ("output=x",)}, "slurm.extra output is set by ldae itself"),
-        ({"cluster": "local", "nodes": 2}, "local is one machine"),
-        ({"cluster": "debug", "gpus_per_node": 2}, "debug is one process, not 2"),
+        ({"cluster": "local", "nodes": 2}, "local has one machine"),
+        ({"cluster": "debug", "gpus_per_node": 2}, "debug has one process, not 2"),
     ],
 )
-def test_wrong_settings_are_told(changes, told, monkeypatch):
+def test_wrong_settings_are_refused(changes, message, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name)
-    with pytest.raises(InputError, match=told.replace(".n", ".+")):
-        check_settings(replace(Slurm(), changes))
+    with pytest.raises(InputError, match=message.replace(".n", ".+")):
+        check_settings(replace(SlurmSettings(), changes))
 
 
-def test_without_sbatch_it_is_told(monkeypatch):
+def test_a_machine_without_sbatch_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(InputError, match="no sbatch here; --slurm.cluster local"):
-        check_settings(Slurm())
+    with pytest.raises(InputError, match="no sbatch on this machine; --slurm.cluster local"):
+        check_settings(SlurmSettings())
 
 
-def test_a_jobs_folder_is_that_of_its_run(tmp_path):
+def test_jobs_go_to_the_run_folder_of_the_command(tmp_path):
     (tmp_path / "config.yaml").write_text("kind: pretraining\n")
-    assert folder_of(Slurm(), ["x", "--run", "a b"]) == Path("a b")
-    assert folder_of(Slurm(), ["x", "--run=a b"]) == Path("a b")
-    assert folder_of(Slurm(), [str(tmp_path), "--data", "x"]) == tmp_path
-    assert folder_of(Slurm(), ["pixels"]) == Path()
-    assert folder_of(Slurm(folder="f"), ["x", "--run", "r"]) == Path("f")
+    assert folder_of(SlurmSettings(), ["x", "--run", "a b"]) == Path("a b")
+    assert folder_of(SlurmSettings(), ["x", "--run=a b"]) == Path("a b")
+    assert folder_of(SlurmSettings(), [str(tmp_path), "--data", "x"]) == tmp_path
+    assert folder_of(SlurmSettings(), ["pixels"]) == Path()
+    assert folder_of(SlurmSettings(folder="f"), ["x", "--run", "r"]) == Path("f")

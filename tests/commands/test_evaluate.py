@@ -235,7 +235,7 @@ def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypat
 
 
 def test_a_lost_rank_is_no_cells_fault(suite, setup, called):
-    called.stops["pixels-8/same/knn"] = LostRank("rank 0 lost the others")
+    called.stops["pixels-8/same/knn"] = LostRank("rank 0 lost the other ranks")
     with pytest.raises(LostRank):
         evaluate(("pixels:8",), suite=suite, setup=setup)
     assert len(called.made) == 2

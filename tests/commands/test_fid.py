@@ -17,7 +17,7 @@ from PIL import Image
 from ldae import cli
 from ldae.backbones.open import load_backbone
 from ldae.backbones.preprocessing import preprocessing
-from ldae.commands.fid import RunImages, FIDSettings, fid
+from ldae.commands.fid import FIDSettings, RunImages, fid
 from ldae.commands.sample import sample
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
@@ -318,7 +318,7 @@ def test_fewer_images_than_dimensions_are_told_before_the_work(sets, monkeypatch
         (["a", "b", "--weights", "none.pth"], "weights are Inception's"),
         (["a", "b", "--features", "inception"], "random_init is for a backbone"),
         (["a", "b", "--batch-size", "0"], "batch_size must be at least 1"),
-        (["a", "b", "--out", "a.npz/x.json"], "can not be written"),
+        (["a", "b", "--out", "a.npz/x.json"], "cannot be written"),
         (["a", "b", "--out", "a"], "out a is a folder, not a file"),
         (["a", "b", "--save-stats", "b"], "save_stats b is a folder"),
         (["a", "b", "--save-stats", "stats"], "save_stats stats must end in .npz"),

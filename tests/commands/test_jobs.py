@@ -1,4 +1,4 @@
-"""What `ldae jobs` says of jobs in every state."""
+"""The command jobs, with jobs in every state."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from ldae.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """add(id, state, log): a job's folder; SLURM is not there unless a test makes one."""
+    """add(job, place, cluster, text, **state): write the folder of a job; there is no SLURM."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     (tmp_path / "bin").mkdir()
 
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
     return add
 
 
-def test_without_slurm_the_records_are_believed(folder, tmp_path, capsys):
+def test_without_slurm_the_records_are_shown(folder, tmp_path, capsys):
     folder("1", state="done", text="top1 50\n")
     folder("2", state="waiting", said="SIGUSR2; requeued")
     folder(
@@ -49,21 +49,21 @@ def test_without_slurm_the_records_are_believed(folder, tmp_path, capsys):
     ]
 
 
-def test_a_bar_is_told_by_its_last_state(folder, tmp_path):
+def test_the_last_state_of_a_progress_bar_is_shown(folder, tmp_path):
     here = {"host": socket.gethostname(), "pid": os.getpid()}
     folder("1", cluster="local", text="bar 10%\rbar 20%\r", state="running", **here)
-    assert jobs.statuses(tmp_path) == [("1", "running", "knn 'a b' --data x", "bar 20%")]
+    assert jobs.read_statuses(tmp_path) == [("1", "running", "knn 'a b' --data x", "bar 20%")]
 
 
-def test_a_process_that_is_gone_has_failed(folder, tmp_path):
-    gone = {"host": socket.gethostname(), "pid": 2**22 + 1}  # beyond Linux' largest
+def test_a_job_without_its_process_has_failed(folder, tmp_path):
+    gone = {"host": socket.gethostname(), "pid": 2**22 + 1}  # above Linux's largest process id
     folder("1", cluster="local", state="running", **gone)
     folder("2", cluster="local", state="running", **(gone | {"host": "another machine"}))
-    assert [status.state for status in jobs.statuses(tmp_path)] == ["failed", "running"]
+    assert [status.state for status in jobs.read_statuses(tmp_path)] == ["failed", "running"]
 
 
-def test_slurm_knows_better(folder, tmp_path):
-    said = {
+def test_slurms_answer_goes_before_the_records(folder, tmp_path):
+    answers = {
         "sacct": [
             "1|COMPLETED",
             "2|CANCELLED by 0",
@@ -74,14 +74,16 @@ def test_slurm_knows_better(folder, tmp_path):
         ],
         "squeue": ["4|PENDING|BeginTime", "6_1|RUNNING|None", "9|RUNNING|None"],
     }
-    for name, lines in said.items():
+    for name, lines in answers.items():
         script = tmp_path / "bin" / name
         refused = 'case "$*" in *_*) exit 1;; esac\n'  # as sacct does a task that never began
         script.write_text(f"#!/bin/sh\n{refused}" + "".join(f"echo '{line}'\n" for line in lines))
         script.chmod(0o755)
     for job in ("1", "2", "3", "4", "5_0", "6_1", "7_0", "7_1", "7_3"):
         folder(job, state="running", host="node", pid=1, text="images 8/16\n")
-    assert [(status.id, status.state, status.told) for status in jobs.statuses(tmp_path)] == [
+    assert [
+        (status.id, status.state, status.message) for status in jobs.read_statuses(tmp_path)
+    ] == [
         ("1", "done", "images 8/16"),
         ("2", "cancelled", "images 8/16"),
         ("3", "failed", "OUT_OF_MEMORY"),
@@ -94,7 +96,7 @@ def test_slurm_knows_better(folder, tmp_path):
     ]
 
 
-def test_no_jobs_are_told(tmp_path):
+def test_a_folder_without_jobs_is_refused(tmp_path):
     with pytest.raises(InputError, match="no job was sent from"):
         jobs.jobs(tmp_path)
 
@@ -103,7 +105,7 @@ RECORDS = ([], {"id": 5}, {"id": "5"}, {"id": "5", "command": [1]}, "text")
 STATES = ([], {"state": "running"}, {"state": "running", "host": socket.gethostname(), "pid": "x"})
 
 
-def test_damaged_records_hide_no_others(folder, tmp_path, capsys):
+def test_damaged_records_are_skipped(folder, tmp_path, capsys):
     for number, record in enumerate(RECORDS):
         files.write_json(tmp_path / "runs" / "a" / "jobs" / f"bad{number}" / "job.json", record)
     for number, state in enumerate(STATES):
@@ -111,5 +113,5 @@ def test_damaged_records_hide_no_others(folder, tmp_path, capsys):
         files.write_json(tmp_path / "runs" / "a" / "jobs" / f"{number}" / "state.json", state)
     folder("7", state="done", text="\x1b[31mred")
     jobs.jobs(tmp_path)
-    told = capsys.readouterr().out
-    assert "4 jobs: " in told and "\x1b" not in told and "x1b[31mred" in told
+    out = capsys.readouterr().out
+    assert "4 jobs: " in out and "\x1b" not in out and "x1b[31mred" in out

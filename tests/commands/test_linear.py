@@ -139,8 +139,8 @@ def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
         ({"protocol": "mae", "epochs": 5}, "warmup_epochs must be fewer than epochs: 10 of 5"),
         ({"protocol": "mae", "total_batch": 700}, "total_batch 700 is no whole number"),
         ({"blocks": (1,), "pools": ("default",)}, "block 1 has no pooling of its own"),
-        ({"save": Path(__file__, "out")}, "can not be written"),
-        ({"setup": replace(CONTROL, out=Path(__file__, "out"))}, "can not be written"),
+        ({"save": Path(__file__, "out")}, "cannot be written"),
+        ({"setup": replace(CONTROL, out=Path(__file__, "out"))}, "cannot be written"),
         ({"blocks": (7,), "pools": ("avg",)}, "test_vit has blocks 0 to 5, and no block 7"),
     ],
 )

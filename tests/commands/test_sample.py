@@ -233,7 +233,7 @@ def test_a_full_disk_is_one_sentence(name, run, tmp_path, monkeypatch):
         monkeypatch.setattr(album.np.lib.format, "write_array_header_1_0", full)
     else:
         monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(InputError, match="can not be written: No space left on device"):
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
         draw(run, name and tmp_path / name, 2)
     assert not list(tmp_path.rglob("*.partial"))
     monkeypatch.undo()

@@ -1,13 +1,13 @@
-"""A pipeline file: what is wrong is told by file and key, and what follows does not hang together."""
+"""Pipelines: errors name the file and the key, and jobs after the pre-training are independent."""
 
 import re
 import shlex
 
 import pytest
 
-from ldae.cluster.settings import Slurm
+from ldae.cluster.settings import SlurmSettings
 from ldae.commands import jobs
-from ldae.commands.submit import read, submit
+from ldae.commands.submit import read_pipeline, submit
 from ldae.errors import InputError
 from ldae.tree import to_yaml
 
@@ -36,21 +36,21 @@ def study(tmp_path):
     return make
 
 
-def test_a_study_is_commands_with_settings(study):
-    base = Slurm(cluster="local", time="2:00:00")
-    first, others = read(study())
+def test_a_pipeline_is_a_list_of_commands_with_settings(study):
+    base = SlurmSettings(cluster="local", time="2:00:00")
+    first, others = read_pipeline(study())
     data = ("--data", "my images")
     assert first.command == ("pretrain", "l_dae", *data, "--run", "runs/a")
-    assert first.settings == Slurm(cluster="local", tasks_per_node=8, time="2-00")
+    assert first.settings == SlurmSettings(cluster="local", tasks_per_node=8, time="2-00")
     assert [stage.name for stage in others] == ["knn", "finetune"]
     assert others[0].command == ("knn", "runs/a", *data) and others[0].settings == base
-    assert others[1].settings == Slurm(cluster="local", time="2:00:00", tasks_per_node=2)
-    first, others = read(study(), ["--slurm.account", "mine"])
+    assert others[1].settings == SlurmSettings(cluster="local", time="2:00:00", tasks_per_node=2)
+    first, others = read_pipeline(study(), ["--slurm.account", "mine"])
     assert first.settings.account == others[0].settings.account == "mine"
 
 
 @pytest.mark.parametrize(
-    "old, new, told",
+    "old, new, message",
     [
         ("[slurm]", "[slrm]", r"the pipeline has no setting 'slrm'; the nearest is 'slurm'"),
         ("[jobs.knn]", "[job.knn]", "no setting 'job'"),
@@ -59,7 +59,7 @@ def test_a_study_is_commands_with_settings(study):
         (
             "tasks_per_node = 2",
             "nodes = 2",
-            r"\[jobs.finetune\]: slurm.cluster local is one machine",
+            r"\[jobs.finetune\]: slurm.cluster local has one machine",
         ),
         ("tasks_per_node = 2", "node = 2", r"\[jobs.finetune.slurm\]: there is no setting 'node'"),
         (
@@ -70,29 +70,29 @@ def test_a_study_is_commands_with_settings(study):
         ('command = ["knn",', 'command = ["kn",', r"\[jobs.knn\]: there is no command 'kn'"),
         ('"--data", "my', '"--dta", "my', r"\[jobs.knn\] command: .*--dta.* is refused"),
         ('["knn", "runs/a", "--data", "my images"]', "[]", r"\[jobs.knn\] needs a command"),
-        ('"my images"]', '"x", "--slurm"]', r"--slurm belongs into \[jobs.knn.slurm\]"),
+        ('"my images"]', '"x", "--slurm"]', r"--slurm belongs in \[jobs.knn.slurm\]"),
         ("ldae pretrain", "fit-tokenizer", r"\[pretrain\] command must be pretrain ... --run"),
         ("'my images'", "'my images", r"\[pretrain\] command: No closing quotation"),
         ("[pretrain]", "[pretrain", "it is no TOML file"),
     ],
 )
-def test_what_is_wrong_is_told_by_file_and_key(old, new, told, study, capsys):
+def test_an_error_names_the_file_and_the_key(old, new, message, study, capsys):
     assert old in STUDY
-    with pytest.raises(InputError, match="study.toml: ") as refused:
-        read(study(STUDY.replace(old, new, 1)))
-    assert re.search(told, str(refused.value)), refused.value
+    with pytest.raises(InputError, match="study.toml: ") as error:
+        read_pipeline(study(STUDY.replace(old, new, 1)))
+    assert re.search(message, str(error.value)), error.value
 
 
-def test_a_missing_file_and_an_empty_one_are_told(study, tmp_path):
+def test_a_missing_file_and_an_empty_file_are_refused(study, tmp_path):
     with pytest.raises(InputError, match="no.toml: it can not be read"):
-        read(tmp_path / "no.toml")
+        read_pipeline(tmp_path / "no.toml")
     with pytest.raises(InputError, match=r"there is no \[pretrain\]"):
-        read(study(""))
+        read_pipeline(study(""))
 
 
 @pytest.fixture
 def debug(study, tiny, tmp_path):
-    """debug(source): a study of this process, whose second evaluation has no data."""
+    """debug(source): a study of three jobs in this process; the evaluation "wrong" has no data."""
 
     def make(source: str):
         (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(data__source=source)))
@@ -115,12 +115,12 @@ command = "knn {run} {knn}"
 def test_a_failed_evaluation_does_not_stop_the_others(debug, tmp_path):
     with pytest.raises(InputError, match="1 of 2 jobs failed"):
         submit(debug("scattered-digits:64"))
-    found = jobs.statuses(tmp_path / "a run")
-    assert sorted(status.state for status in found) == ["done", "done", "failed"]
+    statuses = jobs.read_statuses(tmp_path / "a run")
+    assert sorted(status.state for status in statuses) == ["done", "done", "failed"]
     assert list((tmp_path / "a run").glob("evals/*/results.json"))
 
 
-def test_nothing_follows_a_failed_pretraining(debug, tmp_path):
-    with pytest.raises(InputError, match="pretrain failed, so nothing else was begun"):
+def test_no_job_starts_after_a_failed_pretraining(debug, tmp_path):
+    with pytest.raises(InputError, match="pretrain failed, so no other job was started"):
         submit(debug("nowhere"))
-    assert [status.state for status in jobs.statuses(tmp_path / "a run")] == ["failed"]
+    assert [status.state for status in jobs.read_statuses(tmp_path / "a run")] == ["failed"]

@@ -46,7 +46,7 @@ def test_clean_pictures_are_above_reconstructed_ones(tiny, images, tmp_path):
 
 def test_a_picture_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="can not be written"):
+    with pytest.raises(InputError, match="cannot be written"):
         pictures.save_grid([torch.rand(2, 3, 8, 8)], tmp_path / "file" / "picture.png")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldae import cli
-from ldae.cluster.settings import Slurm, folder_of
+from ldae.cluster.settings import SlurmSettings, folder_of
 from ldae.data.open import open_source
 from ldae.errors import InputError
 from ldae.finetuning.settings import FinetuneConfig
@@ -147,7 +147,7 @@ def test_a_folder_that_is_no_run_is_told_so(argv, sentence, capsys, monkeypatch,
     if argv[0] in ("pretrain", "fit-tokenizer"):
         argv = [*argv, *SMALL]
     assert kinds.kind_of(Path("RUN")) is None
-    assert folder_of(Slurm(), ["RUN"]) == Path()
+    assert folder_of(SlurmSettings(), ["RUN"]) == Path()
     assert cli.main(argv) == 2
     told = capsys.readouterr().err
     assert sentence in told and len(told.splitlines()) == 1
@@ -222,7 +222,7 @@ def test_a_class_and_a_line_are_another_kind(monkeypatch, tmp_path):
     open_as(run, "masked", MadeUp(masked=0.5))
     assert kinds.kind_of(run) == "masked"
     assert kinds.settings_of(run, "masked") == MadeUp(masked=0.5)
-    assert folder_of(Slurm(), [str(run)]) == run
+    assert folder_of(SlurmSettings(), [str(run)]) == run
     with pytest.raises(InputError, match="holds a masked pre-training, not a pre-training"):
         open_as(run, "pretraining", Config())
     state = {"images_seen": 8, "model": {}, "average": None, "optimizer": {}}

@@ -1,4 +1,4 @@
-"""One living process has a run folder: found out without any clock, and after any death."""
+"""One living process holds a run folder; the lock needs no clock and survives every death."""
 
 import errno
 import json
@@ -19,14 +19,14 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(lock, "_BEAT", 0.05)
-    monkeypatch.setattr(lock, "_PATIENCE", 0.6)
+def short_times(monkeypatch):
+    monkeypatch.setattr(lock, "_HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "_TIMEOUT_SECONDS", 0.6)
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """holder(before): another process that has the folder, after ``before()``."""
+    """holder(before): start a process that calls ``before`` and then holds the folder."""
     started = []
 
     def start(before=lambda: None):
@@ -35,7 +35,7 @@ def holder(tmp_path):
         def hold():
             before()
             with locked(tmp_path):
-                FORK.Process(target=time.sleep, args=(5,)).start()  # a data worker outlives it
+                FORK.Process(target=time.sleep, args=(5,)).start()  # an outliving data worker
                 ready.set()
                 time.sleep(30)
 
@@ -50,89 +50,88 @@ def holder(tmp_path):
         process.kill()
 
 
-def take(folder) -> float:
-    """Seconds that it took."""
-    asked = time.monotonic()
+def acquire(folder) -> float:
+    """Acquire the lock, and return the seconds that this took."""
+    start = time.monotonic()
     with locked(folder):
         record = json.loads((folder / LOCK).read_text())
         assert record["process"] == os.getpid()
-        return time.monotonic() - asked
+        return time.monotonic() - start
 
 
-def refused(folder, process):
-    with pytest.raises(InputError) as told:
-        take(folder)
-    sentence = (
-        f"run folder {folder} is in use by process {process.pid} on {platform.node()}, since "
-    )
-    assert str(told.value).startswith(sentence) and "\n" not in str(told.value)
+def assert_refused(folder, process):
+    with pytest.raises(InputError) as error:
+        acquire(folder)
+    holder = f"process {process.pid} on {platform.node()}"
+    assert str(error.value).startswith(f"run folder {folder} is in use by {holder}, since ")
+    assert "\n" not in str(error.value)
 
 
-def test_nothing_is_left_of_a_run_that_ends(tmp_path):
+def test_a_run_that_ends_removes_its_lock_file(tmp_path):
     for _ in range(2):
-        assert take(tmp_path / "new") < 0.5
+        assert acquire(tmp_path / "new") < 0.5
         assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_living_process_is_named_and_a_killed_one_forgotten_at_once(tmp_path, holder):
+def test_a_living_process_is_named_and_a_killed_one_releases_the_lock_at_once(tmp_path, holder):
     process = holder()
-    for _ in range(2):  # whoever was refused has not let go of it either
-        refused(tmp_path, process)
+    for _ in range(2):  # a refused process must not release the holder's lock
+        assert_refused(tmp_path, process)
     process.kill()
     process.join()
-    assert take(tmp_path) < 0.5
+    assert acquire(tmp_path) < 0.5
 
 
-def elsewhere(monkeypatch, locks: str):
-    """What another process does to be on another machine, and what is done here."""
+def on_another_machine(monkeypatch, locks: str):
+    """Return what a holder calls to pretend to be on another machine; prepare this process too."""
 
-    def there():
-        lock._machine = lambda: "another"
+    def before():
+        lock._machine_id = lambda: "another"
         if locks != "between machines":
-            lock.fcntl.lockf = absent
+            lock.fcntl.lockf = no_locks
 
-    def absent(*_):
+    def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    if locks == "absent":
-        monkeypatch.setattr(lock.fcntl, "lockf", absent)
-    return there
+    if locks == "none":
+        monkeypatch.setattr(lock.fcntl, "lockf", no_locks)
+    return before
 
 
-@pytest.mark.parametrize("locks", ["between machines", "on each machine alone", "absent"])
-def test_another_machine_is_watched(locks, tmp_path, holder, monkeypatch, capsys):
-    process = holder(elsewhere(monkeypatch, locks))
-    os.utime(tmp_path / LOCK, (0, 0))  # no clock counts, not the server's either
-    refused(tmp_path, process)
+@pytest.mark.parametrize("locks", ["between machines", "within machines", "none"])
+def test_a_holder_on_another_machine_is_watched(locks, tmp_path, holder, monkeypatch, capsys):
+    process = holder(on_another_machine(monkeypatch, locks))
+    os.utime(tmp_path / LOCK, (0, 0))  # file times must not matter
+    assert_refused(tmp_path, process)
     process.kill()
     process.join()
     os.utime(tmp_path / LOCK, (2**32, 2**32))
-    assert 0.5 < take(tmp_path) < 5
-    assert f"process {process.pid} on {platform.node()} had this run" in capsys.readouterr().out
+    assert 0.5 < acquire(tmp_path) < 5
+    assert f"process {process.pid} on {platform.node()} used this run" in capsys.readouterr().out
 
 
-def test_a_lock_that_outlives_its_machine_is_not_believed(tmp_path, monkeypatch):
-    """The server waits for a machine that lost its power."""
+def test_a_lock_that_outlives_its_machine_is_removed(tmp_path, monkeypatch):
+    """A file server may keep the lock of a machine that lost its power."""
     path = tmp_path / LOCK
     path.write_text(json.dumps({"process": 5, "host": "gone", "machine": "another"}))
-    original = lock._lock
+    try_lock = lock._try_lock
 
-    def outlived(file):
-        return False if b"another" in os.pread(file, 4096, 0) else original(file)
+    def keep_lock(fd):
+        return False if b"another" in os.pread(fd, 4096, 0) else try_lock(fd)
 
-    monkeypatch.setattr(lock, "_lock", outlived)
-    assert 0.5 < take(tmp_path) < 5
+    monkeypatch.setattr(lock, "_try_lock", keep_lock)
+    assert 0.5 < acquire(tmp_path) < 5
 
 
-def test_a_process_that_ends_while_it_is_watched_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_PATIENCE", 20.0)
+def test_waiting_ends_when_the_watched_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_TIMEOUT_SECONDS", 20.0)
     path = tmp_path / LOCK
     path.write_text(json.dumps({"process": 5, "host": "there", "machine": "another"}))
     threading.Timer(0.1, path.unlink).start()
-    assert take(tmp_path) < 5
+    assert acquire(tmp_path) < 5
 
 
-def test_a_folder_that_can_not_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file.* can not be written: "):
-        take(tmp_path / "file")
+    with pytest.raises(InputError, match="file.* cannot be written: "):
+        acquire(tmp_path / "file")

@@ -1,31 +1,34 @@
-"""What the tests that need a SLURM share. `make test-slurm` starts one, and runs them in it."""
+"""Fixtures of the tests on a real SLURM, which `make test-slurm` starts."""
 
 import os
 from pathlib import Path
 
 import pytest
-from slurm.cluster import Sent
+from slurm.cluster import SentJob
 
 from ldae.cluster.send import send as send_job
-from ldae.cluster.settings import Slurm
+from ldae.cluster.settings import SlurmSettings
 from ldae.tree import replace, to_yaml
 
 SLOW = Path(__file__).parent / "slow"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def a_cluster():
+def cluster():
     if "SLURM_CONF" not in os.environ:
-        pytest.fail("there is no SLURM here: `make test-slurm` starts one, and runs these tests")
+        pytest.fail("there is no SLURM; `make test-slurm` starts one and runs these tests in it")
 
 
 @pytest.fixture
 def send(tiny, tmp_path):
-    """send(settings, step=, dies_at=): a pre-training of 32 steps as a job; each takes so long."""
+    """send(settings, step, dies_at): send a pre-training of 32 steps as a job.
+
+    Each step takes ``step`` seconds more, and the process kills itself at step ``dies_at``.
+    """
 
     def make(
-        settings: Slurm, step: float = 0.1, dies_at: int = 0, run: str = "a run", **changes
-    ) -> Sent:
+        settings: SlurmSettings, step: float = 0.1, dies_at: int = 0, run: str = "a run", **changes
+    ) -> SentJob:
         config = tiny(
             optim__epochs=4,
             system__workers=1,
@@ -35,10 +38,10 @@ def send(tiny, tmp_path):
             **changes,
         )
         (tmp_path / "tiny.yaml").write_text(to_yaml(config))
-        slow = (f"export PYTHONPATH='{SLOW}' LDAE_TEST_STEP={step} LDAE_TEST_DIES_AT={dies_at}",)
+        setup = (f"export PYTHONPATH='{SLOW}' LDAE_TEST_STEP={step} LDAE_TEST_DIES_AT={dies_at}",)
         command = ("pretrain", str(tmp_path / "tiny.yaml"), "--run", str(tmp_path / run))
-        settings = replace(settings, {"setup": slow, "time": settings.time})
+        settings = replace(settings, {"setup": setup, "time": settings.time})
         (job,) = send_job([command], settings, tmp_path / run)
-        return Sent(job, tmp_path / run)
+        return SentJob(job, tmp_path / run)
 
     return make

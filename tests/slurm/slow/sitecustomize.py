@@ -1,6 +1,7 @@
-"""On the path of a job, for the interpreter to find: each step takes LDAE_TEST_STEP seconds more.
+"""Slow training, for jobs with this folder on PYTHONPATH: Python imports this file at its start.
 
-It gives a test the time to do something to a run, and costs no processor.
+Each step sleeps LDAE_TEST_STEP seconds, which gives a test time to disturb the run and needs no
+processor. The process kills itself at step LDAE_TEST_DIES_AT.
 """
 
 import importlib.abc
@@ -10,7 +11,9 @@ import sys
 import time
 
 
-class _AtTheLoop(importlib.abc.MetaPathFinder):
+class _SlowSteps(importlib.abc.MetaPathFinder):
+    """Slows the optimizer down when the training loop is imported."""
+
     def find_spec(self, name, path, target=None):
         if name == "ldae.train.loop":
             sys.meta_path.remove(self)
@@ -31,4 +34,4 @@ class _AtTheLoop(importlib.abc.MetaPathFinder):
         return None
 
 
-sys.meta_path.insert(0, _AtTheLoop())
+sys.meta_path.insert(0, _SlowSteps())
