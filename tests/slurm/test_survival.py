@@ -11,6 +11,7 @@ import pytest
 import torch
 from slurm.cluster import SentJob, shell
 
+from ldae.cluster.send import _choose_port
 from ldae.cluster.settings import SlurmSettings
 from ldae.commands.jobs import read_statuses
 from ldae.runs.checkpoints import Checkpoints
@@ -97,7 +98,7 @@ def test_a_job_that_dies_twice_without_progress_is_not_requeued(send):
 
 def test_a_taken_port_costs_one_start(send, assert_undisturbed):
     job = send(SlurmSettings(tasks_per_node=2, extra=("hold",)))
-    with socket.create_server(("", send._choose_port(job.id))):
+    with socket.create_server(("", _choose_port(job.id))):
         shell("scontrol", "release", job.id)
         assert job.finish() == "COMPLETED", job.report()
     assert job.field("Restarts") == "1" and "could not join the other ranks at sln" in job.output()
