@@ -64,8 +64,8 @@ def main() -> None:
     network = torch.compile(method) if compiled else method
     bare_network = torch.compile(method.denoiser) if compiled else method.denoiser
     optimizer = adamw(method, config.optim)
-    tokens = len(method.denoiser.pos_embed), method.denoiser.embed.in_features
-    fixed = torch.randn(len(images), *tokens, device=device)
+    tokens = (len(images), method.denoiser.side**2, method.denoiser.in_dim)
+    fixed = torch.randn(tokens, device=device)
     t = torch.randint(len(method.sigma), (len(images),), device=device)
 
     def bare() -> None:

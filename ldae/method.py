@@ -1,12 +1,16 @@
 """The page where the paper lives: from uint8 images to the loss of any of its rows."""
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import nn
 
 from ldae import noise, tokenizers
 from ldae.errors import InputError
-from ldae.models.dit import Denoiser
-from ldae.models.vit import ViTShape, vit_shape
+from ldae.models import DENOISERS
+from ldae.models.contract import Denoiser
+from ldae.models.vit import vit_shape
 from ldae.objective import IMAGE_TARGETS, Objective
 from ldae.patches import unpatchify
 from ldae.settings import Config
@@ -82,10 +86,31 @@ class LDAE(nn.Module):
         self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The network's output for z_t (B, N, d) at t (B,): (B, N, d), or (B, N, D) for images."""
-        tokens = self.tokenizer.inverse(z_t) if self.image_input else z_t
+        tokens = self.seen(z_t)
         with self._autocast():
             output = self.denoiser(tokens, t, labels)
         return output.to(z_t)
+
+    def seen(self, z_t: torch.Tensor) -> torch.Tensor:
+        """Return what the network sees of z_t (B, N, d): z_t, or its inverse projection (B, N, D)."""
+        return self.tokenizer.inverse(z_t) if self.image_input else z_t
+
+    def input_at(
+        self, x: torch.Tensor, t: int, eps: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the denoiser's tokens (B, N, in_dim) and condition for normalised images x at t.
+
+        Without ``eps`` (B, N, d) they are clean: what the network saw at that t, less the noise.
+        """
+        z_t = self.gamma[t] * self.encode(x)
+        if eps is not None:
+            z_t = z_t + self.sigma[t] * eps
+        return self.seen(z_t), self.denoiser.condition(torch.full((len(x),), t, device=x.device))
+
+    @torch.no_grad()
+    def features(self, x: torch.Tensor, t: int) -> torch.Tensor:
+        """Return the encoder's features of clean normalised images x at t, averaged: (B, W)."""
+        return self.denoiser.encode(*self.input_at(x, t)).mean(1)
 
     def denoise(
         self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
@@ -150,8 +175,7 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
 
     Raises: InputError when settings do not fit together.
     """
-    shape = shape_of(config)
-    tokenizer = build_tokenizer(config, shape.patch_size)
+    tokenizer = build_tokenizer(config)
     image_input = config.objective.input == "image"
     if image_input and not isinstance(tokenizer, PatchTokenizer):
         raise InputError(
@@ -174,12 +198,11 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
     )
     image_output = config.objective.target in IMAGE_TARGETS
     torch.manual_seed(config.seed)
-    denoiser = Denoiser(
-        shape,
-        side=config.data.img_size // shape.patch_size,
+    denoiser = DENOISERS[config.model.denoiser](
+        **denoiser_settings(config),
+        side=config.data.img_size // tokenizer.patch_size,
         in_dim=tokenizer.patch_dim if image_input else tokenizer.dim,
         out_dim=tokenizer.patch_dim if image_output else tokenizer.dim,
-        cond_ratio=config.model.cond_ratio,
         num_classes=num_classes if config.model.class_conditional else 0,
         checkpoint_activations=config.system.checkpoint_activations,
     )
@@ -197,25 +220,29 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
     )
 
 
-def shape_of(config: Config) -> ViTShape:
-    """The sizes of the encoder.
+def denoiser_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that the denoiser alone reads, by the names of its arguments.
 
-    Raises: InputError as ``vit_shape`` does.
+    They are the branch of the denoiser's name. DiT's are in ``model``, beside those that all read.
     """
-    return vit_shape(
-        config.model.name,
-        config.model.patch_size,
-        config.model.embed_dim,
-        config.model.depth,
-        config.model.num_heads,
-    )
+    model = config.model
+    if model.denoiser != "dit":
+        return asdict(getattr(config, model.denoiser))
+    return {
+        "name": model.name,
+        "depth": model.depth,
+        "embed_dim": model.embed_dim,
+        "num_heads": model.num_heads,
+        "cond_ratio": model.cond_ratio,
+    }
 
 
-def build_tokenizer(config: Config, patch_size: int) -> Tokenizer:
+def build_tokenizer(config: Config) -> Tokenizer:
     """The unfitted tokenizer of a configuration, seeded by its seed.
 
     Raises: InputError when settings do not fit together.
     """
+    patch_size = config.model.patch_size or vit_shape(config.model.name).patch_size
     torch.manual_seed(config.seed)
     tokenizer = config.tokenizer
     return tokenizers.create(

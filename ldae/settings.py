@@ -139,12 +139,14 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The encoder, in timm's words; the decoder has as many blocks."""
+    """The denoiser. DiT's encoder is described in timm's words; its decoder has as many blocks."""
 
+    denoiser: Literal["dit"] = "dit"
+    """The network that denoises tokens."""
     name: str = "vit_large_patch16_224"
     """A timm ViT; the fields below override what it says."""
     patch_size: Annotated[int | None, COUNT] = None
-    """Side of a patch in pixels."""
+    """Side of a patch in pixels; by default that of name."""
     depth: Annotated[int | None, COUNT] = 12  # "ViT-1/2L": DiT-L's 24 blocks are 12 + 12
     """Blocks of the encoder."""
     embed_dim: Annotated[int | None, COUNT] = None

@@ -149,6 +149,19 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_images(tiny, images, awake):
     torch.testing.assert_close(torch.stack(alone).mean(), together)
 
 
+def test_bfloat16_is_the_networks_arithmetic_alone(tiny, images, awake):
+    method = build(tiny(), bf16=True)
+    method.tokenizer.fit([images])
+    awake(method.denoiser)
+    seen = []
+    method.denoiser.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    z_t, t = torch.randn(8, 16, 6), torch.arange(8)
+    with torch.no_grad():
+        output = method.predict(z_t, t)
+        assert torch.equal(seen[0], method.tokenizer.inverse(z_t))
+        assert not torch.equal(output, method.denoiser(seen[0], t))
+
+
 @pytest.mark.parametrize("row", [8, 9, 12, 13])
 def test_a_perfect_network_denoises_perfectly(row, tiny, images, monkeypatch):
     """With the row's target as the output, the picture is the image (its projection where the

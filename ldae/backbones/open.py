@@ -118,14 +118,9 @@ def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> 
 
 
 def _from_run(folder: Path, random_init: bool) -> nn.Module:
-    from ldae.backbones.run import backbone_of_run
+    from ldae.backbones.run import backbone_of_run, control_of_run
 
-    model = backbone_of_run(folder)
-    if random_init:
-        args, cfg = model.model_args, model.pretrained_cfg
-        model = timm.create_model(cfg["architecture"], pretrained_cfg=cfg, **args)
-        model.model_args = args
-    return model
+    return (control_of_run if random_init else backbone_of_run)(folder)
 
 
 def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> nn.Module:

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldae.backbones.fold import TIMESTEP, features, fold, model_args, pretrained_cfg
+from ldae.backbones.fold import TIMESTEP, fold, pretrained_cfg, stock_vit
 from ldae.errors import InputError
 from ldae.method import LDAE, build
+from ldae.models.contract import NoPlainViT
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import settings_of
 from ldae.runs.layout import CONFIG
-from ldae.tokenizers import PatchTokenizer
 
 
 def load_run(run: Path) -> tuple[LDAE, dict]:
@@ -35,7 +35,7 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
 
 
 class TokenizerAndEncoder(nn.Module):
-    """What ``fold`` gives, where the tokenizer is a network that no convolution can stand for.
+    """A run's tokenizer and encoder, where no timm ViT computes what they do.
 
     It is graded as any backbone is, but it is no timm model and is not exported.
     """
@@ -43,29 +43,40 @@ class TokenizerAndEncoder(nn.Module):
     def __init__(self, method: LDAE, timestep: int) -> None:
         super().__init__()
         self.method, self.timestep = method, timestep
-        self.pretrained_cfg, self.model_args = pretrained_cfg(method), model_args(method)
-        self.pretrained_cfg["architecture"] = method.denoiser.shape.name
+        name = type(method.denoiser).__name__
+        self.pretrained_cfg = pretrained_cfg(method) | {"architecture": name}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return features(self.method, images, self.timestep)
+        return self.method.features(images, self.timestep)
 
 
 def backbone_of(method: LDAE) -> nn.Module:
-    """The encoder as evaluators see it: normalised images (B, C, H, W) to features (B, W).
+    """Return the encoder as evaluators see it: normalised images (B, C, H, W) to features (B, W).
 
-    Raises: InputError as ``fold`` does.
+    Raises: InputError when the encoder is a plain ViT and the fold is wrong.
     """
-    if isinstance(method.tokenizer, PatchTokenizer):
+    try:
         return fold(method)
-    alone = copy.deepcopy(method).eval()
-    alone.bf16 = False
-    return TokenizerAndEncoder(alone, min(TIMESTEP, len(method.sigma) - 1))
+    except NoPlainViT:
+        alone = copy.deepcopy(method).eval()
+        alone.bf16 = False
+        return TokenizerAndEncoder(alone, min(TIMESTEP, len(method.sigma) - 1))
 
 
 def backbone_of_run(run: str | Path) -> nn.Module:
-    """The encoder of a run's newest checkpoint, see ``backbone_of``.
+    """Return the encoder of a run's newest checkpoint, see ``backbone_of``.
 
-    Raises: InputError as ``load_run`` and ``fold`` do.
+    Raises: InputError as ``load_run`` and ``backbone_of`` do.
     """
     method, _ = load_run(Path(run))
     return backbone_of(method)
+
+
+def control_of_run(run: str | Path) -> nn.Module:
+    """Return the untrained control of a run's encoder: timm's ViT with random weights.
+
+    Raises: InputError as ``load_run`` and ``stock_vit`` do.
+    """
+    with torch.random.fork_rng(devices=[]):  # the seed of the run must not decide the control
+        method, _ = load_run(Path(run))
+    return stock_vit(method)

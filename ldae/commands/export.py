@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ldae.backbones.fold import TIMESTEP, fold, model_args
+from ldae.backbones.fold import TIMESTEP, fold
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.errors import InputError
 from ldae.method import LDAE
+from ldae.models.contract import NoPlainViT
 
 
 def export(
@@ -43,14 +44,17 @@ def export(
     if not 0 <= timestep < len(method.sigma):
         if len(method.sigma) > 1:
             raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
-    vit = fold(method, timestep)
+    try:
+        vit = fold(method, timestep)
+    except NoPlainViT as error:
+        raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
     if out.exists():
         if not _holds(out, vit):
             raise InputError(f"{out} exists already; export to another folder")
         print(f"{out} is this export already")
         return out
-    card = _model_card(run, method, state, timestep)
-    write_timm_folder(out, vit, model_args(method), partial(_verify_file, vit, method), card=card)
+    card = _model_card(run, vit, method, state, timestep)
+    write_timm_folder(out, vit, vit.model_args, partial(_verify_file, vit, method), card=card)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")
     return out
 
@@ -73,9 +77,10 @@ def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> Non
             raise InputError("not exported: timm does not read back what was written")
 
 
-def _model_card(run: Path, method: LDAE, state: dict, timestep: int) -> str:
-    shape, tokenizer = method.denoiser.shape, method.tokenizer
-    describe = state["describe"]
+def _model_card(run: Path, vit: VisionTransformer, method: LDAE, state: dict, timestep: int) -> str:
+    tokenizer, describe = method.tokenizer, state["describe"]
+    name, heads = vit.pretrained_cfg["architecture"], vit.blocks[0].attn.num_heads
+    patch, side = tokenizer.patch_size, tokenizer.img_size
     return f"""---
 library_name: timm
 tags:
@@ -92,8 +97,8 @@ An image encoder pre-trained by latent denoising ([l-DAE](https://arxiv.org/abs/
 | | |
 |---|---|
 | row of the paper | {describe["row"]} |
-| architecture | {shape.name}: {shape.depth} blocks, width {shape.embed_dim}, {shape.num_heads} heads |
-| input | {tokenizer.in_chans} x {tokenizer.img_size} x {tokenizer.img_size}, patch {shape.patch_size} |
+| architecture | {name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, {heads} heads |
+| input | {tokenizer.in_chans} x {side} x {side}, patch {patch} |
 | pre-trained on | {describe["images"]:,} images, {state["images_seen"]:,} seen |
 | tokenizer | {type(tokenizer).__name__}, d = {tokenizer.dim}, scale {tokenizer.scale} |
 | folded at | t = {min(timestep, len(method.sigma) - 1)}, clean input |
@@ -103,6 +108,6 @@ import timm
 
 model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # or hf-hub:USER/NAME
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-features = model(transform(image).unsqueeze(0))  # (1, {shape.embed_dim})
+features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})
 ```
 """

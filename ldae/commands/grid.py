@@ -9,7 +9,6 @@ import torch
 import tyro
 
 from ldae import noise
-from ldae.backbones.fold import input_at
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.run import load_run
 from ldae.distributed import is_main
@@ -84,7 +83,7 @@ def grid(
     if setup.random_init:
         raise InputError("an untrained network has no t: ldae linear grades the control")
     method, _ = load_run(Path(run))
-    steps, blocks = len(method.sigma), 2 * method.denoiser.shape.depth
+    steps, blocks = len(method.sigma), method.denoiser.stages
     protocol = GridProtocol(
         learning_rates=tuple(learning_rates),
         epochs=epochs,
@@ -109,7 +108,7 @@ def grid(
         if is_main():
             write(folder / layout.GRID_TABLE, table(cells, best).encode())
             save_heat_maps(heat_maps(cells, best), folder / layout.GRID_PICTURE)
-        return graded.write(protocol, {**best, "cells": cells}, method.denoiser.shape.embed_dim)
+        return graded.write(protocol, {**best, "cells": cells}, method.denoiser.width)
 
 
 class BlockReader:
@@ -132,22 +131,22 @@ class BlockReader:
             numbers = self.first + indices.to(images.device)
             shape = (self.method.tokenizer.tokens, self.method.tokenizer.dim)
             eps = noise.normal(self.seed, numbers, shape)
-        outputs = self.method.denoiser.outputs(*input_at(self.method, images, self.t, eps))
-        wanted = zip(range(1, max(self.leading) + 1), outputs)  # in this order: no block too many
+        taps = self.method.denoiser.taps(*self.method.input_at(images, self.t, eps))
+        wanted = zip(range(1, max(self.leading) + 1), taps)  # in this order: no block too many
         return [tokens.mean(1) for number, tokens in wanted if number in self.leading]
 
     def columns(self, image: torch.Tensor) -> dict[Tap, slice]:
-        width = self.method.denoiser.shape.embed_dim
-        return {
-            Tap(number - 1, "avg"): slice(place * width, (place + 1) * width)
-            for place, number in enumerate(self.leading)
-        }
+        columns, first = {}, 0
+        parts = self(image, torch.zeros(1, dtype=torch.int64))
+        for number, part in zip(self.leading, parts, strict=True):
+            columns[Tap(number - 1, "avg")] = slice(first, first := first + part.shape[1])
+        return columns
 
 
 def _cells(
     graded: Evaluation, method: LDAE, protocol: GridProtocol, held: torch.Tensor, classes: int
 ) -> Iterator[dict]:
-    leading = protocol.leading or tuple(range(1, 2 * method.denoiser.shape.depth + 1))
+    leading = protocol.leading or tuple(range(1, method.denoiser.stages + 1))
     for given in protocol.inputs:
         for t in protocol.timesteps:
             found = _probe(graded, method, protocol, held, classes, t, leading, given == "noisy")

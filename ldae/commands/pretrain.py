@@ -92,12 +92,11 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
 def _facts(
     config: Config, method: LDAE, plan: Plan, source: Source, device: torch.device
 ) -> dict[str, str]:
-    count = sum(p.numel() for p in method.denoiser.parameters())
-    encoder = sum(p.numel() for p in method.denoiser.encoder.parameters())
-    tokens = len(method.denoiser.pos_embed)
+    denoiser = method.denoiser
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
     return {
-        "parameters": f"{count:,} ({encoder:,} in the encoder's blocks)",
-        "tokens per image": f"{tokens}, each of {method.denoiser.embed.in_features} numbers",
+        "parameters": f"{count:,} ({denoiser.encoder_size:,} in the encoder)",
+        "tokens per image": f"{denoiser.side**2}, each of {denoiser.in_dim} numbers",
         "images": f"{len(source):,} in {source.spec}",
         "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
         "learning rate": f"{peak_lr(config.optim):.3g} at its peak",

@@ -1,4 +1,4 @@
-"""The denoiser: a stack of DiT blocks, whose first half is the encoder and whose second decodes."""
+"""DiT as a denoiser: a stack of blocks, of which the first half encodes and the second decodes."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldae.models.vit import ViTShape
+from ldae.models.contract import Denoiser, PlainViT
+from ldae.models.vit import vit_shape
 from ldae.patches import sincos_positions
 
 
@@ -49,6 +50,39 @@ class Block(nn.Module):
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
+    def plain_state(self, c: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the block at a fixed condition (1, cond_dim) as the state dict of timm's Block.
+
+        There, adaLN's shift and scale are the bias and the weight of a LayerNorm. Its gates scale the
+        rows of the two projections that end on the residual.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[0].chunk(6)
+        state = {
+            **self.attn.state_dict(prefix="attn."),
+            **self.mlp.state_dict(prefix="mlp."),
+            **{"norm1.weight": 1 + scale1, "norm1.bias": shift1},
+            **{"norm2.weight": 1 + scale2, "norm2.bias": shift2},
+        }
+        for name, gate in (("attn.proj", gate1), ("mlp.fc2", gate2)):
+            state[f"{name}.weight"] = gate[:, None] * state[f"{name}.weight"]
+            state[f"{name}.bias"] = gate * state[f"{name}.bias"]
+        return state
+
+    @torch.no_grad()
+    def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Make this the timm Block of a state dict, at every condition.
+
+        The LayerNorms become the bias of adaLN, and the gates become 1.
+        """
+        self.attn.load_state_dict(_below("attn.", state))
+        self.mlp.load_state_dict(_below("mlp.", state))
+        modulation = []
+        for number in (1, 2):
+            weight, bias = state[f"norm{number}.weight"], state[f"norm{number}.bias"]
+            modulation += [bias, weight - 1, torch.ones_like(bias)]
+        self.adaLN_modulation[1].weight.zero_()
+        self.adaLN_modulation[1].bias.copy_(torch.cat(modulation))
+
 
 class FinalLayer(nn.Module):
     """Width to output tokens, through a last adaLN (DiT)."""
@@ -64,44 +98,48 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-class Denoiser(nn.Module):
-    """Tokens (B, N, in_dim) and their t to tokens (B, N, out_dim).
-
-    ``side`` is the number of tokens along an edge of the image; ``shape`` describes the encoder,
-    and the decoder has as many blocks. ``cond_ratio`` is the width of the conditioning as a share
-    of the embedding's (paper, section 3: one quarter). ``num_classes`` of 0 is unconditional; the
-    label ``num_classes`` itself is the null label.
+class DiT(Denoiser):
+    """A diffusion transformer with two equal halves (Peebles and Xie 2023).
 
     DiT's output also holds a variance; the paper's loss has no term for it, so it is left out.
+
+    Args:
+        name: a timm ViT, which the encoder has the shape of. What follows overrides its sizes.
+        cond_ratio: width of the conditioning as a share of ``embed_dim`` (paper, section 3: 1/4).
+
+    Raises: InputError as ``vit_shape`` does.
     """
 
     def __init__(
         self,
-        shape: ViTShape,
+        name: str,
+        depth: int | None = None,
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
+        cond_ratio: float = 0.25,
+        *,
         side: int,
         in_dim: int,
         out_dim: int,
-        cond_ratio: float = 0.25,
         num_classes: int = 0,
         checkpoint_activations: bool = False,
     ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.num_classes = num_classes
-        self.checkpoint_activations = checkpoint_activations
-        width, cond_dim = shape.embed_dim, int(shape.embed_dim * cond_ratio)
+        super().__init__(side, in_dim, out_dim, num_classes, checkpoint_activations)
+        shape = self.shape = vit_shape(name, depth, embed_dim, num_heads)
+        self.width, self.depth, self.stages = shape.embed_dim, shape.depth, 2 * shape.depth
+        cond_dim = int(self.width * cond_ratio)
 
         def blocks() -> nn.ModuleList:
-            make = (shape.num_heads, shape.mlp_ratio, cond_dim)
-            return nn.ModuleList(Block(width, *make) for _ in range(shape.depth))
+            make = (self.width, shape.num_heads, shape.mlp_ratio, cond_dim)
+            return nn.ModuleList(Block(*make) for _ in range(shape.depth))
 
-        self.embed = nn.Linear(in_dim, width)
-        self.register_buffer("pos_embed", sincos_positions(width, side), persistent=False)
+        self.embed = nn.Linear(in_dim, self.width)
+        self.register_buffer("pos_embed", sincos_positions(self.width, side), persistent=False)
         self.t_embed = TimestepEmbedding(cond_dim)
         self.y_embed = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
         self.encoder = blocks()
         self.decoder = blocks()
-        self.final = FinalLayer(width, out_dim, cond_dim)
+        self.final = FinalLayer(self.width, out_dim, cond_dim)
         self.initialize()
 
     def initialize(self) -> None:
@@ -118,13 +156,7 @@ class Denoiser(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final.linear.weight)
 
-    def fuse_attention(self, fused: bool) -> None:
-        """Whether attention goes through scaled_dot_product_attention, as it does at first."""
-        for block in (*self.encoder, *self.decoder):
-            block.attn.fused_attn = fused
-
     def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """t (B,) and labels (B,), the null label when there are none, as vectors (B, cond_dim)."""
         c = self.t_embed(t)
         if self.y_embed is None:
             return c
@@ -132,13 +164,13 @@ class Denoiser(nn.Module):
             labels = torch.full_like(t, self.num_classes)
         return c + self.y_embed(labels)
 
-    def encode(self, tokens: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """The encoder half: tokens (B, N, in_dim) to features (B, N, W)."""
-        return self._run(self.encoder, self.embed(tokens) + self.pos_embed, c)
+    def encode(
+        self, tokens: torch.Tensor, c: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._run(self.encoder, self._placed(tokens, kept), c)
 
-    def outputs(self, tokens: torch.Tensor, c: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Features (B, N, W) after each block of the encoder, then after each of the decoder."""
-        x = self.embed(tokens) + self.pos_embed
+    def taps(self, tokens: torch.Tensor, c: torch.Tensor) -> Iterator[torch.Tensor]:
+        x = self._placed(tokens)
         for block in (*self.encoder, *self.decoder):
             x = block(x, c)
             yield x
@@ -151,6 +183,13 @@ class Denoiser(nn.Module):
         x = self._run(self.decoder, x, c)  #          (B, N, W)
         return self.final(x, c)  #                    (B, N, out_dim)
 
+    def _placed(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Return embedded tokens with their positions, all or those of the numbers ``kept``."""
+        if kept is None:
+            return self.embed(tokens) + self.pos_embed
+        tokens = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, self.in_dim))
+        return self.embed(tokens) + self.pos_embed[kept]
+
     def _run(self, blocks: nn.ModuleList, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         for block in blocks:
             if self.checkpoint_activations and self.training:
@@ -158,3 +197,40 @@ class Denoiser(nn.Module):
             else:
                 x = block(x, c)
         return x
+
+    @property
+    def encoder_size(self) -> int:
+        return sum(parameter.numel() for parameter in self.encoder.parameters())
+
+    def plain_vit(self) -> PlainViT:
+        return PlainViT(
+            self.shape.name,
+            {
+                "embed_dim": self.width,
+                "depth": self.depth,
+                "num_heads": self.shape.num_heads,
+                "mlp_ratio": self.shape.mlp_ratio,
+                "class_token": False,
+                "global_pool": "avg",
+                "final_norm": False,
+                "fc_norm": False,
+                "act_layer": "gelu_tanh",
+            },
+        )
+
+    def plain_state(self, c: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = {"pos_embed": self.pos_embed[None]}
+        for number, block in enumerate(self.encoder):
+            plain = block.plain_state(c)
+            state |= {f"blocks.{number}.{name}": value for name, value in plain.items()}
+        return state
+
+    def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Positions are fixed, so those of ``state``, perhaps of another image size, are not read."""
+        for number, block in enumerate(self.encoder):
+            block.load_plain_state(_below(f"blocks.{number}.", state))
+
+
+def _below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the part of a state dict below ``prefix``, without the prefix."""
+    return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}

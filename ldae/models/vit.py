@@ -24,12 +24,11 @@ class ViTShape:
 
 def vit_shape(
     name: str,
-    patch_size: int | None = None,
-    embed_dim: int | None = None,
     depth: int | None = None,
+    embed_dim: int | None = None,
     num_heads: int | None = None,
 ) -> ViTShape:
-    """The shape of timm's model ``name``, with what is given put in its place.
+    """Return the shape of timm's model ``name``, with the given sizes instead of its own.
 
     Raises: InputError when timm has no such model, when it is not a plain ViT, or when the heads
         do not divide the width.
@@ -45,7 +44,7 @@ def vit_shape(
         raise InputError(f"model.name: {name} is not one of timm's plain vision transformers")
     shape = ViTShape(
         name=name,
-        patch_size=patch_size or vit.patch_embed.patch_size[0],
+        patch_size=vit.patch_embed.patch_size[0],
         embed_dim=embed_dim or vit.embed_dim,
         depth=depth or len(vit.blocks),
         num_heads=num_heads or block.attn.num_heads,

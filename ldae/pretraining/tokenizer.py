@@ -17,7 +17,8 @@ from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
-from ldae.method import build_tokenizer, shape_of
+from ldae.method import build_tokenizer
+from ldae.models import DENOISERS
 from ldae.plots.pictures import save_reconstruction
 from ldae.pretraining.pictures import samples
 from ldae.pretraining.reconstruction import measure_reconstruction
@@ -38,8 +39,9 @@ _OF_CONV = ("pretrained", "codes", "perceptual_weight", "adversarial_weight")
 # Settings of a pre-training that its tokenizer does not depend on; model.patch_size it does.
 _UNREAD = (
     "noise.", "objective.", "optim.", "init_from", "tokenizer.posterior", "tokenizer.path",
-    "model.name", "model.depth", "model.embed_dim", "model.num_heads", "model.cond_ratio",
-    "model.class_conditional", "model.label_dropout",
+    "model.denoiser", "model.name", "model.depth", "model.embed_dim", "model.num_heads",
+    "model.cond_ratio", "model.class_conditional", "model.label_dropout",
+    *(f"{denoiser}." for denoiser in DENOISERS),
 )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     Raises: InputError when settings do not fit together, or a perceptual network is absent.
     """
     _check_settings(config)
-    tokenizer = build_tokenizer(config, shape_of(config).patch_size)
+    tokenizer = build_tokenizer(config)
     plan = None
     if tokenizer.trained and not config.tokenizer.pretrained:
         plan = plan_run(len(source), config.tokenizer.optim, config.system)

@@ -4,11 +4,14 @@ import pytest
 import timm
 import torch
 
-from ldae.backbones import fold as folding
-from ldae.backbones.fold import features, fold
+from ldae.backbones.fold import fold
+from ldae.backbones.open import load_backbone
 from ldae.backbones.run import backbone_of, load_run
 from ldae.commands.export import export
 from ldae.errors import InputError
+from ldae.evals.features import extract
+from ldae.models.contract import NoPlainViT
+from ldae.models.dit import DiT
 
 ROWS = range(6, 15)
 
@@ -24,7 +27,7 @@ def test_folded_equals_unfolded(row, scale, method, images):
     x = normalised(unfolded, images)
     t = min(10, len(unfolded.sigma) - 1)
     with torch.no_grad():
-        wanted, found = features(unfolded, x, t), fold(unfolded)(x)
+        wanted, found = unfolded.features(x, t), fold(unfolded)(x)
     assert (found - wanted).norm() / wanted.norm() < 1e-5
 
 
@@ -33,7 +36,7 @@ def test_pixels_fold_too(row, method, images):
     unfolded = method(row, tokenizer__name="pixel", tokenizer__dim=12)
     x = normalised(unfolded, images)
     with torch.no_grad():
-        wanted, found = features(unfolded, x, 10), fold(unfolded)(x)
+        wanted, found = unfolded.features(x, 10), fold(unfolded)(x)
     assert (found - wanted).norm() / wanted.norm() < 1e-5
 
 
@@ -42,19 +45,19 @@ def test_trained_patches_fold_with_image_input_too(kind, method, images):
     unfolded = method("image_input", tokenizer__name=kind)
     x = normalised(unfolded, images)
     with torch.no_grad():
-        wanted, found = features(unfolded, x, 10), fold(unfolded)(x)
+        wanted, found = unfolded.features(x, 10), fold(unfolded)(x)
     assert (found - wanted).norm() / wanted.norm() < 1e-5
 
 
 @pytest.mark.parametrize("row", ["dit", "no_adversarial", "vqvae"])
 def test_a_tokenizer_that_is_a_network_is_graded_but_not_folded(row, method, images):
     trained = method(row, num_classes=10)
-    with pytest.raises(InputError, match="conv_vae is a network, which can not be folded"):
+    with pytest.raises(InputError, match="conv_vae is a network, which cannot be folded"):
         fold(trained)
     x = normalised(trained, images)
     with torch.no_grad():
         found = backbone_of(trained)(x)
-        torch.testing.assert_close(found, features(trained, x, 10))
+        torch.testing.assert_close(found, trained.features(x, 10))
         if row == "dit":
             trained.denoiser.y_embed.weight[:10].add_(1.0)
             assert torch.equal(backbone_of(trained)(x), found)
@@ -77,7 +80,7 @@ def test_t_is_folded_in(method, images):
     with torch.no_grad():
         early, late = fold(trained, 10)(x), fold(trained, 900)(x)
         assert not torch.allclose(early, late, atol=1e-3)
-        torch.testing.assert_close(late, features(trained, x, 900), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(late, trained.features(x, 900), rtol=1e-4, atol=1e-5)
 
 
 def test_features_of_a_class_conditional_row_do_not_depend_on_labels(method, images):
@@ -91,16 +94,35 @@ def test_features_of_a_class_conditional_row_do_not_depend_on_labels(method, ima
 
 
 def test_a_fold_that_is_wrong_is_refused(method, monkeypatch):
-    trained = method()
-    monkeypatch.setattr(folding, "_fold_block", lambda block, c: {
+    trained, right = method(), DiT.plain_state
+    monkeypatch.setattr(DiT, "plain_state", lambda denoiser, c: {
         name: value * 1.001 if name.endswith("fc1.weight") else value
-        for name, value in ORIGINAL(block, c).items()
+        for name, value in right(denoiser, c).items()
     })  # fmt: skip
     with pytest.raises(InputError, match="not exported: .* differs"):
         fold(trained)
 
 
-ORIGINAL = folding._fold_block
+def test_an_encoder_that_is_no_vit_is_graded_but_not_exported(
+    run, tmp_path, images, pictures, monkeypatch
+):
+    def refuse(denoiser):
+        raise NoPlainViT("a pyramid is no ViT")
+
+    monkeypatch.setattr(DiT, "plain_vit", refuse)
+    folder = run()
+    trained, _ = load_run(folder)
+    backbone, x = load_backbone(folder), normalised(trained, images)
+    with torch.no_grad():
+        assert torch.equal(backbone(x), trained.features(x, 10))
+    assert extract(backbone, pictures(5), device=torch.device("cpu")).features.shape == (5, 32)
+    for refused in (
+        lambda: export(folder, tmp_path / "out"),
+        lambda: load_backbone(folder, random_init=True),
+    ):
+        with pytest.raises(InputError, match="^a pyramid is no ViT"):
+            refused()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_timm_opens_the_exported_folder(run, tmp_path, images):
@@ -114,7 +136,7 @@ def test_timm_opens_the_exported_folder(run, tmp_path, images):
     trained, _ = load_run(tmp_path / "run-l_dae")
     x = normalised(trained, images)
     with torch.no_grad():
-        wanted = features(trained, x, 10)
+        wanted = trained.features(x, 10)
         assert (model(x) - wanted).norm() / wanted.norm() < 1e-5
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 32, 32) and data["crop_pct"] == 1.0

@@ -13,6 +13,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from ldae.backbones.open import backbone_folder, load_backbone, load_classifier
 from ldae.backbones.preprocessing import preprocessing
+from ldae.commands.export import export
 from ldae.errors import InputError
 
 VIT = "test_vit"  # timm's smallest: 6 blocks of width 64
@@ -151,15 +152,15 @@ def test_a_timm_folder_with_another_programs_config_opens(folder):
     assert load_backbone(path).num_features == model.num_features
 
 
-def test_run_folder_gives_the_exported_backbone_or_its_control(tmp_path, monkeypatch):
-    backbone = trained()
-    backbone.model_args |= {"num_classes": 0}  # as the export gives them
-    monkeypatch.setattr("ldae.backbones.run.backbone_of_run", lambda path: backbone)
-    (tmp_path / "config.yaml").write_text("kind: pretraining\n")
-    assert backbone_folder(tmp_path) == tmp_path
-    assert load_backbone(tmp_path) is backbone
-    control = load_backbone(tmp_path, random_init=True, seed=7)  # the seed of the stand-in
-    assert torch.equal(features(control, images()), features(backbone, images()))
+def test_run_folder_gives_the_exported_backbone_or_its_control(run, tmp_path):
+    folder = run()
+    assert backbone_folder(folder) == folder
+    exported, x = export(folder, tmp_path / "exported"), images()
+    for how in ({}, {"random_init": True, "seed": 1}):
+        wanted = features(load_backbone(exported, **how), x)
+        assert torch.equal(features(load_backbone(folder, **how), x), wanted)
+    other = load_backbone(folder, random_init=True, seed=2)
+    assert not torch.allclose(features(other, x), wanted)
 
 
 # Classifiers

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from ldae.backbones.fold import features, init_from, open_exported
+from ldae.backbones.fold import init_from, open_exported
 from ldae.backbones.run import load_run
 from ldae.commands.export import export
 from ldae.errors import InputError
@@ -25,7 +25,7 @@ def test_a_run_can_start_from_an_exported_backbone(row, run, tiny, images, tmp_p
     with torch.no_grad():
         centred = inside - fresh.tokenizer.decode(torch.zeros_like(fresh.tokenizer.encode(x)))
         wanted = exported(inside + (gamma - 1) * centred)
-        torch.testing.assert_close(features(fresh.eval(), x, t), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fresh.eval().features(x, t), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="another shape"):
         open_exported(out, build(tiny(row, model__depth=3)))
     with pytest.raises(InputError, match="nothing is not an exported backbone"):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ldae import noise, trajectory
-from ldae.backbones.fold import features
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.sampling import generation
@@ -97,9 +96,9 @@ def test_features_do_not_depend_on_labels_while_predictions_do(row, method, imag
     one, other, null = (conditional.denoise(z, t, torch.full((8,), label)) for label in (1, 2, 10))
     assert (one - other).abs().max() > 1e-2
     torch.testing.assert_close(conditional.denoise(z, t), null)
-    before = features(conditional, x, 10)
+    before = conditional.features(x, 10)
     conditional.denoiser.y_embed.weight[:10].add_(1.0)
-    assert torch.equal(features(conditional, x, 10), before)
+    assert torch.equal(conditional.features(x, 10), before)
 
 
 def test_every_step_draws_noise_of_its_own(method, monkeypatch):

@@ -1,0 +1,138 @@
+"""What a denoiser is, and what makes its encoder a plain ViT."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ldae.errors import InputError
+
+
+class NoPlainViT(InputError):
+    """No timm ViT computes what an encoder does; the message is a sentence that says why."""
+
+
+class PlainViT(NamedTuple):
+    """A timm VisionTransformer: its registered name, and the arguments that change it."""
+
+    name: str
+    args: dict[str, Any]
+    """All but img_size, patch_size, in_chans and num_classes, which are not the encoder's."""
+
+
+class Denoiser(nn.Module):
+    """A network that maps noised tokens (B, N, in_dim) and their t (B,) to tokens (B, N, out_dim).
+
+    The N = side * side tokens are those of a square image, row by row. The network is a sequence of
+    stages, such as the blocks of a transformer. The first ``depth`` of its ``stages`` are the
+    encoder, whose features are graded and exported.
+
+    A subclass sets ``width``, ``depth`` and ``stages``, and gives ``forward``, ``condition``,
+    ``encode``, ``taps`` and ``encoder_size``. An encoder that is a plain ViT at a fixed condition
+    can be exported to timm, and can start from a plain ViT. Its class also gives ``embed``,
+    ``plain_vit``, ``plain_state`` and ``load_plain_state``.
+
+    Args:
+        side: number of tokens along an edge of the image.
+        in_dim: size of an input token.
+        out_dim: size of an output token.
+        num_classes: number of labels; the label ``num_classes`` itself is the null label. A network
+            of 0 labels is unconditional.
+        checkpoint_activations: recompute activations in the backward pass, to save memory.
+    """
+
+    width: int
+    """Size W of the features that ``encode`` returns."""
+    depth: int
+    """Number of stages of the encoder."""
+    stages: int
+    """Number of all stages."""
+    embed: nn.Linear
+    """Map from a token to the width of a plain ViT, before positions are added."""
+
+    def __init__(
+        self,
+        side: int,
+        in_dim: int,
+        out_dim: int,
+        num_classes: int = 0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.side, self.in_dim, self.out_dim = side, in_dim, out_dim
+        self.num_classes, self.checkpoint_activations = num_classes, checkpoint_activations
+
+    def forward(
+        self, tokens: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the prediction (B, N, out_dim) for tokens (B, N, in_dim) at t (B,).
+
+        Labels are int64 (B,); without them every label is the null label.
+        """
+        raise NotImplementedError
+
+    def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return t (B,) and labels, as in ``forward``, as vectors (B, cond_dim) for the stages."""
+        raise NotImplementedError
+
+    def encode(
+        self, tokens: torch.Tensor, c: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the encoder's features of tokens (B, N, in_dim) under condition c: (B, n, W).
+
+        Args:
+            kept: the numbers, int64 (B, n), of the tokens that the encoder sees, each at its own
+                position; by default all. Features are in the order of ``kept``. Features of prefix
+                tokens, such as a class token, are left out.
+
+        Raises: InputError when ``kept`` is given and the network needs all tokens.
+        """
+        raise NotImplementedError
+
+    def taps(self, tokens: torch.Tensor, c: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the features (B, n, W) after each stage; n and W may differ between stages.
+
+        Those after stage ``depth`` are what ``encode`` returns. A stage is computed when its
+        features are asked for.
+        """
+        raise NotImplementedError
+
+    @property
+    def encoder_size(self) -> int:
+        """Number of parameters in the encoder's stages."""
+        raise NotImplementedError
+
+    def fuse_attention(self, fused: bool) -> None:
+        """Choose whether timm's attention layers call torch's scaled_dot_product_attention.
+
+        They do at first. The choice changes the speed and not the result.
+        """
+        for module in self.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+
+    def plain_vit(self) -> PlainViT:
+        """Return the timm ViT that the encoder is at a fixed condition.
+
+        Its features, averaged over the tokens, are the mean of those of ``encode``.
+
+        Raises: NoPlainViT when there is none.
+        """
+        raise NoPlainViT(
+            f"the denoiser {type(self).__name__} is not a plain ViT, so timm has no such model"
+        )
+
+    def plain_state(self, c: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the state dict of ``plain_vit`` at condition c (1, cond_dim).
+
+        It leaves out the patch embedding, which depends on the tokenizer too.
+        """
+        raise NotImplementedError
+
+    def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Make the encoder, at every condition, a plain ViT with the weights of this state dict.
+
+        This is the inverse of ``plain_state``; the patch embedding is not read.
+        """
+        raise NotImplementedError
