@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import ldae
+from ldae.models.contract import Denoiser
 from ldae.runs import layout
 
 PACKAGE = Path(ldae.__file__).parent
@@ -92,6 +93,28 @@ def test_models_and_tokenizers_know_no_settings():
     for name in FILES:
         if room(name) in ("models", "tokenizers"):
             assert "ldae.settings" not in imports_of(name), name
+
+
+def asked_of_a_denoiser(path: Path) -> set[str]:
+    """The attributes that a file uses of what it calls ``denoiser``."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and "denoiser" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))
+    }
+
+
+def test_a_denoiser_is_asked_for_its_contract_alone():
+    """So that another one is a file in models/. In what way it is a plain ViT, only the fold asks."""
+    contract = {*dir(Denoiser(1, 1, 1)), *Denoiser.__annotations__}
+    plain = {"embed", "plain_vit", "plain_state", "load_plain_state"}
+    fold = PACKAGE / "backbones" / "fold.py"
+    for path in (*PACKAGE.rglob("*.py"), *PACKAGE.with_name("benchmarks").rglob("*.py")):
+        if path.parent.name != "models":
+            inside = asked_of_a_denoiser(path) - (contract if path == fold else contract - plain)
+            assert not inside, f"{path} reaches into a denoiser: {inside}"
+    assert plain <= asked_of_a_denoiser(fold)
 
 
 def test_no_room_for_leftovers():

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import yaml
 import ldae
 from ldae import tree
 from ldae.errors import InputError
+from ldae.models import DENOISERS
 from ldae.runs import kinds
 from ldae.settings import Config
 
@@ -92,14 +94,19 @@ def test_every_setting_is_read_by_some_code():
 
 
 def unread(config) -> list[str]:
-    """The settings of a tree that no code names."""
+    """The settings of a tree that no code names, and no constructor of a denoiser takes."""
     package = Path(ldae.__file__).parent
     code = "\n".join(
         path.read_text() for path in package.rglob("*.py") if path.name != "settings.py"
     )
+    taken = {
+        f"{name}.{argument}"
+        for name, denoiser in DENOISERS.items()
+        for argument in inspect.signature(denoiser).parameters
+    }
     return [
         name
-        for name in tree.flatten(config)
+        for name in tree.flatten(config).keys() - taken
         if not re.search(rf"(?<![\w\"']){re.escape(_attribute(name))}\b", code)
     ]
 
