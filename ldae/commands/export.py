@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ldae.backbones.card import model_card
 from ldae.backbones.fold import TIMESTEP, fold, model_args
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
@@ -75,34 +76,22 @@ def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> Non
 
 def _model_card(run: Path, method: LDAE, state: dict, timestep: int) -> str:
     shape, tokenizer = method.denoiser.shape, method.tokenizer
-    describe = state["describe"]
-    return f"""---
-library_name: timm
-tags:
-- image-feature-extraction
-- timm
-- self-supervised-learning
-- denoising-autoencoder
----
-# {run.resolve().name}
-
-An image encoder pre-trained by latent denoising ([l-DAE](https://arxiv.org/abs/2401.14404)) with
-[ldae](https://pypi.org/project/ldae/): a plain ViT, no class token, averaged features.
-
-| | |
-|---|---|
-| row of the paper | {describe["row"]} |
-| architecture | {shape.name}: {shape.depth} blocks, width {shape.embed_dim}, {shape.num_heads} heads |
-| input | {tokenizer.in_chans} x {tokenizer.img_size} x {tokenizer.img_size}, patch {shape.patch_size} |
-| pre-trained on | {describe["images"]:,} images, {state["images_seen"]:,} seen |
-| tokenizer | {type(tokenizer).__name__}, d = {tokenizer.dim}, scale {tokenizer.scale} |
-| folded at | t = {min(timestep, len(method.sigma) - 1)}, clean input |
-
-```python
-import timm
-
-model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # or hf-hub:USER/NAME
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-features = model(transform(image).unsqueeze(0))  # (1, {shape.embed_dim})
-```
-"""
+    describe, side = state["describe"], tokenizer.img_size
+    return model_card(
+        run.resolve().name,
+        ["image-feature-extraction", "timm", "self-supervised-learning", "denoising-autoencoder"],
+        "An image encoder pre-trained by latent denoising "
+        "([l-DAE](https://arxiv.org/abs/2401.14404)) with\n"
+        "ldae: a plain ViT, no class token, averaged features.",
+        {
+            "row of the paper": describe["row"],
+            "architecture": f"{shape.name}: {shape.depth} blocks, width {shape.embed_dim}, "
+            f"{shape.num_heads} heads",
+            "input": f"{tokenizer.in_chans} x {side} x {side}, patch {shape.patch_size}",
+            "pre-trained on": f"{describe['images']:,} images, {state['images_seen']:,} seen",
+            "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
+            f"scale {tokenizer.scale}",
+            "folded at": f"t = {min(timestep, len(method.sigma) - 1)}, clean input",
+        },
+        f"features = model(transform(image).unsqueeze(0))  # (1, {shape.embed_dim})",
+    )
