@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
-from ldae.errors import LOST_RANK, InputError, LostRank
+from ldae.errors import LOST_RANK, InputError, LostRank, unknown
 from ldae.train.interrupt import SIGNALS, Interrupted
 
 # Verbs that take ROW, --scale, all settings and --run -> the kind of their runs.
@@ -85,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        near = _nearest(verb)
-        return _refuse(f"there is no command {verb!r}; the nearest is {near!r} (`ldae --help`)")
+        return _refuse(str(_no_command(verb)))
     try:
         with _stopped_by_schedulers():
             _run(verb, rest)
@@ -154,24 +153,28 @@ def _run(verb: str, argv: Sequence[str]) -> None:
 def parse(verb: str, argv: Sequence[str]) -> None:
     """Check a command line without running it.
 
-    Raises: InputError and SystemExit as the command itself would for what its parser refuses.
+    Raises: InputError and SystemExit as the command itself would, for what its parser refuses and
+        for a setting with a value that it does not take.
     """
-    if verb not in VERBS:
-        raise InputError(f"there is no command {verb!r}; the nearest is {_nearest(verb)!r}")
+    from dataclasses import is_dataclass
 
+    from ldae.tree import check
+
+    if verb not in VERBS:
+        raise _no_command(verb)
     if verb == "finetune":  # whose backbone would be opened for its size, and may not be there yet
         argv = ["--size", "B", *argv]
 
     @functools.wraps(_function(verb))
-    def nothing(*args: object, **kwargs: object) -> None: ...
+    def check_settings(*args: object, **kwargs: object) -> None:
+        for settings in filter(is_dataclass, (*args, *kwargs.values())):
+            check(settings)
 
-    _call(verb, argv, nothing)
+    _call(verb, argv, check_settings)
 
 
-def _nearest(verb: str) -> str:
-    from difflib import get_close_matches
-
-    return get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
+def _no_command(verb: str) -> InputError:
+    return unknown("there is no command", verb, VERBS, " (`ldae --help`)")
 
 
 def _usage() -> str:

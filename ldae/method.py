@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from ldae import noise, tokenizers
-from ldae.errors import InputError
 from ldae.models import DENOISERS
 from ldae.models.contract import Denoiser
 from ldae.models.vit import vit_shape
-from ldae.objective import IMAGE_TARGETS, Objective
+from ldae.objective import Objective
 from ldae.patches import unpatchify
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer, Tokenizer
@@ -131,7 +130,7 @@ class LDAE(nn.Module):
 
         A network that predicts images shows its own; otherwise z_0 is decoded.
         """
-        if self.objective.target_name not in IMAGE_TARGETS:
+        if not self.objective.is_image:
             return self.decode(self.denoise(z_t, t, labels))
         patches = self.predict(z_t, t, labels)
         return unpatchify(patches, self.tokenizer.patch_size, self.tokenizer.in_chans)
@@ -177,17 +176,9 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
     """
     tokenizer = build_tokenizer(config)
     image_input = config.objective.input == "image"
-    if image_input and not isinstance(tokenizer, PatchTokenizer):
-        raise InputError(
-            f"objective.input image needs a patch-wise tokenizer, not {config.tokenizer.name}"
-        )
-    gamma, sigma = noise.schedule(
-        config.noise.schedule,
-        config.noise.steps,
-        config.noise.max_sigma,
-        config.noise.single_sigma,
-        config.noise.min_sigma,
-    )
+    if image_input:
+        tokenizers.check_kind(PatchTokenizer, tokenizer, "objective.input image")
+    gamma, sigma = noise.levels(**asdict(config.noise))
     objective = Objective(
         config.objective.target,
         config.objective.weight,
@@ -196,13 +187,12 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         sigma,
         tokenizer,
     )
-    image_output = config.objective.target in IMAGE_TARGETS
     torch.manual_seed(config.seed)
     denoiser = DENOISERS[config.model.denoiser](
         **denoiser_settings(config),
         side=config.data.img_size // tokenizer.patch_size,
         in_dim=tokenizer.patch_dim if image_input else tokenizer.dim,
-        out_dim=tokenizer.patch_dim if image_output else tokenizer.dim,
+        out_dim=tokenizer.patch_dim if objective.is_image else tokenizer.dim,
         num_classes=num_classes if config.model.class_conditional else 0,
         checkpoint_activations=config.system.checkpoint_activations,
     )
@@ -244,15 +234,9 @@ def build_tokenizer(config: Config) -> Tokenizer:
     """
     patch_size = config.model.patch_size or vit_shape(config.model.name).patch_size
     torch.manual_seed(config.seed)
-    tokenizer = config.tokenizer
     return tokenizers.create(
-        tokenizer.name,
+        **asdict(config.tokenizer),
         img_size=config.data.img_size,
         patch_size=patch_size,
         in_chans=config.data.in_chans,
-        dim=tokenizer.dim,
-        scale=tokenizer.scale,
-        width=tokenizer.width,
-        codes=tokenizer.codes,
-        pretrained=tokenizer.pretrained,
     )

@@ -1,8 +1,11 @@
-"""gamma_t and sigma_t of every schedule, and noise that is a function of the image's number."""
+"""Noise schedules, and noise that is a function of the image's number."""
 
 import math
+from collections.abc import Callable
 
 import torch
+
+from ldae.tree import taken_by
 
 # Philox 4x32, 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -13,42 +16,85 @@ _WORD = 0xFFFFFFFF
 NOISE, _TIMESTEP, _LABEL, POSTERIOR, SAMPLING = range(5)
 
 
-def schedule(
-    name: str, steps: int, max_sigma: float, single_sigma: float, min_sigma: float = 0.01
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """gamma and sigma of t = 0 .. T - 1, two float64 tensors of shape (T,).
+Levels = tuple[torch.Tensor, torch.Tensor]
+"""gamma and sigma of t = 0 .. T - 1, float64 (T,) each."""
 
-    ``ddpm``: beta linear from 1e-4 to 0.02 (Ho et al. 2020).
-    ``cosine``: Nichol and Dhariwal 2021, betas at most 0.999.
-    ``linear_gamma2``: gamma_t^2 = 1 - (t + 1) / T (paper, section 4.1).
-    ``linear_sigma``: gamma = 1, sigma_t = max_sigma * t / (T - 1) (paper, section 4.3).
-    ``geometric``: gamma = 1, sigma_t = min_sigma (max_sigma / min_sigma)^(t / (T - 1)), the
-    variance-exploding process of Song et al. 2021.
-    ``single``: gamma = 1 and one sigma; T is 1 whatever ``steps`` says.
-    ``rectified_flow``: sigma_t = (t + 1) / T, gamma_t = 1 - sigma_t (Liu et al. 2023).
+
+def levels(schedule: str, **settings: float) -> Levels:
+    """Return gamma and sigma of every level of a schedule.
+
+    Args:
+        schedule: a key of ``SCHEDULES``.
+        settings: the noise settings, of which the schedule gets those that it takes.
     """
-    time = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    if name == "rectified_flow":
-        return 1 - time, time
-    if name in ("linear_sigma", "geometric", "single"):
-        sigma = torch.linspace(0, max_sigma, steps, dtype=torch.float64)
-        if name == "geometric":
-            ends = torch.tensor([min_sigma, max_sigma], dtype=torch.float64).log()
-            sigma = torch.linspace(*ends.tolist(), steps, dtype=torch.float64).exp()
-        if name == "single":
-            sigma = torch.tensor([single_sigma], dtype=torch.float64)
-        return torch.ones_like(sigma), sigma
-    if name == "ddpm":
-        gamma2 = (1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)).cumprod(0)
-    elif name == "cosine":
-        ends = torch.arange(steps + 1, dtype=torch.float64) / steps
-        bar = torch.cos((ends + 0.008) / 1.008 * math.pi / 2) ** 2
-        gamma2 = (bar[1:] / bar[:-1]).clamp(min=0.001).cumprod(0)
-    elif name == "linear_gamma2":
-        gamma2 = 1 - time
-    else:
-        raise ValueError(f"unknown noise schedule {name!r}")
+    function = SCHEDULES[schedule]
+    return function(**taken_by(function, settings))
+
+
+def ddpm(steps: int) -> Levels:
+    """Let beta rise linearly from 1e-4 to 0.02 (Ho et al. 2020)."""
+    return _preserving((1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)).cumprod(0))
+
+
+def cosine(steps: int) -> Levels:
+    """Let gamma fall as a cosine, with betas of at most 0.999 (Nichol and Dhariwal 2021)."""
+    ends = torch.arange(steps + 1, dtype=torch.float64) / steps
+    bar = torch.cos((ends + 0.008) / 1.008 * math.pi / 2) ** 2
+    return _preserving((bar[1:] / bar[:-1]).clamp(min=0.001).cumprod(0))
+
+
+def linear_gamma2(steps: int) -> Levels:
+    """Let gamma^2 fall linearly: gamma_t^2 = 1 - (t + 1) / T (paper, section 4.1)."""
+    return _preserving(1 - _time(steps))
+
+
+def linear_sigma(steps: int, max_sigma: float) -> Levels:
+    """Keep gamma = 1 and let sigma rise linearly from 0 to max_sigma (paper, section 4.3)."""
+    return _unscaled(torch.linspace(0, max_sigma, steps, dtype=torch.float64))
+
+
+def geometric(steps: int, min_sigma: float, max_sigma: float) -> Levels:
+    """Keep gamma = 1 and let sigma rise geometrically from min_sigma to max_sigma.
+
+    Source: the variance-exploding process of Song et al. 2021.
+    """
+    ends = torch.tensor([min_sigma, max_sigma], dtype=torch.float64).log()
+    return _unscaled(torch.linspace(*ends.tolist(), steps, dtype=torch.float64).exp())
+
+
+def single(single_sigma: float) -> Levels:
+    """Keep one level, gamma = 1 and sigma = single_sigma (paper, row 14)."""
+    return _unscaled(torch.tensor([single_sigma], dtype=torch.float64))
+
+
+def rectified_flow(steps: int) -> Levels:
+    """Let sigma_t = (t + 1) / T and gamma_t = 1 - sigma_t (Liu et al. 2023)."""
+    return 1 - _time(steps), _time(steps)
+
+
+def _time(steps: int) -> torch.Tensor:
+    """Return (t + 1) / T of t = 0 .. T - 1."""
+    return torch.arange(1, steps + 1, dtype=torch.float64) / steps
+
+
+def _preserving(gamma2: torch.Tensor) -> Levels:
+    """Return gamma and the sigma with which gamma^2 + sigma^2 = 1."""
     return gamma2.sqrt(), (1 - gamma2).sqrt()
+
+
+def _unscaled(sigma: torch.Tensor) -> Levels:
+    """Return these sigmas with gamma = 1."""
+    return torch.ones_like(sigma), sigma
+
+
+SCHEDULES: dict[str, Callable[..., Levels]] = {
+    function.__name__: function
+    for function in (
+        ddpm, cosine, linear_gamma2, linear_sigma, geometric, single, rectified_flow,
+    )
+}  # fmt: skip
+"""The noise schedules by name. The parameters of a schedule are the settings that it reads; one
+without ``steps`` has a single level."""
 
 
 def normal(

@@ -1,27 +1,76 @@
 """What the network is asked for, and how its error is weighted."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from ldae.errors import InputError
 from ldae.patches import patchify
-from ldae.prediction import PREDICTIONS
-from ldae.tokenizers import OrthonormalTokenizer, PatchTokenizer, Tokenizer, name_of
+from ldae.prediction import PREDICTIONS, Prediction
+from ldae.tokenizers import OrthonormalTokenizer, PatchTokenizer, Tokenizer, check_kind
 
-IMAGE_TARGETS = ("projected", "image")
+Tensor = torch.Tensor
+
+
+class Target(NamedTuple):
+    """What a network may be asked for."""
+
+    target: Callable[[Tokenizer, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(tokenizer, x, z_0, eps, gamma, sigma) -> what the network should put out."""
+    clean: Callable[[Tokenizer, Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(tokenizer, output, z_t, gamma, sigma) -> the z_0 that an output for z_t stands for."""
+    needs: type[Tokenizer] = Tokenizer
+    """The kind of tokenizer for which the target exists."""
+    is_image: bool = False
+    """Whether the output is patches of an image (B, N, D), and not latents (B, N, d)."""
+    has_residual: bool = False
+    """Whether the error outside the latent's d axes counts by ``residual_weight``."""
+
+
+def _of_latents(prediction: Prediction) -> Target:
+    return Target(
+        lambda tokenizer, x, *latents: prediction.target(*latents),
+        lambda tokenizer, *latents: prediction.clean(*latents),
+    )
+
+
+TARGETS = {name: _of_latents(prediction) for name, prediction in PREDICTIONS.items()} | {
+    "projected": Target(  # the inverse projection of z_0 (row 12)
+        lambda tokenizer, x, z_0, eps, gamma, sigma: tokenizer.inverse(z_0),
+        lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
+        needs=PatchTokenizer,
+        is_image=True,
+    ),
+    "image": Target(  # the original image (rows 13, 14)
+        lambda tokenizer, x, z_0, eps, gamma, sigma: patchify(x, tokenizer.patch_size),
+        lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
+        needs=OrthonormalTokenizer,
+        is_image=True,
+        has_residual=True,
+    ),
+}
+"""The targets by name: two images, and the prediction types, such as eps (rows 1 to 8) and latent
+(rows 9 to 11)."""
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "uniform": lambda gamma, sigma: torch.ones_like(gamma),
+    "gamma2": lambda gamma, sigma: gamma**2,  # row 9
+    "sigma2": lambda gamma, sigma: sigma**2,  # makes a score's loss that of eps
+    "inverse": lambda gamma, sigma: 1 / (1 + sigma**2),  # rows 10 to 14
+}
+"""lambda_t by name: (gamma, sigma) -> the weight of each level, all (T,)."""
 
 
 class Objective(nn.Module):
     """The loss of one row: lambda_t |target - output|^2 in the coordinates of the row.
 
     Args:
-        target: a prediction type of ldae/prediction.py, such as ``eps``, the noise (rows 1 to 8), or
-            ``latent``, z_0 (rows 9 to 11); ``projected``, the inverse projection of z_0 (row 12);
-            ``image``, the original image (rows 13, 14).
-        weight: lambda_t; ``uniform``: 1; ``gamma2``: gamma_t^2 (row 9); ``sigma2``: sigma_t^2, which
-            makes a score's loss that of eps; ``inverse``: 1 / (1 + sigma_t^2) (rows 10 to 14).
-        residual_weight: the weight of the error outside of the latent's d axes when the target is
-            the image (paper, section 4.4: 0.1).
+        target: a key of ``TARGETS``.
+        weight: a key of ``WEIGHTS``.
+        residual_weight: the weight of the error outside the latent's d axes when the target is the
+            image (paper, section 4.4: 0.1).
 
     Raises: InputError for a target that is undefined at a level, or needs another tokenizer.
     """
@@ -31,65 +80,56 @@ class Objective(nn.Module):
         target: str,
         weight: str,
         residual_weight: float,
-        gamma: torch.Tensor,
-        sigma: torch.Tensor,
+        gamma: Tensor,
+        sigma: Tensor,
         tokenizer: Tokenizer,
     ) -> None:
         super().__init__()
-        needed = {"projected": PatchTokenizer, "image": OrthonormalTokenizer}.get(target)
-        if needed and not isinstance(tokenizer, needed):
-            kind = "patch-wise" if needed is PatchTokenizer else "patch-wise and orthonormal"
-            raise InputError(
-                f"objective.target {target} needs a tokenizer that is {kind}, which "
-                f"{name_of(tokenizer)} is not"
-            )
-        if target == "score" and not sigma.all():
-            raise InputError(
-                "objective.target score is undefined where noise.schedule has no noise"
-            )
-        self.target_name, self.residual_weight = target, residual_weight
-        lambdas = {
-            "uniform": torch.ones_like(gamma),
-            "gamma2": gamma**2,
-            "sigma2": sigma**2,
-            "inverse": 1 / (1 + sigma**2),
-        }
-        self.register_buffer("weights", lambdas[weight].float(), persistent=False)
+        self.kind, self.residual_weight = TARGETS[target], residual_weight
+        check_kind(self.kind.needs, tokenizer, f"objective.target {target}")
+        if target in PREDICTIONS:
+            eps = torch.ones_like(gamma)
+            defined = PREDICTIONS[target].target(0 * eps, eps, gamma, sigma).isfinite()
+            for t in (~defined).nonzero()[:1, 0].tolist():
+                raise InputError(
+                    f"objective.target {target} is undefined at t = {t} of noise.schedule, where "
+                    f"gamma is {gamma[t]:g} and sigma {sigma[t]:g}"
+                )
+        self.register_buffer("weights", WEIGHTS[weight](gamma, sigma).float(), persistent=False)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the network puts out patches of an image, and not latents."""
+        return self.kind.is_image
 
     def target(
         self,
         tokenizer: Tokenizer,
-        x: torch.Tensor,
-        z_0: torch.Tensor,
-        eps: torch.Tensor,
-        gamma: torch.Tensor,
-        sigma: torch.Tensor,
-    ) -> torch.Tensor:
-        """What the network should put out, from clean images (B, C, H, W), z_0 and eps (B, N, d);
-        gamma and sigma are those of each image, (B, 1, 1)."""
-        if self.target_name == "image":
-            return patchify(x, tokenizer.patch_size)
-        if self.target_name == "projected":
-            return tokenizer.inverse(z_0)
-        return PREDICTIONS[self.target_name].target(z_0, eps, gamma, sigma)
+        x: Tensor,
+        z_0: Tensor,
+        eps: Tensor,
+        gamma: Tensor,
+        sigma: Tensor,
+    ) -> Tensor:
+        """Return what the network should put out.
+
+        Args:
+            x: clean images (B, C, H, W).
+            z_0, eps: (B, N, d).
+            gamma, sigma: those of each image, (B, 1, 1).
+        """
+        return self.kind.target(tokenizer, x, z_0, eps, gamma, sigma)
 
     def clean(
-        self,
-        tokenizer: Tokenizer,
-        output: torch.Tensor,
-        z_t: torch.Tensor,
-        gamma: torch.Tensor,
-        sigma: torch.Tensor,
-    ) -> torch.Tensor:
-        """The z_0 (B, N, d) that an output for z_t stands for."""
-        if self.target_name in IMAGE_TARGETS:
-            return tokenizer.project(output)
-        return PREDICTIONS[self.target_name].clean(output, z_t, gamma, sigma)
+        self, tokenizer: Tokenizer, output: Tensor, z_t: Tensor, gamma: Tensor, sigma: Tensor
+    ) -> Tensor:
+        """Return the z_0 (B, N, d) that an output for z_t stands for."""
+        return self.kind.clean(tokenizer, output, z_t, gamma, sigma)
 
-    def loss(self, tokenizer: Tokenizer, error: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The weighted mean square of error (B, N, C) at t (B,), a scalar."""
+    def loss(self, tokenizer: Tokenizer, error: Tensor, t: Tensor) -> Tensor:
+        """Return the weighted mean square of error (B, N, C) at t (B,), a scalar."""
         square = error.square().sum(-1)
-        if self.target_name == "image":
+        if self.kind.has_residual:
             # sum_i w_i r_i^2 with r = V error, w = 1 on the first d axes and residual_weight on the
             # others. V is orthonormal, so the others' share is what the first d leave of |error|^2.
             kept = (error @ tokenizer.basis[: tokenizer.dim].T).square().sum(-1)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, Range
+from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, Choice, Range
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class OptimSettings:
 class TokenizerSettings:
     """How an image becomes latent tokens."""
 
-    name: Literal["patch_pca", "pixel", "patch_ae", "patch_vae", "conv_vae"] = "patch_pca"
+    name: Annotated[str, Choice("ldae.tokenizers:TOKENIZERS")] = "patch_pca"
     """The map from pixels to tokens."""
     dim: Annotated[int, COUNT] = 32  # the best of 8 to 128 for PCA of 16 x 16 patches (Table 2)
     """Latent dimension d of one token."""
@@ -107,9 +107,7 @@ class TokenizerSettings:
 class NoiseSettings:
     """z_t = gamma_t z_0 + sigma_t eps."""
 
-    schedule: Literal[
-        "ddpm", "cosine", "linear_gamma2", "linear_sigma", "geometric", "single", "rectified_flow"
-    ] = "linear_sigma"
+    schedule: Annotated[str, Choice("ldae.noise:SCHEDULES")] = "linear_sigma"
     """ddpm, cosine, linear_gamma2: gamma^2 + sigma^2 = 1. linear_sigma, geometric, single: gamma = 1.
     rectified_flow: gamma + sigma = 1."""
     steps: Annotated[int, COUNT] = 1000
@@ -128,10 +126,10 @@ class ObjectiveSettings:
 
     input: Literal["latent", "image"] = "image"
     """Noised latents, or their inverse projection: a noisy image."""
-    target: Literal["eps", "latent", "v", "score", "velocity", "projected", "image"] = "image"
+    target: Annotated[str, Choice("ldae.objective:TARGETS")] = "image"
     """The noise, the clean latent z_0, v, the score or the velocity of z_t (ldae/prediction.py); the
     inverse projection of z_0, or the original image."""
-    weight: Literal["uniform", "gamma2", "sigma2", "inverse"] = "inverse"
+    weight: Annotated[str, Choice("ldae.objective:WEIGHTS")] = "inverse"
     """lambda_t: 1, gamma_t^2, sigma_t^2, or 1 / (1 + sigma_t^2)."""
     residual_weight: Annotated[float, NOT_NEGATIVE] = 0.1
     """Weight of the error outside the first d principal axes when the target is the image."""
@@ -141,7 +139,7 @@ class ObjectiveSettings:
 class ModelSettings:
     """The denoiser. DiT's encoder is described in timm's words; its decoder has as many blocks."""
 
-    denoiser: Literal["dit"] = "dit"
+    denoiser: Annotated[str, Choice("ldae.models:DENOISERS")] = "dit"
     """The network that denoises tokens."""
     name: str = "vit_large_patch16_224"
     """A timm ViT; the fields below override what it says."""

@@ -1,12 +1,11 @@
 """The paper's Table 1 as code: each row is its difference from the row before it."""
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldae.errors import InputError
+from ldae.errors import unknown
 from ldae.settings import Config
-from ldae.tree import flatten, replace
+from ldae.tree import flatten, put
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,7 @@ def row(name: str | int) -> Row:
     for candidate in rows:
         if str(name) in (candidate.name, str(candidate.number)):
             return candidate
-    near = difflib.get_close_matches(str(name), [row.name for row in rows], n=1, cutoff=0)
-    raise InputError(
-        f"there is no row {name!r}; the nearest is {near[0]!r} (`ldae show` lists all)"
-    )
+    raise unknown("there is no row", name, [row.name for row in rows], " (`ldae show` lists all)")
 
 
 def config(name: str | int = "l_dae", scale: str = "paper") -> Config:
@@ -133,15 +129,15 @@ def config(name: str | int = "l_dae", scale: str = "paper") -> Config:
     Raises: InputError for a row or a scale that does not exist.
     """
     if scale not in SCALES:
-        raise InputError(f"there is no scale {scale!r}; there are {', '.join(SCALES)}")
+        raise unknown("there is no scale", scale, SCALES, f", and there are {', '.join(SCALES)}")
     last = row(name)
     built = Config()
     for step in ROWS[: row(last.base).number if last.base else last.number]:
-        built = replace(built, step.changes)
+        built = put(built, step.changes)
     if last.base:
-        built = replace(built, last.changes)
+        built = put(built, last.changes)
     numbers = flatten(built)
     sizes = {
         name: size.get(numbers[name], numbers[name]) for name, size in SCALES[scale].sizes.items()
     }
-    return replace(built, SCALES[scale].changes | sizes)
+    return put(built, SCALES[scale].changes | sizes)

@@ -1,22 +1,25 @@
-"""Operations on a tree of frozen dataclasses: ranges, dotted names, changes, differences, files."""
+"""Operations on a tree of frozen dataclasses: what settings take, dotted names, changes, files."""
 
 import contextlib
 import dataclasses
-import difflib
+import importlib
+import inspect
 import math
 import tomllib
 import types
 import typing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
+from tyro.constructors import PrimitiveConstructorSpec
 
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError, first_line, unknown
 
 
 class Range(NamedTuple):
-    """The finite numbers that a setting takes, ``low`` to ``high``, without the ends that are open."""
+    """The finite numbers that a setting takes: from ``low`` to ``high``, without open ends."""
 
     low: float
     high: float = math.inf
@@ -24,18 +27,60 @@ class Range(NamedTuple):
     open_high: bool = False
     or_zero: bool = False
 
-    def holds(self, value: float) -> bool:
-        if self.or_zero and value == 0:
-            return True
+    def check(self, name: str, value: float) -> None:
+        """Check a value of the setting ``name``.
+
+        Raises: InputError when it is out of range.
+        """
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
+        inside = above and below and math.isfinite(value)
+        if not inside and not (self.or_zero and value == 0):
+            raise InputError(f"{name} must be {self}, not {value}")
 
     def __str__(self) -> str:
         words = f"{'above' if self.open_low else 'at least'} {self.low:g}"
         if self.high < math.inf:
             words += f" and {'below' if self.open_high else 'at most'} {self.high:g}"
         return f"0 or {words}" if self.or_zero else words
+
+
+class Choice(PrimitiveConstructorSpec[str]):
+    """The names that a setting takes: the keys of a registry, such as ``ldae.noise:SCHEDULES``.
+
+    The registry is imported when a name is checked or listed, and not before: settings lie below
+    the code that they choose from, and a configuration is printed without torch. To tyro a choice
+    is a string, whose names the help of the command line lists; ``check`` refuses others.
+    """
+
+    def __init__(self, registry: str) -> None:
+        self.registry = registry
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        module, registry = self.registry.split(":")
+        return tuple(getattr(importlib.import_module(module), registry))
+
+    def check(self, name: str, value: str) -> None:
+        """Check a value of the setting ``name``.
+
+        Raises: InputError with the nearest name when the registry lacks it.
+        """
+        if value not in self.names:
+            raise unknown(f"{name} must be {self}, not", value, self.names)
+
+    def __str__(self) -> str:
+        return " or ".join(self.names)
+
+    # What tyro asks for.
+    nargs = 1
+    metavar = property(lambda self: f"{{{','.join(self.names)}}}")
+    instance_from_str = staticmethod(lambda words: words[0])
+    str_from_instance = staticmethod(lambda value: [value])
+    is_instance = staticmethod(lambda value: isinstance(value, str))
+    # The inherited ones read all of these, and would import the registry.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
 NOT_NEGATIVE = Range(0)
@@ -45,72 +90,93 @@ SHARE = Range(0, 1)
 DECAY = Range(0, 1, open_high=True)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf under its dotted name, in the order of the tree."""
-    leaves = {}
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted name, the value and the annotated type of each leaf, in the tree's order."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for part in dataclasses.fields(config):
-        value = getattr(config, part.name)
+        name, value = prefix + part.name, getattr(config, part.name)
         if dataclasses.is_dataclass(value):
-            leaves |= flatten(value, f"{prefix}{part.name}.")
+            yield from _leaves(value, f"{name}.")
         else:
-            leaves[prefix + part.name] = value
-    return leaves
+            yield name, value, hints[part.name]
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Return every leaf under its dotted name, in the order of the tree."""
+    return {name: value for name, value, _ in _leaves(config)}
 
 
 def check(settings: Any, prefix: str = "") -> None:
-    """Raises: InputError naming the first setting of the tree that is out of its range."""
-    hints = typing.get_type_hints(type(settings), include_extras=True)
-    for part in dataclasses.fields(settings):
-        name, value = prefix + part.name, getattr(settings, part.name)
-        if dataclasses.is_dataclass(value):
-            check(value, f"{name}.")
-        allowed = [r for r in getattr(hints[part.name], "__metadata__", ()) if isinstance(r, Range)]
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not all(r.holds(number) for r in allowed):
-                raise InputError(f"{name} must be {allowed[0]}, not {number}")
+    """Check every setting of a tree.
+
+    Raises: InputError naming the first setting with a value that it does not take.
+    """
+    for name, value, hint in _leaves(settings, prefix):
+        _check(name, value, hint)
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    for allowed in getattr(hint, "__metadata__", ()):
+        if isinstance(allowed, Range | Choice):
+            for part in value if isinstance(value, tuple) else (value,):
+                if part is not None:
+                    allowed.check(name, part)
 
 
 def replace(config: Any, changes: dict[str, Any]) -> Any:
-    """``config`` with the leaves of these dotted names changed.
+    """Return ``config`` with the leaves of these dotted names changed.
 
     Raises: InputError for a name that does not exist, with the nearest one that does, and for a
         value that the setting does not take.
     """
-    known = flatten(config)
+    hints = {name: hint for name, _, hint in _leaves(config)}
     for name in changes:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            raise InputError(f"there is no setting {name!r}; the nearest is {near[0]!r}")
-    return _replace(config, changes, "")
+        if name not in hints:
+            raise unknown("there is no setting", name, hints)
+    return put(config, {name: checked(name, changes[name], hints[name]) for name in changes})
 
 
-def _replace(config: Any, changes: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(type(config))
+def put(config: Any, leaves: dict[str, Any], prefix: str = "") -> Any:
+    """Return ``config`` with these leaves in place, unchecked: for constants of the package."""
     values = {}
     for part in dataclasses.fields(config):
         name, value = prefix + part.name, getattr(config, part.name)
         if dataclasses.is_dataclass(value):
-            values[part.name] = _replace(value, changes, f"{name}.")
-        elif name in changes:
-            values[part.name] = checked(name, changes[name], hints[part.name])
+            values[part.name] = put(value, leaves, f"{name}.")
+        elif name in leaves:
+            values[part.name] = leaves[name]
     return dataclasses.replace(config, **values)
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type that the setting has; YAML and TOML know no tuples, and YAML reads 1e-4
-    as text.
+    """Return ``value`` as the type of its setting.
 
-    Raises: InputError, naming the setting, when it is of another type.
+    YAML and TOML have no tuples, and YAML reads 1e-4 as text.
+
+    Raises: InputError, naming the setting, for another type or a value that it does not take.
     """
     try:
-        return _as(hint, value)
+        value = _as(hint, value)
     except TypeError:
         raise InputError(f"setting {name!r} takes {_words(hint)}, not {value!r}") from None
+    _check(name, value, hint)
+    return value
+
+
+def taken_by(function: Callable, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the settings that are parameters of a function or a class.
+
+    An entry of a registry says by its signature which settings it reads.
+    """
+    parameters = inspect.signature(function).parameters
+    return {name: settings[name] for name in parameters if name in settings}
 
 
 def _as(hint: Any, value: Any) -> Any:
     """Raises: TypeError."""
     kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        return _as(options[0], value)
     if kind is Literal and value in options:
         return value
     if kind in (typing.Union, types.UnionType):
@@ -132,6 +198,8 @@ def _as(hint: Any, value: Any) -> Any:
 def _words(hint: Any) -> str:
     """A type, for a sentence."""
     kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        return _words(options[0])
     if kind is Literal:
         return " or ".join(map(str, options))
     if kind in (typing.Union, types.UnionType):
@@ -141,12 +209,28 @@ def _words(hint: Any) -> str:
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
-def check_known(where: str, table: dict, known: typing.Iterable[str]) -> None:
+def check_known(where: str, table: dict, known: Iterable[str]) -> None:
     """Raises: InputError naming the first key that is not known, and the nearest one that is."""
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise InputError(f"{where} has no setting {key!r}; the nearest is {near!r}")
+            raise unknown(f"{where} has no setting", key, known)
+
+
+def check_own(
+    settings: Any, chosen: str, takers: dict[str, Iterable[str]], prefix: str = ""
+) -> None:
+    """Check that no setting is on that only other entries of a registry take.
+
+    Args:
+        chosen: the name of the entry that is used.
+        takers: the names of the settings that each entry takes.
+
+    Raises: InputError naming the setting, which is off by default, and the entries that take it.
+    """
+    for name, default in flatten(type(settings)()).items():
+        own = [entry for entry, names in takers.items() if name in names]
+        if own and chosen not in own and not default and getattr(settings, name):
+            raise InputError(f"{prefix}{name} is a setting of {' and '.join(own)}, not of {chosen}")
 
 
 def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -88,15 +88,15 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def fitted(images):
-    """fitted(tokenizer): with the statistics of the images; of what gradients train, the weights
-    stay as they are."""
+    """fitted(tokenizer): with the statistics of the images, or of other batches; of what gradients
+    train, the weights stay as they are."""
 
-    def fit(tokenizer: Tokenizer) -> Tokenizer:
+    def fit(tokenizer: Tokenizer, batches=(images,)) -> Tokenizer:
         if tokenizer.trained:
-            tokenizer.fit_pixels([images])
-            tokenizer.fit_latents([images])
+            tokenizer.fit_pixels(batches)
+            tokenizer.fit_latents(batches)
         else:
-            tokenizer.fit([images])
+            tokenizer.fit(batches)
         return tokenizer
 
     return fit

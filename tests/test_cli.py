@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from ldae import cli, trajectory
-from ldae.errors import LOST_RANK, LostRank
+from ldae import cli, noise, trajectory
+from ldae.errors import LOST_RANK, InputError, LostRank
 
 
 def call(capsys, *argv):
@@ -38,11 +38,28 @@ def test_wrong_verbs_rows_and_settings_get_the_nearest_name(capsys):
     status, _, err = call(capsys, "pretrain", "l_dae", "--run", "x", "--optim.bl", "1")
     assert status == 2 and "--optim.blr" in err
     status, _, err = call(capsys, "pretrain", "l_dae", "--scale", "huge", "--run", "x")
-    assert status == 2 and "paper, small, demo" in err
+    assert status == 2 and "paper, small, demo" in err and "nearest" in err
     status, _, err = call(capsys, "pretrain", "--run", "x")
     assert status == 2 and "which row" in err
     status, _, err = call(capsys, "fit-tokenizer", "--run", "x")
     assert status == 2 and "ldae fit-tokenizer l_dae" in err
+
+
+def test_choices_come_from_their_registries(capsys, monkeypatch):
+    """In the help, in what is refused at once, and in what would be refused in a job."""
+    monkeypatch.setitem(noise.SCHEDULES, "my_own", None)
+    status, out, _ = call(capsys, "pretrain", "l_dae", "--help")
+    assert status == 0 and "my_own" in out and "patch_pca" in out
+    argv = ["l_dae", "--run", "x", "--data", "digits", "--noise.schedule", "myown"]
+    status, _, err = call(capsys, "pretrain", *argv)
+    assert status == 2 and len(err.splitlines()) == 1
+    assert err.startswith("ldae: noise.schedule must be ddpm or ") and "is 'my_own'" in err
+    with pytest.raises(InputError, match="noise.schedule must be"):
+        cli.parse("pretrain", argv)
+    with pytest.raises(InputError, match="sampler must be .* nearest is 'heun'"):
+        cli.parse("sample", ["x", "--sampler", "huen"])
+    with pytest.raises(InputError, match="steps must be at least 1"):
+        cli.parse("sample", ["x", "--steps", "0"])
 
 
 def test_a_wrong_path_is_one_sentence(capsys, tmp_path):

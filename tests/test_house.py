@@ -179,3 +179,17 @@ def test_the_batch_script_needs_nothing_but_python():
 @pytest.mark.parametrize("name", ldae.__all__)
 def test_the_public_face_is_there(name):
     assert getattr(ldae, name) is not None
+
+
+@pytest.mark.parametrize("argv", [["show", "l_dae"], ["diff", "l_dae", "image_output"]])
+def test_rows_are_shown_without_torch(argv):
+    """Though their settings are chosen from registries that need it."""
+    loaded = run(
+        f"import sys; from ldae.cli import main; main({argv}); print('torch' in sys.modules)"
+    )
+    assert loaded.endswith("False\n")
+
+
+def test_the_nearest_name_is_looked_for_in_one_place():
+    using = [name for name, path in FILES.items() if "difflib" in path.read_text()]
+    assert using == ["ldae.errors"]

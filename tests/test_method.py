@@ -1,12 +1,16 @@
 """Each row's loss against a slow loop written from the paper's equations, in float64."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from ldae import noise
+from ldae.errors import InputError
 from ldae.method import build
+from ldae.objective import TARGETS
+from ldae.tokenizers import TOKENIZERS
 
 T = 1000
 CLASSES = 5
@@ -128,6 +132,36 @@ def test_the_rows_beside_the_trajectory_have_a_loss_too(row, tiny, images, fitte
     method = build(tiny(row))
     fitted(method.tokenizer)
     assert method(images, torch.arange(8)).isfinite()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("schedule", noise.SCHEDULES)
+def test_every_schedule_goes_with_every_target(schedule, target, tiny, images):
+    """But a target that is undefined at a level, which is refused by its name."""
+    try:
+        method = build(tiny(noise__schedule=schedule, objective__target=target))
+    except InputError as error:
+        assert str(error).startswith(f"objective.target {target} is undefined at t = ")
+        return
+    method.tokenizer.fit([images])
+    loss = method(images, torch.arange(8))
+    assert loss.isfinite() and loss > 0
+
+
+@pytest.mark.parametrize("shown", ["latent", "image"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_tokenizer_goes_with_what_it_is_enough_for(name, target, shown, tiny, images, fitted):
+    changes = {"tokenizer__name": name, "objective__target": target, "objective__input": shown}
+    try:
+        method = build(tiny("l_dae", noise__schedule="ddpm", **changes))
+    except InputError as error:
+        assert re.match(rf"objective.* needs tokenizer.name .*, not {name}$", str(error))
+        return
+    fitted(method.tokenizer)
+    assert method(images, torch.arange(8)).isfinite()
+    for picture in method.denoise_images(images, torch.arange(8), 500):
+        assert picture.shape == images.shape and picture.isfinite().all()
 
 
 def test_the_same_seed_is_the_same_network(tiny):

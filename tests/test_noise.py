@@ -1,15 +1,18 @@
 import math
+from dataclasses import asdict
+from inspect import signature
 
 import pytest
 import torch
 
 from ldae import noise
+from ldae.settings import NoiseSettings
 
 VARIANCE_PRESERVING = ("ddpm", "cosine", "linear_gamma2")
 
 
 def schedule(name, steps=1000):
-    return noise.schedule(name, steps, max_sigma=math.sqrt(2), single_sigma=math.sqrt(1 / 3))
+    return noise.levels(**asdict(NoiseSettings(name, steps)))
 
 
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
@@ -18,11 +21,15 @@ def test_gamma2_and_sigma2_sum_to_one(name):
     torch.testing.assert_close(gamma**2 + sigma**2, torch.ones_like(gamma))
 
 
-@pytest.mark.parametrize("name", [*VARIANCE_PRESERVING, "linear_sigma"])
+@pytest.mark.parametrize("name", noise.SCHEDULES)
 def test_the_signal_to_noise_ratio_falls(name):
-    gamma, sigma = schedule(name)
-    assert len(gamma) == len(sigma) == 1000
-    assert ((gamma / sigma).diff() < 0).all()
+    """From level to level, over as many levels as there are steps where the schedule takes them."""
+    for steps in (7, 1000):
+        gamma, sigma = schedule(name, steps)
+        wanted = steps if "steps" in signature(noise.SCHEDULES[name]).parameters else 1
+        assert gamma.shape == sigma.shape == (wanted,) and gamma.dtype == torch.float64
+        assert (gamma >= 0).all() and (sigma >= 0).all() and (gamma**2 + sigma**2 > 0).all()
+        assert ((gamma / sigma).diff() < 0).all()
 
 
 def test_the_ends_of_the_schedules():

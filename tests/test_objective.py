@@ -6,9 +6,8 @@ import torch
 from ldae import noise
 from ldae.errors import InputError
 from ldae.method import build
-from ldae.objective import Objective
+from ldae.objective import TARGETS, WEIGHTS, Objective
 from ldae.patches import patchify
-from ldae.prediction import PREDICTIONS
 
 GAMMA = torch.tensor([1.0, 0.8, 0.3])
 SIGMA = torch.tensor([0.1, 0.6, 0.9])
@@ -35,6 +34,13 @@ def test_an_image_counts_by_the_weight_of_its_level(tiny, weight, wanted):
         assert loss.item() == pytest.approx(4 * value)
 
 
+@pytest.mark.parametrize("schedule", noise.SCHEDULES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_every_level_has_a_weight(tiny, weight, schedule):
+    weights = build(tiny(noise__schedule=schedule, objective__weight=weight)).objective.weights
+    assert weights.isfinite().all() and (weights >= 0).all() and weights.any()
+
+
 def test_a_score_weighted_by_sigma2_has_the_loss_of_eps(tiny):
     eps, guess = torch.randn(2, 3, 16, 6)
     t = torch.arange(3)
@@ -54,7 +60,7 @@ def test_the_residual_of_the_image_counts_a_tenth_outside_of_the_kept_axes(tiny,
         assert loss.item() == pytest.approx(weight / 192, rel=1e-4)
 
 
-@pytest.mark.parametrize("target", [*PREDICTIONS, "projected", "image"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_clean_gives_z_0_back_from_the_target(tiny, images, target):
     """Exactly, where the target says what z_0 is: an image says it by its projection."""
     changes = {"noise__schedule": "cosine", "objective__target": target}
@@ -75,18 +81,18 @@ def test_clean_gives_z_0_back_from_the_target(tiny, images, target):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"objective__target": "score"}, "score is undefined where noise.schedule has no noise"),
+        ({"objective__target": "score"}, "score is undefined at t = 0 .*sigma 0"),
         (
             {"tokenizer__name": "patch_ae"},
-            "objective.target image needs a tokenizer that is patch-wise and orthonormal",
+            "objective.target image needs tokenizer.name patch_pca or pixel, not patch_ae",
         ),
         (
             {"tokenizer__name": "conv_vae", "tokenizer__dim": 8, "objective__input": "latent"},
-            "objective.target image needs a tokenizer that is patch-wise and orthonormal",
+            "objective.target image needs tokenizer.name patch_pca or pixel, not conv_vae",
         ),
         (
             {"tokenizer__name": "conv_vae", "tokenizer__dim": 8, "objective__target": "projected"},
-            "needs a.*patch-wise",
+            "needs tokenizer.name patch_pca or pixel or patch_ae or patch_vae, not conv_vae",
         ),
     ],
 )

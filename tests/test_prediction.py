@@ -1,17 +1,18 @@
 """What a network may predict are linear maps of one another."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from ldae import noise
 from ldae.prediction import PREDICTIONS, noise_of
-
-SCHEDULES = ("ddpm", "cosine", "linear_gamma2", "linear_sigma", "geometric", "rectified_flow")
+from ldae.settings import NoiseSettings
 
 
 def levels(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """gamma and sigma (T, 1) of a schedule, without the ends where one of them is 0."""
-    gamma, sigma = noise.schedule(name, 100, max_sigma=3.0, single_sigma=0.5)
+    gamma, sigma = noise.levels(**asdict(NoiseSettings(name, steps=100, max_sigma=3.0)))
     inside = (gamma > 0) & (sigma > 0)
     return gamma[inside, None], sigma[inside, None]
 
@@ -22,7 +23,7 @@ def corrupted(gamma: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, .
     return z_0, eps, gamma * z_0 + sigma * eps
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", noise.SCHEDULES)
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_z_0_and_eps_come_back_from_every_prediction(name, schedule):
     gamma, sigma = levels(schedule)

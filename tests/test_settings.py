@@ -1,6 +1,6 @@
 import dataclasses
-import inspect
 import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,13 @@ import ldae
 from ldae import tree
 from ldae.errors import InputError
 from ldae.models import DENOISERS
+from ldae.noise import SCHEDULES
+from ldae.objective import TARGETS, WEIGHTS
 from ldae.runs import kinds
+from ldae.sampling.samplers import SAMPLERS
+from ldae.sampling.settings import Sampling
 from ldae.settings import Config
+from ldae.tokenizers import TOKENIZERS
 
 
 def test_a_saved_configuration_loads_as_it_was(tmp_path):
@@ -36,7 +41,10 @@ def test_a_file_may_be_only_a_difference(tmp_path):
     [
         ("tokenizer: {dims: 7}", "'tokenizer.dim'"),
         ("tokenizer: {dim: much}", "tokenizer.dim.*takes int"),
-        ("noise: {schedule: linear}", "noise.schedule.*ddpm or cosine"),
+        ("noise: {schedule: linear}", "noise.schedule.*ddpm or cosine.*nearest is 'linear_"),
+        ("noise: {schedule: 3}", "noise.schedule.*takes str"),
+        ("data: {crop: centre}", "data.crop.*takes center or random"),
+        ("optim: {epochs: -1}", "optim.epochs must be above 0"),
         ("optim: {blr: fast}", "optim.blr.*takes float"),
         ("data: {flip: 3}", "data.flip.*takes bool"),
         ("- 1", "holds no settings"),
@@ -94,21 +102,55 @@ def test_every_setting_is_read_by_some_code():
 
 
 def unread(config) -> list[str]:
-    """The settings of a tree that no code names, and no constructor of a denoiser takes."""
+    """Return the settings that no code names, and no entry of a registry takes."""
     package = Path(ldae.__file__).parent
     code = "\n".join(
         path.read_text() for path in package.rglob("*.py") if path.name != "settings.py"
     )
-    taken = {
-        f"{name}.{argument}"
-        for name, denoiser in DENOISERS.items()
-        for argument in inspect.signature(denoiser).parameters
-    }
+    by_entries = taken("noise.", SCHEDULES) | taken("tokenizer.", TOKENIZERS)
+    for name, denoiser in DENOISERS.items():
+        by_entries |= taken("model." if name == "dit" else f"{name}.", {name: denoiser})
     return [
         name
-        for name in tree.flatten(config).keys() - taken
+        for name in tree.flatten(config).keys() - by_entries
         if not re.search(rf"(?<![\w\"']){re.escape(_attribute(name))}\b", code)
     ]
+
+
+def taken(prefix: str, registry: dict) -> set[str]:
+    """The parameters of the entries of a registry, as names of settings."""
+    return {prefix + name for entry in registry.values() for name in signature(entry).parameters}
+
+
+def test_what_an_entry_takes_is_a_setting():
+    known = tree.flatten(Config())
+    assert taken("noise.", SCHEDULES) <= known.keys()
+    sizes = {"tokenizer.img_size", "tokenizer.patch_size", "tokenizer.in_chans"}
+    assert taken("tokenizer.", TOKENIZERS) - sizes <= known.keys()
+    given = {"denoise", "z", "levels", "gamma", "sigma", "draw"}
+    assert taken("", SAMPLERS) - given <= tree.flatten(Sampling()).keys()
+
+
+CHOICES = [
+    (Config(), "noise.schedule", SCHEDULES),
+    (Config(), "objective.target", TARGETS),
+    (Config(), "objective.weight", WEIGHTS),
+    (Config(), "tokenizer.name", TOKENIZERS),
+    (Sampling(), "sampler", SAMPLERS),
+]
+
+
+@pytest.mark.parametrize("config, name, registry", CHOICES)
+def test_a_choice_takes_the_names_of_its_registry(config, name, registry, monkeypatch):
+    for entry in registry:
+        tree.check(tree.replace(config, {name: entry}))
+    monkeypatch.setitem(registry, "my_own", None)
+    tree.check(tree.replace(config, {name: "my_own"}))
+    sentence = rf"^{name} must be {' or '.join(registry)}, not 'myown'; the nearest is 'my_own'$"
+    with pytest.raises(InputError, match=sentence):
+        tree.replace(config, {name: "myown"})
+    with pytest.raises(InputError, match=sentence):
+        tree.check(tree.put(config, {name: "myown"}))
 
 
 def _attribute(name: str) -> str:

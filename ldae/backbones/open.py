@@ -1,6 +1,5 @@
 """Any encoder as a plain timm model: of a run, a folder, a timm name or a checkpoint file."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from ldae.backbones.weights import load_weights
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError, first_line, nearest
 from ldae.runs.kinds import kind_of
 from ldae.runs.layout import CLASSIFIER
 
@@ -171,7 +170,7 @@ def _from_timm_name(
 def _known(name: str) -> Any:
     """timm's entry for ``name``, which may carry a tag.
 
-    Raises: InputError, with the names that are nearest.
+    Raises: InputError, with the nearest name.
     """
     architecture, _, tag = name.partition(".")
     if timm.is_model(architecture):
@@ -185,8 +184,8 @@ def _known(name: str) -> Any:
         raise InputError(
             f"the folder {name} holds neither a run nor the config.json of a timm model"
         )
-    nearest = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-    hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
+    close = nearest(name, timm.list_models(), likeness=0.4)
+    hint = f"; the nearest is {close!r}" if close else ""
     raise InputError(f"there is no folder {name} and no timm model of that name{hint}")
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ldae.backbones.card import model_card
 from ldae.backbones.fold import TIMESTEP, fold
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
@@ -81,33 +82,20 @@ def _model_card(run: Path, vit: VisionTransformer, method: LDAE, state: dict, ti
     tokenizer, describe = method.tokenizer, state["describe"]
     name, heads = vit.pretrained_cfg["architecture"], vit.blocks[0].attn.num_heads
     patch, side = tokenizer.patch_size, tokenizer.img_size
-    return f"""---
-library_name: timm
-tags:
-- image-feature-extraction
-- timm
-- self-supervised-learning
-- denoising-autoencoder
----
-# {run.resolve().name}
-
-An image encoder pre-trained by latent denoising ([l-DAE](https://arxiv.org/abs/2401.14404)) with
-[ldae](https://pypi.org/project/ldae/): a plain ViT, no class token, averaged features.
-
-| | |
-|---|---|
-| row of the paper | {describe["row"]} |
-| architecture | {name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, {heads} heads |
-| input | {tokenizer.in_chans} x {side} x {side}, patch {patch} |
-| pre-trained on | {describe["images"]:,} images, {state["images_seen"]:,} seen |
-| tokenizer | {type(tokenizer).__name__}, d = {tokenizer.dim}, scale {tokenizer.scale} |
-| folded at | t = {min(timestep, len(method.sigma) - 1)}, clean input |
-
-```python
-import timm
-
-model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # or hf-hub:USER/NAME
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})
-```
-"""
+    return model_card(
+        run.resolve().name,
+        ["image-feature-extraction", "timm", "self-supervised-learning", "denoising-autoencoder"],
+        "An image encoder pre-trained by latent denoising "
+        "([l-DAE](https://arxiv.org/abs/2401.14404)) with\n"
+        "ldae: a plain ViT, no class token, averaged features.",
+        {
+            "row of the paper": describe["row"],
+            "architecture": f"{name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, {heads} heads",
+            "input": f"{tokenizer.in_chans} x {side} x {side}, patch {patch}",
+            "pre-trained on": f"{describe['images']:,} images, {state['images_seen']:,} seen",
+            "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
+            f"scale {tokenizer.scale}",
+            "folded at": f"t = {min(timestep, len(method.sigma) - 1)}, clean input",
+        },
+        f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
+    )

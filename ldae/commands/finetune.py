@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldae import distributed, tree
+from ldae.backbones.card import model_card
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.console import describe, print_main
@@ -219,38 +220,25 @@ def save(network: nn.Module, folder: Path, work: Work, results: dict[str, float]
 
 
 def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str, float]) -> str:
-    config, graded, expected = work.config, work.graded, preprocessing(network)
+    config, graded = work.config, work.graded
     start = "from scratch" if config.model.random_init else f"from {Path(config.backbone).name}"
-    modified = protocol_of(work).modified
-    return f"""---
-library_name: timm
-tags:
-- image-classification
-- timm
----
-# {folder.resolve().parent.name}
-
-An image classifier, fine-tuned {start} with [ldae](https://pypi.org/project/ldae/).
-
-| | |
-|---|---|
-| architecture | {network.pretrained_cfg["architecture"]} |
-| input | {" x ".join(map(str, expected.input_size))} |
-| classes | {network.num_classes} |
-| recipe | {config.recipe}, version {config.version}, size {config.size} |
-| changed from it | {", ".join(modified) or "nothing"} |
-| trained on | {len(graded.train):,} images, {work.plan.total:,} seen |
-| accuracy on {len(graded.eval):,} others | top-1 {results["top1"]:.2f}, top-5 {results["top5"]:.2f} |
-
-```python
-import timm
-
-model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # or hf-hub:USER/NAME
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(transform(image).unsqueeze(0))  # (1, {network.num_classes})
-names = model.pretrained_cfg["label_names"]
-```
-"""
+    return model_card(
+        folder.resolve().parent.name,
+        ["image-classification", "timm"],
+        f"An image classifier, fine-tuned {start} with ldae.",
+        {
+            "architecture": network.pretrained_cfg["architecture"],
+            "input": " x ".join(map(str, preprocessing(network).input_size)),
+            "classes": network.num_classes,
+            "recipe": f"{config.recipe}, version {config.version}, size {config.size}",
+            "changed from it": ", ".join(protocol_of(work).modified) or "nothing",
+            "trained on": f"{len(graded.train):,} images, {work.plan.total:,} seen",
+            f"accuracy on {len(graded.eval):,} others": f"top-1 {results['top1']:.2f}, "
+            f"top-5 {results['top5']:.2f}",
+        },
+        f"logits = model(transform(image).unsqueeze(0))  # (1, {network.num_classes})\n"
+        'names = model.pretrained_cfg["label_names"]',
+    )
 
 
 def _facts(work: Work) -> dict[str, str]:

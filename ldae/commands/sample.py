@@ -25,7 +25,7 @@ from ldae.method import LDAE
 from ldae.plots.pictures import save_grid
 from ldae.runs import layout
 from ldae.sampling.album import Album, check_same, pack
-from ldae.sampling.generation import Choice, Create, sampler
+from ldae.sampling.generation import Chosen, Create, sampler
 from ldae.sampling.settings import Sampling, check_settings
 
 _COLUMNS = 8
@@ -102,7 +102,7 @@ def _fill(album: Album, create: Create, images: int, batch_size: int, device: to
 
 def _write_npz(
     create: Create,
-    chosen: Choice,
+    chosen: Chosen,
     images: int,
     batch_size: int,
     device: torch.device,
@@ -125,7 +125,7 @@ def _write_npz(
 
 def _draw_grid(
     create: Create,
-    chosen: Choice,
+    chosen: Chosen,
     images: int,
     batch_size: int,
     device: torch.device,

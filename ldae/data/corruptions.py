@@ -12,13 +12,12 @@ Results are close to those on the published files, but not equal. The difference
 - Blurs, zooms and clouds are computed with NumPy, SciPy and Pillow.
 """
 
-import difflib
 from collections.abc import Iterable
 
 import numpy as np
 
 from ldae.data import distortions
-from ldae.errors import InputError
+from ldae.errors import InputError, unknown
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL = 64  # images with a shorter side below this use CIFAR-10-C's constants
@@ -121,8 +120,7 @@ def resolve_names(names: Iterable[str]) -> tuple[str, ...]:
     names = tuple(names)
     for name in names:
         if name not in (*NAMES, "all"):
-            near = difflib.get_close_matches(name, (*NAMES, "all"), n=1, cutoff=0)[0]
-            raise InputError(f"there is no corruption {name!r}; the nearest is {near!r}")
+            raise unknown("there is no corruption", name, (*NAMES, "all"))
     return NAMES if "all" in names else tuple(name for name in NAMES if name in names)
 
 

@@ -1,6 +1,5 @@
 """Open the source of images that a user names."""
 
-import difflib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from ldae.data.digits import BUILT_IN, built_in_splits
 from ldae.data.image_files import file_splits
 from ldae.data.npz import NpzSource
 from ldae.data.source import Source, Splits
-from ldae.errors import InputError
+from ldae.errors import InputError, nearest
 
 SplitsOfFiles = Callable[[str, Container], Splits]
 """A function that finds the splits of a folder or an archive."""
@@ -69,8 +68,8 @@ def _splits(spec: str, splits_of_files: SplitsOfFiles) -> Splits:
         return {split: partial(source, spec, split) for split in ("train", "eval")}
     path = Path(os.path.expanduser(spec))
     if not spec or not os.path.exists(path):
-        close = difflib.get_close_matches(name, BUILT_IN, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        close = nearest(name, BUILT_IN, likeness=0.6)
+        hint = f"; did you mean {close}?" if close else ""
         raise InputError(f"no folder, archive or built-in data set is named {spec!r}{hint}")
     if path.name.lower().endswith(".npz") and path.is_file():
         return {"all": partial(NpzSource, spec, path)}

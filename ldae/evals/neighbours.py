@@ -135,17 +135,18 @@ class Bank:
         return similarities, places
 
     def _search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """By faiss on the CPU where it is installed, else by torch."""
+        """Return similarities and places, found by faiss on a CPU and by torch elsewhere."""
         if self.device.type == "cpu":
-            try:
-                import faiss
-            except ImportError:
-                pass
-            else:
-                found = faiss.knn(
-                    queries.numpy(), self.rows.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT
-                )
-                return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+            return self._search_by_faiss(queries, k)
+        return self._search_by_torch(queries, k)
+
+    def _search_by_faiss(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import faiss
+
+        found = faiss.knn(queries.numpy(), self.rows.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    def _search_by_torch(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         best = queries.new_empty(len(queries), 0)
         places = best.to(torch.int64)
         for number, rows in enumerate(self._blocks()):

@@ -1,11 +1,10 @@
 """The recipes of fine-tuning by name and version, with what depends on the size of the network."""
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
 from ldae.backbones.open import load_backbone
-from ldae.errors import InputError
+from ldae.errors import InputError, unknown
 from ldae.finetuning.settings import FinetuneConfig
 from ldae.tree import difference, replace
 
@@ -64,10 +63,7 @@ def recipe(name: str) -> Recipe:
         if candidate.name == name:
             return candidate
     names = [candidate.name for candidate in RECIPES]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-    raise InputError(
-        f"there is no recipe {name!r}; the nearest is {near!r}, and there are {', '.join(names)}"
-    )
+    raise unknown("there is no recipe", name, names, f", and there are {', '.join(names)}")
 
 
 def config(name: str = "mae", size: str = "B") -> FinetuneConfig:

@@ -1,13 +1,12 @@
 """The shape of a ViT, read from its timm name."""
 
-import difflib
 from dataclasses import dataclass
 
 import timm
 import torch
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 
-from ldae.errors import InputError
+from ldae.errors import InputError, unknown
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ def vit_shape(
         do not divide the width.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=1, cutoff=0)
-        raise InputError(f"model.name: timm has no model {name!r}; the nearest ViT is {near[0]!r}")
+        raise unknown("model.name: timm has no model", name, timm.list_models("vit_*"))
     with torch.device("meta"):  # only the shape is wanted: no memory, no initialisation
         vit = timm.create_model(name, pretrained=False, num_classes=0)
     plain = type(vit) is VisionTransformer and vit.num_prefix_tokens < 2

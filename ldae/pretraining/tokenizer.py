@@ -27,14 +27,13 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.folder import open_run
 from ldae.settings import Config
-from ldae.tokenizers import Tokenizer
+from ldae.tokenizers import TOKENIZERS, Tokenizer
 from ldae.tokenizers.losses import TokenizerLoss, Weights
 from ldae.train.loop import Plan, plan_run
 from ldae.train.run import runs_in_bf16, train_in, transform_of
 
 _FIT_BATCH = 256
 _MEASURED_IMAGES = 5_000
-_OF_CONV = ("pretrained", "codes", "perceptual_weight", "adversarial_weight")
 
 # Settings of a pre-training that its tokenizer does not depend on; model.patch_size it does.
 _UNREAD = (
@@ -134,7 +133,7 @@ def carry_out(fit: Fit, run: Path, row: str) -> None:
         tokenizers.load(fit.tokenizer, path)
         fit.tokenizer.to(fit.device)
     else:
-        _train(fit, run, row) if fit.tokenizer.trained else _fit_axes(fit)
+        _train(fit, run, row) if fit.tokenizer.trained else _fit_statistics(fit)
         if distributed.is_main():
             tokenizers.save(fit.tokenizer, path)
     if not (run / layout.RECONSTRUCTION).exists():
@@ -143,13 +142,11 @@ def carry_out(fit: Fit, run: Path, row: str) -> None:
     fit.tokenizer.cpu()
 
 
-def _fit_axes(fit: Fit) -> None:
+def _fit_statistics(fit: Fit) -> None:
     tokenizer = fit.tokenizer.to(fit.device)
     tokenizer.fit(_first_images(fit), *fit.stats)
-    kept = tokenizer.variances[: tokenizer.dim].sum() / tokenizer.variances.sum()
-    print_main(
-        f"tokenizer: {tokenizer.dim} of {tokenizer.patch_dim} axes keep {kept:.1%} of the variance"
-    )
+    if summary := tokenizer.summary():
+        print_main(f"tokenizer: {summary}")
 
 
 def _train(fit: Fit, run: Path, row: str) -> None:
@@ -203,7 +200,7 @@ def _report(fit: Fit, run: Path, row: str) -> None:
     source = open_source(config.data.eval_source or config.data.source, "eval")
     center = CropTransform(config.data.img_size, config.data.in_chans)
     wanted = min(config.tokenizer.fit_images or _MEASURED_IMAGES, _MEASURED_IMAGES)
-    images = _images(fit, source, center, wanted, seed=0, bad_images="skip")
+    images = Images(fit, source, center, wanted, seed=0, bad_images="skip")
     results = measure_reconstruction(tokenizer, images, fit.distances())
     if not distributed.is_main():
         return
@@ -221,60 +218,63 @@ def _report(fit: Fit, run: Path, row: str) -> None:
     print_main(f"{config.tokenizer.name}: {', '.join(told)} over {where}")
 
 
-def _first_images(fit: Fit) -> Iterator[torch.Tensor]:
-    """uint8 images of this rank's share of the first ones in training order."""
-    wanted = fit.config.tokenizer.fit_images or len(fit.source)
-    return _images(
-        fit,
-        fit.source,
-        transform_of(fit.config),
-        wanted,
-        seed=fit.config.seed,
-        bad_images=fit.config.data.bad_images,
+def _first_images(fit: Fit) -> "Images":
+    """Return the images that a fit sees: the first ones in training order."""
+    config = fit.config
+    wanted = config.tokenizer.fit_images or len(fit.source)
+    return Images(
+        fit, fit.source, transform_of(config), wanted, config.seed, config.data.bad_images
     )
 
 
-def _images(
-    fit: Fit, source: Source, transform: CropTransform, wanted: int, seed: int, bad_images: str
-) -> Iterator[torch.Tensor]:
+@dataclass(frozen=True)
+class Images:
     """This rank's share of so many images, to a whole number of batches, in a random order.
 
-    A network sees no more of them at once than it does in training.
+    Each pass gives the same batches, uint8 (B, C, H, W). A network sees no more images at once than
+    it does in training.
     """
-    world = distributed.world_size()
-    wanted, share = min(wanted, len(source)), _FIT_BATCH
-    if fit.plan:
-        share = fit.plan.batch_size // world // fit.plan.micro_batches
-    batch = min(share, max(1, wanted // world)) * world
-    stop = max(batch, wanted // batch * batch)
-    batches = train_batches(
-        source,
-        transform,
-        seed=seed,
-        start=0,
-        stop=stop,
-        batch_size=batch,
-        rank=distributed.rank(),
-        world_size=world,
-        workers=fit.config.system.workers,
-        bad_images=bad_images,
-    )
-    with console.progress(stop, "tokenizer") as bar:
-        for found in batches:
-            yield found.images
-            bar.update(batch)
+
+    fit: Fit
+    source: Source
+    transform: CropTransform
+    wanted: int
+    seed: int
+    bad_images: str
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        plan, world = self.fit.plan, distributed.world_size()
+        wanted, share = min(self.wanted, len(self.source)), _FIT_BATCH
+        if plan:
+            share = plan.batch_size // world // plan.micro_batches
+        batch = min(share, max(1, wanted // world)) * world
+        stop = max(batch, wanted // batch * batch)
+        batches = train_batches(
+            self.source,
+            self.transform,
+            seed=self.seed,
+            start=0,
+            stop=stop,
+            batch_size=batch,
+            rank=distributed.rank(),
+            world_size=world,
+            workers=self.fit.config.system.workers,
+            bad_images=self.bad_images,
+        )
+        with console.progress(stop, "tokenizer") as bar:
+            for found in batches:
+                yield found.images
+                bar.update(batch)
 
 
 def _check_settings(config: Config) -> None:
     """Raises: InputError for settings that contradict each other."""
     asked, data = config.tokenizer, config.data
-    for name in _OF_CONV if asked.name != "conv_vae" else ():
-        if getattr(asked, name):
-            raise InputError(f"tokenizer.{name} is a setting of conv_vae, not of {asked.name}")
-    if asked.kl_weight and (asked.codes or asked.name not in ("conv_vae", "patch_vae")):
-        what = "one with tokenizer.codes" if asked.codes else asked.name
+    takers = {name: kind.settings() for name, kind in TOKENIZERS.items()}
+    tree.check_own(asked, asked.name, takers, "tokenizer.")
+    if asked.kl_weight and asked.codes:
         raise InputError(
-            f"tokenizer.kl_weight needs a tokenizer with a Gaussian posterior, not {what}"
+            "tokenizer.kl_weight needs a Gaussian posterior, which tokenizer.codes replaces"
         )
     if asked.pretrained and (data.mean or data.std or data.stats != "auto"):
         raise InputError(

@@ -1,6 +1,5 @@
 """From a run's method and a sampler's settings to numbered pictures."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,15 +11,14 @@ from torch import nn
 from ldae import files, noise
 from ldae.backbones.open import label_names, load_classifier
 from ldae.backbones.preprocessing import EvalTransform, preprocessing
-from ldae.errors import InputError
+from ldae.errors import InputError, nearest
 from ldae.method import LDAE
-from ldae.objective import IMAGE_TARGETS
-from ldae.prediction import PREDICTIONS
 from ldae.runs.kinds import settings_of
 from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import Sampling
 from ldae.sampling.start import LatentGaussian, gaussian_of_run
+from ldae.tree import taken_by
 
 Create = Callable[[torch.Tensor], torch.Tensor]
 """Numbers of pictures, int64 (B,) on the device -> uint8 (B, C, H, W) on the CPU."""
@@ -32,7 +30,7 @@ _DROWNED = 1e-2
 
 
 @dataclass(frozen=True)
-class Choice:
+class Chosen:
     """What settings mean for one run."""
 
     how: Sampling
@@ -50,7 +48,7 @@ class Choice:
         return cycle.to(numbers.device)[numbers % len(cycle)]
 
 
-def choose(method: LDAE, classes: list[str], how: Sampling) -> Choice:
+def choose(method: LDAE, classes: list[str], how: Sampling) -> Chosen:
     """Raises: InputError when the settings do not fit the run, naming the one that does not."""
     conditional = bool(method.denoiser.num_classes)
     if how.guidance != 1 and not conditional:
@@ -67,7 +65,7 @@ def choose(method: LDAE, classes: list[str], how: Sampling) -> Choice:
     levels = samplers.sub_sequence(top, how.steps or min(_STEPS, top + 1), how.spacing)
     labels = torch.tensor(_find(how.labels, classes, "this run")) if conditional else None
     if not how.classifier:
-        return Choice(how, levels, labels)
+        return Chosen(how, levels, labels)
 
     own = method.tokenizer.in_chans
     classifier = load_classifier(how.classifier, 3 if own == 1 else own)
@@ -90,7 +88,7 @@ def choose(method: LDAE, classes: list[str], how: Sampling) -> Choice:
             f"classifier {how.classifier} has {classifier.num_classes} classes without names, this "
             f"run {len(classes)}: they can not be told apart"
         )
-    return Choice(how, levels, labels, classifier, torch.tensor(targets), transform)
+    return Chosen(how, levels, labels, classifier, torch.tensor(targets), transform)
 
 
 def top_level(method: LDAE) -> int:
@@ -99,10 +97,10 @@ def top_level(method: LDAE) -> int:
     Where gamma_t = 0, neither the noise nor the score does.
     """
     levels = torch.arange(len(method.gamma))
-    if method.objective.target_name not in IMAGE_TARGETS:
-        clean = PREDICTIONS[method.objective.target_name].clean
-        one = torch.ones_like(method.gamma)
-        levels = levels[clean(0 * one, one, method.gamma, method.sigma).isfinite().cpu()]
+    if not method.objective.is_image:
+        one, level = torch.ones_like(method.gamma), (method.gamma, method.sigma)
+        clean = method.objective.clean(method.tokenizer, 0 * one, one, *level)
+        levels = levels[clean.isfinite().cpu()]
     return int(levels[-1])
 
 
@@ -113,7 +111,7 @@ def drowned(method: LDAE, level: int) -> bool:
 
 @torch.no_grad()
 def pictures(
-    method: LDAE, chosen: Choice, gaussian: LatentGaussian | None, numbers: torch.Tensor
+    method: LDAE, chosen: Chosen, gaussian: LatentGaussian | None, numbers: torch.Tensor
 ) -> torch.Tensor:
     """The pictures of these numbers, int64 (B,): uint8 (B, C, H, W) on the CPU.
 
@@ -135,15 +133,15 @@ def pictures(
         z = float(sigma[top]) * start
     else:
         z = gaussian.noised(start, float(gamma[top]), float(sigma[top]))
-    eta = {"eta": how.eta} if how.sampler == "ddim" else {}
     # TF32 would let the batch size show.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        z = SAMPLERS[how.sampler](denoise, z, chosen.levels, gamma, sigma, draw, **eta)
+        own = taken_by(SAMPLERS[how.sampler], asdict(how))
+        z = SAMPLERS[how.sampler](denoise, z, chosen.levels, gamma, sigma, draw, **own)
         if denoise is plain:
             seen = method.picture(z, last, labels)
         else:
             seen = method.decode(denoise(z, last))
-            if method.objective.target_name in IMAGE_TARGETS:
+            if method.objective.is_image:
                 # Its picture holds more than its z_0 does, which is what was guided.
                 seen = seen + method.picture(z, last, labels) - method.decode(plain(z, last))
     finite = seen.flatten(1).isfinite().all(1)
@@ -154,7 +152,7 @@ def pictures(
 
 def _guided(
     method: LDAE,
-    chosen: Choice,
+    chosen: Chosen,
     denoise: samplers.Denoise,
     gamma: torch.Tensor,
     sigma: torch.Tensor,
@@ -190,9 +188,9 @@ def _find(
         elif by_number and label.isdecimal() and int(label) < len(names):
             found.append(int(label))
         else:
-            near = difflib.get_close_matches(label, names, n=1, cutoff=0)[0]
             raise InputError(
-                f"{label!r} is none of the {len(names)} classes of {whose}; the nearest is {near!r}"
+                f"{label!r} is none of the {len(names)} classes of {whose}; "
+                f"the nearest is {nearest(label, names)!r}"
             )
     return found
 
@@ -209,7 +207,7 @@ def sampler(
     device: torch.device,
     data: str | None = None,
     workers: int = 4,
-) -> tuple[Create, Choice, dict]:
+) -> tuple[Create, Chosen, dict]:
     """What makes pictures of their numbers, what the settings mean, and the record of both.
 
     ``method`` and ``state`` are those of ``load_run``; the method moves to ``device``.

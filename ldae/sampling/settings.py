@@ -1,17 +1,19 @@
 """The settings of a sampling."""
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Annotated, Literal
 
 from ldae.errors import InputError
-from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, check
+from ldae.sampling.samplers import SAMPLERS
+from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, Choice, check, check_own
 
 
 @dataclass(frozen=True)
 class Sampling:
     """All that decides, with the run's weights, what picture number n is."""
 
-    sampler: Literal["ddim", "ddpm", "euler", "heun"] = "ddim"
+    sampler: Annotated[str, Choice("ldae.sampling.samplers:SAMPLERS")] = "ddim"
     """DDIM, DDPM's ancestral steps, or the probability-flow ODE by Euler or Heun."""
     steps: Annotated[int | None, COUNT] = None
     """Noise levels that the sampler visits; by default 50, or as many as there are."""
@@ -36,7 +38,7 @@ class Sampling:
 def check_settings(how: Sampling) -> None:
     """Raises: InputError for a setting that is out of range, or that nothing would read."""
     check(how)
-    if how.eta and how.sampler != "ddim":
-        raise InputError(f"eta is a setting of the sampler ddim, not of {how.sampler}")
+    takers = {name: signature(sampler).parameters for name, sampler in SAMPLERS.items()}
+    check_own(how, how.sampler, takers)
     if how.classifier_scale != 1 and not how.classifier:
         raise InputError("classifier_scale needs a --classifier")

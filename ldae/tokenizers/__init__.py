@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -13,54 +14,49 @@ from ldae.tokenizers.conv import ConvTokenizer
 from ldae.tokenizers.learned import TrainedTokenizer
 from ldae.tokenizers.linear import PatchAE, PatchVAE
 from ldae.tokenizers.orthonormal import OrthonormalTokenizer, PatchPCA, PixelTokenizer
+from ldae.tree import taken_by
 
 __all__ = [
-    "ConvTokenizer", "OrthonormalTokenizer", "PatchAE", "PatchPCA", "PatchTokenizer", "PatchVAE",
-    "PixelTokenizer", "Tokenizer", "TrainedTokenizer",
+    "TOKENIZERS", "ConvTokenizer", "OrthonormalTokenizer", "PatchAE", "PatchPCA", "PatchTokenizer",
+    "PatchVAE", "PixelTokenizer", "Tokenizer", "TrainedTokenizer",
 ]  # fmt: skip
 
-_CLASSES = {
+TOKENIZERS: dict[str, type[Tokenizer]] = {
     "patch_pca": PatchPCA,
     "pixel": PixelTokenizer,
     "patch_ae": PatchAE,
     "patch_vae": PatchVAE,
     "conv_vae": ConvTokenizer,
 }
+"""The tokenizers by name. The parameters of a constructor are the settings that it reads."""
 
 
-def create(
-    name: str,
-    *,
-    img_size: int,
-    patch_size: int,
-    in_chans: int,
-    dim: int,
-    scale: str,
-    width: int = 128,
-    codes: int = 0,
-    pretrained: str = "",
-) -> Tokenizer:
-    """An unfitted tokenizer; ``width``, ``codes`` and ``pretrained`` are read by ``conv_vae``.
+def create(name: str, **settings: Any) -> Tokenizer:
+    """Return an unfitted tokenizer, which gets those of the settings that it takes.
 
     Raises: InputError when its settings do not fit together.
     """
-    sizes = (img_size, patch_size, in_chans, dim, scale)
-    if name == "conv_vae":
-        return ConvTokenizer(*sizes, width, codes, pretrained)
-    return _CLASSES[name](*sizes)
+    kind = TOKENIZERS[name]
+    return kind(**taken_by(kind, settings))
 
 
 def name_of(tokenizer: Tokenizer) -> str:
-    """The ``tokenizer.name`` that makes such a tokenizer."""
-    return next(name for name, kind in _CLASSES.items() if type(tokenizer) is kind)
+    """Return the ``tokenizer.name`` that makes such a tokenizer."""
+    return next(name for name, kind in TOKENIZERS.items() if type(tokenizer) is kind)
 
 
 def describe(tokenizer: Tokenizer) -> dict:
-    """The name and the sizes that make such a tokenizer."""
-    keys = ("img_size", "patch_size", "in_chans", "dim", "scale")
-    if isinstance(tokenizer, ConvTokenizer):
-        keys += ("width", "codes", "pretrained")
-    return {"name": name_of(tokenizer)} | {key: getattr(tokenizer, key) for key in keys}
+    """Return the name and the settings that make such a tokenizer."""
+    return {"name": name_of(tokenizer)} | taken_by(type(tokenizer), vars(tokenizer))
+
+
+def check_kind(kind: type[Tokenizer], tokenizer: Tokenizer, what: str) -> None:
+    """Raises: InputError when a tokenizer is not of the kind that ``what`` needs."""
+    if not isinstance(tokenizer, kind):
+        names = [name for name, other in TOKENIZERS.items() if issubclass(other, kind)]
+        raise InputError(
+            f"{what} needs tokenizer.name {' or '.join(names)}, not {name_of(tokenizer)}"
+        )
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:

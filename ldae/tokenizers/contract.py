@@ -1,5 +1,6 @@
 """What every tokenizer is, and what those share that cut an image into patches."""
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -14,8 +15,8 @@ class Tokenizer(nn.Module):
     """All that lies between uint8 images (B, C, H, W) and latents (B, N, dim).
 
     The pixels' mean and standard deviation and the latent scale live here and nowhere else. A
-    subclass gives ``encode`` and ``decode``; one that is trained by gradients gives ``reconstruct``
-    too, and ``trained`` is true.
+    subclass gives ``encode`` and ``decode``, and ``fit``; one that is trained by gradients gives
+    ``reconstruct`` and ``fit_latents`` instead of ``fit``, and ``trained`` is true.
 
     Args:
         scale: ``raw``, latents as they are; ``global``, one factor to unit mean variance;
@@ -27,6 +28,8 @@ class Tokenizer(nn.Module):
     trained = False
     stochastic = False
     """Whether ``encode`` has a posterior to draw from."""
+    loss_weights: tuple[str, ...] = ()
+    """The settings that weigh a term of the loss beside the reconstruction."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str) -> None:
         super().__init__()
@@ -65,6 +68,31 @@ class Tokenizer(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to normalised images."""
         raise NotImplementedError
+
+    @classmethod
+    def settings(cls) -> set[str]:
+        """Return the names of the settings that such a tokenizer reads."""
+        return {*inspect.signature(cls).parameters, *cls.loss_weights}
+
+    def fit(
+        self,
+        images: Iterable[torch.Tensor],
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+    ) -> None:
+        """Choose all statistics from uint8 images (B, C, H, W).
+
+        ``images`` can be iterated as often as the fit needs, and every pass gives the same batches
+        in the same order. Each rank passes its own share of the images, and all ranks get the same
+        tokenizer. Pixel statistics that are given are kept; otherwise they are the data's.
+
+        Raises: InputError when there are no images, or a channel never changes.
+        """
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Return what is worth reporting of a fit, in a few words; "" when there is nothing."""
+        return ""
 
     @torch.no_grad()
     def fit_pixels(self, images: Iterable[torch.Tensor]) -> None:

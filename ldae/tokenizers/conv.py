@@ -32,6 +32,8 @@ class ConvTokenizer(TrainedTokenizer):
     Raises: InputError when a size does not fit, the network can not be opened, or diffusers is absent.
     """
 
+    loss_weights = ("kl_weight", "perceptual_weight", "adversarial_weight")
+
     def __init__(
         self,
         img_size: int,

@@ -37,6 +37,7 @@ class PatchVAE(PatchAE):
     """A diagonal Gaussian posterior, whose mean and log-variance are linear in the patch (row 6)."""
 
     stochastic = True
+    loss_weights = ("kl_weight",)
     per_axis = 2
 
     def posterior(self, images: torch.Tensor) -> Posterior:

@@ -43,13 +43,7 @@ class OrthonormalTokenizer(PatchTokenizer):
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
     ) -> None:
-        """Choose pixel statistics, axes and scales in one pass over uint8 images (B, C, H, W).
-
-        Each rank passes its own share of the images, and all get the same tokenizer. Pixel
-        statistics that are given are kept; otherwise they are the data's.
-
-        Raises: InputError when there are no images, or when every image is the same flat colour.
-        """
+        """Choose pixel statistics, axes and scales in one pass."""
         moments = Moments(self.patch_dim, self.basis.device)
         for batch in images:
             # Whole numbers around 0, whose moments are exact: so are then the fits of any number of
@@ -78,6 +72,10 @@ class OrthonormalTokenizer(PatchTokenizer):
         self.basis.copy_(basis)
         self.variances.copy_(variances)
         self.scales.copy_(latent_scales(self.scale, variances[: self.dim], self.unit()))
+
+    def summary(self) -> str:
+        kept = self.variances[: self.dim].sum() / self.variances.sum()
+        return f"{self.dim} of {self.patch_dim} axes keep {kept:.1%} of the variance"
 
     def unit(self) -> float:
         """What turns an orthonormal coordinate into the tokenizer's own unit."""

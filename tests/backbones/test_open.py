@@ -67,7 +67,7 @@ def test_preprocessing_describes_the_model_that_was_built(name, chans):
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("test_vitt", "nearest are test_vit"),
+        ("test_vitt", "the nearest is 'test_vit"),
         (f"{VIT}.nonsense", "no weights 'nonsense'"),
         ("runs/none", "no folder runs/none"),
         ("pixels:small", "pixels:SIZE"),
@@ -80,7 +80,7 @@ def test_wrong_specs_are_told(spec, told):
 
 
 def test_control_of_an_unknown_name_is_told_too():
-    with pytest.raises(InputError, match="nearest are test_vit"):
+    with pytest.raises(InputError, match="the nearest is 'test_vit"):
         load_backbone("test_vitt", random_init=True)
 
 

@@ -279,7 +279,7 @@ def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
         fid(run, setup=FIDSettings(images=10, weights=Path("not-there.pth")))  # before it is opened
     with pytest.raises(InputError, match="guidance needs a run with model.class_conditional"):
         fid(run, setup=SETUP, how=Sampling(guidance=2))
-    with pytest.raises(InputError, match="eta is a setting of the sampler ddim"):
+    with pytest.raises(InputError, match="eta is a setting of ddim"):
         fid(run, setup=SETUP, how=Sampling("heun", eta=1))
     with pytest.raises(InputError, match="steps is for samples of a run, and a is no run folder"):
         fid("a", "b", setup=SETUP, how=Sampling(steps=3))

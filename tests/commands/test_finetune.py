@@ -134,6 +134,7 @@ def test_the_written_folder_has_the_logits_of_the_average(tiny, tmp_path):
         assert torch.equal(value, state[f"network.{name}"]), name
     card = (run / "classifier" / "README.md").read_text()
     assert "| recipe | ldae, version 1, size B |" in card and "fine-tuned from vit" in card
+    assert "pypi.org" not in card
 
 
 def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):

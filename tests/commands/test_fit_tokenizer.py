@@ -19,6 +19,7 @@ from ldae import tree
 from ldae.backbones.run import load_run
 from ldae.commands.fit_tokenizer import fit_tokenizer
 from ldae.commands.pretrain import pretrain
+from ldae.data.open import open_source
 from ldae.errors import InputError
 from ldae.pretraining import tokenizer as verb
 from ldae.runs import kinds
@@ -295,6 +296,18 @@ def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fit_may_pass_over_the_images_again(workers, tiny, tmp_path):
+    source = open_source("scattered-digits:64", "train")
+    config = tiny(system__workers=workers, tokenizer__fit_images=40, data__crop="random")
+    fit = verb.prepare(config, source, torch.device("cpu"), tmp_path)
+    images = verb._first_images(fit)
+    first, second = list(images), list(images)
+    assert sum(map(len, first)) == 40
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_given_pixel_statistics_are_kept(tiny, tmp_path):
     given = {"data__mean": (0.5, 0.4, 0.3), "data__std": (0.2, 0.2, 0.1)}
     fit_tokenizer(tiny("patch_ae", **given), tmp_path / "run", "patch_ae")
@@ -308,8 +321,8 @@ def test_given_pixel_statistics_are_kept(tiny, tmp_path):
         ("patch_ae", {"adversarial_weight": 1.0}, "adversarial_weight is a setting of conv_vae"),
         ("l_dae", {"codes": 8}, "tokenizer.codes is a setting of conv_vae, not of patch_pca"),
         ("l_dae", {"pretrained": "x"}, "tokenizer.pretrained is a setting of conv_vae"),
-        ("l_dae", {"kl_weight": 0.1}, "kl_weight needs .* Gaussian posterior, not patch_pca"),
-        ("vqvae", {"kl_weight": 0.1}, "kl_weight needs .* not one with tokenizer.codes"),
+        ("l_dae", {"kl_weight": 0.1}, "kl_weight is a setting of patch_vae and conv_vae, not of p"),
+        ("vqvae", {"kl_weight": 0.1}, "kl_weight needs a Gaussian posterior, .*tokenizer.codes"),
         ("dit", {"adversarial_start": 8}, "adversarial_start 8 is never reached in the 8 steps"),
         ("dit", {"dim": 6}, "tokenizer.dim 6 is no multiple of 4"),
         ("dit", {"path": "x.safetensors"}, "tokenizer.path names a fitted tokenizer"),

@@ -297,13 +297,13 @@ def test_a_saved_linear_probe_guides_to_its_classes(trained, tmp_path, capsys):
         (["RUN", "--steps", "2000"], "steps 2000 is more than the 1000 noise levels"),
         (["RUN", "--steps", "0"], "steps must be at least 1, not 0"),
         (["RUN", "--eta", "1.5"], "eta must be at least 0 and at most 1, not 1.5"),
-        (["RUN", "--eta", "0.5", "--sampler", "heun"], "eta is a setting of the sampler ddim"),
+        (["RUN", "--eta", "0.5", "--sampler", "heun"], "eta is a setting of ddim, not of heun"),
         (["RUN", "--images", "0"], "images must be at least 1, not 0"),
         (["RUN", "--out", "grid.png"], "grid.png must be a folder, or a file that ends in .npz"),
         (["RUN", "--classifier-scale", "2"], "classifier_scale needs a --classifier"),
         (["RUN", "--classifier", "pixels"], "pixels has no classifier"),
         (["RUN", "--classifier", "RUN"], "has no classifier"),
-        (["RUN", "--classifier", "resnet1"], "no timm model of that name; the nearest are resnet"),
+        (["RUN", "--classifier", "resnet1"], "no timm model of that name; the nearest is 'resnet"),
     ],
 )
 def test_wrong_input_is_one_sentence(argv, sentence, run, capsys):
