@@ -2,8 +2,8 @@
 
 python benchmarks/floors.py TABLE.json --backbone NAME --control NAME --above PROTOCOL=POINTS ...
 
-The floor of a protocol is the control's number and so many points; the number is the first one of the
-cell, as table.md shows it. A backbone below one of its floors ends it with a status that is not 0.
+The floor of a protocol is the control's number and so many points; the number is the headline of the
+cell, which table.md shows. A backbone below one of its floors ends it with a status that is not 0.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
     for floor in asked.above:
         protocol, _, points = floor.partition("=")
         control, found = (
-            first(asked.table, name, protocol) for name in (asked.control, asked.backbone)
+            headline(asked.table, name, protocol) for name in (asked.control, asked.backbone)
         )
         least = control + float(points)
         below += found < least
@@ -32,11 +32,11 @@ def main() -> None:
     sys.exit(bool(below))
 
 
-def first(table: Path, backbone: str, protocol: str) -> float:
-    """The first number of a cell."""
+def headline(table: Path, backbone: str, protocol: str) -> float:
+    """Return the headline of a cell."""
     for cell in json.loads(table.read_text())["cells"]:
         if (cell["backbone"], cell["protocol"]) == (backbone, protocol) and cell["results"]:
-            return next(iter(cell["results"].values()))
+            return cell["results"][cell["headline"]]
     sys.exit(f"{table} has no results of {backbone} by {protocol}")
 
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import ldae
-from ldae.commands.linear import linear
+from ldae.commands.linear import CachedProtocol, linear
 from ldae.commands.pretrain import pretrain
 from ldae.evals.evaluation import Setup
 from ldae.files import write_json
@@ -48,9 +48,8 @@ def main() -> None:
         )
         run = arguments.runs / "-".join(str(value) for value in changes.values())
         pretrain(config, run, "l_dae")
-        result = linear(str(run), arguments.data, arguments.eval_data, epochs=20, setup=setup)[
-            "results"
-        ]
+        data = (arguments.data, arguments.eval_data)
+        result = linear(str(run), *data, protocol=CachedProtocol(epochs=20), setup=setup)["results"]
         rows.append(changes | {"top1": round(result["top1"], 2), "rate": result["learning_rate"]})
         print(f"{changes}: {result['top1']:.2f}", flush=True)
         write_json(

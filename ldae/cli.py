@@ -2,70 +2,52 @@
 
 import argparse
 import functools
+import inspect
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
 
 from ldae.errors import LOST_RANK, InputError, LostRank, unknown
 from ldae.train.interrupt import SIGNALS, Interrupted
 
+if TYPE_CHECKING:
+    from ldae.evals.protocol import Grader
+
 # Verbs that take ROW, --scale, all settings and --run -> the kind of their runs.
 _OF_A_ROW = {"pretrain": "pretraining", "fit-tokenizer": "tokenizer"}
-_GRADERS = ("knn", "linear", "logreg", "retrieve", "segment", "validate")
 _WITHOUT_JOBS = ("jobs", "show", "diff")
+_NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # parts of a docstring
 
-# Verb -> (the function, what it does). Nothing is imported before its verb is called.
+# What each command does. A command is the function of its name in the file of its name, and nothing
+# is imported before it is called.
+GRADERS = {
+    "knn": "grade a backbone by its nearest neighbours",
+    "linear": "grade a backbone by a linear probe",
+    "logreg": "grade a backbone by logistic regression",
+    "retrieve": "grade a backbone by retrieval: mAP and recall",
+    "segment": "grade a backbone's token map: mean IoU",
+    "validate": "measure a classifier's accuracy: robustness sets, real labels, corruptions",
+}
+"""The commands with a protocol, which a suite may name too."""
 VERBS = {
-    "pretrain": (
-        "ldae.commands.pretrain:pretrain",
-        "pre-train a row of the paper; the same command resumes",
-    ),
-    "fit-tokenizer": (
-        "ldae.commands.fit_tokenizer:fit_tokenizer",
-        "fit or train a row's tokenizer by itself; the same command resumes",
-    ),
-    "knn": ("ldae.commands.knn:knn", "grade a backbone by its nearest neighbours"),
-    "linear": ("ldae.commands.linear:linear", "grade a backbone by a linear probe"),
-    "logreg": ("ldae.commands.logreg:logreg", "grade a backbone by logistic regression"),
-    "retrieve": (
-        "ldae.commands.retrieve:retrieve",
-        "grade a backbone by retrieval: mAP and recall",
-    ),
-    "segment": ("ldae.commands.segment:segment", "grade a backbone's token map: mean IoU"),
-    "validate": (
-        "ldae.commands.validate:validate",
-        "grade a classifier: robustness sets, real labels, corruptions",
-    ),
-    "evaluate": (
-        "ldae.commands.evaluate:evaluate",
-        "grade backbones by a suite of protocols and data sets; the same command goes on",
-    ),
-    "finetune": (
-        "ldae.commands.finetune:finetune",
-        "fine-tune a backbone by a recipe; the same command resumes",
-    ),
-    "grid": ("ldae.commands.grid:grid", "probe a run at every t and after every block"),
-    "fid": ("ldae.commands.fid:fid", "measure how far images are from a reference set"),
-    "sample": (
-        "ldae.commands.sample:sample",
-        "sample images from a run: a grid, a folder or a file.npz",
-    ),
-    "export": (
-        "ldae.commands.export:export",
-        "write a run's backbone as a folder for timm and the hub",
-    ),
-    "submit": (
-        "ldae.commands.submit:submit",
-        "send a pre-training and what follows it to a cluster",
-    ),
-    "jobs": ("ldae.commands.jobs:jobs", "what runs, waits and failed of the jobs that were sent"),
-    "show": ("ldae.commands.show:show", "the paper's trajectory, or one row's configuration"),
-    "diff": ("ldae.commands.diff:diff", "what differs between two rows"),
-    "demo": ("ldae.commands.demo:demo", "the whole road in minutes, on built-in data"),
+    "pretrain": "pre-train a row of the paper; the same command resumes",
+    "fit-tokenizer": "fit or train a row's tokenizer by itself; the same command resumes",
+    **GRADERS,
+    "evaluate": "run a suite of these for many backbones into one table; the same command goes on",
+    "finetune": "fine-tune a backbone by a recipe; the same command resumes",
+    "grid": "probe a run at every t and after every block",
+    "fid": "measure how far images are from a reference set",
+    "sample": "sample images from a run: a grid, a folder or a file.npz",
+    "export": "write a run's backbone as a folder for timm and the hub",
+    "submit": "send a pre-training and what follows it to a cluster",
+    "jobs": "list the jobs that run, wait and failed",
+    "show": "show the paper's trajectory, or one row's configuration",
+    "diff": "show what differs between two rows",
+    "demo": "run everything in minutes, on built-in data",
 }
 
 
@@ -178,7 +160,7 @@ def _no_command(verb: str) -> InputError:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:<14} {what}" for verb, (_, what) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<14} {what}" for verb, what in VERBS.items())
     return (
         "usage: ldae COMMAND ...\n\n"
         "Pre-train image encoders by latent denoising (l-DAE); export them to timm.\n\n"
@@ -196,25 +178,82 @@ def _refuse(sentence: str) -> int:
 
 def _call(verb: str, argv: Sequence[str], function: Callable | None = None) -> None:
     """Call a verb's function, or another of its signature, with a command line's arguments."""
-    import tyro
-
     function = function or _function(verb)
     if verb in _OF_A_ROW:
         _call_with_row(verb, argv, function)
     elif verb == "finetune":
         _call_with_recipe(verb, argv, function)
+    elif verb in GRADERS:
+        _call_with_protocol(verb, argv, function)
     else:
-        tyro.cli(function, prog=f"ldae {verb}", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+        _parse(verb, argv, function)
+
+
+def _parse(
+    prog: str,
+    argv: Sequence[str],
+    function: Callable,
+    description: str | None = None,
+    prefixes: bool = False,
+) -> None:
+    """Call a function with the arguments of a command line.
+
+    ``prefixes``: the fields of a settings class are flags under its name and a dot.
+    """
+    import tyro
+
+    config = [tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed]
+    config += [] if prefixes else [tyro.conf.OmitArgPrefixes]
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    does = [" ".join(part.split()) for part in paragraphs if not part.startswith(_NOT_IN_HELP)]
+    tyro.cli(
+        function,
+        prog=f"ldae {prog}",
+        args=argv,
+        description=description or "\n\n".join(does),
+        config=config,
+    )
 
 
 def _function(verb: str) -> Callable:
-    module, name = VERBS[verb][0].split(":")
-    return getattr(import_module(module), name)
+    name = verb.replace("-", "_")
+    return getattr(import_module(f"ldae.commands.{name}"), name)
 
 
-def graders() -> dict[str, Callable[..., dict]]:
-    """The commands that grade a backbone or a classifier on a data set, which a suite may name."""
-    return {verb: _function(verb) for verb in _GRADERS}
+def graders() -> dict[str, "Grader"]:
+    """Return the commands with a protocol by name, for suites and for Python."""
+    from ldae.evals.protocol import Grader
+
+    return {verb: Grader(verb, _function(verb), does) for verb, does in GRADERS.items()}
+
+
+def _call_with_protocol(verb: str, argv: Sequence[str], function: Callable) -> None:
+    """The fields of the protocol are flags, so ``--protocol`` is read first where there are several."""
+    import tyro
+
+    from ldae.evals.protocol import Grader
+
+    grader = Grader(verb, function, GRADERS[verb])
+    named = _read_options(argv, protocol=None)[0].protocol if len(grader.protocols) > 1 else None
+    words = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    protocol = grader.choose(named, (word[2:].replace("-", "_") for word in words))
+
+    def call(*args: object, name: str = protocol.name, **kwargs: object) -> None:
+        function(*args, **kwargs)
+
+    hints = get_type_hints(function, include_extras=True) | {"protocol": protocol}
+    parameters = dict(inspect.signature(function).parameters)
+    # Without a default: what is not given is left to the protocol itself.
+    parameters["protocol"] = parameters["protocol"].replace(default=inspect.Parameter.empty)
+    if len(grader.protocols) > 1:
+        parameters["name"] = inspect.signature(call).parameters["name"]
+        hints["name"] = Annotated[
+            Literal[tuple(grader.protocols)],
+            tyro.conf.arg(name="protocol", help=grader.help),
+        ]
+    call.__doc__, call.__annotations__ = function.__doc__, hints
+    call.__signature__ = inspect.Signature(list(parameters.values()))
+    _parse(verb, argv, call)
 
 
 def _call_with_row(verb: str, argv: Sequence[str], function: Callable) -> None:
@@ -222,7 +261,8 @@ def _call_with_row(verb: str, argv: Sequence[str], function: Callable) -> None:
     from ldae import trajectory
     from ldae.runs import kinds
 
-    chosen, row, rest = _read_first(argv, scale="paper")
+    chosen, rest = _read_options(argv, scale="paper")
+    row = _pop_positional(rest)
     if row is None and not _asks_help(rest):
         raise InputError(
             f"say which row of the paper: ldae {verb} l_dae ... (`ldae show` lists all)"
@@ -249,7 +289,8 @@ def _call_with_recipe(verb: str, argv: Sequence[str], function: Callable) -> Non
     from ldae.finetuning import recipes
     from ldae.tree import replace
 
-    chosen, backbone, rest = _read_first(argv, recipe="", size="")
+    chosen, rest = _read_options(argv, recipe="", size="")
+    backbone = _pop_positional(rest)
     names = ", ".join(found.name for found in recipes.RECIPES)
     if _asks_help(rest):
         base = recipes.config(chosen.recipe or "mae", chosen.size or "B")
@@ -270,16 +311,16 @@ def _call_with_recipe(verb: str, argv: Sequence[str], function: Callable) -> Non
     )
 
 
-def _read_first(
-    argv: Sequence[str], **options: str
-) -> tuple[argparse.Namespace, str | None, list[str]]:
-    """What the defaults of the settings depend on: options, a positional argument; and the rest."""
+def _read_options(argv: Sequence[str], **options: str) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options on which the defaults of the settings depend, and the other words."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in options.items():
         parser.add_argument(f"--{name}", default=default)
-    chosen, rest = parser.parse_known_args(argv)
-    first = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    return chosen, first, rest
+    return parser.parse_known_args(argv)
+
+
+def _pop_positional(words: list[str]) -> str | None:
+    return words.pop(0) if words and not words[0].startswith("-") else None
 
 
 def _asks_help(argv: Sequence[str]) -> bool:
@@ -308,14 +349,7 @@ def _call_with_settings(
     ) -> None:
         function(config, run, *more, dry_run)
 
-    does = VERBS[verb][1].partition(";")[0]
-    tyro.cli(
-        call,
-        prog=f"ldae {verb} {usage}",
-        description=(
-            f"{does[0].upper()}{does[1:]}: {what} in the folder of --run. "
-            "The same command again resumes."
-        ),
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
-    )
+    does = VERBS[verb].partition(";")[0]
+    description = f"{does[0].upper()}{does[1:]}: {what} in the folder of --run. "
+    description += "The same command again resumes."
+    _parse(f"{verb} {usage}", argv, call, description, prefixes=True)

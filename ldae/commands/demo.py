@@ -7,11 +7,12 @@ from pathlib import Path
 from ldae import trajectory, tree
 from ldae.commands.export import export
 from ldae.commands.knn import knn
-from ldae.commands.linear import linear
+from ldae.commands.linear import CachedProtocol, linear
 from ldae.commands.pretrain import pretrain
 from ldae.console import format_duration
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
+from ldae.evals.neighbours import KNNProtocol
 from ldae.files import write_json
 from ldae.runs import layout
 
@@ -66,9 +67,8 @@ def _grade(backbone: str, run: Path, random_init: bool = False) -> tuple[float, 
     """Top-1 of 20 nearest neighbours and of the linear probe, on ten thousand labels."""
     folder = run / layout.EVALS / f"{Path(backbone).name}{'-random-init' if random_init else ''}"
     setup = Setup(random_init=random_init, workers=0)
-    labels = "scattered-digits:10000"
-    neighbours = knn(backbone, labels, k=(20,), setup=replace(setup, out=folder / "knn"))
-    probe = linear(
-        backbone, labels, epochs=_PROBE_EPOCHS, setup=replace(setup, out=folder / "linear")
-    )
+    labels, vote = "scattered-digits:10000", KNNProtocol(k=(20,))
+    neighbours = knn(backbone, labels, protocol=vote, setup=replace(setup, out=folder / "knn"))
+    sweep = CachedProtocol(epochs=_PROBE_EPOCHS)
+    probe = linear(backbone, labels, protocol=sweep, setup=replace(setup, out=folder / "linear"))
     return neighbours["results"]["top1_k20"], probe["results"]["top1"]

@@ -1,4 +1,4 @@
-"""The verb that fills a table: backbones by protocols on data sets, each cell once."""
+"""``ldae evaluate``: a table of backbones by protocols on data sets, as a suite file says."""
 
 import functools
 import itertools
@@ -11,11 +11,10 @@ from typing import Annotated
 
 import tyro
 
-from ldae.backbones.open import load_backbone, load_classifier
 from ldae.cli import graders
 from ldae.distributed import barrier, device_for, is_main, process_group
 from ldae.errors import InputError, LostRank, first_line
-from ldae.evals.evaluation import Setup, changes
+from ldae.evals.evaluation import Setup, changes, open_backbone, open_classifier
 from ldae.evals.features import extracted_once
 from ldae.evals.suite import Cell, read_suite
 from ldae.evals.table import write_table
@@ -28,21 +27,21 @@ def evaluate(
     /,
     *,
     suite: Annotated[Path, tyro.conf.arg(metavar="SUITE.toml")],
-    setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
+    setup: Setup = Setup(),
 ) -> dict:
-    """Grade backbones by all protocols on all data sets of a suite, into one table.
+    """Run many evaluations into one table: every backbone by every protocol on every data set.
 
-    The folder of --out takes table.md, table.json and table.csv, and each cell's results.json. The
-    same command again goes on: cells are skipped whose results are there and were made by the same
-    settings and the same weights. A cell that fails is told, and the others go on. Features that
-    several protocols need are extracted once.
+    A suite file names the protocols, each of which is one of the commands that grade (`ldae knn`,
+    `ldae linear`, ...) with its settings. The folder of --out gets table.md, table.json and table.csv,
+    and the results.json of each cell. The same command again goes on: a cell is skipped if its results
+    were made by the same settings and the same weights. If a cell fails, the others go on. Features
+    that several protocols need are extracted once.
 
     Args:
         backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], beside those
             of the suite.
         suite: file of [data.NAME] with train and eval, [protocols.NAME] with verb and its settings,
             and [[backbones]] with spec, name, random_init.
-        setup: how the backbones are opened and run, where the suite does not say otherwise.
 
     Returns: what table.json holds.
 
@@ -73,8 +72,8 @@ def evaluate(
         print(f"{len(done)} of {len(cells)} cells; {setup.out / 'table.md'}")
     if failures:
         raise InputError(
-            f"{len(failures)} of {len(cells)} cells failed, as {setup.out / 'table.md'} tells; the "
-            f"same command tries them again"
+            f"{len(failures)} of {len(cells)} cells failed, see {setup.out / 'table.md'}; the same "
+            "command tries them again"
         )
     return table
 
@@ -82,14 +81,14 @@ def evaluate(
 def _try(
     cell: Cell, fingerprint: functools.cache, done: list[Cell], failures: dict[Path, str]
 ) -> None:
-    """Fill a cell, or note why it failed: a long night's other cells shall not be lost for one."""
+    """Fill a cell, or record why it failed, so that the other cells are not lost."""
     try:
         asked = _asked(cell, fingerprint)
         record = cell.run()
-        if is_main():  # again, with what makes it a cell: until then it is none
+        if is_main():  # again, with the cell's key: without it the cell does not count as finished
             write_json(cell.results, record | {"suite": asked})
         done.append(cell)
-    except (Interrupted, LostRank):  # it is asked to end, or nothing goes on
+    except (Interrupted, LostRank):  # the command was asked to end, or cannot go on
         raise
     except Exception as error:
         failures[cell.results] = _sentence(error)
@@ -97,7 +96,7 @@ def _try(
 
 
 def _is_finished(cell: Cell, fingerprint: functools.cache) -> bool:
-    """Whether results.json is there, and was made by these settings and weights."""
+    """Return whether results.json is there and was made by these settings and weights."""
     try:
         record = json.loads(cell.results.read_text(encoding="utf-8"))
         made_by = record["suite"]
@@ -106,21 +105,21 @@ def _is_finished(cell: Cell, fingerprint: functools.cache) -> bool:
         return isinstance(record["results"], dict) and made_by == _asked(cell, fingerprint)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
-    except InputError:  # of a backbone that can not be opened: the cell itself shall say so
+    except InputError:  # the backbone cannot be opened, which the cell itself will report
         return False
 
 
 def _asked(cell: Cell, fingerprint: functools.cache) -> dict:
-    """What decides the numbers of a cell, as JSON knows it."""
+    """Return the cell's key, which is everything that decides its numbers, in JSON's types."""
     setup = cell.setup
     asked = {
-        "verb": cell.verb,
+        "verb": cell.column.grader.name,
         "backbone": cell.spec,
         "random_init": setup.random_init,
         "weights": fingerprint(*cell.opened, cell.takes_classifier),
         "data": cell.train,
         "eval_data": cell.eval,
-        "settings": cell.settings,
+        "settings": cell.column.settings,
         "setup": changes(replace(setup, random_init=False)),
     }
     return json.loads(json.dumps(asked))
@@ -130,17 +129,13 @@ def _without_weights(asked: dict) -> dict:
     return {key: value for key, value in asked.items() if key != "weights"}
 
 
-def _fingerprint(
-    spec: str, random_init: bool, in_chans: int, img_size: int | None, seed: int, whole: bool
-) -> str:
-    """sha256 of the weights: a run folder's name says nothing of how far it has come.
+def _fingerprint(spec: str, setup: Setup, whole: bool) -> str:
+    """Return the sha256 of the weights, with the classifier if ``whole``.
 
-    ``whole`` is with the classifier.
+    A run folder's name does not say how far the run has come.
     """
-    if whole:
-        return state_hash(load_classifier(spec, in_chans, img_size).state_dict())
-    options = {"random_init": random_init, "in_chans": in_chans, "img_size": img_size, "seed": seed}
-    return state_hash(load_backbone(spec, **options).state_dict())
+    load = open_classifier if whole else open_backbone
+    return state_hash(load(spec, setup).state_dict())
 
 
 def _sentence(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The verb that measures how far images are from others: FID, and its like in other features."""
+"""``ldae fid``: how far images are from others: FID, and its like in other features."""
 
 import json
 from collections.abc import Iterator
@@ -136,8 +136,8 @@ def fid(
     reference: Annotated[str | None, tyro.conf.arg(metavar="[REFERENCE]")] = None,
     /,
     *,
-    setup: Annotated[FIDSettings, tyro.conf.arg(name="")] = FIDSettings(),
-    how: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
+    setup: FIDSettings = FIDSettings(),
+    how: Sampling = Sampling(),
 ) -> dict:
     """The Frechet distance of images to a reference set, FID when the features are Inception's.
 

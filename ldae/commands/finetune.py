@@ -18,6 +18,7 @@ from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
 from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
 from ldae.evals.features import Encoder, known_labels
+from ldae.evals.protocol import Protocol
 from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import Classification, build_network
 from ldae.finetuning.recipes import changed
@@ -31,18 +32,18 @@ from ldae.train.run import compiles, runs_in_bf16, train_in
 
 
 @dataclass(frozen=True)
-class FinetuneProtocol:
-    """Every constant of the number: those of the recipe, as they were used."""
+class FinetuneProtocol(Protocol):
+    """The constants of the recipe, as they were used."""
 
     name: str
     version: int
     size: str
-    img_size: int
+    img_size: int | None
     augment: AugmentSettings
     model: FinetuneModelSettings
     optim: OptimSettings
     seed: int
-    modified: list[str]
+    modified: tuple[str, ...]
     """The constants that are not the recipe's."""
 
 
@@ -90,7 +91,8 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
         device=config.system.device,
     )
     data = (config.data.source, config.data.eval_source or None)
-    with open_evaluation("finetune", config.backbone, *data, setup) as graded:
+    opened = (config.backbone, *data, protocol_of(config), setup)
+    with open_evaluation("finetune", *opened) as graded:
         work = _prepare(config, graded, bf16)
         if dry_run:
             print(describe(config, _facts(work)))
@@ -114,8 +116,9 @@ def _prepare(config: FinetuneConfig, graded: Evaluation, bf16: bool) -> Work:
     classes = len(graded.train.classes)
     network = build_network(graded.model, config, classes)
     expected = preprocessing(network)
-    setup = replace(graded.setup, img_size=expected.input_size[-1])
-    graded = replace(graded, model=network, setup=setup, transform=expected)
+    size = {"img_size": expected.input_size[-1]}
+    setup, protocol = replace(graded.setup, **size), replace(graded.protocol, **size)
+    graded = replace(graded, protocol=protocol, setup=setup, model=network, transform=expected)
     plan = plan_run(len(graded.train), config.optim, config.system)
     augmentation = Augmentation(
         expected.input_size,
@@ -154,9 +157,7 @@ def _carry_out(work: Work, run: Path) -> dict:
     results = accuracy(network, graded)
     if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
         save(network, run / layout.CLASSIFIER, work, results)
-    record = replace(graded, model=network).write(
-        protocol_of(work), results, graded.model.num_features
-    )
+    record = replace(graded, model=network).write(results, graded.model.num_features)
     print_main(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 
@@ -179,18 +180,17 @@ def accuracy(network: nn.Module, graded: Evaluation) -> dict[str, float]:
     return top1_top5(batches, known_labels(source)[:, None], len(source), graded.device)
 
 
-def protocol_of(work: Work) -> FinetuneProtocol:
-    config = work.config
+def protocol_of(config: FinetuneConfig) -> FinetuneProtocol:
     return FinetuneProtocol(
         config.recipe,
         config.version,
         config.size,
-        work.graded.setup.img_size,
+        config.data.img_size,
         config.augment,
         config.model,
         config.optim,
         config.seed,
-        [f"{name}={used}" for name, (_, used) in changed(config).items()],
+        tuple(f"{name}={used}" for name, (_, used) in changed(config).items()),
     )
 
 
@@ -231,7 +231,7 @@ def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str,
             "input": " x ".join(map(str, preprocessing(network).input_size)),
             "classes": network.num_classes,
             "recipe": f"{config.recipe}, version {config.version}, size {config.size}",
-            "changed from it": ", ".join(protocol_of(work).modified) or "nothing",
+            "changed from it": ", ".join(work.graded.protocol.modified) or "nothing",
             "trained on": f"{len(graded.train):,} images, {work.plan.total:,} seen",
             f"accuracy on {len(graded.eval):,} others": f"top-1 {results['top1']:.2f}, "
             f"top-5 {results['top5']:.2f}",
@@ -245,7 +245,7 @@ def _facts(work: Work) -> dict[str, str]:
     config, network, plan = work.config, work.graded.model, work.plan
     train: Source = work.graded.train
     count = sum(parameter.numel() for parameter in network.parameters())
-    modified = ", ".join(protocol_of(work).modified) or "nothing"
+    modified = ", ".join(work.graded.protocol.modified) or "nothing"
     return {
         "recipe": f"{config.recipe}, version {config.version}, size {config.size}; "
         f"changed: {modified}",

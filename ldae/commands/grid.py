@@ -1,19 +1,20 @@
-"""The verb that probes a run at every t and after every block: the appendix's tables."""
+"""``ldae grid``: probe a run at every t and after every block, as the paper's appendix does."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
+from tyro.conf import Fixed
 
 from ldae import noise
-from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.run import load_run
+from ldae.data.source import Source
 from ldae.distributed import is_main
 from ldae.errors import InputError
-from ldae.evals.evaluation import Evaluation, Setup, SourceSpec, open_evaluation
+from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Encoder, Features, known_labels, names, own_rows
 from ldae.evals.heads import grade_heads, train_heads
 from ldae.evals.subsets import held_out
@@ -29,34 +30,32 @@ Input = Literal["clean", "noisy"]
 
 @dataclass(frozen=True)
 class GridProtocol(SweepProtocol):
-    """Every constant of the numbers; averaged tokens are probed."""
+    """A sweep of linear heads in every cell, on averaged tokens."""
 
-    name: str = "grid"
-    version: int = 1
+    weight_decays: Fixed[tuple[float, ...]] = SweepProtocol.weight_decays
+    total_batch: Fixed[int] = SweepProtocol.total_batch
+    name: Fixed[str] = "grid"
+    version: Fixed[int] = 1
     timesteps: tuple[int, ...] = (0, 10, 20, 40, 80)  # the paper's
+    """The fixed t; of the default ones those that the run has."""
     leading: tuple[int, ...] = ()
-    """Numbers of leading blocks, of the encoder and the decoder; none: all of them."""
+    """Numbers of leading blocks, of encoder and decoder, that are called the encoder; none: all."""
     inputs: tuple[Input, ...] = ("clean",)
     """clean: z_0, or gamma_t z_0 where the row scales its input; noisy: z_t."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.inputs:
-            raise InputError("inputs must name clean, noisy or both")
+        self._set("leading", tuple(sorted(set(self.leading))))
 
 
 def grid(
     run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
     /,
     data: SourceSpec,
-    eval_data: SourceSpec | None = None,
+    eval_data: EvalSourceSpec = None,
     *,
-    timesteps: tuple[int, ...] | None = None,
-    leading: tuple[int, ...] = (),
-    inputs: tuple[Input, ...] = GridProtocol.inputs,
-    learning_rates: tuple[float, ...] = GridProtocol.learning_rates,
-    epochs: int = GridProtocol.epochs,
-    setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
+    protocol: GridProtocol = GridProtocol(),
+    setup: Setup = Setup(),
 ) -> dict:
     """Probe a run's averaged tokens at every t and after every block.
 
@@ -66,32 +65,19 @@ def grid(
 
     Args:
         run: a run folder.
-        data: the labelled images whose train split is learned from.
-        eval_data: the images to classify instead of the evaluation split of data.
-        timesteps: the fixed t; by default those of 0, 10, 20, 40 and 80 that the run has.
-        leading: numbers of leading blocks that are called the encoder; by default all.
-        inputs: clean, noisy or both.
-        learning_rates: at a batch of 256; the best on a tenth of train is used.
-        epochs: passes over the features.
-        setup: how the run is opened and computed.
 
     Returns: what results.json holds; its results are every cell, and top-1 and top-5 of the one that
     is best on the tenth of train.
 
-    Raises: InputError when there is no such run, t or block, and for data that can not be graded.
+    Raises: InputError when there is no such run, t or block, and for data that cannot be graded.
     """
     if setup.random_init:
         raise InputError("an untrained network has no t: ldae linear grades the control")
     method, _ = load_run(Path(run))
     steps, blocks = len(method.sigma), method.denoiser.stages
-    protocol = GridProtocol(
-        learning_rates=tuple(learning_rates),
-        epochs=epochs,
-        timesteps=timesteps or tuple(t for t in GridProtocol.timesteps if t < steps),
-        leading=tuple(sorted(set(leading))),
-        inputs=tuple(inputs),
-        seed=setup.seed,
-    )
+    if protocol.timesteps == GridProtocol.timesteps:
+        own = tuple(t for t in protocol.timesteps if t < steps)
+        protocol = replace(protocol, timesteps=own)
     for what, values, allowed in (
         ("timesteps", protocol.timesteps, range(steps)),
         ("leading", protocol.leading, range(1, blocks + 1)),
@@ -99,16 +85,16 @@ def grid(
         for value in values:
             if value not in allowed:
                 raise InputError(f"{what} {value}: {run} has {what} {allowed[0]} to {allowed[-1]}")
-    with open_evaluation("grid", str(run), data, eval_data, setup) as graded:
-        labels = known_labels(graded.train)
-        held = held_out(names(graded.train), labels, protocol.held_out)
-        cells = list(_cells(graded, method, protocol, held, int(labels.max()) + 1))
+    with open_evaluation("grid", str(run), data, eval_data, protocol, setup) as evaluation:
+        labels = known_labels(evaluation.train)
+        held = held_out(names(evaluation.train), labels, evaluation.protocol.held_out)
+        cells = list(_cells(evaluation, method, held, int(labels.max()) + 1))
         best = max(cells, key=lambda cell: cell["held_out_top1"])
-        folder = graded.folder(protocol)
+        folder = evaluation.folder
         if is_main():
             write(folder / layout.GRID_TABLE, table(cells, best).encode())
             save_heat_maps(heat_maps(cells, best), folder / layout.GRID_PICTURE)
-        return graded.write(protocol, {**best, "cells": cells}, method.denoiser.width)
+        return evaluation.write({**best, "cells": cells}, method.denoiser.width)
 
 
 class BlockReader:
@@ -144,37 +130,39 @@ class BlockReader:
 
 
 def _cells(
-    graded: Evaluation, method: LDAE, protocol: GridProtocol, held: torch.Tensor, classes: int
+    evaluation: Evaluation, method: LDAE, held: torch.Tensor, classes: int
 ) -> Iterator[dict]:
+    protocol = evaluation.protocol
     leading = protocol.leading or tuple(range(1, method.denoiser.stages + 1))
     for given in protocol.inputs:
         for t in protocol.timesteps:
-            found = _probe(graded, method, protocol, held, classes, t, leading, given == "noisy")
+            found = _probe(evaluation, method, held, classes, t, leading, given == "noisy")
             yield from ({"input": given, "t": t} | cell for cell in found)
 
 
 def _probe(
-    graded: Evaluation,
+    evaluation: Evaluation,
     method: LDAE,
-    protocol: GridProtocol,
     held: torch.Tensor,
     classes: int,
     t: int,
     leading: tuple[int, ...],
     noisy: bool,
 ) -> Iterator[dict]:
-    """The cells of one t, in the order of blocks."""
-    train, evaluation = (
-        _features(
-            graded, method, BlockReader(method, t, leading, noisy, protocol.seed, first), part
-        )
-        for part, first in (("train", 0), ("eval", len(graded.train)))
-    )
-    device, taps = graded.device, tuple(train.columns)
+    """Yield the cells of one t, in the order of blocks."""
+    protocol, setup, device = evaluation.protocol, evaluation.setup, evaluation.device
+
+    def features(source: Source, first: int) -> Features:
+        reader = BlockReader(method, t, leading, noisy, protocol.seed, first)
+        encoder = Encoder(method, device, setup.precision, evaluation.transform, reader)
+        return own_rows(encoder, source, setup.batch_size, setup.workers)
+
+    train, test = features(evaluation.train, 0), features(evaluation.eval, len(evaluation.train))
+    taps = tuple(train.columns)
     swept = sweep(train, held, classes, protocol.heads_of(taps), protocol, device)
     best = {tap: max((h for h in swept if h.tap == tap), key=swept.get) for tap in taps}
     trained = train_heads(train, list(best.values()), classes, protocol, device)
-    tops = grade_heads(trained, evaluation, device)
+    tops = grade_heads(trained, test, device)
     for tap, head in best.items():
         top1, top5 = tops[tap][0].tolist()
         yield {
@@ -184,12 +172,6 @@ def _probe(
             "top1": top1,
             "top5": top5,
         }
-
-
-def _features(graded: Evaluation, method: LDAE, reader: BlockReader, part: str) -> Features:
-    setup, source = graded.setup, getattr(graded, part)
-    encoder = Encoder(method, graded.device, setup.precision, preprocessing(graded.model), reader)
-    return own_rows(encoder, source, setup.batch_size, setup.workers)
 
 
 def table(cells: list[dict], best: dict) -> str:

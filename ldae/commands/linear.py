@@ -1,17 +1,23 @@
-"""The linear probe: a linear classifier on frozen features, by three protocols of the field."""
+"""``ldae linear``: a linear classifier on frozen features, by three protocols of the field."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import tyro
+from tyro.conf import Fixed
 
 from ldae.errors import InputError
 from ldae.evals.classifier import check_savable, save_classifier
-from ldae.evals.evaluation import BackboneSpec, Evaluation, Setup, SourceSpec, open_evaluation
-from ldae.evals.features import Encoder, Features, known_labels, names, own_rows
+from ldae.evals.evaluation import (
+    BackboneSpec,
+    EvalSourceSpec,
+    Evaluation,
+    Setup,
+    SourceSpec,
+    open_evaluation,
+)
+from ldae.evals.features import Features, known_labels, names, own_rows
 from ldae.evals.heads import Head, Heads, grade_heads, train_heads
 from ldae.evals.online import OnlineProtocol, check_sizes, forget, train_online
 from ldae.evals.subsets import held_out
@@ -22,19 +28,24 @@ from ldae.tree import POSITIVE
 
 @dataclass(frozen=True)
 class CachedProtocol(SweepProtocol):
-    """Every constant of the number of a sweep over features that are extracted once."""
+    """The best of many heads on features that are extracted once.
 
-    name: str = "cached"
-    version: int = 2
+    Every head is trained on nine tenths of train; the one that is best on the last tenth is trained
+    again, on all of train.
+    """
+
+    name: Fixed[str] = "cached"
+    version: Fixed[int] = 2
     """1 was without weight decays, blocks and pools; its numbers are those of 2 without them."""
     blocks: tuple[int, ...] = ()
-    """None: the model's own output."""
-    pools: tuple[Pool, ...] = ("default",)
+    """Numbers of blocks or stages, from the end if negative, instead of the model's own output."""
+    pools: tuple[Pool, ...] | None = None
+    """Poolings, each at each block; by default the model's own, or avg where there are blocks."""
 
     def __post_init__(self) -> None:
+        if self.pools is None:
+            self._set("pools", ("avg",) if self.blocks else ("default",))
         super().__post_init__()
-        if not self.pools:
-            raise InputError("pools must name at least one")
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -48,170 +59,102 @@ class CachedProtocol(SweepProtocol):
 
 @dataclass(frozen=True)
 class MAEProtocol(OnlineProtocol):
-    """Source: MAE, main_linprobe.py, util/lars.py, util/crop.py, util/lr_sched.py, FINETUNE.md."""
+    """MAE's probe by LARS, on images that are augmented anew in every epoch.
 
-    name: str = "mae"
+    Source: MAE, main_linprobe.py, util/lars.py, util/crop.py, util/lr_sched.py, FINETUNE.md.
+    """
+
+    name: Fixed[str] = "mae"
     blr: Annotated[float, POSITIVE] = 0.1
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"
 
 
 @dataclass(frozen=True)
 class LDAEProtocol(OnlineProtocol):
-    """MAE's with the rate of the l-DAE paper, 6.4e-3, whose optimizer is not stated."""
+    """MAE's probe by SGD at the rate of the l-DAE paper, which states no optimizer.
 
-    name: str = "ldae"
+    The rate is 6.4e-3 at a batch of 16,384.
+    """
+
+    name: Fixed[str] = "ldae"
     blr: Annotated[float, POSITIVE] = 1e-4
     optimizer: Literal["lars", "sgd", "adamw"] = "sgd"
-
-
-PROTOCOLS = {"cached": CachedProtocol, "mae": MAEProtocol, "ldae": LDAEProtocol}
 
 
 def linear(
     backbone: BackboneSpec,
     /,
     data: SourceSpec,
-    eval_data: SourceSpec | None = None,
+    eval_data: EvalSourceSpec = None,
     *,
-    protocol: Literal["cached", "mae", "ldae"] = "cached",
-    learning_rates: tuple[float, ...] | None = None,
-    weight_decays: tuple[float, ...] | None = None,
-    blocks: tuple[int, ...] | None = None,
-    pools: tuple[Pool, ...] | None = None,
-    epochs: int | None = None,
-    total_batch: int | None = None,
-    blr: float | None = None,
-    warmup_epochs: int | None = None,
-    optimizer: Literal["lars", "sgd", "adamw"] | None = None,
+    protocol: CachedProtocol | MAEProtocol | LDAEProtocol = CachedProtocol(),
     save: Path | None = None,
-    setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
+    setup: Setup = Setup(),
 ) -> dict:
     """Grade a backbone by a linear classifier on its frozen features.
 
-    What is not given is the protocol's. A changed constant is part of the results' name, and their
-    protocol is recorded as modified.
-
     Args:
-        backbone: a run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE].
-        data: the labelled images whose train split is learned from.
-        eval_data: the images to classify instead of the evaluation split of data.
-        protocol: cached: features once, the best of many heads on a tenth of train, then all of it;
-            mae: LARS at batch 16384 on augmented images; ldae: the same at the paper's rate.
-        learning_rates: cached: at a batch of 256, all trained together.
-        weight_decays: cached: each with each learning rate.
-        blocks: cached: numbers of blocks or stages, from the end if negative, instead of the output.
-        pools: cached: default, avg, cls or cls+avg, each at each block; of blocks, avg if not given.
-        epochs: passes over train.
-        total_batch: images of one update.
-        blr: mae, ldae: learning rate at a batch of 256.
-        warmup_epochs: mae, ldae: passes of linear warm-up.
-        optimizer: mae, ldae: lars, sgd or adamw.
         save: folder to write the classifier to, backbone and head, as timm opens it.
-        setup: how the backbone is opened and run.
 
     Returns: what results.json holds; its results are top-1 and top-5 in percent after the last
     epoch, and of a sweep the chosen head and the top-1 of each on the tenth of train.
 
-    Raises: InputError for a backbone or data that can not be graded, and for a setting that the
-        protocol has not.
+    Raises: InputError for a backbone or data that cannot be graded.
     """
-    constants = _constants(
-        protocol,
-        setup.seed,
-        learning_rates=learning_rates,
-        weight_decays=weight_decays,
-        blocks=blocks,
-        pools=pools or (("avg",) if blocks else None),
-        epochs=epochs,
-        total_batch=total_batch,
-        blr=blr,
-        warmup_epochs=warmup_epochs,
-        optimizer=optimizer,
-    )
-    run = _run_cached if protocol == "cached" else _run_online
-    task = "linear" if protocol == "cached" else f"linear-{protocol}"
-    with open_evaluation(task, backbone, data, eval_data, setup) as graded:
+    cached = isinstance(protocol, CachedProtocol)
+    task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_online)
+    with open_evaluation(task, backbone, data, eval_data, protocol, setup) as evaluation:
         if save:  # before the work, not after
-            if constants.taps != (Tap(),):
+            if protocol.taps != (Tap(),):
                 raise InputError("--save takes the model's own output, not blocks or other pools")
-            check_savable(graded.model, save)
-        learn = run(graded, constants)
-        heads, results, dim = learn()
-        record = graded.write(constants, results, dim)
+            check_savable(evaluation.model, save)
+        heads, results, dim = grade(evaluation)
+        record = evaluation.write(results, dim)
         if save:
-            save_classifier(graded.model, heads, graded.train.classes, save, graded.eval)
-        forget(graded.folder(constants))
+            classes = evaluation.train.classes
+            save_classifier(evaluation.model, heads, classes, save, evaluation.eval)
+        forget(evaluation.folder)
         return record
 
 
-def _constants(protocol: str, seed: int, **given: object) -> CachedProtocol | OnlineProtocol:
-    """The protocol with what is given in the place of its own.
-
-    Raises: InputError for what it has not, or does not take.
-    """
-    base = PROTOCOLS[protocol](seed=seed)
-    changes = {key: value for key, value in given.items() if value is not None}
-    for key in changes:
-        if not hasattr(base, key):
-            raise InputError(f"{key.replace('_', '-')} is no setting of the protocol {protocol}")
-    return replace(base, **changes)
+def _sweep(evaluation: Evaluation) -> tuple[Heads, dict, int]:
+    """Return the chosen head, its results and the width of its features."""
+    protocol, labels = evaluation.protocol, known_labels(evaluation.train)
+    held = held_out(names(evaluation.train), labels, protocol.held_out)
+    reader = TapReader(evaluation.model, protocol.taps)
+    train, test = evaluation.features(evaluation.encoder(reader))
+    classes = int(labels.max()) + 1
+    heads, results = linear_probe(train, test, held, classes, protocol, evaluation.device)
+    return heads, results, heads.weight.shape[2]
 
 
-Learn = Callable[[], tuple[Heads, dict, int]]
-
-
-def _run_cached(graded: Evaluation, protocol: CachedProtocol) -> Learn:
-    """What learns, once all that can be refused has been."""
-    labels = known_labels(graded.train)
-    held = held_out(names(graded.train), labels, protocol.held_out)
-    setup = graded.setup
-    reader = TapReader(graded.model, protocol.taps)
-    encoder = Encoder(graded.model, graded.device, setup.precision, reader=reader)
-
-    def learn() -> tuple[Heads, dict, int]:
-        train, evaluation = (
-            own_rows(encoder, source, setup.batch_size, setup.workers)
-            for source in (graded.train, graded.eval)
-        )
-        classes = int(labels.max()) + 1
-        heads, results = linear_probe(train, evaluation, held, classes, protocol, graded.device)
-        return heads, results, heads.weight.shape[2]
-
-    return learn
-
-
-def _run_online(graded: Evaluation, protocol: OnlineProtocol) -> Learn:
-    setup = graded.setup
-    encoder = Encoder(graded.model, graded.device, setup.precision)
-    check_sizes(encoder, len(graded.train), protocol)
-
-    def learn() -> tuple[Heads, dict, int]:
-        how = (setup.batch_size, setup.workers)
-        folder = graded.folder(protocol)
-        heads, record = train_online(encoder, graded.train, protocol, *how, folder)
-        evaluation = own_rows(encoder, graded.eval, *how)
-        top1, top5 = grade_heads({Tap(): heads}, evaluation, graded.device)[Tap()][0].tolist()
-        return heads, {"top1": top1, "top5": top5, **record}, encoder.dim
-
-    return learn
+def _train_online(evaluation: Evaluation) -> tuple[Heads, dict, int]:
+    """Return the head of a protocol that augments images, its results and the width of its features."""
+    protocol, encoder = evaluation.protocol, evaluation.encoder()
+    how = (evaluation.setup.batch_size, evaluation.setup.workers)
+    check_sizes(encoder, len(evaluation.train), protocol)
+    heads, record = train_online(encoder, evaluation.train, protocol, *how, evaluation.folder)
+    test = own_rows(encoder, evaluation.eval, *how)
+    top1, top5 = grade_heads({Tap(): heads}, test, evaluation.device)[Tap()][0].tolist()
+    return heads, {"top1": top1, "top5": top5, **record}, encoder.dim
 
 
 def linear_probe(
     train: Features,
-    evaluation: Features,
+    test: Features,
     held: torch.Tensor,
     classes: int,
     protocol: CachedProtocol = CachedProtocol(),
     device: torch.device = torch.device("cpu"),
 ) -> tuple[Heads, dict]:
-    """The chosen head, trained on all of ``train``, and its results on ``evaluation`` in percent.
+    """Return the chosen head, trained on all of ``train``, and its results on ``test`` in percent.
 
-    Both are this rank's share; ``held`` (N,) tells which of all train images choose.
+    Both are this rank's share. Of all train images those that are ``held`` out (N,) choose the head.
     """
     swept = sweep(train, held, classes, protocol.heads, protocol, device)
     best = max(swept, key=swept.get)
     trained = train_heads(train, [best], classes, protocol, device)
-    top1, top5 = grade_heads(trained, evaluation, device)[best.tap][0].tolist()
+    top1, top5 = grade_heads(trained, test, device)[best.tap][0].tolist()
     return trained[best.tap], {
         "top1": top1,
         "top5": top5,

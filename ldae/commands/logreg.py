@@ -1,4 +1,4 @@
-"""Logistic regression by scikit-learn on frozen features, its penalty chosen on a part of train."""
+"""``ldae logreg``: logistic regression on frozen features, its penalty chosen on a part of train."""
 
 import warnings
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from tyro.conf import Fixed
 
 from ldae.console import progress
 from ldae.distributed import all_reduce_sum, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.accuracy import ranks, top
-from ldae.evals.evaluation import BackboneSpec, Setup, SourceSpec, open_evaluation
-from ldae.evals.features import Features, known_labels, names
+from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
+from ldae.evals.features import Features, all_rows, known_labels, names
 from ldae.evals.subsets import DrawsProtocol, check_shots, few_shot, held_out
 from ldae.tree import COUNT, POSITIVE
 
@@ -24,92 +24,78 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class LogregProtocol(DrawsProtocol):
-    """Every constant of the number. Source: DINOv2, eval/log_regression.py."""
+    """DINOv2's logistic regression, by scikit-learn. Source: DINOv2, eval/log_regression.py."""
 
-    name: str = "dinov2"
-    version: int = 1
+    name: Fixed[str] = "dinov2"
+    version: Fixed[int] = 1
     C: Annotated[tuple[float, ...], POSITIVE] = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
-    """Inverse strengths of the L2 penalty.
-
-    Each is fitted from zero: where ``max_iter`` ends a fit, its result depends on where it began.
-    """
-    max_iter: Annotated[int, COUNT] = 1000
-    tol: Annotated[float, POSITIVE] = 1e-12
-    solver: str = "lbfgs"
-    precision_of_fit: str = "float64"
-    normalisation: str = "none"
+    """Inverse strengths of the L2 penalty, of which one is chosen on a tenth of train."""
+    # Each is fitted from zero: where max_iter ends a fit, its result depends on where it began.
+    max_iter: Annotated[Fixed[int], COUNT] = 1000
+    tol: Annotated[Fixed[float], POSITIVE] = 1e-12
+    solver: Fixed[str] = "lbfgs"
+    precision_of_fit: Fixed[str] = "float64"
+    normalisation: Fixed[str] = "none"
     """Of the features: none, as DINOv2, whose grid of C stands for features as they come."""
-    held_out: int = 10
+    held_out: Fixed[int] = 10
     """One in so many train images, by the hash of its name, chooses C; of a few-shot draw, those of
     them that are not drawn."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.C:
-            raise InputError("C must name at least one")
 
 
 def logreg(
     backbone: BackboneSpec,
     /,
     data: SourceSpec,
-    eval_data: SourceSpec | None = None,
+    eval_data: EvalSourceSpec = None,
     *,
-    C: tuple[float, ...] = LogregProtocol.C,
-    shots: tuple[int, ...] = (),
-    draws: int = LogregProtocol.draws,
-    setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
+    protocol: LogregProtocol = LogregProtocol(),
+    setup: Setup = Setup(),
 ) -> dict:
     """Grade a backbone by logistic regression on its frozen features.
 
     C is chosen on a tenth of train, then all of train is learned from. The features of both splits
     are held in memory twice, in float32 and in float64; the ranks share the values of C.
 
-    Args:
-        backbone: a run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE].
-        data: the labelled images whose train split is learned from.
-        eval_data: the images to classify instead of the evaluation split of data.
-        C: inverse strengths of the penalty, of which one is chosen.
-        shots: numbers of train images of each class, each graded beside all of train.
-        draws: of each number of shots, by --seed; their mean and spread are reported.
-        setup: how the backbone is opened and run.
-
     Returns: what results.json holds; its results are top-1 and top-5 in percent, the chosen C, the
     top-1 of each on the tenth of train, and the C whose fits did not converge.
 
-    Raises: InputError for a backbone or data that can not be graded.
+    Raises: InputError for a backbone or data that cannot be graded.
     """
-    protocol = LogregProtocol(C=tuple(C), shots=tuple(shots), draws=draws, seed=setup.seed)
-    with open_evaluation("logreg", backbone, data, eval_data, setup) as graded:
-        labels = known_labels(graded.train)
-        held = held_out(names(graded.train), labels, protocol.held_out)
-        check_shots(protocol, labels, graded.train.classes)
-        train, evaluation = graded.features()
-        results = logistic_regression(train, evaluation, ~held, held, protocol, graded.device)
+    with open_evaluation("logreg", backbone, data, eval_data, protocol, setup) as evaluation:
+        protocol, device = evaluation.protocol, evaluation.device
+        labels = known_labels(evaluation.train)
+        held = held_out(names(evaluation.train), labels, protocol.held_out)
+        check_shots(protocol, labels, evaluation.train.classes)  # before the work, not after
+        splits = (evaluation.train, evaluation.eval)
+        train, test = (
+            all_rows(share, source, device)
+            for share, source in zip(evaluation.features(), splits, strict=True)
+        )
+        results = logistic_regression(train, test, ~held, held, protocol, device)
 
         def grade(chosen: torch.Tensor) -> dict[str, float]:
             found = logistic_regression(
-                train, evaluation, chosen, held & ~chosen, protocol, graded.device, chosen
+                train, test, chosen, held & ~chosen, protocol, device, chosen
             )
-            return {name: found[name] for name in ("top1", "top5", "C")}
+            return {name: found[name] for name in (*protocol.accuracies, "C")}
 
         results |= few_shot(protocol, train.names, labels, grade)
-        return graded.write(protocol, results, train.features.shape[1])
+        return evaluation.write(results, train.features.shape[1])
 
 
 def logistic_regression(
     train: Features,
-    evaluation: Features,
+    test: Features,
     fitted: torch.Tensor,
     chooses: torch.Tensor,
     protocol: LogregProtocol = LogregProtocol(),
     device: torch.device = torch.device("cpu"),
     refitted: torch.Tensor | None = None,
 ) -> dict:
-    """Top-1 and top-5 of the chosen C on ``evaluation`` in percent, and what it was chosen by.
+    """Return top-1 and top-5 of the chosen C on ``test`` in percent, and the record of its choice.
 
-    ``fitted``, ``chooses`` and ``refitted`` (N,) tell which images of ``train`` each C learns from,
-    which choose among them, and which the chosen one learns from (None: all). All features are on
+    Of the images of ``train`` each C learns from those ``fitted`` (N,), those that ``chooses`` (N,)
+    marks choose one C, and the chosen C learns from those ``refitted`` (N,) (None: all). All features are on
     every rank; ``device`` is where the ranks exchange.
 
     Raises: InputError when no images choose, or those that are learned from are of one class.
@@ -136,7 +122,7 @@ def logistic_regression(
     final = torch.zeros(3, dtype=torch.float64)
     if is_main():
         model, converged = fit(*_inputs(train, refitted), best, protocol)
-        final = torch.tensor([*tops(model, evaluation), converged], dtype=final.dtype)
+        final = torch.tensor([*tops(model, test), converged], dtype=final.dtype)
     top1, top5, converged = all_reduce_sum(final.to(device)).tolist()
     return {
         "top1": top1,

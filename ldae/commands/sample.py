@@ -42,7 +42,7 @@ def sample(
     batch_size: int = 64,
     workers: int = 4,
     device: str = "auto",
-    how: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
+    how: Sampling = Sampling(),
 ) -> Path:
     """Sample images from a run.
 

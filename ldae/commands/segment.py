@@ -1,11 +1,11 @@
-"""The verb that grades a backbone's token map: a linear head that names the class of every pixel."""
+"""``ldae segment``: grade a backbone's token map by a linear head that classifies every pixel."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
+from tyro.conf import Fixed
 
 from ldae.console import progress
 from ldae.data.label_maps import open_map_splits
@@ -20,68 +20,76 @@ from ldae.evals.dense import (
     rates,
     train_map_head,
 )
-from ldae.evals.evaluation import BackboneSpec, Evaluation, Setup, SourceSpec, open_evaluation
+from ldae.evals.evaluation import (
+    BackboneSpec,
+    EvalSourceSpec,
+    Evaluation,
+    Setup,
+    SourceSpec,
+    open_evaluation,
+)
 from ldae.evals.features import Encoder, own_features
+from ldae.evals.protocol import Protocol
 from ldae.evals.taps import TokenMapReader
-from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, check
+from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE
 
 _MAPS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class SegmentProtocol:
-    """Every constant of the numbers.
+class SegmentProtocol(Protocol):
+    """BatchNorm and a 1x1 convolution on the tokens of the last block, trained by AdamW.
 
-    Source: the linear head of DINOv2, eval/segmentation: BatchNorm and a 1x1 convolution on the last
-    block's tokens, AdamW, batch 16, the share of warm-up. Other than there, images are neither
-    cropped nor augmented, the steps are a quarter, the rate falls by a cosine and BatchNorm has no
-    affine, which the convolution behind it can express.
+    Source: the linear head of DINOv2, eval/segmentation: batch 16, the share of warm-up. Other than
+    there, images are neither cropped nor augmented, the steps are a quarter, the rate falls by a cosine
+    and BatchNorm has no affine, which the convolution behind it can express.
     """
 
-    name: str = "linear"
-    version: int = 1
+    name: Fixed[str] = "linear"
+    version: Fixed[int] = 1
     steps: Annotated[int, COUNT] = 10_000
+    """Steps of the head's training."""
     total_batch: Annotated[int, COUNT] = 16
     """Images of one step, and of BatchNorm's statistics."""
     learning_rate: Annotated[float, POSITIVE] = 1e-3
-    warmup: Annotated[float, DECAY] = 0.0375
+    """The highest learning rate, after the warm-up."""
+    warmup: Annotated[Fixed[float], DECAY] = 0.0375
     """Share of the steps, of linear warm-up, before a half-cosine to 0."""
-    optimizer: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-4
+    optimizer: Fixed[str] = "adamw"
+    betas: Fixed[tuple[float, float]] = (0.9, 0.999)
+    weight_decay: Annotated[Fixed[float], NOT_NEGATIVE] = 1e-4
     """Of weight and bias."""
-    batchnorm_eps: float = 1e-5
-    init_std: float = 0.01
-    tokens: str = "last block, behind the final norm"
-    pixel_patch: int = 4
+    batchnorm_eps: Fixed[float] = 1e-5
+    init_std: Fixed[float] = 0.01
+    tokens: Fixed[str] = "last block, behind the final norm"
+    pixel_patch: Fixed[int] = 4
     """Side of the patches of raw pixels that stand for tokens, in pixels."""
-    resize: str = "squash"
+    resize: Fixed[str] = "squash"
     """Images, and in training label maps (nearest), are stretched to the network's input."""
-    augmentation: str = "none"
-    upsampling: str = "bilinear"
+    augmentation: Fixed[str] = "none"
+    upsampling: Fixed[str] = "bilinear"
     """Of logits: in training to the network's input, in evaluation to each label map's own size."""
-    ignored: int = IGNORED
-    mean_over: str = "classes in the labels or predictions of evaluation"
-    seed: int = 0
+    ignored: Fixed[int] = IGNORED
+    mean_over: Fixed[str] = "classes in the labels or predictions of evaluation"
+    seed: Fixed[int] = 0
     """Of the initial weights and of the order of the images."""
 
-    def __post_init__(self) -> None:
-        check(self)
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        return ("miou", "pixel_accuracy")
 
 
 def segment(
     backbone: BackboneSpec,
     /,
     data: SourceSpec,
-    eval_data: SourceSpec | None = None,
+    eval_data: EvalSourceSpec = None,
     *,
+    protocol: SegmentProtocol = SegmentProtocol(),
     classes: Annotated[int | None, COUNT] = None,
-    steps: int = SegmentProtocol.steps,
-    total_batch: int = SegmentProtocol.total_batch,
-    learning_rate: float = SegmentProtocol.learning_rate,
-    setup: Annotated[Setup, tyro.conf.arg(name="")] = Setup(),
+    setup: Setup = Setup(),
 ) -> dict:
-    """Grade a backbone's token map by a linear head that tells the class of every pixel.
+    """Grade a backbone's token map by a linear head that classifies every pixel.
 
     The data is a folder, .zip or .tar with images/ and labels/ beside each other, whose files have
     equal stems; label maps are grey or palette .png of the numbers of classes, 255 where nothing is
@@ -90,45 +98,38 @@ def segment(
     The token maps of train are held once, in memory or from 2 GiB on in a file below TMPDIR.
 
     Args:
-        backbone: a run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE].
-        data: the images with label maps whose train split is learned from.
-        eval_data: the images to grade instead of the evaluation split of data.
-        classes: how many there are; by default one more than the highest label of train.
-        steps: of the head's training.
-        total_batch: images of one step.
-        learning_rate: the highest one.
-        setup: how the backbone is opened and run.
+        classes: number of classes; by default one more than the highest label of train.
 
     Returns: what results.json holds; its results are, in percent, the mean IoU over the classes in
     the labels or the predictions, the accuracy over pixels and the IoU of each class.
 
-    Raises: InputError for a backbone or data that can not be graded.
+    Raises: InputError for a backbone or data that cannot be graded.
     """
-    protocol = SegmentProtocol(
-        steps=steps, total_batch=total_batch, learning_rate=learning_rate, seed=setup.seed
-    )
     if classes is not None and not 2 <= classes <= IGNORED:
         raise InputError(f"classes must be 2 to {IGNORED}, not {classes}")
-    with open_evaluation("segment", backbone, data, eval_data, setup, open_map_splits) as graded:
-        squashed = replace(graded.transform, crop_pct=1.0, crop_mode="squash")
-        graded = replace(graded, transform=squashed)
-        reader = TokenMapReader(graded.model, protocol.pixel_patch)
-        encoder = Encoder(graded.model, graded.device, setup.precision, squashed, reader)
-        _ = encoder.columns  # tells of a backbone without a map, before the work
-        classes = _count_classes(graded, classes)
-        results = segmentation(encoder, graded.train, graded.eval, classes, protocol, setup)
-        return graded.write(protocol, results, reader.shape[2], classes)
+    with open_evaluation(
+        "segment", backbone, data, eval_data, protocol, setup, open_map_splits
+    ) as evaluation:
+        squashed = replace(evaluation.transform, crop_pct=1.0, crop_mode="squash")
+        evaluation, protocol = replace(evaluation, transform=squashed), evaluation.protocol
+        reader = TokenMapReader(evaluation.model, protocol.pixel_patch)
+        encoder = evaluation.encoder(reader)
+        _ = encoder.columns  # refuses a backbone without a map, before the work
+        classes = _count_classes(evaluation, classes)
+        splits = (evaluation.train, evaluation.eval)
+        results = segmentation(encoder, *splits, classes, protocol, setup)
+        return evaluation.write(results, reader.shape[2], classes)
 
 
 def segmentation(
     encoder: Encoder,
     train: MapSource,
-    evaluation: MapSource,
+    test: MapSource,
     classes: int,
     protocol: SegmentProtocol = SegmentProtocol(),
     setup: Setup = Setup(),
 ) -> dict:
-    """Mean IoU, pixel accuracy and the IoU of each class, in percent.
+    """Return mean IoU, pixel accuracy and the IoU of each class, in percent.
 
     The encoder reads token maps; of ``setup``, batch size and workers are used.
     """
@@ -141,34 +142,33 @@ def segmentation(
         raise InputError(
             f"the head has diverged at learning_rate {protocol.learning_rate:g}: ask for a lower one"
         )
-    return rates(grade_map_head(heads, encoder, maps.shape, evaluation, *how))
+    return rates(grade_map_head(heads, encoder, maps.shape, test, *how))
 
 
-def _count_classes(graded: Evaluation, wanted: int | None) -> int:
-    """How many there are, once every label map was looked at, so that what is wrong is told before
-    the work.
+def _count_classes(evaluation: Evaluation, wanted: int | None) -> int:
+    """Count the classes, reading every label map, so that a wrong one is refused before the work.
 
-    Raises: InputError for a label that is none of them, and for too few to tell apart.
+    Raises: InputError for a label that is not one of the ``wanted`` classes, and for one class only.
     """
-    for source in (graded.train, graded.eval):
-        there = _labels(graded, source, wanted)
+    for source in (evaluation.train, evaluation.eval):
+        there = _labels(evaluation, source, wanted)
         if not there.any():
             raise InputError(f"{source.spec} ({source.split}) has no labelled pixel")
-        if source is graded.train and there.sum() < 2:
+        if source is evaluation.train and there.sum() < 2:
             raise InputError(f"the label maps of {source.spec} are of one class only")
         if wanted is None:
             wanted = int(there.nonzero().max()) + 1
     return wanted
 
 
-def _labels(graded: Evaluation, source: MapSource, classes: int | None) -> torch.Tensor:
-    """Which labels its label maps hold, bool (255,).
+def _labels(evaluation: Evaluation, source: MapSource, classes: int | None) -> torch.Tensor:
+    """Return which labels the label maps of ``source`` hold, bool (255,).
 
-    Raises: InputError, naming the image, for one that is no class.
+    Raises: InputError, naming the image, for a label that is no class.
     """
     there = torch.zeros(IGNORED, dtype=torch.int64)
     with progress(len(range(rank(), len(source), world_size())), f"labels of {source.spec}") as bar:
-        maps = label_maps(source, _present, _MAPS_AT_ONCE, graded.setup.workers)
+        maps = label_maps(source, _present, _MAPS_AT_ONCE, evaluation.setup.workers)
         for found, indices in maps:
             for row, label in found[:, classes:].nonzero()[:1].tolist() if classes else ():
                 raise InputError(
@@ -177,9 +177,9 @@ def _labels(graded: Evaluation, source: MapSource, classes: int | None) -> torch
                 )
             there += found.sum(0)
             bar.update(len(found))
-    return all_reduce_sum(there.to(graded.device)).cpu() > 0
+    return all_reduce_sum(there.to(evaluation.device)).cpu() > 0
 
 
 def _present(labels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """Which labels a map holds, uint8 (255,)."""
+    """Return which labels a map holds, uint8 (255,)."""
     return torch.from_numpy(np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED] > 0).byte()

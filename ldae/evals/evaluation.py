@@ -1,11 +1,11 @@
-"""What all evaluators share: open one backbone and two splits, and write one results.json."""
+"""One evaluation: a backbone, two splits, a protocol and a setup, opened; and its results.json."""
 
 import hashlib
 import json
 import re
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Iterator
 
@@ -13,31 +13,49 @@ import torch
 import tyro
 from torch import nn
 
-from ldae.backbones.open import backbone_folder, load_backbone
+from ldae.backbones.open import backbone_folder, load_backbone, load_classifier
 from ldae.backbones.preprocessing import EvalTransform, preprocessing
 from ldae.data.open import open_splits
 from ldae.data.source import Source
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
-from ldae.evals.features import Features, Precision, extract, known_labels
+from ldae.evals.features import Encoder, Features, Precision, known_labels, own_rows
+from ldae.evals.protocol import Protocol
+from ldae.evals.taps import Reader
 from ldae.files import check_writable, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
-# Settings that do not decide the numbers, or that a name tells in words.
-_NOT_IN_NAMES = (
-    *("random_init", "out", "save_stats", "batch_size", "workers", "device"),
-    *("matched_by", "compared_classes", "constants"),  # these follow from others
-)
+# Settings that do not decide the numbers, or that a folder's name has in words.
+_NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
 
-BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE")]
-SourceSpec = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
+BackboneSpec = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="BACKBONE",
+        help="A run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE].",
+    ),
+]
+SourceSpec = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="SOURCE",
+        help="Labelled images: the train split is learned from or searched, the evaluation split is "
+        "graded on.",
+    ),
+]
+EvalSourceSpec = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="SOURCE", help="Images to grade on instead of the evaluation split of --data."
+    ),
+]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every evaluator takes beside its protocol."""
+    """How a backbone is opened and run, for every evaluation."""
 
     random_init: bool = False
     """Grade the untrained control: the same architecture with timm's random weights."""
@@ -46,7 +64,7 @@ class Setup:
     img_size: Annotated[int | None, COUNT] = None
     """Side of the images of a timm name, in pixels."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
-    """Of the random weights, and of what the protocol draws."""
+    """Seed of the random weights and of the protocol."""
     out: Path | None = None
     """Folder of results.json; by default beside the backbone, or below evals/."""
     batch_size: Annotated[int, COUNT] = 256
@@ -61,11 +79,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One backbone, as an evaluator finds it: opened, beside two labelled splits."""
+    """A backbone with everything that decides its grade: two labelled splits, a protocol, a setup.
+
+    ``ldae evaluate`` makes many of these, into one table; ``ldae validate`` makes one of a classifier.
+    """
 
     task: str
     spec: str
     """The backbone as the user named it."""
+    protocol: Protocol
     setup: Setup
     model: nn.Module
     train: Source | None
@@ -73,40 +95,34 @@ class Evaluation:
     eval: Source
     device: torch.device
     transform: EvalTransform
-    """Of the images; the backbone's own, if the task does not change it."""
+    """Of the images: the preprocessing of the backbone, unless the task changes it."""
 
-    def features(self) -> tuple[Features, Features]:
-        """Of the train and of the evaluation split."""
-        train, evaluation = (
-            extract(
-                self.model,
-                source,
-                batch_size=self.setup.batch_size,
-                device=self.device,
-                workers=self.setup.workers,
-                precision=self.setup.precision,
-            )
-            for source in (self.train, self.eval)
-        )
-        return train, evaluation
+    def encoder(self, reader: Reader | None = None) -> Encoder:
+        """Return the backbone on its device, whose own output is read unless a reader is given."""
+        return Encoder(self.model, self.device, self.setup.precision, self.transform, reader)
 
-    def write(self, protocol: Any, results: dict, dim: int, classes: int | None = None) -> dict:
-        """Write ``results.json``, say on one line what is in it, and return it.
+    def features(self, encoder: Encoder | None = None) -> tuple[Features, Features]:
+        """Extract this rank's share of the features of the train split and of the evaluation split."""
+        encoder, how = encoder or self.encoder(), (self.setup.batch_size, self.setup.workers)
+        train = own_rows(encoder, self.train, *how)
+        return train, train if self.eval is self.train else own_rows(encoder, self.eval, *how)
+
+    def write(self, results: dict, dim: int, classes: int | None = None, **follows: object) -> dict:
+        """Write ``results.json``, print the headlines on one line, and return the record.
 
         Args:
-            protocol: a dataclass of every constant that decides the numbers, which records as
-                modified what is not its default, unless it says so itself.
             results: the numbers, accuracies in percent.
-            dim: the width of the features.
-            classes: how many there are; by default those of train's labels, with what top-5 is over.
+            dim: width of the features.
+            classes: number of classes; by default that of train's labels, which limits top-5.
+            follows: entries of the protocol's record that follow from the protocol and the backbone.
         """
-        constants = asdict(protocol) | {"precision": self.setup.precision}
+        constants = asdict(self.protocol) | follows | {"precision": self.setup.precision}
         if classes is None:
             classes = len(known_labels(self.train).unique())
             constants["top5_over"] = min(5, classes)
         if "modified" not in constants:
-            constants["modified"] = changes(protocol)
-        path = self.folder(protocol) / layout.RESULTS
+            constants["modified"] = changes(self.protocol)
+        path = self.folder / layout.RESULTS
         random_init = self.setup.random_init
         record = {
             "task": self.task,
@@ -132,14 +148,14 @@ class Evaluation:
         if is_main():
             write_json(path, record)
             control = " (random init)" if random_init else ""
-            told = ("top", "mean_average_precision", "recall", "miou", "pixel_accuracy")
-            numbers = [f"{name} {x:.2f}" for name, x in results.items() if name.startswith(told)]
+            numbers = [f"{name} {results[name]:.2f}" for name in self.protocol.headlines]
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
             print(f"{subject}: {', '.join(numbers)}; {path}")
         return record
 
-    def folder(self, protocol: Any) -> Path:
-        """Where results.json goes: what decides the numbers is in the name, so that none is lost."""
+    @property
+    def folder(self) -> Path:
+        """The folder of results.json, named by what decides the numbers so that no result is lost."""
         if self.setup.out:
             return self.setup.out
         data = (self.train or self.eval).spec
@@ -148,7 +164,9 @@ class Evaluation:
             parts += ["on", file_name(self.eval.spec)]
         if self.setup.random_init:
             parts.append("random-init")
-        found = home_of(self.spec) / "-".join(dict.fromkeys(parts + changes(protocol, self.setup)))
+        found = home_of(self.spec) / "-".join(
+            dict.fromkeys(parts + changes(self.protocol, self.setup))
+        )
         if self._is_of_other_data(found / layout.RESULTS):  # of the same name elsewhere
             places = f"{(self.train or self.eval).spec}\0{self.eval.spec}"
             digest = hashlib.sha256(places.encode()).hexdigest()[:8]
@@ -166,13 +184,13 @@ class Evaluation:
 
 
 def home_of(spec: str) -> Path:
-    """Where the evaluations of a backbone go that are not told where."""
+    """Return the default folder for a backbone's evaluation results."""
     folder = backbone_folder(spec)
     return folder / layout.EVALS if folder else Path(layout.EVALS, file_name(spec))
 
 
 def changes(*settings: Any) -> list[str]:
-    """What of dataclasses of settings differs from its default and decides a number, for a name."""
+    """List the settings that decide a number and are not at their defaults, as ``name=value``."""
     parts = []
     for part in settings:
         for key, value in asdict(part).items():
@@ -193,46 +211,63 @@ def file_name(spec: str) -> str:
     return re.sub(r"[^\w.=+]+", "-", path.resolve().name if path.exists() else spec).strip("-")
 
 
-Splits = Callable[[str, str | None], tuple[Source, Source]]
+Splits = Callable[[str, str | None], tuple[Source | None, Source]]
+Load = Callable[[str, Setup], nn.Module]
 
 
 def labelled_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
-    """As ``open_splits``, of labelled images.
+    """Open the train and the evaluation split of labelled images, as ``open_splits`` does.
 
     Raises: InputError as it does, and for images without labels or of one class only.
     """
-    train, evaluation = open_splits(data, eval_data)
-    for source in (train, evaluation):
+    train, test = open_splits(data, eval_data)
+    for source in (train, test):
         known_labels(source)  # before anything that takes time
     if len(known_labels(train).unique()) < 2:
         raise InputError(f"{train.spec} has one class only, which any backbone tells apart")
-    return train, evaluation
+    return train, test
+
+
+def open_classifier(spec: str, setup: Setup) -> nn.Module:
+    """Open a network with its classifier. Raises: InputError when it cannot be opened."""
+    return load_classifier(spec, setup.in_chans, setup.img_size)
+
+
+def open_backbone(spec: str, setup: Setup) -> nn.Module:
+    """Open a network without its classifier. Raises: InputError when it cannot be opened."""
+    return load_backbone(
+        spec,
+        random_init=setup.random_init,
+        in_chans=setup.in_chans,
+        img_size=setup.img_size,
+        seed=setup.seed,
+    )
 
 
 @contextmanager
 def open_evaluation(
     task: str,
-    backbone: str,
+    spec: str,
     data: str,
     eval_data: str | None,
+    protocol: Protocol,
     setup: Setup,
     splits: Splits = labelled_splits,
+    load: Load = open_backbone,
 ) -> Iterator[Evaluation]:
-    """Join the process group, if one was launched, and open what ``task`` grades.
+    """Join the process group, if one was launched, and open an evaluation by its names.
 
-    Raises: InputError when the backbone can not be opened, and as ``splits`` does.
+    The seed of the setup becomes that of the protocol.
+
+    Raises: InputError for a setting out of its range, and as ``splits`` and ``load`` do.
     """
     check(setup)
-    check_writable(setup.out or home_of(backbone))
+    if hasattr(protocol, "seed"):
+        protocol = replace(protocol, seed=setup.seed)
+    check_writable(setup.out or home_of(spec))
     device = device_for(setup.device)
     with process_group(device):
-        train, evaluation = splits(data, eval_data)
-        model = load_backbone(
-            backbone,
-            random_init=setup.random_init,
-            in_chans=setup.in_chans,
-            img_size=setup.img_size,
-            seed=setup.seed,
-        )
+        train, test = splits(data, eval_data)
+        model = load(spec, setup)
         own = preprocessing(model)
-        yield Evaluation(task, str(backbone), setup, model, train, evaluation, device, own)
+        yield Evaluation(task, str(spec), protocol, setup, model, train, test, device, own)

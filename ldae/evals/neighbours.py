@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tyro.conf import Fixed
 
 from ldae.console import progress
 from ldae.distributed import all_reduce_sum, rank, world_size
@@ -19,6 +20,7 @@ from ldae.evals.features import (
 )
 from ldae.evals.heads import images_of
 from ldae.evals.subsets import DrawsProtocol
+from ldae.tree import COUNT, POSITIVE
 
 QUERIES_AT_ONCE = 1024
 _ROWS_AT_ONCE = 65_536  # that are searched: a block of similarities takes 256 MiB
@@ -170,54 +172,52 @@ def check_enough(k: int, images: int, others: bool = False) -> None:
 
 @dataclass(frozen=True)
 class KNNProtocol(DrawsProtocol):
-    """Every constant of the number. Source: DINO, eval_knn.py; draws: DINOv2, eval/knn.py."""
+    """DINO's weighted vote of the nearest neighbours by cosine.
 
-    name: str = "dino"
-    version: int = 1
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    temperature: float = 0.07
+    Source: DINO, eval_knn.py; draws: DINOv2, eval/knn.py.
+    """
+
+    name: Fixed[str] = "dino"
+    version: Fixed[int] = 1
+    k: Annotated[tuple[int, ...], COUNT] = (10, 20, 100, 200)
+    """Numbers of neighbours, each graded."""
+    temperature: Annotated[float, POSITIVE] = 0.07
+    """A neighbour of cosine similarity s has the weight exp(s / temperature)."""
     leave_one_out: bool = False
-    """Each train image is classified by the others."""
+    """Classify each train image by the others instead."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.k or min(self.k) < 1:
-            raise InputError(f"k must be numbers of neighbours of at least 1, not {self.k}")
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be above 0, not {self.temperature}")
+    @property
+    def accuracies(self) -> tuple[str, ...]:
+        return tuple(f"top{n}_k{k}" for k in self.k for n in (1, 5))
 
 
 def knn_accuracy(
     train: Features,
-    evaluation: Features,
+    test: Features,
     protocol: KNNProtocol = KNNProtocol(),
     device: torch.device = torch.device("cpu"),
     chosen: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 in percent for every k, as ``top1_k20``, from one search.
+    """Return top-1 and top-5 in percent for every k, as ``top1_k20``, from one search.
 
-    Both are this rank's share; ``chosen`` (N,) tells which of all train images are searched.
+    ``train`` and ``test`` are this rank's share; of all train images those ``chosen`` (N,) are searched.
     Top-5 looks at as many classes as there are, and as there are neighbours, where that is fewer.
 
     Raises: InputError when there are more neighbours than images.
     """
-    images, queries = (images_of(share, device) for share in (train, evaluation))
+    images, queries = (images_of(share, device) for share in (train, test))
     labels = gather_rows(train.labels, images, device)
     classes = int(labels.max()) + 1
     hits = torch.zeros(len(protocol.k), 2, dtype=torch.int64)
     bank = Bank(train, device, chosen)
-    for found in bank.nearest(evaluation, max(protocol.k), others=protocol.leave_one_out):
-        wanted, labels_of_found = evaluation.labels[found.queries], labels[found.numbers]
+    for found in bank.nearest(test, max(protocol.k), others=protocol.leave_one_out):
+        wanted, labels_of_found = test.labels[found.queries], labels[found.numbers]
         for row, k in enumerate(protocol.k):
             near = found.similarities[:, :k], labels_of_found[:, :k]
             placed = ranks(vote(*near, classes, protocol.temperature), wanted)
             hits[row] += torch.stack([(placed < n).sum() for n in (1, min(5, k))])
     shares = 100 * all_reduce_sum(hits.to(device)).cpu().double() / queries
-    return {
-        f"top{n}_k{k}": share
-        for k, row in zip(protocol.k, shares.tolist())
-        for n, share in zip((1, 5), row)
-    }
+    return dict(zip(protocol.accuracies, shares.flatten().tolist(), strict=True))
 
 
 def vote(

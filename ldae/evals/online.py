@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from timm.optim import Lars
 from torch.optim import Optimizer
+from tyro.conf import Fixed
 
 from ldae.console import progress
 from ldae.data.loader import Batch, train_batches
@@ -21,6 +22,7 @@ from ldae.distributed import all_reduce_sum, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, known_labels
 from ldae.evals.heads import Heads
+from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Tap
 from ldae.files import state_hash
 from ldae.runs.checkpoints import Checkpoints
@@ -28,40 +30,42 @@ from ldae.runs.folder import names_hash
 from ldae.runs.lock import locked
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.optim import lr_at, set_lr
-from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE, check
+from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE
 
 _SAVE_SECONDS = 600.0  # between two checkpoints of a training
 
 
 @dataclass(frozen=True)
-class OnlineProtocol:
-    """Every constant of the number. Source: MAE, main_linprobe.py and FINETUNE.md."""
+class OnlineProtocol(Protocol):
+    """The constants of a probe on augmented images. Source: MAE, main_linprobe.py and FINETUNE.md."""
 
-    name: str
+    name: Fixed[str]
     blr: Annotated[float, POSITIVE]
     """Learning rate at a batch of 256: lr = blr * total_batch / 256."""
     optimizer: Literal["lars", "sgd", "adamw"]
-    version: int = 1
+    """Optimizer of the head."""
+    version: Fixed[int] = 1
     epochs: Annotated[int, COUNT] = 90
+    """Passes over the images of train."""
     warmup_epochs: Annotated[int, NOT_NEGATIVE] = 10
-    """Of linear warm-up, before a half-cosine to 0 in every update."""
+    """Passes of linear warm-up, before a half-cosine to 0 in every update."""
     total_batch: Annotated[int, COUNT] = 16_384
     """Images of one update, over all devices."""
-    batchnorm_batch: int = 512
+    batchnorm_batch: Fixed[int] = 512
     """Images of BatchNorm's statistics, as MAE ran it on 32 GPUs; the running ones see each in turn."""
-    momentum: float = 0.9
+    momentum: Fixed[float] = 0.9
     """Of lars and sgd."""
-    trust_coefficient: float = 0.001
+    trust_coefficient: Fixed[float] = 0.001
     """Of lars, for the weight; the bias is not adapted."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Fixed[tuple[float, float]] = (0.9, 0.999)
     """Of adamw."""
-    weight_decay: float = 0.0
-    crop_area: tuple[float, float] = (0.08, 1.0)
+    weight_decay: Fixed[float] = 0.0
+    crop_area: Fixed[tuple[float, float]] = (0.08, 1.0)
     """Part of an image that a crop keeps; a crop too wide or too high is cut, not drawn again."""
-    flip: bool = True
-    batchnorm_eps: float = 1e-6
-    init_std: float = 0.01
-    seed: int = 0
+    flip: Fixed[bool] = True
+    batchnorm_eps: Fixed[float] = 1e-6
+    init_std: Fixed[float] = 0.01
+    seed: Fixed[int] = 0
     """Of the initial weights, the order of the images and their augmentation."""
 
     @property
@@ -69,7 +73,7 @@ class OnlineProtocol:
         return (Tap(),)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.warmup_epochs >= self.epochs:
             raise InputError(
                 f"warmup_epochs must be fewer than epochs: {self.warmup_epochs} of {self.epochs}"

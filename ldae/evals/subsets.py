@@ -8,9 +8,11 @@ from hashlib import blake2b
 from typing import Annotated
 
 import torch
+from tyro.conf import Fixed
 
 from ldae.errors import InputError
-from ldae.tree import COUNT, check
+from ldae.evals.protocol import Protocol
+from ldae.tree import COUNT
 
 
 def held_out(names: list[str], labels: torch.Tensor, one_in: int) -> torch.Tensor:
@@ -29,18 +31,24 @@ def held_out(names: list[str], labels: torch.Tensor, one_in: int) -> torch.Tenso
 
 
 @dataclass(frozen=True)
-class DrawsProtocol:
+class DrawsProtocol(Protocol):
     """The constants of what is learned from few images."""
 
     shots: Annotated[tuple[int, ...], COUNT] = ()
-    """Train images of each class, each graded beside all of train."""
+    """Numbers of train images of each class, each graded beside all of train."""
     draws: Annotated[int, COUNT] = 5
-    """Of each number of shots; their mean and sample standard deviation are reported."""
-    seed: int = 0
-    """Of the draws."""
+    """Draws of each number of shots, by --seed; their mean and standard deviation are reported."""
+    seed: Fixed[int] = 0
 
-    def __post_init__(self) -> None:
-        check(self)
+    @property
+    def accuracies(self) -> tuple[str, ...]:
+        """Names of the accuracies that are reported of all of train and of each draw."""
+        return ("top1", "top5")
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        few = (f"{name}_{shots}shot" for shots in self.shots for name in self.accuracies)
+        return (*self.accuracies, *(f"{name}{end}" for name in few for end in ("", "_std")))
 
 
 def drawn(

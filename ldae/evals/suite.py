@@ -1,117 +1,133 @@
-"""A suite file: the backbones, data sets and protocols whose every combination is a cell of a table."""
+"""A suite file: backbones, data sets and protocols, whose every combination is a cell of a table."""
 
-import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup, file_name
+from ldae.evals.protocol import Grader, Protocol, flags
 from ldae.runs import layout
 from ldae.tree import check, check_known, checked, read_toml
 
-Graders = dict[str, Callable[..., dict]]
-"""What a protocol may be, by its verb: functions of (backbone or classifier, /, data[, eval_data], *,
-..., setup) that return what results.json holds. Their own settings are read off their signatures. One
-without eval_data grades the images of eval where there are some."""
+
+class Column(NamedTuple):
+    """A table [protocols.NAME] of a suite: a grader and its protocol."""
+
+    name: str
+    grader: Grader
+    protocol: Protocol
+    options: dict[str, Any]
+    """Keywords of the grader beside protocol and setup."""
+    settings: dict[str, Any]
+    """The settings of protocol and options as the suite gives them."""
+    data: tuple[str, ...]
+    """Names of the data sets."""
+    changes: dict[str, Any]
+    """Changes of the setup."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One backbone by one protocol on one data set; the names are the suite's."""
+    """One backbone by one column on one data set; the names are the suite's."""
 
     backbone: str
     data: str
-    protocol: str
+    column: Column
     spec: str
     train: str
     eval: str | None
-    verb: str
-    function: Callable[..., dict]
-    settings: dict[str, Any]
-    """Of the verb, those that the suite gives."""
     setup: Setup
 
     def __str__(self) -> str:
-        return f"{self.protocol} of {self.backbone} on {self.data}"
+        return f"{self.column.name} of {self.backbone} on {self.data}"
 
     @property
-    def opened(self) -> tuple:
-        """What says which network it is: all that ``load_backbone`` takes, in its order."""
-        setup = self.setup
-        return self.spec, setup.random_init, setup.in_chans, setup.img_size, setup.seed
+    def opened(self) -> tuple[str, Setup]:
+        """What opens the network, with defaults for the settings that do not decide its weights."""
+        own = self.setup
+        return self.spec, Setup(
+            random_init=own.random_init, in_chans=own.in_chans, img_size=own.img_size, seed=own.seed
+        )
 
     @property
     def takes_classifier(self) -> bool:
-        """Whether its verb grades the whole network and not what is before its head."""
-        return "classifier" in _parameters(self.function)
+        """Whether the grader takes the whole network and not only what is before its head."""
+        return self.column.grader.takes("classifier")
 
     def run(self) -> dict:
-        """What results.json holds. Raises: InputError, as the verb does."""
-        data = {"data": self.train, "eval_data": self.eval}
-        if "eval_data" not in _parameters(self.function):
-            data = {"data": self.eval or self.train}
-        return self.function(self.spec, **data, **self.settings, setup=self.setup)
+        """Grade the backbone, and return what results.json holds.
+
+        A grader without eval_data grades the images of eval where there are some.
+
+        Raises: InputError, as the grader does.
+        """
+        grader, protocol, options = self.column.grader, self.column.protocol, self.column.options
+        data = {"data": self.eval or self.train}
+        if grader.takes("eval_data"):
+            data = {"data": self.train, "eval_data": self.eval}
+        return grader.function(self.spec, **data, protocol=protocol, **options, setup=self.setup)
 
     @property
     def results(self) -> Path:
         return self.setup.out / layout.RESULTS
 
 
-def read_suite(path: Path, specs: tuple[str, ...], setup: Setup, graders: Graders) -> list[Cell]:
-    """The cells of a suite, by backbone, data set and protocol: ``specs`` first, then its own backbones.
+def read_suite(
+    path: Path, specs: tuple[str, ...], setup: Setup, graders: dict[str, Grader]
+) -> list[Cell]:
+    """Return the cells of a suite by backbone, data set and protocol: ``specs``, then its own backbones.
 
-    ``setup`` is what the suite does not say otherwise; each cell's ``out`` is a folder below its.
+    ``setup`` has what the suite does not say otherwise; each cell's ``out`` is a folder below its.
 
-    Raises: InputError, naming the file and the key, for what is not known or of another type.
+    Raises: InputError, naming the file and the key, for a key that is not known, a value of another
+        type or out of its range, and settings that do not go together.
     """
-    try:
+    with _at(f"suite {path}"):
         return _cells(read_toml(path), specs, setup, graders)
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Put the place in the file before the sentence of a refusal."""
+    try:
+        yield
     except InputError as error:
-        raise InputError(f"suite {path}: {error}") from None
+        raise InputError(f"{where}: {error}") from None
 
 
-def _cells(suite: dict, specs: tuple[str, ...], setup: Setup, graders: Graders) -> list[Cell]:
+def _cells(
+    suite: dict, specs: tuple[str, ...], setup: Setup, graders: dict[str, Grader]
+) -> list[Cell]:
     check_known("the suite", suite, ("backbones", "data", "protocols"))
     backbones = [(None, spec, setup) for spec in specs] + _backbones(suite, setup)
     if not backbones:
         raise InputError("name a backbone on the command line, or in [[backbones]]")
     data = {name: _data(name, table) for name, table in _tables(suite, "data").items()}
-    protocols = {
-        name: _protocol(name, table, tuple(data), graders)
+    columns = [
+        _column(name, table, tuple(data), graders)
         for name, table in _tables(suite, "protocols").items()
-    }
+    ]
     cells: dict[Path, Cell] = {}
     for name, spec, own in backbones:
         random = "-random-init" if own.random_init else ""
         name = name or f"{file_name(spec)}{random}"
-        for data_name, (train, evaluation) in data.items():
-            for protocol, (verb, on, settings, changes) in protocols.items():
-                if data_name not in on:
+        for data_name, (train, test) in data.items():
+            for column in columns:
+                if data_name not in column.data:
                     continue
-                out = setup.out / name / data_name / protocol
+                out = setup.out / name / data_name / column.name
                 if out in cells:
                     raise InputError(
                         f"two backbones are called {name}: give one a name of its own, in [[backbones]]"
                     )
-                its = replace(own, **changes, out=out)
-                check(its, f"[protocols.{protocol}] ")
-                given = (
-                    name,
-                    data_name,
-                    protocol,
-                    spec,
-                    train,
-                    evaluation,
-                    verb,
-                    graders[verb],
-                    settings,
-                    its,
-                )
-                cells[out] = Cell(*given)
+                its = replace(own, **column.changes, out=out)
+                check(its, f"[protocols.{column.name}] ")
+                cells[out] = Cell(name, data_name, column, spec, train, test, its)
     return list(cells.values())
 
 
@@ -141,36 +157,31 @@ def _data(name: str, table: object) -> tuple[str, str | None]:
     return given["train"], given.get("eval")
 
 
-def _protocol(
-    name: str, table: object, data: tuple[str, ...], graders: Graders
-) -> tuple[str, tuple, dict, dict]:
-    """Verb, names of data sets, settings of the verb, changes of the setup."""
+def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, Grader]) -> Column:
     where = f"[protocols.{name}]"
-    verb = table.get("verb", name) if isinstance(table, dict) else name
+    _check_table(where, table)
+    verb = table.get("verb", name)
     if not isinstance(verb, str) or verb not in graders:
         raise InputError(f"{where} has the verb {verb!r}, and there are {', '.join(graders)}")
-    own, setup = _setting_types(graders[verb])
-    setup.pop("random_init", None)  # which says what a backbone is, not how it is graded
-    given = _take(where, table, {"verb": str, "data": tuple[str, ...], **own, **setup})
+    grader = graders[verb]
+    choice = {"protocol": str} if len(grader.protocols) > 1 else {}
+    with _at(where):
+        kind = grader.choose(table.get("protocol") if choice else None, table)
+    own, options, setup = flags(kind), _without_files(grader.options), _setup_types(Setup)
+    setup.pop("random_init")  # which belongs to a backbone, not to how it is graded
+    types = {"verb": str, "data": tuple[str, ...]} | choice | own | options | setup
+    given = _take(where, table, types)
     on = given.get("data", data)
-    for other in set(on).difference(data):
-        raise InputError(f"{where} names the data {other!r}, and there are {', '.join(data)}")
-    return verb, on, *({k: v for k, v in given.items() if k in part} for part in (own, setup))
+    for unknown in set(on).difference(data):
+        raise InputError(f"{where} names the data {unknown!r}, and there are {', '.join(data)}")
 
+    def part(names: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in given.items() if key in names}
 
-def _setting_types(function: Callable) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The types of a verb's own settings, and of its setup's, by name."""
-    hints = typing.get_type_hints(function)
-    names = [
-        name
-        for name, parameter in _parameters(function).items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name != "setup"
-    ]
-    return _without_files({name: hints[name] for name in names}), _setup_types(hints["setup"])
-
-
-def _parameters(function: Callable) -> typing.Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
+    with _at(where):
+        protocol = kind(**part(own))
+    settings = part(choice | own | options)
+    return Column(name, grader, protocol, part(options), settings, on, part(setup))
 
 
 def _setup_types(setup: type) -> dict[str, Any]:
@@ -179,7 +190,7 @@ def _setup_types(setup: type) -> dict[str, Any]:
 
 
 def _without_files(types: dict[str, Any]) -> dict[str, Any]:
-    """A file that is written is one cell's alone, so a suite names none."""
+    """Leave out the settings that name a file to write, which would be one cell's alone."""
     return {name: t for name, t in types.items() if Path not in (t, *typing.get_args(t))}
 
 
@@ -194,15 +205,17 @@ def _tables(suite: dict, key: str) -> dict[str, object]:
 
 def _check_name(where: str, name: str) -> None:
     if not re.fullmatch(r"\w[\w.=+-]*", name):
-        raise InputError(f"{where}: {name!r} can not be a folder's name; use letters, digits and -")
+        raise InputError(f"{where}: {name!r} cannot be a folder's name; use letters, digits and -")
 
 
 def _take(where: str, table: object, types: dict[str, Any]) -> dict[str, Any]:
-    """What a table says, as these types. Raises: InputError for another key or type."""
+    """Return the values of a table, as these types. Raises: InputError for another key or type."""
+    _check_table(where, table)
+    check_known(where, table, types)
+    with _at(where):
+        return {key: checked(key, value, types[key]) for key, value in table.items()}
+
+
+def _check_table(where: str, table: object) -> None:
     if not isinstance(table, dict):
         raise InputError(f"{where} must be a table, not {table!r}")
-    check_known(where, table, types)
-    try:
-        return {key: checked(key, value, types[key]) for key, value in table.items()}
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None

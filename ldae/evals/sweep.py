@@ -5,19 +5,20 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from tyro.conf import Fixed
 
 from ldae.distributed import is_main
-from ldae.errors import InputError
 from ldae.evals.features import Features
 from ldae.evals.heads import Head, grade_heads, train_heads
+from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Tap
-from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE, check
+from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE
 
 _FEW_UPDATES = 50  # after which 0.9^50, half a percent, is left of the first statistics
 
 
 @dataclass(frozen=True)
-class SweepProtocol:
+class SweepProtocol(Protocol):
     """The constants of a sweep.
 
     Source: head, schedule and epochs of MAE, main_linprobe.py; rates and optimizer of DINOv2,
@@ -27,25 +28,20 @@ class SweepProtocol:
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (
         0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
     )  # fmt: skip
-    """At a batch of 256; times total_batch / 256 in use."""
+    """At a batch of 256, all trained together; times total_batch / 256 in use."""
     weight_decays: Annotated[tuple[float, ...], NOT_NEGATIVE] = (0.0,)
-    """Of the weight, not of the bias."""
+    """Of the weight, not of the bias; each with each learning rate."""
     epochs: Annotated[int, COUNT] = 90
+    """Passes over the features of train."""
     total_batch: Annotated[int, COUNT] = 512
     """Images of one update, and of BatchNorm's statistics."""
-    momentum: float = 0.9
-    batchnorm_eps: float = 1e-6
-    init_std: float = 0.01
-    held_out: int = 10
+    momentum: Fixed[float] = 0.9
+    batchnorm_eps: Fixed[float] = 1e-6
+    init_std: Fixed[float] = 0.01
+    held_out: Fixed[int] = 10
     """One in so many train images, by the hash of its name, chooses the head."""
-    seed: int = 0
+    seed: Fixed[int] = 0
     """Of the initial weights and of the order of the batches."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        for key in ("learning_rates", "weight_decays"):
-            if not getattr(self, key):
-                raise InputError(f"{key} must name at least one")
 
     def heads_of(self, taps: Iterable[Tap]) -> list[Head]:
         """Each tap with each weight decay and each learning rate."""

@@ -13,10 +13,10 @@ from ldae.files import write, write_json
 def write_table(
     folder: Path, cells: list[Cell], done: list[Cell], failures: dict[Path, str]
 ) -> dict:
-    """Write table.md, table.json and table.csv into ``folder``; returns what the second holds.
+    """Write table.md, table.json and table.csv into ``folder``, and return what table.json holds.
 
-    The numbers are those of the results.json of ``done``; ``failures`` tells, by that path, why there
-    is none.
+    The numbers are those of the results.json of the cells ``done``; ``failures`` has, by that path, the
+    reasons of the cells that failed.
     """
     entries = [_entry(folder, cell, cell in done, failures.get(cell.results)) for cell in cells]
     if is_main():
@@ -35,8 +35,9 @@ def _entry(folder: Path, cell: Cell, done: bool, failure: str | None) -> dict:
         "spec": cell.spec,
         "random_init": cell.setup.random_init,
         "data": cell.data,
-        "protocol": cell.protocol,
-        "verb": cell.verb,
+        "protocol": cell.column.name,
+        "verb": cell.column.grader.name,
+        "headline": cell.column.protocol.headlines[0],
         "results": results and _numbers(results),
         "error": failure,
         "file": cell.results.relative_to(folder).as_posix(),
@@ -44,7 +45,7 @@ def _entry(folder: Path, cell: Cell, done: bool, failure: str | None) -> dict:
 
 
 def _numbers(results: dict) -> dict[str, float]:
-    """Those that stand alone, the first being what the verb is about; no lists, no records."""
+    """Return the results that are single numbers, not lists or records."""
     return {
         name: value
         for name, value in results.items()
@@ -53,7 +54,7 @@ def _numbers(results: dict) -> dict[str, float]:
 
 
 def _csv(entries: list[dict]) -> str:
-    """One line a number."""
+    """Write one line for each number."""
     names = ["backbone", "spec", "random_init", "data", "protocol", "verb"]
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
@@ -65,20 +66,19 @@ def _csv(entries: list[dict]) -> str:
 
 
 def _markdown(entries: list[dict]) -> str:
-    """A line for each backbone on each data set, a column for each protocol's first number."""
-    protocols = dict.fromkeys(entry["protocol"] for entry in entries)
-    heads = {name: name for name in protocols}
+    """Write a line for each backbone on each data set, and a column for each protocol's headline."""
+    heads = {entry["protocol"]: f"{entry['protocol']}: {entry['headline']}" for entry in entries}
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for entry in sorted(entries, key=lambda entry: _first_seen(entries, entry)):
         row = rows.setdefault((entry["data"], entry["backbone"]), {})
         protocol = entry["protocol"]
         row[protocol] = "failed" if entry["error"] else "to do"
-        for metric, value in list((entry["results"] or {}).items())[:1]:
-            heads[protocol], row[protocol] = f"{protocol}: {metric}", f"{value:.2f}"
+        if entry["results"]:
+            row[protocol] = f"{entry['results'][entry['headline']]:.2f}"
     lines = [
         ["data", "backbone", *heads.values()],
         ["---", "---", *("--:" for _ in heads)],
-        *([*names, *(row.get(name, "") for name in protocols)] for names, row in rows.items()),
+        *([*names, *(row.get(name, "") for name in heads)] for names, row in rows.items()),
     ]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     told = [f"- {_name(entry)}: {entry['error']}\n" for entry in entries if entry["error"]]
@@ -86,7 +86,7 @@ def _markdown(entries: list[dict]) -> str:
 
 
 def _first_seen(entries: list[dict], entry: dict) -> int:
-    """Backbones are compared on one data set, so data sets come first, in the suite's order."""
+    """Return the place of a data set in the suite: backbones are compared on one data set."""
     return list(dict.fromkeys(other["data"] for other in entries)).index(entry["data"])
 
 

@@ -11,10 +11,12 @@ import torch
 
 from ldae import cli
 from ldae.commands.evaluate import evaluate
-from ldae.commands.retrieve import retrieve
+from ldae.commands.retrieve import RetrievalProtocol, retrieve
+from ldae.commands.validate import ValidationProtocol
 from ldae.errors import InputError, LostRank
 from ldae.evals import features
 from ldae.evals.evaluation import Setup
+from ldae.evals.neighbours import KNNProtocol
 from ldae.files import write_json
 from ldae.train.interrupt import Interrupted
 
@@ -50,17 +52,20 @@ def called(monkeypatch):
     """The cells that were computed, by a verb that is quick; ``stops`` is what it raises instead."""
     made = []
 
-    def knn(backbone, /, data, eval_data=None, *, k=(1,), temperature=0.07, setup=Setup()):
-        made.append(str(setup.out.relative_to(setup.out.parents[2])))
-        if made[-1] in called_by.stops:
-            raise called_by.stops[made[-1]]
-        record = {"results": {"top1": 10.0 + len(made), "converged": True, "sweep": [1]}}
-        write_json(setup.out / "results.json", record)
-        return record
+    def grader(kind):
+        def grade(backbone, /, data, eval_data=None, *, protocol: kind, setup: Setup):
+            made.append(str(setup.out.relative_to(setup.out.parents[2])))
+            if made[-1] in called_by.stops:
+                raise called_by.stops[made[-1]]
+            number = {protocol.headlines[0]: 10.0 + len(made)}
+            record = {"results": number | {"converged": True, "sweep": [1]}}
+            write_json(setup.out / "results.json", record)
+            return record
 
-    knn.__annotations__ = {"k": tuple[int, ...], "temperature": float, "setup": Setup}
-    monkeypatch.setattr("ldae.commands.knn.knn", knn)
-    monkeypatch.setattr("ldae.commands.retrieve.retrieve", knn)
+        return grade
+
+    monkeypatch.setattr("ldae.commands.knn.knn", grader(KNNProtocol))
+    monkeypatch.setattr("ldae.commands.retrieve.retrieve", grader(RetrievalProtocol))
     called_by = type("Called", (), {"made": made, "stops": {}})
     return called_by
 
@@ -117,7 +122,8 @@ def test_cells_of_a_backbone_and_a_data_set_share_what_is_extracted(suite, setup
     monkeypatch.setattr(features, "own_features", own_features)
     table = evaluate(("pixels:8", "pixels:4"), suite=suite, setup=setup)
     assert len(extracted) == 2 * 2 * 2  # backbones, data sets, splits; and not by protocols
-    alone = retrieve("pixels:4", "digits", k=(1,), setup=replace(setup, out=setup.out / "alone"))
+    protocol, own = RetrievalProtocol(k=(1,)), replace(setup, out=setup.out / "alone")
+    alone = retrieve("pixels:4", "digits", protocol=protocol, setup=own)
     assert table["cells"][-1]["results"] == alone["results"] and len(extracted) == 10
 
 
@@ -139,7 +145,7 @@ def test_finished_cells_are_skipped_and_changed_ones_made_again(suite, setup, ca
     (setup.out / "pixels-8" / "same" / "knn" / "results.json").write_text("{")
     table = evaluate(("pixels:8",), suite=suite, setup=setup)
     assert called.made[7:] == ["pixels-8/same/knn"]
-    assert [cell["results"]["top1"] for cell in table["cells"]] == [14, 18, 17]
+    assert [cell["results"][cell["headline"]] for cell in table["cells"]] == [14, 18, 17]
 
 
 def test_other_weights_under_the_same_name_are_graded_again(suite, setup, called, monkeypatch):
@@ -162,7 +168,8 @@ def test_a_cell_fails_alone(suite, setup, called, capsys):
     assert "ldae: knn of pixels-8 on digits: the disk is full\n" in err
     assert "2 of 3 cells failed" in err.splitlines()[-1]
     by_json, _, text = numbers(setup.out)
-    assert list(by_json) == [("pixels-8", "same", "retrieve", "top1")] and len(called.made) == 3
+    assert list(by_json) == [("pixels-8", "same", "retrieve", "mean_average_precision")]
+    assert len(called.made) == 3
     assert text.count("| failed |") == 2 and "- knn of pixels-8 on digits: the disk is full" in text
     assert "RuntimeError: out of memory\n" in text
     called.stops.clear()
@@ -211,15 +218,15 @@ def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypat
     """By a verb that learns from none; another head on the same backbone is another cell."""
     given = []
 
-    def validate(classifier, /, data, *, real_labels: bool = False, setup: Setup = Setup()):
-        given.append((classifier, data, real_labels))
+    def validate(classifier, /, data, *, protocol: ValidationProtocol, setup: Setup):
+        given.append((classifier, data, protocol.real_labels))
         return {"results": {"top1": 1.0}}
 
     monkeypatch.setattr("ldae.commands.validate.validate", validate)
     model = timm.create_model("test_vit", num_classes=3, img_size=16)
     heads = iter([model.state_dict(), model.state_dict(), {"head.bias": torch.ones(3)}])
     loaded = SimpleNamespace(state_dict=lambda: next(heads))
-    monkeypatch.setattr("ldae.commands.evaluate.load_classifier", lambda *_: loaded)
+    monkeypatch.setattr("ldae.evals.evaluation.load_classifier", lambda *_: loaded)
     path = tmp_path / "my.toml"
     path.write_text(
         "[data.a]\ntrain = 'x'\n[data.b]\ntrain = 'x'\neval = 'y'\n"

@@ -9,7 +9,7 @@ from PIL import Image
 from ldae import noise
 from ldae.backbones.fold import fold
 from ldae.backbones.preprocessing import preprocessing
-from ldae.commands.grid import BlockReader, grid, table
+from ldae.commands.grid import BlockReader, GridProtocol, grid, table
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import Encoder, own_rows
@@ -79,16 +79,14 @@ def test_noise_belongs_to_images_and_not_to_batches(method, pictures):
 
 def test_verb_writes_a_table_a_picture_and_every_cell(run, tmp_path, capsys):
     setup = Setup(workers=0, device="cpu", out=tmp_path / "out")
-    record = grid(
-        run,
-        "digits",
+    protocol = GridProtocol(
         timesteps=(0, 40),
         leading=(3, 1),
         inputs=("clean", "noisy"),
         learning_rates=(0.1, 1.0),
         epochs=1,
-        setup=setup,
     )
+    record = grid(run, "digits", protocol=protocol, setup=setup)
     results = record["results"]
     cells = results["cells"]
     assert [(c["input"], c["t"], c["leading"]) for c in cells] == [
@@ -123,14 +121,19 @@ def test_table_has_a_row_for_each_t():
     [
         ({"timesteps": (1000,)}, "timesteps 1000: .* has timesteps 0 to 999"),
         ({"leading": (5,)}, "leading 5: .* has leading 1 to 4"),
-        ({"setup": Setup(random_init=True)}, "an untrained network has no t"),
-        ({"inputs": ()}, "inputs must name clean, noisy or both"),
     ],
 )
 def test_what_a_run_has_not_is_told_before_the_work(run, given, told, monkeypatch):
     monkeypatch.setattr("ldae.commands.grid.open_evaluation", None)
     with pytest.raises(InputError, match=told):
-        grid(run, "digits", **given)
+        grid(run, "digits", protocol=GridProtocol(**given))
+    with pytest.raises(InputError, match="an untrained network has no t"):
+        grid(run, "digits", setup=Setup(random_init=True))
+
+
+def test_inputs_must_be_some():
+    with pytest.raises(InputError, match="inputs must name at least one"):
+        GridProtocol(inputs=())
 
 
 def test_another_folder_is_told(tmp_path):

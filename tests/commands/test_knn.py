@@ -137,13 +137,13 @@ def test_more_neighbours_than_images_are_told():
     "wrong", [{"k": ()}, {"k": (0, 10)}, {"temperature": 0.0}, {"shots": (0,)}, {"draws": 0}]
 )
 def test_wrong_protocols_are_told(wrong):
-    with pytest.raises(InputError, match="must be"):
+    with pytest.raises(InputError, match="must"):
         KNNProtocol(**wrong)
 
 
 def test_verb_writes_what_it_returns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    record = knn("pixels:8", "digits", k=(1, 20), setup=SETUP)
+    record = knn("pixels:8", "digits", protocol=KNNProtocol(k=(1, 20)), setup=SETUP)
     written = tmp_path / "evals" / "pixels-8" / "knn-digits-k=1-20-in_chans=1" / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
     assert set(record) == {"task", "protocol", "backbone", "data", "results", "environment"}
@@ -156,7 +156,8 @@ def test_verb_writes_what_it_returns(tmp_path, monkeypatch, capsys):
 
 def test_control_does_not_overwrite(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    knn("test_vit", "digits", k=(5,), setup=replace(SETUP, img_size=16, random_init=True))
+    control = replace(SETUP, img_size=16, random_init=True)
+    knn("test_vit", "digits", protocol=KNNProtocol(k=(5,)), setup=control)
     assert [p.name for p in tmp_path.glob("evals/test_vit/*")] == [
         "knn-digits-random-init-k=5-in_chans=1-img_size=16"
     ]
@@ -171,7 +172,8 @@ def test_results_of_other_data_of_the_same_name_are_kept(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     for place in ("x", "y", "x", "y"):
-        knn("pixels:8", f"{place}/set", k=(1,), setup=Setup(workers=0, device="cpu"))
+        own = Setup(workers=0, device="cpu")
+        knn("pixels:8", f"{place}/set", protocol=KNNProtocol(k=(1,)), setup=own)
     paths = sorted(tmp_path.glob("evals/pixels-8/*/results.json"))
     data = [json.loads(path.read_text())["data"] for path in paths]
     assert [(one["spec"], one["classes"]) for one in data] == [("x/set", 2), ("y/set", 3)]
@@ -179,8 +181,8 @@ def test_results_of_other_data_of_the_same_name_are_kept(tmp_path, monkeypatch):
 
 def test_verb_draws_and_leaves_one_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {"k": (5,), "shots": (1, 10), "draws": 2, "leave_one_out": True}
-    record = knn("pixels:8", "digits", **given, setup=SETUP)
+    protocol = KNNProtocol(k=(5,), shots=(1, 10), draws=2, leave_one_out=True)
+    record = knn("pixels:8", "digits", protocol=protocol, setup=SETUP)
     assert record["data"]["eval_images"] == record["data"]["train_images"] == 1348
     results = record["results"]
     assert results["top1_k5_1shot"] < results["top1_k5_10shot"] < results["top1_k5"]
@@ -197,10 +199,14 @@ def test_verb_draws_and_leaves_one_out(tmp_path, monkeypatch):
         ({"k": (1348,), "leave_one_out": True}, "1,348 images, of which one asks"),
         ({"k": (11,), "shots": (1, 5)}, "k = 11 .* there are 10 images"),
         ({"k": (5,), "shots": (500,)}, r"class '\w+' has \d+ train images, fewer than 500 shots"),
-        ({"k": (5,), "leave_one_out": True, "eval_data": "digits"}, "leave --eval-data out"),
     ],
 )
 def test_too_few_images_are_told_before_the_work(given, told, monkeypatch):
-    monkeypatch.setattr("ldae.commands.knn.own_rows", None)  # calling it would be a TypeError
+    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)  # calling it would be a TypeError
     with pytest.raises(InputError, match=told):
-        knn("pixels:8", "digits", **given, setup=SETUP)
+        knn("pixels:8", "digits", protocol=KNNProtocol(**given), setup=SETUP)
+
+
+def test_leave_one_out_takes_no_other_images():
+    with pytest.raises(InputError, match="leave --eval-data out"):
+        knn("pixels:8", "digits", "digits", protocol=KNNProtocol(leave_one_out=True), setup=SETUP)

@@ -1,12 +1,14 @@
 """The sweep chooses on train and reports the last epoch; a verb's protocol is what it says."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from ldae import cli
 from ldae.commands.linear import CachedProtocol, LDAEProtocol, MAEProtocol, linear, linear_probe
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
@@ -17,6 +19,7 @@ from ldae.evals.taps import Tap
 SETUP = Setup(in_chans=1, workers=0, device="cpu")
 CONTROL = replace(SETUP, img_size=16, random_init=True)
 CPU = torch.device("cpu")
+ONE_EPOCH = CachedProtocol(epochs=1)
 SHORT = CachedProtocol(
     learning_rates=(0.01, 0.1, 1.0), weight_decays=(0.0, 0.1), epochs=3, total_batch=32
 )
@@ -81,7 +84,13 @@ def test_rates_are_those_of_the_papers():
 
 def test_verb_writes_and_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    record = linear("test_vit", "digits", epochs=3, save=tmp_path / "out", setup=CONTROL)
+    record = linear(
+        "test_vit",
+        "digits",
+        protocol=CachedProtocol(epochs=3),
+        save=tmp_path / "out",
+        setup=CONTROL,
+    )
     name = "linear-digits-random-init-epochs=3-in_chans=1-img_size=16"
     written = tmp_path / "evals" / "test_vit" / name / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
@@ -91,7 +100,7 @@ def test_verb_writes_and_saves(tmp_path, monkeypatch):
     assert (protocol["name"], protocol["modified"]) == ("cached", ["epochs=3"])
     with pytest.raises(InputError, match="exists already"):
         linear("test_vit", "digits", save=tmp_path / "out", setup=CONTROL)
-    below = linear(str(tmp_path / "out"), "digits", epochs=1, setup=SETUP)
+    below = linear(str(tmp_path / "out"), "digits", protocol=ONE_EPOCH, setup=SETUP)
     assert below["backbone"]["dim"] == 64
     assert (
         tmp_path / "out" / "evals" / "linear-digits-epochs=1-in_chans=1" / "results.json"
@@ -100,24 +109,23 @@ def test_verb_writes_and_saves(tmp_path, monkeypatch):
 
 def test_verb_sweeps_blocks_and_pools(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    taps = {"blocks": (0, -1), "pools": ("avg", "cls+avg")}
-    record = linear("test_vit", "digits", epochs=1, **taps, setup=CONTROL)
+    taps = CachedProtocol(epochs=1, blocks=(0, -1), pools=("avg", "cls+avg"))
+    record = linear("test_vit", "digits", protocol=taps, setup=CONTROL)
     assert len({head["tap"] for head in record["results"]["sweep"]}) == 4
     assert record["backbone"]["dim"] == (128 if "cls" in record["results"]["tap"] else 64)
     name = "linear-digits-random-init-epochs=1-blocks=0--1-pools=avg-cls+avg-in_chans=1-img_size=16"
     assert [path.name for path in tmp_path.glob("evals/test_vit/*")] == [name]
-    of_blocks = linear("test_vit", "digits", epochs=1, blocks=(0, -1), setup=CONTROL)
+    blocks = CachedProtocol(epochs=1, blocks=(0, -1))
+    of_blocks = linear("test_vit", "digits", protocol=blocks, setup=CONTROL)
     assert of_blocks["protocol"]["pools"] == ("avg",)
     with pytest.raises(InputError, match="--save takes the model's own output"):
-        linear("test_vit", "digits", **taps, save=tmp_path / "out", setup=CONTROL)
+        linear("test_vit", "digits", protocol=taps, save=tmp_path / "out", setup=CONTROL)
 
 
 def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    changes = {"epochs": 2, "warmup_epochs": 1, "optimizer": "adamw"}
-    record = linear(
-        "test_vit", "digits", protocol="ldae", **changes, save=tmp_path / "out", setup=CONTROL
-    )
+    protocol = LDAEProtocol(epochs=2, warmup_epochs=1, optimizer="adamw")
+    record = linear("test_vit", "digits", protocol=protocol, save=tmp_path / "out", setup=CONTROL)
     assert record["task"] == "linear-ldae" and record["protocol"]["name"] == "ldae"
     assert sorted(record["protocol"]["modified"]) == [
         "epochs=2", "optimizer=adamw", "warmup_epochs=1",
@@ -127,28 +135,58 @@ def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
     assert results["learning_rate"] == pytest.approx(1e-4 * 1024 / 256)
     told = capsys.readouterr().out
     assert "1,348 train images are fewer than a batch of 16,384; it is 1,024 here" in told
-    again = linear(str(tmp_path / "out"), "digits", epochs=1, setup=SETUP)
+    again = linear(str(tmp_path / "out"), "digits", protocol=ONE_EPOCH, setup=SETUP)
     assert again["backbone"]["params"] == record["backbone"]["params"]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("protocol", "given", "told"),
     [
-        ({"protocol": "mae", "learning_rates": (1.0,)}, "learning-rates is no setting of .* mae"),
-        ({"optimizer": "sgd"}, "optimizer is no setting of the protocol cached"),
-        ({"protocol": "mae", "epochs": 5}, "warmup_epochs must be fewer than epochs: 10 of 5"),
-        ({"protocol": "mae", "total_batch": 700}, "total_batch 700 is no whole number"),
-        ({"blocks": (1,), "pools": ("default",)}, "block 1 has no pooling of its own"),
-        ({"save": Path(__file__, "out")}, "cannot be written"),
-        ({"setup": replace(CONTROL, out=Path(__file__, "out"))}, "cannot be written"),
-        ({"blocks": (7,), "pools": ("avg",)}, "test_vit has blocks 0 to 5, and no block 7"),
+        (MAEProtocol, {"epochs": 5}, "warmup_epochs must be fewer than epochs: 10 of 5"),
+        (MAEProtocol, {"total_batch": 700}, "total_batch 700 is no whole number"),
+        (
+            CachedProtocol,
+            {"blocks": (1,), "pools": ("default",)},
+            "block 1 has no pooling of its own",
+        ),
+        (
+            CachedProtocol,
+            {"blocks": (7,), "pools": ("avg",)},
+            "test_vit has blocks 0 to 5, and no block 7",
+        ),
     ],
 )
-def test_settings_that_do_not_fit_are_told_before_the_work(given, told, monkeypatch):
-    monkeypatch.setattr("ldae.commands.linear.own_rows", None)
+def test_settings_that_do_not_fit_are_told_before_the_work(protocol, given, told, monkeypatch):
+    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
     monkeypatch.setattr("ldae.commands.linear.train_online", None)
     with pytest.raises(InputError, match=told):
+        linear("test_vit", "digits", protocol=protocol(**given), setup=CONTROL)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"save": Path(__file__, "out")}, {"setup": replace(CONTROL, out=Path(__file__, "out"))}],
+)
+def test_folders_that_can_not_be_written_are_told_before_the_work(given, monkeypatch):
+    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
+    with pytest.raises(InputError, match="cannot be written"):
         linear("test_vit", "digits", **{"setup": CONTROL} | given)
+
+
+def test_flags_of_another_protocol_are_told(capsys):
+    argv = ["linear", "test_vit", "--data", "digits"]
+    for given, told in (
+        (
+            ["--protocol", "mae", "--learning-rates", "1"],
+            "learning_rates is no setting of the protocol mae",
+        ),
+        (["--protocol=ldae", "--pools=avg"], "pools is no setting of the protocol ldae"),
+        (["--optimizer", "sgd"], "optimizer is no setting of the protocol cached"),
+        (["--protocol", "mea"], "no protocol 'mea' of linear; the nearest is 'mae'"),
+    ):
+        assert cli.main([*argv, *given]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(told, line)
 
 
 def test_few_updates_are_told(cloud, capsys):
@@ -159,6 +197,6 @@ def test_few_updates_are_told(cloud, capsys):
 
 
 def test_classifier_of_pixels_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldae.commands.linear.own_rows", None)
+    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
     with pytest.raises(InputError, match="raw pixels are none"):
         linear("pixels:8", "digits", save=tmp_path / "out", setup=SETUP)

@@ -99,7 +99,8 @@ def test_what_can_not_be_learned_is_told(cloud):
 
 def test_verb_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    record = logreg("pixels:4", "digits", C=(1e-3, 1.0), shots=(5,), draws=2, setup=SETUP)
+    protocol = LogregProtocol(C=(1e-3, 1.0), shots=(5,), draws=2)
+    record = logreg("pixels:4", "digits", protocol=protocol, setup=SETUP)
     name = "logreg-digits-shots=5-draws=2-C=0.001-1.0-in_chans=1"
     written = tmp_path / "evals" / "pixels-4" / name / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
@@ -109,8 +110,8 @@ def test_verb_writes(tmp_path, monkeypatch):
 
 
 def test_too_few_images_are_told_before_the_work(monkeypatch):
-    monkeypatch.setattr("ldae.evals.evaluation.extract", None)
+    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
     with pytest.raises(InputError, match="fewer than 500 shots"):
-        logreg("pixels:8", "digits", shots=(500,), setup=SETUP)
+        logreg("pixels:8", "digits", protocol=LogregProtocol(shots=(500,)), setup=SETUP)
     with pytest.raises(InputError, match="C must be above 0, not 0"):
-        logreg("pixels:8", "digits", C=(0.0,), setup=SETUP)
+        LogregProtocol(C=(0.0,))

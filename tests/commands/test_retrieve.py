@@ -56,20 +56,22 @@ def test_verb_writes(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "mean_average_precision" in told and "recall_at_10" in told
     assert 50 < record["results"]["mean_average_precision"] < record["results"]["recall_at_1"]
-    within = retrieve("pixels:8", "digits", k=(1,), leave_one_out=True, setup=SETUP)
+    protocol = RetrievalProtocol(k=(1,), leave_one_out=True)
+    within = retrieve("pixels:8", "digits", protocol=protocol, setup=SETUP)
     assert within["data"]["train_images"] == within["data"]["eval_images"] == 449
 
 
 def test_queries_without_anything_to_find_are_told_before_the_work(pictures, monkeypatch):
-    monkeypatch.setattr("ldae.commands.retrieve.own_rows", None)
+    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
     train, evaluation = pictures(6, classes=2), pictures(4, "eval", classes=3)
     monkeypatch.setattr("ldae.evals.evaluation.open_splits", lambda *given: (train, evaluation))
     with pytest.raises(InputError, match=r"class 'class-2' of pictures has no image .* \(train\)"):
-        retrieve("pixels:8", "pictures", k=(1,), setup=SETUP)
+        retrieve("pixels:8", "pictures", protocol=RetrievalProtocol(k=(1,)), setup=SETUP)
     with pytest.raises(InputError, match="class 'class-1' of pictures has no image"):
-        retrieve("pixels:8", "pictures", k=(1,), leave_one_out=True, setup=SETUP)
+        protocol = RetrievalProtocol(k=(1,), leave_one_out=True)
+        retrieve("pixels:8", "pictures", protocol=protocol, setup=SETUP)
     with pytest.raises(InputError, match="k = 7 is more neighbours than images: there are 6"):
-        retrieve("pixels:8", "pictures", k=(7,), setup=SETUP)
+        retrieve("pixels:8", "pictures", protocol=RetrievalProtocol(k=(7,)), setup=SETUP)
 
 
 def test_wrong_protocols_are_told():

@@ -114,9 +114,8 @@ def test_token_map_is_that_of_the_model():
 
 def test_verb_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    record = segment(
-        "pixels:32", "scattered-digits:40", eval_data=few(tmp_path), steps=5, setup=SETUP
-    )
+    data = ("scattered-digits:40", few(tmp_path))
+    record = segment("pixels:32", *data, protocol=SegmentProtocol(steps=5), setup=SETUP)
     (written,) = tmp_path.glob("evals/pixels-32/*/results.json")
     assert written.parent.name == "segment-scattered-digits-40-on-few-steps=5"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
@@ -153,7 +152,6 @@ def few(folder, highest: int = 10, size: int = 20) -> str:
         (10, 20, {"classes": 8}, "scattered-digits:40/train/0.* holds .*, .* classes 0 to 7"),
         (10, 21, {}, "images/a.png is 30 x 21 pixels, but its label map labels/a.png is 30 x 20"),
         (10, 20, {"classes": 1}, "classes must be 2 to 255, not 1"),
-        (10, 20, {"steps": 0}, "steps must be at least 1"),
         (10, 20, {"backbone": "pixels:30"}, "pixels:30 can not be cut into patches of 4"),
     ],
 )
@@ -178,3 +176,8 @@ def test_label_maps_of_nothing_are_told(value, told, tmp_path):
         Image.new("L", (30, 20), value).save(path)
     with pytest.raises(InputError, match=told):
         segment("pixels:32", blank, eval_data=blank, setup=SETUP)
+
+
+def test_wrong_protocols_are_told():
+    with pytest.raises(InputError, match="steps must be at least 1"):
+        SegmentProtocol(steps=0)

@@ -10,8 +10,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import nn
 
-from ldae.commands import validate as module
-from ldae.commands.validate import validate
+from ldae.commands.validate import ValidationProtocol, validate
 from ldae.data.corruptions import NAMES
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
@@ -69,12 +68,14 @@ def layout(tmp_path):
 def oracle(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = Oracle()
-    monkeypatch.setattr(module, "load_classifier", lambda spec, in_chans, img_size: model)
+    load = "ldae.evals.evaluation.load_classifier"
+    monkeypatch.setattr(load, lambda spec, in_chans, img_size: model)
     return model
 
 
 def top1(data: str, setup: Setup = SETUP, **how) -> float:
-    return validate("oracle", data, setup=setup, **how)["results"]["top1"]
+    record = validate("oracle", data, protocol=ValidationProtocol(**how), setup=setup)
+    return record["results"]["top1"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -94,9 +95,10 @@ def test_real_labels_accept_any_of_them(tmp_path):
     (tmp_path / "val").mkdir()
     for number, written in ((1, 0), (2, 795), (3, 230), (4, 806), (5, 8)):
         picture(written).save(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.png")
-    found = validate("oracle", str(tmp_path / "val"), real_labels=True, setup=SETUP)["results"]
+    real = ValidationProtocol(real_labels=True)
+    found = validate("oracle", str(tmp_path / "val"), protocol=real, setup=SETUP)
     # 4 is right at second place only (806 + 3), 5 not at all, 1 does not count.
-    assert found == {"top1": 50.0, "top5": 75.0, "counted_images": 4}
+    assert found["results"] == {"top1": 50.0, "top5": 75.0, "counted_images": 4}
 
 
 def test_restricted_logits_equal_a_slow_reference(layout, oracle, monkeypatch):
@@ -135,7 +137,8 @@ def test_every_image_counts_once_in_any_batch(layout):
 
 def test_corruptions_are_tabled_recorded_and_shown(layout, tmp_path, capsys):
     data = layout({"0": 0, "255": 255})
-    record = validate("oracle", data, corruption=("all",), severity=(1, 5), setup=SETUP)
+    all_of_them = ValidationProtocol(corruption=("all",), severity=(1, 5))
+    record = validate("oracle", data, protocol=all_of_them, setup=SETUP)
     folder = tmp_path / "evals/oracle/validate-set-corruption=all-severity=1-5"
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(record))
     results, protocol = record["results"], record["protocol"]
@@ -151,18 +154,18 @@ def test_corruptions_are_tabled_recorded_and_shown(layout, tmp_path, capsys):
     written = (folder / "corruptions.md").read_text()
     assert written in capsys.readouterr().out and len(written.splitlines()) == 2 + 1 + 15 + 1
     assert Image.open(folder / "corruptions.png").size == (3 * 66, 15 * 66)
-    assert validate("oracle", data, corruption=NAMES, severity=(5, 1), setup=SETUP) == record
+    assert ValidationProtocol(corruption=NAMES, severity=(5, 1)) == all_of_them
 
 
-def test_wrong_settings_are_told_before_anything_is_opened(monkeypatch):
-    monkeypatch.setattr(module, "open_source", None)
+def test_wrong_settings_are_told_before_anything_is_opened():
+    with pytest.raises(InputError, match="random weights"):
+        validate("no-such-classifier", "no-such-set", setup=Setup(random_init=True))
     for how, told in (
         ({"corruption": ("fogg",)}, "nearest is 'fog'"),
         ({"corruption": ("fog",), "severity": (0,)}, "severity must be 1, 2, 3, 4 or 5, not 0"),
         ({"corruption": ("fog",), "severity": ()}, "severity must name at least one"),
         ({"severity": (1,)}, "say which by --corruption"),
         ({"real_labels": True, "class_map": "imagenet-a"}, "leave --class-map out"),
-        ({"setup": Setup(random_init=True)}, "random weights"),
     ):
         with pytest.raises(InputError, match=told):
-            validate("oracle", "set", **how)
+            ValidationProtocol(**how)

@@ -1,0 +1,108 @@
+"""What a grader is: a command that grades by a protocol, and the fields of the protocol are its flags."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
+
+from tyro.conf import Fixed
+
+from ldae.errors import InputError
+from ldae.tree import check
+
+(_FIXED,) = Fixed[int].__metadata__
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Every constant that decides the numbers of an evaluation.
+
+    A constant is written once, as a field: its default, its range and, below it, the help of its flag.
+    Every field is a flag of the command unless it is ``Fixed``, which Python alone can change. A field
+    ``seed`` is set by the seed of the setup. Lists become tuples.
+
+    Raises: InputError for a value out of its range, and for an empty list if the default is not empty.
+    """
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            if isinstance(value := getattr(self, part.name), list):
+                self._set(part.name, value := tuple(value))
+            if value == () and part.default not in ((), MISSING):
+                raise InputError(f"{part.name} must name at least one")
+        check(self)
+
+    def _set(self, name: str, value: object) -> None:
+        """Set a field of this frozen object while it is made."""
+        object.__setattr__(self, name, value)
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """Names of the results in percent that a command prints; a suite's table shows the first."""
+        return ("top1", "top5")
+
+
+def flags(protocol: type[Protocol]) -> dict[str, Any]:
+    """Return the types of the fields that are flags, by name."""
+    types, marked = get_type_hints(protocol), get_type_hints(protocol, include_extras=True)
+    return {
+        part.name: types[part.name]
+        for part in fields(protocol)
+        if _FIXED not in getattr(marked[part.name], "__metadata__", ())
+    }
+
+
+@dataclass(frozen=True)
+class Grader:
+    """A command that grades a backbone or a classifier on a data set; a suite may name it."""
+
+    name: str
+    function: Callable[..., dict]
+    """Takes (backbone or classifier, data[, eval_data], *, protocol, setup) and may take options;
+    returns what results.json holds. The type of ``protocol`` names the protocols."""
+    description: str
+
+    @property
+    def protocols(self) -> dict[str, type[Protocol]]:
+        """The protocols by name; the first one is the default."""
+        found = get_type_hints(self.function)["protocol"]
+        return {protocol.name: protocol for protocol in get_args(found) or (found,)}
+
+    @property
+    def help(self) -> str:
+        """The summary of each protocol, for the help of ``--protocol``."""
+        kinds = self.protocols.items()
+        summaries = [f"{name}: {kind.__doc__.splitlines()[0].rstrip('.')}" for name, kind in kinds]
+        return f"{'; '.join(summaries)}. With --help, this lists the settings of the protocol."
+
+    def choose(self, name: str | None, given: Iterable[str]) -> type[Protocol]:
+        """Return the protocol of a name, or the default, for the flags that are ``given``.
+
+        Raises: InputError for another name, and for a flag that only other protocols have.
+        """
+        protocols = self.protocols
+        name = next(iter(protocols)) if name is None else name
+        if name not in protocols:
+            near = get_close_matches(str(name), protocols, n=1, cutoff=0)[0]
+            raise InputError(
+                f"there is no protocol {name!r} of {self.name}; the nearest is {near!r}"
+            )
+        others = {flag for protocol in protocols.values() for flag in flags(protocol)}
+        for flag in given:
+            if flag in others.difference(flags(protocols[name])):
+                raise InputError(f"{flag} is no setting of the protocol {name} of {self.name}")
+        return protocols[name]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The types of the keywords beside protocol and setup, by name."""
+        types = get_type_hints(self.function)
+        return {
+            name: types[name]
+            for name, parameter in inspect.signature(self.function).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in ("protocol", "setup")
+        }
+
+    def takes(self, parameter: str) -> bool:
+        return parameter in inspect.signature(self.function).parameters

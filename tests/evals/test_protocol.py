@@ -1,0 +1,126 @@
+"""A constant is written once: in a protocol, for the command line, suites and Python."""
+
+import functools
+import inspect
+import json
+import re
+from dataclasses import asdict, fields
+from importlib import import_module
+
+import pytest
+
+from ldae import cli
+from ldae.commands.grid import GridProtocol, grid
+from ldae.commands.knn import knn
+from ldae.errors import InputError
+from ldae.evals.evaluation import Setup, changes
+from ldae.evals.neighbours import KNNProtocol
+from ldae.evals.protocol import Grader, flags
+from ldae.evals.suite import read_suite
+
+GRADERS = cli.graders()
+ALL = {**GRADERS, "grid": Grader("grid", grid, "")}  # which is for runs alone, so no suite has it
+KINDS = [(verb, kind) for verb, grader in ALL.items() for kind in grader.protocols.values()]
+
+# Of every flag a value that is not its default.
+OTHER = {
+    "k": (3, 7), "temperature": 0.5, "leave_one_out": True, "shots": (2,), "draws": 3, "C": (0.5, 2.0),
+    "learning_rates": (0.3, 3.0), "weight_decays": (0.1,), "epochs": 70, "total_batch": 1024,
+    "blocks": (0, -1), "pools": ("cls",), "blr": 0.25, "warmup_epochs": 2, "optimizer": "adamw",
+    "steps": 5, "learning_rate": 0.5, "class_map": "imagenet-a", "real_labels": True,
+    "corruption": ("fog", "snow"), "severity": (2, 4), "timesteps": (1, 3), "leading": (1, 2),
+    "inputs": ("clean", "noisy"),
+}  # fmt: skip
+NEEDS = {"severity": {"corruption": ("fog",)}}
+
+
+def named(verb: str, kind: type) -> dict[str, str]:
+    return {"protocol": kind.name} if len(ALL[verb].protocols) > 1 else {}
+
+
+def as_flags(given: dict) -> list[str]:
+    argv = []
+    for name, value in given.items():
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        argv += ["--" + name.replace("_", "-"), *map(str, values)]
+    return argv
+
+
+@pytest.mark.parametrize(("verb", "kind"), KINDS)
+def test_flags_are_the_fields_of_the_protocol_and_of_the_setup(verb, kind, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([verb, *as_flags(named(verb, kind)), "--help"])
+    found = re.findall(r"^[│ ] --([A-Za-z][\w-]*) ", capsys.readouterr().out, re.M)
+    parameters = inspect.signature(ALL[verb].function).parameters.values()
+    own = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY} - {"protocol", "setup"}
+    setup = {part.name for part in fields(Setup)}
+    wanted = [*own, *setup, *named(verb, kind), *flags(kind)]
+    assert sorted(found) == sorted(name.replace("_", "-") for name in wanted)
+    assert {"name", "version", "seed"}.isdisjoint(flags(kind)) and flags(kind)
+
+
+@pytest.mark.parametrize(("verb", "kind"), KINDS)
+def test_command_line_suite_and_python_make_the_same_protocol(verb, kind, tmp_path, monkeypatch):
+    given = {name: OTHER[name] for name in flags(kind)}
+    given.pop(
+        "class_map" if "real_labels" in given else "", None
+    )  # of which one excludes the other
+    called, original = [], ALL[verb].function
+
+    @functools.wraps(original)
+    def record(*args, protocol, setup, **options):
+        called.append(protocol)
+
+    monkeypatch.setattr(import_module(original.__module__), verb, record)
+    settings = named(verb, kind) | given
+    assert cli.main([verb, "backbone", "--data", "images", *as_flags(settings)]) == 0
+    wanted = asdict(kind(**given))
+    assert [asdict(found) for found in called] == [wanted]
+    assert set(given) <= {change.partition("=")[0] for change in changes(*called)}
+    if verb in GRADERS:
+        lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+        head = f"[data.d]\ntrain = 'images'\n[protocols.p]\nverb = '{verb}'\n"
+        suite = tmp_path / "suite.toml"
+        suite.write_text(head + "\n".join(lines))
+        (cell,) = read_suite(suite, ("backbone",), Setup(out=tmp_path), cli.graders())
+        cell.run()
+        assert [asdict(found) for found in called] == [wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("verb", "kind", "flag"), [(*k, flag) for k in KINDS for flag in flags(k[1])]
+)
+def test_a_changed_constant_is_recorded_as_modified(verb, kind, flag):
+    needs = NEEDS.get(flag, {})
+    before, after = changes(kind(**needs)), changes(kind(**needs, **{flag: OTHER[flag]}))
+    assert [change for change in after if change.startswith(f"{flag}=")] and before != after
+    assert changes(kind()) == []
+
+
+def test_results_say_the_same_however_a_grader_is_called(tmp_path, monkeypatch):
+    """With the seed of the setup, in the record and in the folder's name."""
+    monkeypatch.chdir(tmp_path)
+    how = ["--in-chans", "1", "--workers", "0", "--device", "cpu", "--seed", "3"]
+    own = ["--k", "2", "5", "--shots", "1"]
+    assert cli.main(["knn", "pixels:8", "--data", "digits", *own, *how]) == 0
+    (by_flags,) = tmp_path.glob("evals/pixels-8/knn-digits-shots=1-seed=3-k=2-5-*/results.json")
+    suite = tmp_path / "suite.toml"
+    suite.write_text("[data.d]\ntrain='digits'\n[protocols.knn]\nk = [2, 5]\nshots = [1]")
+    assert cli.main(["evaluate", "pixels:8", "--suite", str(suite), "--out", "out", *how]) == 0
+    by_suite = tmp_path / "out" / "pixels-8" / "d" / "knn" / "results.json"
+    setup = Setup(in_chans=1, workers=0, device="cpu", seed=3, out=tmp_path / "python")
+    protocol = KNNProtocol(k=[2, 5], shots=[1])
+    knn("pixels:8", "digits", protocol=protocol, setup=setup)
+    paths = (by_flags, by_suite, tmp_path / "python" / "results.json")
+    one, two, three = (json.loads(path.read_text()) for path in paths)
+    for key in ("protocol", "data", "results"):
+        assert one[key] == two[key] == three[key]
+    assert one["protocol"]["seed"] == 3 and one["protocol"]["k"] == [2, 5]
+    assert one["protocol"]["modified"] == ["shots=1", "seed=3", "k=2-5"]
+
+
+def test_lists_are_tuples_and_must_not_be_empty():
+    assert KNNProtocol(k=[1, 2]) == KNNProtocol(k=(1, 2))
+    assert changes(GridProtocol(timesteps=list(GridProtocol.timesteps))) == []
+    with pytest.raises(InputError, match="k must name at least one"):
+        KNNProtocol(k=[])
