@@ -172,7 +172,7 @@ def train_online(
                 features = _augmented(encoder, batch.images, batch_size, source)
                 statistics[group] = torch.stack([features.mean(0), features.var(0, correction=0)])
                 normed = heads.normalise(features, *statistics[group])
-                labels = batch.labels.to(device)
+                labels = batch.targets.to(device)
                 for total, slope in zip(slopes, heads.gradients(normed, labels, found.batch)):
                     total += slope
             for mean, var in all_reduce_sum(statistics):
