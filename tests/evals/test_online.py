@@ -1,6 +1,7 @@
 """The online probes are MAE's recipe, whatever device and batch compute them."""
 
 import math
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.heads import Heads
 from ldae.evals.online import forget, optimizer_of, sizes, train_online
+from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
 CPU = torch.device("cpu")
@@ -156,17 +158,17 @@ def test_features_that_are_not_finite_are_told(pictures, tmp_path):
 
 
 @pytest.fixture
-def stopped_at(monkeypatch):
-    """stopped_at(encoder, update): Ctrl-C in the middle of an update."""
+def stopped_at():
+    """stopped_at(update): an encoder that gets Ctrl-C, or another signal, in the middle of it."""
 
-    def make(update: int) -> Encoder:
+    def make(update: int, number: int = signal.SIGINT) -> Encoder:
         encoder = Encoder(load_backbone("test_vit", random_init=True, img_size=16), CPU)
         calls, original = [], encoder.on_device
 
         def on_device(*args):
             calls.append(1)
             if len(calls) == 3 * update:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
             return original(*args)
 
         encoder.on_device = on_device
@@ -175,12 +177,17 @@ def stopped_at(monkeypatch):
     return make
 
 
-def test_a_stopped_probe_goes_on_to_the_same_bits(vit, pictures, stopped_at, tmp_path):
+def test_a_stopped_or_killed_probe_goes_on_to_the_same_bits(vit, pictures, stopped_at, tmp_path):
     source, encoder = pictures(61), Encoder(vit, CPU)
     whole, record = train_online(encoder, source, SHORT, 64, 0, tmp_path / "whole")
     folder = tmp_path / "parts"
     with pytest.raises(Interrupted, match="stopped at image 96 of 264; it is saved"):
         train_online(stopped_at(4), source, SHORT, 64, 0, folder)
+    how = (stopped_at(2, signal.SIGKILL), source, SHORT, 64, 0, folder)
+    killed = multiprocessing.get_context("fork").Process(target=train_online, args=how)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     with pytest.raises(Interrupted, match="stopped at image 168 of 264"):
         train_online(stopped_at(3), source, SHORT, 64, 0, folder)
     for _ in range(2):  # the second time it is all there
@@ -190,6 +197,8 @@ def test_a_stopped_probe_goes_on_to_the_same_bits(vit, pictures, stopped_at, tmp
             assert torch.equal(parts.state_dict()[name], value), name
         encoder = stopped_at(1)
     assert [path.name for path in folder.iterdir()] == ["checkpoints"]
+    kept = Checkpoints(folder).load()["model"]
+    assert kept.keys() == whole.state_dict().keys()  # and nothing of the encoder
     forget(folder)
     assert list(folder.iterdir()) == []
 
