@@ -56,7 +56,7 @@ def main() -> None:
     )
     for step, batch in enumerate(batches):
         logits = model(normalised(batch.images, device))
-        loss = F.cross_entropy(logits, batch.labels.to(device), label_smoothing=0.1)
+        loss = F.cross_entropy(logits, batch.targets.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,6 +10,7 @@ thousand classes cost is seen on any images.
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +82,9 @@ def main() -> None:
         "heads together": seconds(lambda: learn(heads), asked.rounds),
         "heads one by one": seconds(lambda: [learn([head]) for head in heads], 1),
     }
-    epoch = seconds(lambda: train_online(encoder, source, online, *how), 1) / asked.online_epochs
+    with tempfile.TemporaryDirectory() as folder:
+        whole = seconds(lambda: train_online(encoder, source, online, *how, Path(folder)), 1)
+    epoch = whole / asked.online_epochs
     sweep = found["extraction"] + found["heads together"]
     record = {
         "what": "seconds of a linear probe's sweep over learning rates",

@@ -26,7 +26,7 @@ from ldae.runs.checkpoints import Checkpoints, read
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
-from ldae.train.loop import Plan, train
+from ldae.train.loop import Loop, Plan
 from ldae.tree import replace
 
 
@@ -104,7 +104,7 @@ def saves(config: Config, device: torch.device, count: int, between: int):
 
         def go_on(until: int, minutes: float) -> None:
             system = replace(config, {"system.save_minutes": minutes}).system
-            train(
+            Loop(
                 method,
                 batches(config, source, device),
                 Plan(epoch=len(source), total=until * size, batch_size=size, micro_batches=1),
@@ -115,7 +115,7 @@ def saves(config: Config, device: torch.device, count: int, between: int):
                 open_metrics=lambda seen: Timed(Path(folder), seen),
                 describe={},
                 compiled=compiled,
-            )
+            ).train()
 
         go_on(between, 1e9)  # burns in, and tells the time of a step
         step = (ends[-1] - ends[1]) / (len(ends) - 2)

@@ -26,7 +26,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
-from ldae.train.loop import Plan, train
+from ldae.train.loop import Loop, Plan
 from ldae.train.optim import adamw
 from ldae.train.run import compiles, runs_in_bf16, transform_of
 from ldae.tree import replace
@@ -178,7 +178,7 @@ def in_turn(
             print(f"loop {loop:.3f} s, step {pairs[-1][1]:.3f} s", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        train(
+        Loop(
             method,
             batches(config, source, device),
             plan,
@@ -189,7 +189,7 @@ def in_turn(
             open_metrics=lambda seen: Timed(Path(folder), seen),
             describe={},
             compiled=compiled,
-        )
+        ).train()
     return pairs[2:]
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from typing import Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """What one forward sees."""
 
     images: torch.Tensor  # (B, C, H, W) uint8
-    labels: torch.Tensor  # (B,) int64, -1 when unlabelled
+    targets: Any  # labels (B,) int64, -1 when unlabelled; or what Source.target is in this source
     positions: torch.Tensor  # (B,) int64, in the endless training order, or indices in evaluation
     bad: list[str]  # names of the images that could not be decoded and were replaced
 
@@ -91,7 +91,7 @@ def eval_batches(
     """
     batches = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
     for batch in _load(_EvaluationOrder(source, transform), batches, workers, pin_memory=False):
-        yield batch.images, batch.labels, batch.positions
+        yield batch.images, batch.targets, batch.positions
 
 
 @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
@@ -100,7 +100,7 @@ def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
-Sample = tuple[torch.Tensor, int, int, list[str]]  # image, label, position, bad names
+Sample = tuple[torch.Tensor, Any, int, list[str]]  # image, target, position, bad names
 
 
 class _EvaluationOrder(Dataset):
@@ -114,7 +114,7 @@ class _EvaluationOrder(Dataset):
         index = int(index)
         try:
             rng = np.random.default_rng(index)
-            return *_labelled_image(self.source, self.transform, index, rng), index, []
+            return *_image_and_target(self.source, self.transform, index, rng), index, []
         except InputError as error:
             return error
 
@@ -136,7 +136,7 @@ class _TrainingOrder(Dataset):
             index = int(order[(place + attempt) % len(order)])
             rng = np.random.default_rng([self.seed, position])
             try:
-                return *_labelled_image(self.source, self.transform, index, rng), position, bad
+                return *_image_and_target(self.source, self.transform, index, rng), position, bad
             except BadImage as error:
                 if not self.skip:
                     return error
@@ -144,10 +144,10 @@ class _TrainingOrder(Dataset):
         return InputError(f"none of the {len(order)} images of {self.source.spec} can be decoded")
 
 
-def _labelled_image(
+def _image_and_target(
     source: Source, transform: Transform, index: int, rng: np.random.Generator
-) -> tuple[torch.Tensor, int]:
-    """Return the transformed image and its label, or -1 when the source is unlabelled.
+) -> tuple[torch.Tensor, Any]:
+    """Return the transformed image ``index`` and its target.
 
     Raises: BadImage when the image cannot be decoded or does not fit the transform.
     """
@@ -156,16 +156,26 @@ def _labelled_image(
         tensor = transform(image, rng)
     except InputError as error:
         raise BadImage(f"{source.where(index)} is {error}") from error
-    return tensor, -1 if source.labels is None else int(source.labels[index])
+    return tensor, source.target(index)
 
 
 def _collate(samples: list[Sample | InputError]) -> Batch | InputError:
     for sample in samples:
         if isinstance(sample, InputError):
             return sample
-    images, labels, positions, bad = zip(*samples)
+    images, targets, positions, bad = zip(*samples)
     names = list(itertools.chain(*bad))
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(positions), names)
+    return Batch(torch.stack(images), _collate_targets(targets), torch.tensor(positions), names)
+
+
+def _collate_targets(targets: tuple[Any, ...]) -> torch.Tensor | list:
+    """Return numbers and tensors as one tensor (B, ...), and other trees as a list of B trees.
+
+    A tree is never stacked, since the sizes of its tensors may differ from image to image.
+    """
+    if isinstance(targets[0], int):
+        return torch.tensor(targets)
+    return torch.stack(targets) if isinstance(targets[0], torch.Tensor) else list(targets)
 
 
 def _load(

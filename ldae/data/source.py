@@ -1,6 +1,7 @@
 """The contract of an image source: images by index, with labels where they are known."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,6 +37,13 @@ class Source:
     def where(self, i: int) -> str:
         """Return the source and the name of image ``i``, for messages."""
         return f"{self.spec}/{self.name(i)}"
+
+    def target(self, i: int) -> Any:
+        """Return what a model learns of image ``i``: its label, or -1 where there are no labels.
+
+        A subclass may return a tensor, or a tree of tensors in dicts, lists and tuples.
+        """
+        return -1 if self.labels is None else int(self.labels[i])
 
     def image(self, i: int) -> Image.Image | np.ndarray:
         """Return image ``i`` in the form that :func:`ldae.data.image.decode` returns.

@@ -1,24 +1,22 @@
 """A linear head trained on the features of images that are augmented anew in every epoch."""
 
+import math
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.optim import Lars
-from torch.optim import Optimizer
 from tyro.conf import Fixed
 
-from ldae.console import progress
+from ldae.console import print_main
 from ldae.data.loader import Batch, train_batches
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
-from ldae.distributed import all_reduce_sum, is_main, rank, world_size
+from ldae.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, known_labels
 from ldae.evals.heads import Heads
@@ -28,11 +26,13 @@ from ldae.files import state_hash
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import names_hash
 from ldae.runs.lock import locked
-from ldae.train.interrupt import Interrupted, StopRequest
-from ldae.train.optim import lr_at, set_lr
+from ldae.runs.metrics import Metrics
+from ldae.settings import ExecutionSettings, OptimSettings
+from ldae.train.loop import Loop, Plan
+from ldae.train.optim import peak_lr
 from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE
 
-_SAVE_SECONDS = 600.0  # between two checkpoints of a training
+_LOG_IMAGES = 2**14  # between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,34 @@ class Sizes(NamedTuple):
     group: int
     """Images of BatchNorm's statistics."""
     groups: int
-    """Of one update."""
+    """Groups of one update."""
     updates: int
 
     @property
     def batch(self) -> int:
+        """Images of one update."""
         return self.group * self.groups
+
+    @property
+    def shares(self) -> int:
+        """Equal parts of an update's groups, of which rank r computes part r % shares.
+
+        Where there are fewer parts than ranks, several ranks compute the same one, which does not
+        change the mean gradient.
+        """
+        return math.gcd(self.groups, world_size())
 
 
 def sizes(images: int, protocol: OnlineProtocol) -> Sizes:
-    """The protocol's own, or the largest whole groups that a smaller set fills.
+    """Return the protocol's own sizes, or the largest whole groups that a smaller set fills.
 
     Raises: InputError for a batch that is no whole number of groups.
     """
     group = min(protocol.batchnorm_batch, protocol.total_batch)
     if protocol.total_batch % group:
         raise InputError(
-            f"total_batch {protocol.total_batch} is no whole number of BatchNorm's batches of {group}"
+            f"total_batch {protocol.total_batch} is no whole number of BatchNorm's batches of "
+            f"{group}"
         )
     group = min(group, images)
     groups = min(protocol.total_batch // group, images // group)
@@ -111,21 +122,65 @@ def sizes(images: int, protocol: OnlineProtocol) -> Sizes:
 
 
 def check_sizes(encoder: Encoder, images: int, protocol: OnlineProtocol) -> None:
-    """Tell of a batch that a small set can not fill.
+    """Report a batch that a small set cannot fill.
 
-    Raises: InputError as ``sizes`` does, and for a backbone of images that are no squares.
+    Raises: InputError as ``sizes`` does, and for a backbone whose images are not squares.
     """
     _, height, width = encoder.transform.input_size
     if height != width:
         raise InputError(f"the protocol {protocol.name} crops squares, not {width} x {height}")
     found = sizes(images, protocol)
-    if found.batch < protocol.total_batch and is_main():
-        print(
+    if found.batch < protocol.total_batch:
+        print_main(
             f"{protocol.name}: {images:,} train images are fewer than a batch of "
             f"{protocol.total_batch:,}; it is {found.batch:,} here, {found.groups} of "
-            f"BatchNorm's batches of {found.group}",
-            flush=True,
+            f"BatchNorm's batches of {found.group}"
         )
+
+
+class _Probe(Heads):
+    """One head behind a frozen encoder, which is not part of the state. A batch is one group."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        source: Source,
+        protocol: OnlineProtocol,
+        classes: int,
+        batch_size: int,
+    ) -> None:
+        super().__init__(1, encoder.dim, classes, protocol)
+        self.encoder, self.source, self.batch_size = encoder, source, batch_size
+        self.sizes = sizes(len(source), protocol)
+        self.statistics: list[torch.Tensor] = []  # of this rank's groups in the current update
+
+    def forward(
+        self, images: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the mean cross-entropy of uint8 images (B, C, H, W) and labels (B,), a scalar.
+
+        Raises: InputError when features are not finite.
+        """
+        parts = images.split(self.batch_size)
+        features = torch.cat([self.encoder.on_device(part) for part in parts])  # (B, D)
+        if not features.isfinite().all():
+            raise InputError(
+                f"the features of an augmented image of {self.source.spec} in "
+                f"{self.encoder.precision} are not finite"
+            )
+        mean, var = features.mean(0), features.var(0, correction=0)
+        self.statistics.append(torch.stack([mean, var]))
+        logits = self.logits(self.normalise(features, mean, var))  #              (B, 1, C)
+        return F.cross_entropy(logits[:, 0], labels)
+
+    def after_step(self) -> None:
+        """Move the running statistics by those of each group, in the order of the groups."""
+        own, self.statistics = torch.stack(self.statistics), []  #                (groups, 2, D)
+        dealt = own.new_zeros(len(own), self.sizes.shares, *own.shape[1:])
+        if rank() < self.sizes.shares:
+            dealt[:, rank()] = own
+        for mean, var in all_reduce_sum(dealt).flatten(0, 1):
+            self.track(mean, var, self.sizes.group)
 
 
 def train_online(
@@ -134,162 +189,87 @@ def train_online(
     protocol: OnlineProtocol,
     batch_size: int,
     workers: int,
-    folder: Path | None = None,
+    folder: Path,
 ) -> tuple[Heads, dict]:
-    """The head after the last epoch, and the sizes and the rate that it was trained with.
+    """Train a head as the protocol says, in ``folder``.
 
-    The group of images that BatchNorm sees is group ``g`` of the endless training order, whatever
-    the ranks and ``batch_size``, the images that go through the backbone at once: each group is one
-    rank's, g mod world size, and its statistics move the running ones in the order of groups.
+    BatchNorm sees one group of the endless training order after the other, whatever the number of
+    ranks and ``batch_size``, the images that go through the backbone at once.
 
-    In the ``folder``, where there is one, the training is kept: the same call again goes on from
-    there, bit for bit on as many ranks, and once it has ended has its result at once.
+    The folder holds the checkpoints and the metrics of the training until ``forget``. The same call
+    again resumes, bit for bit on as many ranks. Checkpoints of another protocol, backbone or source
+    are removed.
 
-    Raises: InputError when features are not finite; Interrupted when a signal asked to stop, and there
-        is a folder.
+    Returns: the head, and for the results the learning rate and the sizes it was trained with.
+
+    Raises: InputError when features or the loss are not finite; Interrupted when a signal asked to
+        stop.
     """
     found, device = sizes(len(source), protocol), encoder.device
+    plan = Plan(len(source), found.updates * found.batch, found.batch, found.groups // found.shares)
+    optim = OptimSettings(found.batch, protocol.blr, protocol.epochs, protocol.warmup_epochs)
     classes = int(known_labels(source).max()) + 1
-    heads = Heads(1, encoder.dim, classes, protocol).to(device)
-    optimizer = optimizer_of(heads, protocol)
-    peak, images = protocol.blr * found.batch / 256, found.updates * found.batch
-    warmup = protocol.warmup_epochs * len(source)
+    probe = _Probe(encoder, source, protocol, classes, batch_size).to(device)
     describe = {
         "protocol": asdict(protocol) | {"precision": encoder.precision},
-        "backbone": state_hash(encoder.model.state_dict()) if folder else None,
-        "images": names_hash(source) if folder else None,
+        "backbone": state_hash(encoder.model.state_dict()),
+        "images": names_hash(source),
     }
-    with (
-        _kept(folder, heads, optimizer, describe, found) as (done, keep),
-        progress(images, f"{protocol.name} probe") as bar,
-    ):
-        bar.update(done * found.batch)
-        batches = _groups(encoder, source, protocol, found, done * found.groups, workers)
-        for update in range(done, found.updates):
-            first = update * found.groups
-            statistics = torch.zeros(found.groups, 2, encoder.dim, device=device)
-            slopes = [torch.zeros_like(value) for value in (heads.weight, heads.bias)]
-            for group in range(found.groups):
-                if (first + group) % world_size() != rank():
-                    continue
-                batch = next(batches)
-                features = _augmented(encoder, batch.images, batch_size, source)
-                statistics[group] = torch.stack([features.mean(0), features.var(0, correction=0)])
-                normed = heads.normalise(features, *statistics[group])
-                labels = batch.labels.to(device)
-                for total, slope in zip(slopes, heads.gradients(normed, labels, found.batch)):
-                    total += slope
-            for mean, var in all_reduce_sum(statistics):
-                heads.track(mean, var, found.group)
-            heads.weight.grad, heads.bias.grad = (all_reduce_sum(slope) for slope in slopes)
-            seen = update * found.batch
-            set_lr(optimizer, lr_at(seen, peak=peak, warmup=warmup, total=images))
-            optimizer.step()
-            bar.update(found.batch)
-            keep(update + 1)
-    record = {"learning_rate": peak, "batch": found.batch, "batchnorm_batch": found.group}
-    return heads.eval(), record | {"images_seen": images}
-
-
-@contextmanager
-def _kept(
-    folder: Path | None, heads: Heads, optimizer: Optimizer, describe: dict, found: Sizes
-) -> Iterator[tuple[int, Callable[[int], None]]]:
-    """The number of updates that are done, with their state in place, and what to call after each.
-
-    What is in the folder counts only when it was described in the same way.
-    """
-    if folder is None:
-        yield 0, lambda done: None
-        return
-    checkpoints = Checkpoints(folder, keep=1)
-    with locked(folder), StopRequest() as stop:
-        state, done = checkpoints.load_together(), 0
-        if state and state["describe"] == describe:
-            heads.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            done = state["images_seen"] // found.batch
-        saved_at = time.monotonic()
-
-        def keep(done: int) -> None:
-            nonlocal saved_at
-            late = is_main() and time.monotonic() - saved_at >= _SAVE_SECONDS
-            asked = torch.tensor([stop.received > 0, late], device=heads.weight.device).float()
-            stop_now, save_now = all_reduce_sum(asked).tolist()
-            at_end = done == found.updates
-            if not (stop_now or save_now or at_end):
-                return
-            if is_main():
-                state = {"images_seen": done * found.batch, "model": heads.state_dict()}
-                state |= {"optimizer": optimizer.state_dict(), "average": None}
-                checkpoints.save(state | {"describe": describe})
-            saved_at = time.monotonic()
-            if stop_now and not at_end:
-                raise Interrupted(
-                    stop.received or signal.SIGTERM,
-                    f"stopped after {done:,} of {found.updates:,} updates; they are saved, and the "
-                    "same command goes on from here",
-                )
-
-        yield done, keep
-
-
-def forget(folder: Path) -> None:
-    """What a training kept in ``folder``, once its result is written down."""
-    if is_main():
-        shutil.rmtree(Checkpoints(folder).folder, ignore_errors=True)
-
-
-def _groups(
-    encoder: Encoder,
-    source: Source,
-    protocol: OnlineProtocol,
-    found: Sizes,
-    first: int,
-    workers: int,
-) -> Iterator[Batch]:
-    """Batches of this rank's groups, one after the other, from group ``first`` on."""
     chans, side, _ = encoder.transform.input_size
     transform = CropTransform(
         side, chans, "random", protocol.flip, area=protocol.crop_area, clip=True
     )
-    # The loader deals the groups out in rounds of one to each rank.
-    start = first // world_size() * world_size()
-    batches = train_batches(
-        source,
-        transform,
-        seed=protocol.seed,
-        start=start * found.group,
-        stop=found.updates * found.batch,
-        batch_size=found.group * world_size(),
-        rank=rank(),
-        world_size=world_size(),
-        workers=workers,
-        pin_memory=encoder.device.type == "cuda",
-    )
-    if start + rank() < first:
-        next(batches)
-    return batches
 
-
-def _augmented(
-    encoder: Encoder, images: torch.Tensor, batch_size: int, source: Source
-) -> torch.Tensor:
-    """Features (B, D), on the device."""
-    features = torch.cat([encoder.on_device(part) for part in images.split(batch_size)])
-    if not features.isfinite().all():
-        raise InputError(
-            f"the features of an augmented image of {source.spec} in {encoder.precision} are not "
-            "finite"
+    def batches_from(start: int) -> Iterator[Batch]:
+        return train_batches(
+            source,
+            transform,
+            seed=protocol.seed,
+            start=start,
+            stop=plan.total,
+            batch_size=plan.batch_size,
+            micro_batches=plan.micro_batches,
+            rank=rank() % found.shares,
+            world_size=found.shares,
+            workers=workers,
+            pin_memory=device.type == "cuda",
         )
-    return features
+
+    with locked(folder):
+        checkpoints = Checkpoints(folder, keep=1)
+        if checkpoints.describe() not in (None, describe):
+            forget(folder)
+        barrier()  # no rank loads what another one removes
+        trained = Loop(
+            probe,
+            batches_from,
+            plan,
+            optim,
+            ExecutionSettings(log_every=max(1, _LOG_IMAGES // found.batch)),
+            device=device,
+            checkpoints=checkpoints,
+            open_metrics=lambda seen: Metrics(checkpoints.folder, seen),
+            describe=describe,
+            optimizer=lambda heads, _: optimizer_of(heads, protocol),
+        ).train()
+    heads = Heads(1, encoder.dim, classes, protocol).to(device)
+    heads.load_state_dict(trained.state_dict())
+    record = {"learning_rate": peak_lr(optim), "batch": found.batch, "batchnorm_batch": found.group}
+    return heads.eval(), record | {"images_seen": plan.total}
+
+
+def forget(folder: Path) -> None:
+    """Remove what a training kept in ``folder``, once the result is written."""
+    if is_main():
+        shutil.rmtree(Checkpoints(folder).folder, ignore_errors=True)
 
 
 def optimizer_of(heads: Heads, protocol: OnlineProtocol) -> torch.optim.Optimizer:
-    """The optimizer of the head; its rate is set before each step.
+    """Return the optimizer of the head; the loop sets the learning rate before each step.
 
-    timm's LARS is MAE's, with the rate outside of the momentum, when the trust ratio is asked for in
-    spite of a decay of 0, for the weight alone, and no epsilon is added to its denominator.
+    timm's LARS is MAE's, which multiplies by the learning rate after the momentum. For that, the
+    trust ratio is asked for in spite of a decay of 0, for the weight alone, and no epsilon is added
+    to its denominator.
     """
     decay = {"weight_decay": protocol.weight_decay}
     if protocol.optimizer == "lars":

@@ -3,12 +3,11 @@
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from tyro.conf import Fixed
 
-from ldae.errors import InputError
+from ldae.errors import InputError, unknown
 from ldae.tree import check
 
 (_FIXED,) = Fixed[int].__metadata__
@@ -84,10 +83,7 @@ class Grader:
         protocols = self.protocols
         name = next(iter(protocols)) if name is None else name
         if name not in protocols:
-            near = get_close_matches(str(name), protocols, n=1, cutoff=0)[0]
-            raise InputError(
-                f"there is no protocol {name!r} of {self.name}; the nearest is {near!r}"
-            )
+            raise unknown(f"{self.name} has no protocol", name, protocols)
         others = {flag for protocol in protocols.values() for flag in flags(protocol)}
         for flag in given:
             if flag in others.difference(flags(protocols[name])):

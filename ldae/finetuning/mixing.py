@@ -61,12 +61,12 @@ class Mixing:
     def __call__(self, batch: Batch) -> Batch:
         """float32 images on the device, and targets, of uint8 images and labels on the CPU."""
         images = self.transform.normalise(batch.images.to(self.device, non_blocking=True))
-        labels = batch.labels.to(self.device, non_blocking=True)
+        labels = batch.targets.to(self.device, non_blocking=True)
         groups = zip(*(part.split(self.augment.mix_images) for part in (images, labels)))
         starts = batch.positions[:: self.augment.mix_images].tolist()
         # In place where mixing is, so that only the targets are new.
         targets = [self._mix(start, *group) for start, group in zip(starts, groups, strict=True)]
-        return batch._replace(images=images, labels=torch.cat(targets))
+        return batch._replace(images=images, targets=torch.cat(targets))
 
     def _mix(self, start: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rng = np.random.default_rng([self.seed, start, _MIXING])

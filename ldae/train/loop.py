@@ -6,33 +6,36 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from ldae import distributed
+from ldae.console import print_main
 from ldae.data.loader import Batch, report_dead_worker
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.metrics import Metrics, progress_line
-from ldae.settings import OptimSettings, SystemSettings
+from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.train.interrupt import Interrupted, StopRequest
-from ldae.train.optim import lr_at, peak_lr, set_lr
+from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
 from ldae.train.saver import Saver
-from ldae.train.state import State
+from ldae.train.state import State, each_tensor
 from ldae.train.watchdog import Exploded, Report, Watchdog
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many images a run sees, and how a step's batch is divided."""
+    """The number of images that a run sees, and how the batch of a step is divided."""
 
     epoch: int
     """Images of one pass over the data."""
     total: int
     """Images of the whole run, a whole number of steps."""
     batch_size: int
+    """Images of one step, over all ranks."""
     micro_batches: int
     """Pieces of one rank's share of a step, whose gradients accumulate."""
 
@@ -41,139 +44,137 @@ class Plan:
         return self.total // self.batch_size
 
 
-def plan_run(images: int, optim: OptimSettings, system: SystemSettings) -> Plan:
-    """The plan of a run over a source of so many images, on this world size.
+def plan_run(images: int, optim: OptimSettings, system: ExecutionSettings) -> Plan:
+    """Return the plan of a run over a source of so many images, on this world size.
 
-    Raises: InputError when the batch can not be divided as the settings ask.
+    Raises: InputError when the batch cannot be divided as the settings ask.
     """
     world = distributed.world_size()
     if optim.batch_size < 1 or optim.batch_size % world:
-        raise InputError(f"optim.batch_size {optim.batch_size} can not be split over {world} ranks")
+        raise InputError(f"optim.batch_size {optim.batch_size} cannot be split over {world} ranks")
     share = optim.batch_size // world
     micro_batches = math.ceil(share / system.device_batch) if system.device_batch else 1
     if share % micro_batches:
         raise InputError(
-            f"a rank's share of optim.batch_size, {share}, can not be cut into {micro_batches} "
+            f"a rank's share of optim.batch_size, {share}, cannot be cut into {micro_batches} "
             f"equal parts of at most system.device_batch {system.device_batch}"
         )
     total = math.ceil(optim.epochs * images / optim.batch_size) * optim.batch_size
     return Plan(images, total, optim.batch_size, micro_batches)
 
 
+@dataclass(frozen=True)
 class Hook:
-    """Something to do every ``every`` images with the model, or with its moving average where there
-    is one; returns numbers for the metrics."""
+    """A function that is called every ``every`` images and returns numbers for the metrics.
 
-    def __init__(self, every: int, call: Callable[[nn.Module], dict[str, float]]) -> None:
-        self.every, self.call = every, call
+    Its argument is the model, or the moving average of the model where the recipe has one.
+    """
+
+    every: int
+    call: Callable[[nn.Module], dict[str, float]]
 
     def due(self, before: int, now: int) -> bool:
+        """Return whether a multiple of ``every`` was passed between two numbers of images."""
         return before // self.every != now // self.every
 
 
-def train(
-    model: nn.Module,
-    batches_from: Callable[[int], Generator[Batch]],
-    plan: Plan,
-    optim: OptimSettings,
-    system: SystemSettings,
-    *,
-    device: torch.device,
-    checkpoints: Checkpoints,
-    open_metrics: Callable[[int], Metrics],
-    describe: dict,
-    compiled: bool,
-    hooks: tuple[Hook, ...] = (),
-    seed: int = 0,
-) -> nn.Module:
-    """Train ``model``, whose forward(images, positions, labels) is the loss, to the plan's end.
+@dataclass(eq=False)
+class Loop:
+    """One training of a model, from the newest checkpoint, if there is one, to the end of the plan.
 
-    The forward may also return (loss, {name: part of it}), always of the same names; the parts go to
-    the metrics as the loss does, as means over the batch and over the steps between two records.
+    ``model(images, positions, targets)`` returns the loss, or a pair of the loss and its parts,
+    ``{name: part}``, always of the same names. The parts go to the metrics as the loss does: as
+    means over the batch and over the steps between two records.
 
-    It starts from the newest checkpoint if there is one. ``batches_from(n)`` yields this rank's
-    micro batches from image n on. ``describe`` is kept in every checkpoint. What the model draws from
-    torch's global generators, as dropout does, is a function of ``seed`` and of the first position of
-    the micro batch. A model may declare its parameter groups, see ``adamw``. Returns the model, or
-    the moving average of it where the recipe has one, whole on every rank.
+    A model may have a method ``parameter_groups(weight_decay)``, see ``adamw``, and a method
+    ``after_step()``. The latter is called on all ranks after each update of the weights. It changes
+    buffers by what the forward passes of the step left in the model, as the running statistics of a
+    BatchNorm follow the micro batches of all ranks in their order. The moving average follows both.
 
-    Raises: InputError on a loss that is not finite, and whatever the data raises, with all progress
-        before it saved; Interrupted when Ctrl-C or SIGTERM asked to stop.
+    What the model draws from torch's global generators, as dropout does, is a function of ``seed``
+    and of the first position of the micro batch.
     """
-    state = State(model, optim, system, device, compiled)
-    watchdog = Watchdog(system.explosion)
-    with StopRequest() as stop, report_dead_worker(), Saver(checkpoints) as saver:
-        loop = _Loop(state, plan, optim, system, watchdog, saver, stop, describe, hooks, seed)
-        while True:
-            try:
-                loop.restore()
-                loop.run(batches_from, open_metrics)
-                return state.shown()
-            except Exploded as exploded:
-                if distributed.is_main():
-                    print(
-                        f"{exploded}; back to the last checkpoint, and past this batch", flush=True
-                    )
-                watchdog.leave_out(exploded.first)
-                saver.wait()
-                distributed.barrier()  # what is on the disk now, all ranks see
 
+    model: nn.Module
+    batches_from: Callable[[int], Generator[Batch]]
+    """Returns this rank's micro batches from the given image on."""
+    plan: Plan
+    optim: OptimSettings
+    system: ExecutionSettings
+    device: torch.device
+    checkpoints: Checkpoints
+    open_metrics: Callable[[int], Metrics]
+    """Returns the metrics of a run that stands at the given image."""
+    describe: dict[str, Any]
+    """What every checkpoint says about the run; a run is resumed only where it is the same."""
+    compiled: bool = False
+    hooks: tuple[Hook, ...] = ()
+    seed: int = 0
+    optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer] = adamw
+    """Makes the optimizer of the model; the loop sets the learning rate before each step."""
 
-class _Loop:
-    """From the newest checkpoint to the end of the plan."""
+    def train(self) -> nn.Module:
+        """Train to the end of the plan.
 
-    def __init__(
-        self,
-        state: State,
-        plan: Plan,
-        optim: OptimSettings,
-        system: SystemSettings,
-        watchdog: Watchdog,
-        saver: Saver,
-        stop: StopRequest,
-        describe: dict,
-        hooks: tuple[Hook, ...],
-        seed: int,
-    ) -> None:
-        self.state, self.plan, self.optim, self.system = state, plan, optim, system
-        self.watchdog, self.saver, self.stop = watchdog, saver, stop
-        self.describe, self.hooks, self.seed = describe, hooks, seed
-        self.seen, self.lr, self.report = 0, 0.0, None
+        Returns: the model, or its moving average where the recipe has one, whole on every rank.
 
-    def restore(self) -> None:
-        """Put the newest checkpoint's state in place, if there is one.
+        Raises: InputError when the loss is not finite, and what the data raises, with all progress
+            before it saved; Interrupted when Ctrl-C or SIGTERM asked to stop.
+        """
+        self.state = State(
+            self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
+        )
+        self.watchdog = Watchdog(self.system.explosion)
+        with (
+            StopRequest() as self.stop,
+            report_dead_worker(),
+            Saver(self.checkpoints) as self.saver,
+        ):
+            while True:
+                try:
+                    self._restore()
+                    self._run()
+                    return self.state.shown()
+                except Exploded as exploded:
+                    print_main(f"{exploded}; back to the last checkpoint, and past this batch")
+                    self.watchdog.leave_out(exploded.first)
+                    self.saver.wait()
+                    distributed.barrier()  # all ranks now see the same checkpoints
 
-        Raises: InputError when the run was begun on something else, such as other images, and when
+    def _restore(self) -> None:
+        """Load the newest checkpoint, if there is one.
+
+        Raises: InputError when the checkpoint is of another run, such as of other images, and when
             the ranks do not see the same folder.
         """
-        found = self.saver.checkpoints.load_together()
-        self.state.forget()
+        found = self.checkpoints.load_together()
+        self.state.reset_counts()
         if found:
-            check_same(found["describe"], self.describe)
+            _check_same(found["describe"], self.describe)
             self.state.restore(found)
-        self.seen, self.report = found["images_seen"] if found else 0, None
+        self.seen = found["images_seen"] if found else 0
+        self.report: Report | None = None  # of the last step, if it is not saved yet
         self.watchdog.restore(found and found["watchdog"])
         if self.system.explosion and not found:
-            self.save()  # to have something to go back to
+            self._save()  # to have something to go back to
 
-    def run(
-        self,
-        batches_from: Callable[[int], Generator[Batch]],
-        open_metrics: Callable[[int], Metrics],
-    ) -> None:
-        """Raises: as ``train``, and Exploded."""
+    def _run(self) -> None:
+        """Train from image ``seen`` to the end of the plan, with progress, metrics and checkpoints.
+
+        Raises: as ``train``, and Exploded.
+        """
         self.state.model.train()
-        self.metrics, self.meter = open_metrics(self.seen), Meter(self.seen)
-        self.batches, saved_at = batches_from(self.seen), time.monotonic()
+        self.metrics, self.meter = self.open_metrics(self.seen), Meter(self.seen)
+        self.batches, saved_at = self.batches_from(self.seen), time.monotonic()
         try:
             while self.seen < self.plan.total:
                 late = time.monotonic() - saved_at >= 60 * self.system.save_minutes
-                stop_now, save_now = self.step(late and distributed.is_main())
+                stop_now, save_now = self._step(late and distributed.is_main())
                 at_end = self.seen >= self.plan.total
                 if self.seen // self.plan.batch_size % self.system.log_every == 0 or at_end:
-                    self.tell()
+                    self._log()
                 if save_now or stop_now or at_end:
-                    self.save()
+                    self._save()
                     saved_at = time.monotonic()
                 if stop_now and not at_end:
                     self.saver.wait()
@@ -185,10 +186,13 @@ class _Loop:
             self.saver.wait()
         finally:
             self.metrics.close()
-            self.batches.close()  # its workers end now, and not with the process
+            self.batches.close()  # ends the data workers now, and not with the process
 
-    def step(self, late: bool) -> tuple[bool, bool]:
-        """Train on the next batch; whether all ranks stop, and whether they save."""
+    def _step(self, late: bool) -> tuple[bool, bool]:
+        """Train on the next batch, and return whether all ranks stop and whether they save.
+
+        ``late``: ask for a checkpoint.
+        """
         self.saver.check()
         size, plan = self.plan.batch_size, self.plan
         self.lr = lr_at(
@@ -200,9 +204,9 @@ class _Loop:
         )
         set_lr(self.state.optimizer, self.lr)
         first, left_out = self.seen, self.seen in self.watchdog.left_out
-        losses = self._pass_over() if left_out else self._learn()
+        losses = self._leave_out() if left_out else self._learn()
         self.seen += size
-        # What every rank must agree on travels in one small sum. On a GPU it is read a step
+        # All that the ranks must agree on travels in one small sum. On a GPU the sum is read a step
         # late, so that the device never waits for the host; nothing is saved in between.
         where = (
             f"step {self.seen // size:,} (images {first:,} to {self.seen - 1:,}, lr {self.lr:.3g})"
@@ -211,53 +215,51 @@ class _Loop:
         self.report = Report.of(losses, self.stop.received > 0, late, first, where)
         if not left_out:
             self.meter.reports.append(self.report)
-        agreed = self.report if self.state.device.type == "cpu" else previous
-        self.watchdog.look(agreed)
+        agreed = self.report if self.device.type == "cpu" else previous
+        self.watchdog.check(agreed)
         return agreed.read()[1:] if agreed else (False, False)
 
     def _learn(self) -> dict[str, torch.Tensor]:
-        """Update the weights once; the loss of this rank's share of the batch, and its parts."""
+        """Update the weights once, and return the loss of this rank's share and its parts."""
         state, pieces = self.state, self.plan.micro_batches
-        total = {"loss": torch.zeros((), device=state.device)}
+        means = {"loss": torch.zeros((), device=self.device)}
         for micro in range(pieces):
             batch = self._next()
             self.meter.skipped += len(batch.bad)
             torch.manual_seed(_seed_of(self.seed, batch))
-            images, positions, labels = (
-                part.to(state.device, non_blocking=True)
-                for part in (batch.images, batch.positions, batch.labels)
-            )
             with state.spread.averaging(micro == pieces - 1):
-                told = state.spread.network(images, positions, labels)
-                loss, parts = told if isinstance(told, tuple) else (told, {})
+                output = state.spread.network(*on_device(batch, self.device))
+                loss, parts = output if isinstance(output, tuple) else (output, {})
                 (loss / pieces).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
-                total[name] = total.get(name, 0) + value / pieces
+                means[name] = means.get(name, 0) + value / pieces
         if self.optim.clip_grad:
             nn.utils.clip_grad_norm_(state.model.parameters(), self.optim.clip_grad)
         state.update()
-        return total
+        return means
 
-    def _pass_over(self) -> dict[str, torch.Tensor]:
-        """Let a batch go by."""
+    def _leave_out(self) -> dict[str, torch.Tensor]:
+        """Leave out the next batch, and return a loss of zero."""
         for _ in range(self.plan.micro_batches):
             self._next()
-        self.state.forget()
-        return {"loss": torch.zeros((), device=self.state.device)}
+        self.state.reset_counts()
+        return {"loss": torch.zeros((), device=self.device)}
 
     def _next(self) -> Batch:
+        """Return the next micro batch. When the data are bad, save what was learnt before."""
         try:
             with self.meter.waiting():
                 return next(self.batches)
-        except InputError:  # wrong data, not a wrong state: what was learnt so far is kept
-            if not self.state.spread.in_shares:  # which the other ranks do not gather now
-                self.save()
+        except InputError:
+            # Saving shares takes all ranks, and the others are not here.
+            if not self.state.spread.in_shares:
+                self._save()
                 self.saver.wait()
             raise
 
-    def tell(self) -> None:
-        """Write a line of metrics and of progress, with what the hooks that are due have found."""
-        self.watchdog.look(self.report)
+    def _log(self) -> None:
+        """Call the hooks that are due, and write a record of metrics and a line of progress."""
+        self.watchdog.check(self.report)
         if not self.meter.reports:
             return
         plan = self.plan
@@ -271,14 +273,13 @@ class _Loop:
                 record |= hook.call(shown)
             self.state.model.train()
         self.metrics.write(record)
-        if distributed.is_main():
-            print(progress_line(record, plan.total), flush=True)
+        print_main(progress_line(record, plan.total))
         self.meter = Meter(self.seen)
 
-    def save(self) -> None:
-        """Begin to save what the run is now, once that is known to be good."""
-        self.watchdog.look(self.report)
-        self.report = None  # what it asked for is done
+    def _save(self) -> None:
+        """Begin to write a checkpoint, once the loss of the last step is known to be good."""
+        self.watchdog.check(self.report)
+        self.report = None  # a stop or a save that it asks for is done
         self.saver.wait()
         state, copied = self.state.capture()
         watchdog = self.watchdog.capture()
@@ -287,10 +288,18 @@ class _Loop:
             self.saver.save(state, copied)
 
 
-def check_same(before: dict, now: dict) -> None:
-    """Raises: InputError when the run was begun on something else, such as other images.
+def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Return the images, the positions and the tree of targets of a batch on the device."""
+    parts = (batch.images, batch.positions, batch.targets)
+    return each_tensor(parts, lambda _, part: part.to(device, non_blocking=True))
 
-    The row can be the name of a file, which may lie elsewhere; the settings tell what it is.
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that a run is resumed on what it began with, such as the same images.
+
+    The row is not compared: it can be the name of a file, which may lie elsewhere now.
+
+    Raises: InputError naming the difference.
     """
     for what, value in before.items():
         if what != "row" and value != now[what]:
@@ -305,7 +314,7 @@ def _seed_of(seed: int, batch: Batch) -> int:
 
 
 class Meter:
-    """Losses, speed and waiting between two lines of progress."""
+    """Losses, speed and waiting times between two lines of progress."""
 
     def __init__(self, since: int) -> None:
         self.since, self.start = since, time.perf_counter()
@@ -313,12 +322,13 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """Count the time within as waiting for data."""
         asked = time.perf_counter()
         yield
         self.wait += time.perf_counter() - asked
 
-    def record(self, seen: int, epoch: int, lr: float) -> dict:
-        """Means over the images since the last record."""
+    def record(self, seen: int, epoch: int, lr: float) -> dict[str, float]:
+        """Return one record of metrics, with means over the images since the last record."""
         means = torch.stack([report.losses for report in self.reports]).mean(0).tolist()
         elapsed = time.perf_counter() - self.start
         return {

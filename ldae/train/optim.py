@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a function of images seen."""
+"""The optimizer, and the learning rate as a function of the images seen."""
 
 import math
 
@@ -9,10 +9,10 @@ from ldae.settings import OptimSettings
 
 
 def adamw(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; vectors and scalars are never decayed.
+    """Return a fused AdamW over the trainable parameters; vectors and scalars are never decayed.
 
-    A model with a method ``parameter_groups(weight_decay)`` declares its own groups; the ``lr_scale``
-    of one multiplies its learning rate, see :func:`set_lr`.
+    A model with a method ``parameter_groups(weight_decay)`` declares its own groups. The
+    ``lr_scale`` of a group multiplies its learning rate, see :func:`set_lr`.
     """
     if hasattr(model, "parameter_groups"):
         groups = model.parameter_groups(optim.weight_decay)
@@ -26,19 +26,25 @@ def adamw(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the rate ``lr``, times its ``lr_scale`` if it has one."""
+    """Set the learning rate of every group to ``lr``, times its ``lr_scale`` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def peak_lr(optim: OptimSettings) -> float:
-    """lr = blr * batch_size / 256 (Goyal et al. 2017)."""
+    """Return lr = blr * batch_size / 256.
+
+    Source: Goyal et al. 2017, the linear scaling rule.
+    """
     return optim.blr * optim.batch_size / 256
 
 
 def lr_at(seen: int, *, peak: float, warmup: int, total: int, least: float = 0.0) -> float:
-    """The rate after ``seen`` of ``total`` images: linear from 0 to ``peak`` in ``warmup``, half-cosine
-    to ``least``."""
+    """Return the learning rate after ``seen`` of ``total`` images.
+
+    It rises linearly from 0 to ``peak`` in ``warmup`` images, then falls as a half-cosine to
+    ``least``.
+    """
     if seen < warmup:
         return peak * seen / warmup
     left = 0.5 * (1 + math.cos(math.pi * (seen - warmup) / max(1, total - warmup)))

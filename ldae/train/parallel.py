@@ -1,4 +1,4 @@
-"""How a model is spread over the ranks: a copy on each (DDP), or a share of it on each (FSDP2)."""
+"""Spread a model over the ranks: a copy on each (DDP), or a share of it on each (FSDP2)."""
 
 import copy
 import warnings
@@ -14,9 +14,9 @@ from ldae.errors import InputError
 
 
 class Copies:
-    """The whole model on every rank; each backward pass averages the gradients.
+    """The whole model on every rank, with gradients that are averaged over the ranks.
 
-    ``network`` is what to call. Of one rank it is the model.
+    ``network`` is the module to call.
     """
 
     in_shares = False
@@ -32,31 +32,35 @@ class Copies:
                 )
 
     def averaging(self, now: bool) -> AbstractContextManager:
-        """Around a forward and a backward pass: whether its gradients are averaged, with those that
-        were accumulated before, or stay on their rank."""
+        """Return the context of one forward and backward pass.
+
+        ``now``: average all gradients that were accumulated over the ranks; otherwise they stay on
+        their rank.
+        """
         return nullcontext() if now or distributed.world_size() == 1 else self.network.no_sync()
 
     def whole(self, value: torch.Tensor) -> torch.Tensor:
-        """All of a parameter, or of what belongs to one. A collective where there are shares."""
+        """Return the whole tensor of which a rank may hold a share. All ranks must call this."""
         return value
 
     def own(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``whole``, where ``like`` is spread."""
+        """Return this rank's part of a whole tensor that is spread as ``like`` is."""
         return value
 
     def alone(self, module: nn.Module) -> nn.Module:
-        """``module`` for a use outside of the training: whole on every rank, without hooks."""
+        """Return ``module`` for use outside of the training: whole on every rank, without hooks."""
         return module
 
 
 class Shares:
     """A share of each parameter on every rank, gathered block by block while it is used.
 
-    The optimizer's moments and the gradients are in shares too: of a model that is trained in
-    float32, 16 bytes a parameter become 16 / ranks, and those of one block.
+    The gradients and the optimizer's moments are in shares too. A model that is trained in float32
+    takes 16 / ranks bytes a parameter instead of 16, and the memory of one whole block.
 
     Args:
-        modules: the model, which is called, and others like it that are only kept.
+        model: the model, which is trained.
+        others: modules of the same architecture that are spread in the same way, but never called.
 
     Raises: InputError where torch is too old.
     """
@@ -72,7 +76,7 @@ class Shares:
         except ImportError:
             raise InputError(f"system.fsdp needs torch 2.6, this is {torch.__version__}") from None
         self._kind, self._distribute = DTensor, distribute_tensor
-        self._plain = copy.deepcopy(model).cpu()  # what is sharded can not be copied
+        self._plain = copy.deepcopy(model).cpu()  # a sharded module cannot be copied
         mesh = torch.distributed.init_device_mesh(device.type, (distributed.world_size(),))
         for module in (model, *others):
             for part in (*_blocks(module), module):
@@ -107,9 +111,9 @@ def spread(
     device: torch.device,
     compiled: bool,
 ) -> Copies | Shares:
-    """Spread ``model``, and its moving average where there is one, over the ranks that there are.
+    """Spread ``model``, and its moving average where there is one, over all ranks.
 
-    Raises: InputError when shares are asked for and torch has none.
+    Raises: InputError when shares are asked for and torch is too old for them.
     """
     if not fsdp or distributed.world_size() == 1:
         return Copies(model, device, compiled)
@@ -118,7 +122,7 @@ def spread(
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of its stacks of layers of one kind, the innermost first."""
+    """Yield the layers of every stack of layers of one type, the innermost stacks first."""
     for stack in reversed(list(model.modules())):
         if isinstance(stack, nn.ModuleList | nn.Sequential) and len(stack) > 1:
             first, *others = stack

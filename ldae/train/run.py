@@ -16,7 +16,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import NAMES_HASH, Settings, names_hash
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config, OptimSettings
-from ldae.train.loop import Hook, Plan, train
+from ldae.train.loop import Hook, Loop, Plan
 
 
 def train_in(
@@ -34,10 +34,10 @@ def train_in(
     compiled: bool = False,
     hooks: tuple[Hook, ...] = (),
 ) -> nn.Module:
-    """Train ``model`` in the run folder on the images of ``source``, see ``train``.
+    """Train ``model`` in the run folder on the images of ``source``, see ``Loop``.
 
-    ``transform`` makes an image what the loader yields, and ``mixing`` a batch of that what the model
-    sees. ``row`` says in the records what is trained.
+    ``transform`` is applied to each image in the loader, and ``mixing`` to each batch before the
+    model sees it. ``row`` names what is trained in the records.
     """
 
     def batches_from(start: int) -> Iterator[Batch]:
@@ -61,7 +61,7 @@ def train_in(
         print_main(f"{run}: {row}, {plan.total:,} images in {plan.steps:,} steps, from {seen:,}")
         return Metrics(run, seen, config.system.tensorboard, config.system.wandb)
 
-    return train(
+    return Loop(
         model,
         batches_from,
         plan,
@@ -79,7 +79,7 @@ def train_in(
         compiled=compiled,
         hooks=hooks,
         seed=config.seed,
-    )
+    ).train()
 
 
 def _mixed(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterator[Batch]:
@@ -89,12 +89,13 @@ def _mixed(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterat
 
 
 def transform_of(config: Config) -> CropTransform:
+    """Return the crop of the training images."""
     data = config.data
     return CropTransform(data.img_size, data.in_chans, data.crop, data.flip)
 
 
 def runs_in_bf16(precision: str, device: torch.device) -> bool:
-    """Whether the network runs in bfloat16; ``auto`` asks whether the device has it natively."""
+    """Return whether the network runs in bfloat16; ``auto``: where the device has it natively."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -104,4 +105,5 @@ def runs_in_bf16(precision: str, device: torch.device) -> bool:
 
 
 def compiles(mode: str, device: torch.device) -> bool:
+    """Return whether the network is compiled; ``auto``: on GPUs."""
     return device.type == "cuda" if mode == "auto" else mode == "on"

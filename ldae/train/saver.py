@@ -1,7 +1,6 @@
-"""Checkpoints are written beside the training, one at a time."""
+"""Write checkpoints while the training goes on, one at a time."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 import torch
 
@@ -10,7 +9,7 @@ from ldae.runs.checkpoints import Checkpoints
 
 
 class Saver:
-    """Saves in a thread; within it, and when it ends, no write is left behind.
+    """A context in which a thread writes checkpoints. When it ends, the last one is written.
 
     What a write raises is raised by the next ``check``, ``save`` or ``wait``, or at the end.
     """
@@ -23,18 +22,16 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._thread.shutdown()
         if kind is None:
             self.wait()
 
     def save(self, state: dict, copied: torch.cuda.Event | None = None) -> None:
-        """Begin to write ``state``, which nobody changes meanwhile, once ``copied`` has happened."""
+        """Begin to write ``state`` once ``copied`` has happened. Nobody may change it meanwhile.
+
+        Raises: as ``wait``.
+        """
         self.wait()
         self._writing = self._thread.submit(self._write, state, copied)
 
@@ -50,14 +47,17 @@ class Saver:
         self.checkpoints.save(state)
 
     def check(self) -> None:
-        """Raises: InputError when the last state could not be written, if that is known by now."""
+        """Raise what the last write raised, if it has ended.
+
+        Raises: InputError when the last state could not be written.
+        """
         if self._writing and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is written.
+        """Wait until the last write has ended.
 
-        Raises: InputError when the last state could not be.
+        Raises: InputError when the last state could not be written.
         """
         writing, self._writing = self._writing, None
         if writing:

@@ -8,57 +8,61 @@ import torch
 from torch import nn
 
 from ldae import distributed
-from ldae.settings import OptimSettings, SystemSettings
-from ldae.train.optim import adamw
+from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.train.parallel import spread
 
 
 class State:
-    """A model on its device, spread over the ranks, and what its training needs beside it."""
+    """A model on its device, spread over the ranks, its moving average and its optimizer."""
 
     def __init__(
         self,
         model: nn.Module,
         optim: OptimSettings,
-        system: SystemSettings,
+        system: ExecutionSettings,
         device: torch.device,
         compiled: bool,
+        optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer],
     ) -> None:
         self.model, self.decay, self.device = model, optim.ema, device
         self.average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
         self.spread = spread(
             model, self.average, fsdp=system.fsdp, device=device, compiled=compiled
         )
-        self.optimizer = adamw(model, optim)
+        self.optimizer = optimizer(model, optim)
         self._first = {module: _numbers(module) for module in model.modules()}
         self._host = HostCopy(device)
 
     def update(self) -> None:
-        """One step of the optimizer, and of the average behind it."""
+        """Step the optimizer, then the model's own buffers, then the moving average of both."""
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if hasattr(self.model, "after_step"):
+            self.model.after_step()
         if self.average:
             _move_average(self.average, self.model, self.decay)
 
     def shown(self) -> nn.Module:
-        """The model as a run shows it: the moving average where there is one."""
+        """Return the model that a run shows: the moving average where there is one."""
         return self.spread.alone(self.average or self.model)
 
     def capture(self) -> tuple[dict[str, Any] | None, torch.cuda.Event | None]:
-        """A copy on the host, of rank 0 only, and on a GPU what to wait for before it is read.
+        """Return a copy of the state on the host, and on a GPU an event that says it is complete.
 
-        The former copy is overwritten. A collective where the model is in shares.
+        Only rank 0 gets them, the others None. The copy overwrites the former one. All ranks must
+        call this where the model is in shares.
         """
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["average"] = self.average.state_dict() if self.average else None
-        if self.spread.in_shares:
-            state = each_tensor(state, lambda _, part: self._host.keep(_, self.spread.whole(part)))
-        elif distributed.is_main():
-            state = each_tensor(state, self._host.keep)
+        if self.spread.in_shares or distributed.is_main():
+            state = each_tensor(state, self._keep)
         return (state, self._host.event()) if distributed.is_main() else (None, None)
 
+    def _keep(self, name: tuple, part: torch.Tensor) -> torch.Tensor:
+        return self._host.keep(name, self.spread.whole(part))
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Put what was captured, on any number of ranks, in place."""
+        """Load a captured state, whatever the number of ranks that captured it."""
         for module, kept in ((self.model, "model"), (self.average, "average")):
             if module:
                 own = module.state_dict()
@@ -66,36 +70,33 @@ class State:
                 module.load_state_dict(mine)
         groups = self.optimizer.param_groups
         parameters = [parameter for group in groups for parameter in group["params"]]
-        moments = {
-            number: {
-                name: self._own(part, parameters[number]) if part.ndim else part
-                for name, part in moments.items()
-            }
-            for number, moments in state["optimizer"]["state"].items()
-        }
+
+        def moment(name: tuple, part: torch.Tensor) -> torch.Tensor:
+            return self._own(part, parameters[name[0]]) if part.ndim else part
+
+        moments = each_tensor(state["optimizer"]["state"], moment)
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
 
     def _own(self, part: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
         return part if like is None else self.spread.own(part, like)
 
-    def forget(self) -> None:
-        """Let modules count anew.
+    def reset_counts(self) -> None:
+        """Set what modules count in plain numbers, as TokenizerLoss its calls, back to the start.
 
-        What one counts in plain numbers, as TokenizerLoss does its calls, holds only while training
-        goes forwards by one batch after the other.
+        No checkpoint holds these counts, and they are right only while batch follows batch.
         """
         for module, numbers in self._first.items():
             vars(module).update(numbers)
 
 
 class HostCopy:
-    """Tensors on the host, in memory that is used again: pinned where they come from a GPU."""
+    """Copies of tensors on the host, in memory that is used again: pinned for those of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.kept = device, {}
 
     def keep(self, name: tuple, value: torch.Tensor) -> torch.Tensor:
-        """A copy of ``value``, which on a GPU is only begun."""
+        """Return a copy of ``value``, on rank 0. On a GPU the copy may not be complete yet."""
         if not distributed.is_main():
             return value
         known = self.kept.get(name)
@@ -106,7 +107,7 @@ class HostCopy:
         return known.copy_(value.detach(), non_blocking=True)
 
     def event(self) -> torch.cuda.Event | None:
-        """What happens when the copies that were begun are complete."""
+        """Return an event that happens when all copies so far are complete; None on a CPU."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -114,27 +115,29 @@ class HostCopy:
         return event
 
 
-def each_tensor(value: Any, change: Callable, name: tuple = ()) -> Any:
-    """A nested state with ``change(name, tensor)`` in the place of each tensor."""
-    if isinstance(value, torch.Tensor):
-        return change(name, value)
-    if isinstance(value, dict):
-        return {key: each_tensor(part, change, (*name, key)) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        parts = enumerate(value)
-        return type(value)(each_tensor(part, change, (*name, n)) for n, part in parts)
-    return value
+def each_tensor(tree: Any, change: Callable, name: tuple = ()) -> Any:
+    """Return the tree of dicts, lists and tuples with ``change(name, tensor)`` for each tensor.
+
+    The name of a tensor is the tuple of the keys and numbers that lead to it.
+    """
+    if isinstance(tree, torch.Tensor):
+        return change(name, tree)
+    if isinstance(tree, dict):
+        return {key: each_tensor(part, change, (*name, key)) for key, part in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(each_tensor(part, change, (*name, n)) for n, part in enumerate(tree))
+    return tree
 
 
 def _numbers(module: nn.Module) -> dict[str, bool | int | float]:
     kept = {n: part for n, part in vars(module).items() if isinstance(part, bool | int | float)}
-    kept.pop("training")  # which is the loop's, and no count
+    kept.pop("training")  # the mode of the module, and no count
     return kept
 
 
 @torch.no_grad()
 def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model; the statistics of a BatchNorm, too."""
+    """Set average to decay * average + (1 - decay) * model, the statistics of a BatchNorm too."""
     for kind in (nn.Module.parameters, nn.Module.buffers):
         pairs = [pair for pair in zip(kind(average), kind(model)) if pair[0].is_floating_point()]
         if pairs:

@@ -326,7 +326,7 @@ def test_given_pixel_statistics_are_kept(tiny, tmp_path):
         ("dit", {"adversarial_start": 8}, "adversarial_start 8 is never reached in the 8 steps"),
         ("dit", {"dim": 6}, "tokenizer.dim 6 is no multiple of 4"),
         ("dit", {"path": "x.safetensors"}, "tokenizer.path names a fitted tokenizer"),
-        ("dit", {"optim__batch_size": 9}, "9, can not be cut into 2 equal parts"),
+        ("dit", {"optim__batch_size": 9}, "9, cannot be cut into 2 equal parts"),
     ],
 )
 def test_settings_that_do_not_fit_are_told(row, changes, sentence, tiny, tmp_path):

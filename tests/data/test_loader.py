@@ -28,8 +28,8 @@ def stream(source, **settings) -> list[Batch]:
 
 
 def join(batches) -> Batch:
-    images, labels, positions, bad = zip(*batches)
-    return Batch(torch.cat(images), torch.cat(labels), torch.cat(positions), sum(bad, []))
+    images, targets, positions, bad = zip(*batches)
+    return Batch(torch.cat(images), torch.cat(targets), torch.cat(positions), sum(bad, []))
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
@@ -39,7 +39,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
 def test_a_batch_has_the_documented_types(digits):
     first = stream(digits)[0]
     assert first.images.shape == (12, 3, 8, 8) and first.images.dtype == torch.uint8
-    assert first.labels.dtype == first.positions.dtype == torch.int64
+    assert first.targets.dtype == first.positions.dtype == torch.int64
     assert first.positions.tolist() == list(range(12)) and first.bad == []
 
 
@@ -55,7 +55,7 @@ def test_every_division_of_the_global_batch_has_the_same_images(digits, world_si
             for micro in range(micro_batches)
             for rank in range(world_size)
         ]
-        assert {len(part.labels) for part in parts} == {12 // world_size // micro_batches}
+        assert {len(part.targets) for part in parts} == {12 // world_size // micro_batches}
         assert_equal(join(parts), global_batch)
 
 
@@ -116,7 +116,33 @@ def test_an_image_is_augmented_differently_in_each_epoch_and_seed(digits):
 
 
 def test_unlabelled_images_have_label_minus_one():
-    assert set(joined_stream(Numbered(10)).labels.tolist()) == {-1}
+    assert set(joined_stream(Numbered(10)).targets.tolist()) == {-1}
+
+
+class Boxed(Numbered):
+    """Images with as many boxes as their index says."""
+
+    def target(self, i: int) -> dict:
+        return {"boxes": torch.full((i, 4), i), "area": (torch.tensor(16 * i),)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_trees_of_targets_stay_with_their_images(workers):
+    how = {"seed": 0, "start": 0, "stop": 20, "batch_size": 5, "workers": workers}
+    batches = list(train_batches(Boxed(10), CropTransform(1, in_chans=2), **how))
+    assert sorted(n for batch in batches for n in indices(batch)) == sorted([*range(10)] * 2)
+    for batch in batches:
+        assert isinstance(batch.targets, list) and len(batch.targets) == 5
+        for n, target in zip(indices(batch), batch.targets, strict=True):
+            assert torch.equal(target["boxes"], torch.full((n, 4), n))
+            assert target["area"] == (torch.tensor(16 * n),)
+
+
+def test_tensors_as_targets_are_stacked():
+    source = Boxed(10)
+    source.target = lambda i: torch.tensor([i, -i])
+    batch = joined_stream(source, stop=5)
+    assert batch.targets.tolist() == [[n, -n] for n in indices(batch)]
 
 
 def test_workers_change_nothing_and_leave_the_global_rng_alone(digits):

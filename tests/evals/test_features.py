@@ -139,18 +139,19 @@ def test_map_is_refused(pictures):
 
 SCRIPT = """
 import sys, torch
+from pathlib import Path
 sys.path.append(sys.argv[3])
 from test_features import grades
 from ldae.data.open import open_source
 from ldae.distributed import process_group
 with process_group(torch.device("cpu")):
-    found = grades(open_source(sys.argv[1], "train"))
+    found = grades(open_source(sys.argv[1], "train"), Path(sys.argv[2]).with_name("probe"))
 torch.save(found, sys.argv[2])
 """
 
 
-def grades(source: Source) -> dict:
-    """What the ranks find together."""
+def grades(source: Source, folder: Path) -> dict:
+    """What the ranks find together; the online probe's checkpoints are in ``folder``."""
     model = load_backbone("test_vit", random_init=True, img_size=16)
     encoder = Encoder(model, CPU, reader=TapReader(model, TAPS))
     own = own_rows(encoder, source, batch_size=3)
@@ -160,7 +161,7 @@ def grades(source: Source) -> dict:
     wanted = sweep.heads_of(TAPS[:2])
     heads = train_heads(own, wanted, 3, sweep, CPU, ~held)
     online = MAEProtocol(blr=50.0, epochs=3, warmup_epochs=1, total_batch=12, batchnorm_batch=4)
-    head, _ = train_online(Encoder(model, CPU), source, online, batch_size=3, workers=0)
+    head, _ = train_online(Encoder(model, CPU), source, online, 3, 0, folder)
     chosen = torch.arange(len(source)) % 4 == 0  # of one rank alone
     some = own._replace(features=own.features[:, :64])
     nearest = KNNProtocol(k=(1, 3), leave_one_out=True)
@@ -219,7 +220,7 @@ def test_two_ranks_find_what_one_finds(pictures, tmp_path):
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    alone = grades(open_source(str(tmp_path / "images"), "train"))
+    alone = grades(open_source(str(tmp_path / "images"), "train"), tmp_path / "alone")
     found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     assert [one.pop("share") for one in found] == [7, 6] and alone.pop("share") == 13
     names = alone.pop("names")

@@ -1,6 +1,7 @@
 """The online probes are MAE's recipe, whatever device and batch compute them."""
 
 import math
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.heads import Heads
 from ldae.evals.online import forget, optimizer_of, sizes, train_online
+from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
 CPU = torch.device("cpu")
@@ -105,16 +107,19 @@ def vit():
     return load_backbone("test_vit", random_init=True, img_size=16)
 
 
-def test_probe_is_maes_recipe_at_any_batch_of_the_device(vit, pictures):
+def test_probe_is_maes_recipe_at_any_batch_of_the_device(vit, pictures, tmp_path):
     source = pictures(61)
     norm, linear = slow_probe(vit, source, SHORT)
     for batch_size in (3, 64):
-        heads, record = train_online(Encoder(vit, CPU), source, SHORT, batch_size, workers=0)
-        torch.testing.assert_close(heads.weight[0].double(), linear.weight, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(heads.bias[0].double(), linear.bias, rtol=1e-3, atol=1e-6)
-        for name in ("running_mean", "running_var"):
-            found, wanted = getattr(heads.norm, name).double(), getattr(norm, name)
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        folder = tmp_path / str(batch_size)
+        heads, record = train_online(Encoder(vit, CPU), source, SHORT, batch_size, 0, folder)
+        for found, wanted in (
+            (heads.weight[0], linear.weight),
+            (heads.bias[0], linear.bias),
+            (heads.norm.running_mean, norm.running_mean),
+            (heads.norm.running_var, norm.running_var),
+        ):
+            assert (found.double() - wanted).norm() < 1e-6 * wanted.norm()
     assert record == {
         "learning_rate": pytest.approx(200 * 24 / 256),
         "batch": 24,
@@ -137,33 +142,33 @@ def test_batches_of_the_protocol_and_of_small_sets():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_other_optimizers_learn_too(vit, pictures, optimizer):
+def test_other_optimizers_learn_too(vit, pictures, optimizer, tmp_path):
     protocol = LDAEProtocol(
         blr=0.01, epochs=2, warmup_epochs=0, total_batch=8, batchnorm_batch=8, optimizer=optimizer
     )
-    heads, _ = train_online(Encoder(vit, CPU), pictures(16), protocol, 64, workers=0)
+    heads, _ = train_online(Encoder(vit, CPU), pictures(16), protocol, 64, 0, tmp_path)
     assert not torch.allclose(heads.weight, Heads(1, 64, 3, protocol).weight, atol=1e-5)
 
 
-def test_features_that_are_not_finite_are_told(pictures):
+def test_features_that_are_not_finite_are_told(pictures, tmp_path):
     model = load_backbone("pixels:16")
     model.forward = lambda images: images.flatten(1) / 0
     with pytest.raises(InputError, match="an augmented image of pictures in fp32 are not finite"):
-        train_online(Encoder(model, CPU), pictures(16), SHORT, 64, workers=0)
+        train_online(Encoder(model, CPU), pictures(16), SHORT, 64, 0, tmp_path)
 
 
 @pytest.fixture
-def stopped_at(monkeypatch):
-    """stopped_at(encoder, update): Ctrl-C in the middle of an update."""
+def stopped_at():
+    """stopped_at(update): an encoder that gets Ctrl-C, or another signal, in the middle of it."""
 
-    def make(update: int) -> Encoder:
+    def make(update: int, number: int = signal.SIGINT) -> Encoder:
         encoder = Encoder(load_backbone("test_vit", random_init=True, img_size=16), CPU)
         calls, original = [], encoder.on_device
 
         def on_device(*args):
             calls.append(1)
             if len(calls) == 3 * update:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
             return original(*args)
 
         encoder.on_device = on_device
@@ -172,28 +177,37 @@ def stopped_at(monkeypatch):
     return make
 
 
-def test_a_stopped_probe_goes_on_to_the_same_bits(vit, pictures, stopped_at, tmp_path):
+def test_a_stopped_or_killed_probe_goes_on_to_the_same_bits(vit, pictures, stopped_at, tmp_path):
     source, encoder = pictures(61), Encoder(vit, CPU)
-    whole, record = train_online(encoder, source, SHORT, 64, 0)
-    with pytest.raises(Interrupted, match="stopped after 4 of 11 updates; they are saved"):
-        train_online(stopped_at(4), source, SHORT, 64, 0, tmp_path)
-    with pytest.raises(Interrupted, match="stopped after 7 of 11 updates"):
-        train_online(stopped_at(3), source, SHORT, 64, 0, tmp_path)
+    whole, record = train_online(encoder, source, SHORT, 64, 0, tmp_path / "whole")
+    folder = tmp_path / "parts"
+    with pytest.raises(Interrupted, match="stopped at image 96 of 264; it is saved"):
+        train_online(stopped_at(4), source, SHORT, 64, 0, folder)
+    how = (stopped_at(2, signal.SIGKILL), source, SHORT, 64, 0, folder)
+    killed = multiprocessing.get_context("fork").Process(target=train_online, args=how)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    with pytest.raises(Interrupted, match="stopped at image 168 of 264"):
+        train_online(stopped_at(3), source, SHORT, 64, 0, folder)
     for _ in range(2):  # the second time it is all there
-        parts, other = train_online(encoder, source, SHORT, 64, 0, tmp_path)
+        parts, other = train_online(encoder, source, SHORT, 64, 0, folder)
         assert other == record
         for name, value in whole.state_dict().items():
             assert torch.equal(parts.state_dict()[name], value), name
         encoder = stopped_at(1)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
-    forget(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == ["checkpoints"]
+    kept = Checkpoints(folder).load()["model"]
+    assert kept.keys() == whole.state_dict().keys()  # and nothing of the encoder
+    forget(folder)
+    assert list(folder.iterdir()) == []
 
 
 def test_what_another_probe_kept_is_not_used(vit, pictures, stopped_at, tmp_path):
     for protocol, count in ((SHORT, 61), (replace(SHORT, seed=1), 61), (SHORT, 60)):
-        whole, _ = train_online(Encoder(vit, CPU), pictures(count), protocol, 64, 0)
-        with pytest.raises(Interrupted, match="stopped after 2 of"):
+        alone = tmp_path / f"seed {protocol.seed}, {count} images"
+        whole, _ = train_online(Encoder(vit, CPU), pictures(count), protocol, 64, 0, alone)
+        with pytest.raises(Interrupted, match="stopped at image 48 of"):
             train_online(stopped_at(2), pictures(count), protocol, 64, 0, tmp_path)
         if count == 61:
             continue
@@ -204,8 +218,8 @@ def test_what_another_probe_kept_is_not_used(vit, pictures, stopped_at, tmp_path
 def test_two_ranks_go_on_for_one(vit, pictures, stopped_at, tmp_path, on_ranks):
     """After 5 updates of 3 groups, where the second rank's turn is next."""
     source, encoder = pictures(61), Encoder(vit, CPU)
-    whole, _ = train_online(encoder, source, SHORT, 64, 0)
-    with pytest.raises(Interrupted, match="stopped after 5 of"):
+    whole, _ = train_online(encoder, source, SHORT, 64, 0, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped at image 120 of"):
         train_online(stopped_at(5), source, SHORT, 64, 0, tmp_path)
 
     def work():
@@ -214,3 +228,24 @@ def test_two_ranks_go_on_for_one(vit, pictures, stopped_at, tmp_path, on_ranks):
             torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-5)
 
     assert on_ranks(work) == ["", ""]
+
+
+@pytest.mark.parametrize(("ranks", "groups", "each"), [(2, 2, 1), (2, 3, 3), (4, 6, 3)])
+def test_ranks_deal_the_groups_if_evenly(ranks, groups, each, vit, pictures, tmp_path, on_ranks):
+    """With 6 groups on 4 ranks, two ranks compute the same half."""
+    source, encoder = pictures(61), Encoder(vit, CPU)
+    protocol = replace(SHORT, epochs=2, total_batch=8 * groups)
+    whole, record = train_online(encoder, source, protocol, 64, 0, tmp_path / "one")
+
+    def work():
+        calls, original = [], encoder.on_device
+        encoder.on_device = lambda images: calls.append(len(images)) or original(images)
+        with process_group(CPU):
+            found, _ = train_online(encoder, source, protocol, 64, 0, tmp_path / "ranks")
+        assert calls == [8] * (record["images_seen"] // protocol.total_batch * each)
+        for name in ("running_mean", "running_var"):  # each group once, in their order
+            assert torch.equal(getattr(found.norm, name), getattr(whole.norm, name))
+        for part, wanted in zip(found.parameters(), whole.parameters(), strict=True):
+            assert (part - wanted).norm() < 1e-6 * wanted.norm()
+
+    assert on_ranks(work, ranks) == [""] * ranks

@@ -41,14 +41,14 @@ def smooth(labels, smoothing):
 def test_without_augmentation_it_normalises_and_smooths():
     found = mixing(label_smoothing=0.1)(batch())
     torch.testing.assert_close(found.images.double(), normalised(batch().images), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.labels.double(), smooth(batch().labels, 0.1))
+    torch.testing.assert_close(found.targets.double(), smooth(batch().targets, 0.1))
     assert torch.equal(found.positions, batch().positions)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_an_image_is_mixed_with_the_mirrored_one_of_its_group(kind):
     """The share of the partner, read off the targets, is the share of its pixels in the image."""
-    plain, labels = normalised(batch(count=400).images), batch(count=400).labels
+    plain, labels = normalised(batch(count=400).images), batch(count=400).targets
     found = mixing(label_smoothing=0.1, **{kind: 0.8})(batch(count=400))
     shares = []
     for first in range(0, 400, 4):
@@ -56,10 +56,10 @@ def test_an_image_is_mixed_with_the_mirrored_one_of_its_group(kind):
         own, other = plain[group], plain[group].flip(0)
         targets = smooth(labels[group], 0.1)
         # The share of the first image, whose partner is of another class: 3 classes apart.
-        lam = (found.labels[first, labels[first]].item() - 0.02) / 0.9
+        lam = (found.targets[first, labels[first]].item() - 0.02) / 0.9
         shares.append(lam)
         torch.testing.assert_close(
-            found.labels[group].double(), lam * targets + (1 - lam) * targets.flip(0),
+            found.targets[group].double(), lam * targets + (1 - lam) * targets.flip(0),
             atol=1e-6, rtol=0,
         )  # fmt: skip
         mixed = found.images[group].double()
@@ -98,7 +98,7 @@ def test_the_division_of_a_batch_changes_nothing(pieces):
     size = 16 // pieces
     parts = [mix(batch(16 + size * piece, size)) for piece in reversed(range(pieces))]
     assert torch.equal(torch.cat([part.images for part in reversed(parts)]), whole.images)
-    assert torch.equal(torch.cat([part.labels for part in reversed(parts)]), whole.labels)
+    assert torch.equal(torch.cat([part.targets for part in reversed(parts)]), whole.targets)
 
 
 def test_it_is_a_function_of_seed_and_position_and_draws_nothing_else():
@@ -109,8 +109,8 @@ def test_it_is_a_function_of_seed_and_position_and_draws_nothing_else():
     first = mix(batch())
     assert torch.equal(torch.rand(1), wanted)
     assert torch.equal(mix(batch()).images, first.images)
-    assert not torch.equal(mixing(1, mixup=0.8, erasing=1.0)(batch()).labels, first.labels)
-    assert not torch.equal(mix(batch(8))[1][:, 0], first.labels[:, 0])
+    assert not torch.equal(mixing(1, mixup=0.8, erasing=1.0)(batch()).targets, first.targets)
+    assert not torch.equal(mix(batch(8))[1][:, 0], first.targets[:, 0])
 
 
 def test_pieces_that_cut_a_group_are_refused():

@@ -16,7 +16,8 @@ from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import loop, watchdog
-from ldae.train.loop import Hook, Plan, plan_run, train
+from ldae.train.loop import Hook, Loop, Plan, on_device, plan_run
+from ldae.train.optim import adamw
 from ldae.train.saver import Saver
 
 OPTIM = OptimSettings(batch_size=4, blr=1.0, epochs=3, warmup_epochs=0.5)
@@ -51,12 +52,19 @@ def batches_from(micro_batches=1, bad_at=None, nan_at=None, wild=()):
 
 
 def run(
-    folder, stream=batches_from(), optim=OPTIM, system=SYSTEM, micro_batches=1, hooks=(), model=None
+    folder,
+    stream=batches_from(),
+    optim=OPTIM,
+    system=SYSTEM,
+    micro_batches=1,
+    hooks=(),
+    model=None,
+    optimizer=adamw,
 ):
     model = model or Line()
     records = []
     log = SimpleNamespace(write=records.append, close=lambda: None)
-    trained = train(
+    trained = Loop(
         model,
         stream,
         Plan(epoch=16, total=48, batch_size=4, micro_batches=micro_batches),
@@ -66,9 +74,9 @@ def run(
         checkpoints=Checkpoints(folder),
         open_metrics=lambda seen: log,
         describe={},
-        compiled=False,
         hooks=hooks,
-    )
+        optimizer=optimizer,
+    ).train()
     return trained.w.item(), records
 
 
@@ -184,11 +192,11 @@ def test_metrics_tell_of_what_was_kept_alone(impatient, tmp_path):
     system = SystemSettings(log_every=1, explosion=20)
     starts, model = [], Line()
     log = SimpleNamespace(write=lambda record: None, close=lambda: None)
-    train(
+    Loop(
         model, batches_from(wild=(24,)), Plan(16, 48, 4, 1), WILD, system,
         device=torch.device("cpu"), checkpoints=Checkpoints(tmp_path),
-        open_metrics=lambda seen: starts.append(seen) or log, describe={}, compiled=False,
-    )  # fmt: skip
+        open_metrics=lambda seen: starts.append(seen) or log, describe={},
+    ).train()  # fmt: skip
     assert starts == [0, 0]  # the file is cut where the run goes on
 
 
@@ -384,6 +392,89 @@ def test_the_average_has_averaged_statistics(tmp_path):
     for step in range(1, 13):
         expected = 0.5 * expected + 0.5 * step
     assert Checkpoints(tmp_path).load()["average"]["level"].item() == pytest.approx(expected)
+
+
+class Centred(Line):
+    """Centres images by a running mean, which moves after the step by each micro batch in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+        self.left = []
+
+    def forward(self, images, positions, labels):
+        self.left.append(images.mean())
+        return super().forward(images - self.mean, positions, labels)
+
+    def after_step(self):
+        for mean in self.left:
+            self.mean.lerp_(mean, 0.1)
+        self.left.clear()
+
+
+def momentum(model, optim):
+    return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+
+def slow_centred(decay):
+    """Centred by SGD with momentum in plain numbers: the weight, the mean and their averages."""
+    w = mean = moment = 0.0
+    averages = [0.0, 0.0]
+    for n in range(0, 48, 4):
+        cosine = 0.5 * (1 + math.cos(math.pi * (n - 8) / 40))
+        slope, means = 0.0, []
+        for first in (n, n + 2):
+            images = [i % 7 for i in (first, first + 1)]
+            slope += sum(2 * (w * (x - mean) - 3 * x) * (x - mean) for x in images) / 4
+            means.append(sum(images) / 2)
+        moment = 0.9 * moment + slope
+        w -= 4 / 256 * (n / 8 if n < 8 else cosine) * moment
+        for found in means:
+            mean += 0.1 * (found - mean)
+        averages = [decay * old + (1 - decay) * new for old, new in zip(averages, (w, mean))]
+    return w, mean, *averages
+
+
+def test_optimizer_and_buffers_are_what_the_run_says(tmp_path):
+    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.75)
+    how = {"optim": optim, "micro_batches": 2, "optimizer": momentum}
+    run(tmp_path / "whole", batches_from(2), model=Centred(), **how)
+    whole = Checkpoints(tmp_path / "whole").load()
+    states = [whole[kept][name].item() for kept in ("model", "average") for name in ("w", "mean")]
+    assert states == pytest.approx(slow_centred(0.75), rel=1e-5)
+    with pytest.raises(InputError):
+        run(tmp_path / "parts", batches_from(2, bad_at=30), model=Centred(), **how)
+    run(tmp_path / "parts", batches_from(2), model=Centred(), **how)
+    parts = Checkpoints(tmp_path / "parts").load()
+    for kept in ("model", "average"):
+        assert parts[kept] == whole[kept]
+    assert parts["optimizer"]["state"] == whole["optimizer"]["state"]
+
+
+BOXES = [{"boxes": torch.ones(n, 4), "of": (torch.tensor(n), [])} for n in range(3)]
+
+
+def test_a_tree_of_targets_is_moved_and_keeps_its_structure():
+    """To a device without memory: what was left behind is elsewhere."""
+    batch = Batch(torch.zeros(3), BOXES, torch.arange(3), [])
+    images, positions, targets = on_device(batch, torch.device("meta"))
+    assert images.is_meta and positions.is_meta and len(targets) == 3
+    for n, target in enumerate(targets):
+        assert target["boxes"].is_meta and target["boxes"].shape == (n, 4)
+        assert type(target["of"]) is tuple and target["of"][0].is_meta and target["of"][1] == []
+
+
+def test_a_model_may_learn_from_a_tree_of_targets(tmp_path):
+    class Counts(Line):
+        def forward(self, images, positions, targets):
+            labels = torch.stack([target["boxes"].sum() for target in targets])
+            return super().forward(images, positions, labels)
+
+    def stream(start):
+        for batch in batches_from()(start):
+            yield batch._replace(targets=[{"boxes": torch.ones(3, int(n))} for n in batch.images])
+
+    assert run(tmp_path / "tree", stream, model=Counts())[0] == run(tmp_path / "labels")[0]
 
 
 def test_plans_divide_the_batch_or_refuse():

@@ -1,4 +1,4 @@
-"""Copies or shares of a model, on one rank or on two: the same run, whose checkpoints all can open."""
+"""Copies or shares of a model, on one rank or on two: the same run, whose checkpoints all open."""
 
 import functools
 import shutil
@@ -14,7 +14,8 @@ from ldae.data.loader import Batch
 from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import parallel
-from ldae.train.loop import Hook, Plan, train
+from ldae.train.loop import Hook, Loop, Plan
+from ldae.train.optim import adamw
 
 CPU = torch.device("cpu")
 OPTIM = OptimSettings(
@@ -53,13 +54,38 @@ def stream(start, micro_batches):
             yield Batch(images, images.sum(1) ** 2, positions, [])
 
 
-def run(folder, fsdp=False, micro_batches=1):
+class Centred(Stack):
+    """Centres images by a running mean, which follows the micro batches of all ranks in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.left = []
+
+    def forward(self, images, positions, labels):
+        self.left.append(images.mean(0))
+        return super().forward(images - self.mean, positions, labels)
+
+    def after_step(self):
+        means = torch.zeros(len(self.left), distributed.world_size(), 3)
+        means[:, distributed.rank()] = torch.stack(self.left)
+        for mean in distributed.all_reduce_sum(means).flatten(0, 1):
+            self.mean.lerp_(mean, 0.1)
+        self.left.clear()
+
+
+def momentum(model, optim):
+    trained = [part for part in model.parameters() if part.requires_grad]
+    return torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=optim.weight_decay)
+
+
+def run(folder, fsdp=False, micro_batches=1, model=Stack, optimizer=adamw):
     """To the end, from what is there; every state is kept."""
     seen = []
     hook = Hook(8, lambda model: {"w": seen.append(model.head.weight.sum().item()) or 0.0})
     with distributed.process_group(CPU, rank_timeout=1):
-        trained = train(
-            Stack(),
+        trained = Loop(
+            model(),
             functools.partial(stream, micro_batches=micro_batches),
             Plan(epoch=16, total=8 * STEPS, batch_size=8, micro_batches=micro_batches),
             OPTIM,
@@ -68,10 +94,10 @@ def run(folder, fsdp=False, micro_batches=1):
             checkpoints=Checkpoints(folder),
             open_metrics=lambda seen: SimpleNamespace(write=print, close=lambda: None),
             describe={},
-            compiled=False,
             hooks=(hook,),
-        )
-        assert type(trained) is Stack and type(trained.head.weight) is nn.Parameter
+            optimizer=optimizer,
+        ).train()
+        assert type(trained) is model and type(trained.head.weight) is nn.Parameter
         assert seen[-1] == trained.head.weight.sum().item()
         distributed.barrier()  # rank 0 has saved
         last = Checkpoints(folder).load()["average"]
@@ -121,6 +147,22 @@ def test_two_ranks_learn_what_one_learns_and_each_goes_on_for_the_other(
     assert_close(alone, two)
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_ranks_share_buffers_and_any_optimizer(fsdp, on_ranks, tmp_path):
+    how = {"model": Centred, "optimizer": momentum}
+    run(tmp_path / "one", micro_batches=4, **how)
+    both = tmp_path / "both"
+    assert on_ranks(lambda: run(both, fsdp, micro_batches=2, **how)) == ["", ""]
+    one, two = (Checkpoints(path).load()["model"]["mean"] for path in (tmp_path / "one", both))
+    assert torch.equal(one, two) and one.abs().min() > 0.01
+    assert_close(tmp_path / "one", both)
+    again = half(both, tmp_path / "again")
+    assert on_ranks(lambda: run(again, fsdp, micro_batches=2, **how)) == ["", ""]
+    whole, parts = (Checkpoints(path).load() for path in (both, again))
+    for part in ("model", "average"):
+        assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
+
+
 def test_one_rank_is_never_spread(alone, tmp_path):
     run(tmp_path, fsdp=True)
     assert_close(alone, tmp_path)
@@ -139,7 +181,7 @@ def test_shares_are_shares(on_ranks):
             for now in (False, False, True):
                 with spread.averaging(now):
                     batch = next(stream(0, 1))
-                    spread.network(batch.images, batch.positions, batch.labels).backward()
+                    spread.network(batch.images, batch.positions, batch.targets).backward()
                 assert [part.grad is not None for part in trained] == [now] * len(trained)
 
     assert on_ranks(work) == ["", ""]
@@ -166,7 +208,7 @@ def test_copies_reduce_once_a_step(on_ranks, monkeypatch):
             for now in (False, False, True):
                 with spread.averaging(now):
                     batch = next(stream(0, 1))
-                    spread.network(batch.images, batch.positions, batch.labels).backward()
+                    spread.network(batch.images, batch.positions, batch.targets).backward()
                 assert len(calls) == now
 
     assert on_ranks(work) == ["", ""]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ldae.settings import OptimSettings, SystemSettings
+from ldae.train.optim import adamw
 from ldae.train.state import State, each_tensor
 
 CPU = torch.device("cpu")
@@ -12,9 +13,8 @@ CPU = torch.device("cpu")
 def made(ema=0.5):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    return State(
-        model, OptimSettings(batch_size=4, blr=1.0, ema=ema), SystemSettings(), CPU, compiled=False
-    )
+    optim = OptimSettings(batch_size=4, blr=1.0, ema=ema)
+    return State(model, optim, SystemSettings(), CPU, False, adamw)
 
 
 def step(state, seed):
@@ -66,16 +66,16 @@ class Counts(nn.Linear):
 
 def test_plain_counts_begin_anew():
     model = nn.Sequential(Counts())
-    state = State(model, OptimSettings(), SystemSettings(), CPU, compiled=False)
+    state = State(model, OptimSettings(), SystemSettings(), CPU, False, adamw)
     model[0].calls, model[0].started, weight = 7, True, model[0].weight
-    state.forget()
+    state.reset_counts()
     assert (model[0].calls, model[0].started) == (0, False) and model[0].weight is weight
 
 
 def test_forgetting_leaves_the_mode_of_the_model_alone():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout()).eval()  # as a backbone is opened
-    state = State(model, OptimSettings(batch_size=4), SystemSettings(), CPU, compiled=False)
+    state = State(model, OptimSettings(batch_size=4), SystemSettings(), CPU, False, adamw)
     model.train()
-    state.forget()
+    state.reset_counts()
     assert all(module.training for module in model.modules())

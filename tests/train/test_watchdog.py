@@ -14,7 +14,7 @@ def report(loss, first=0):
 
 def fed(watchdog, losses):
     for number, loss in enumerate(losses):
-        watchdog.look(report(loss, 4 * number))
+        watchdog.check(report(loss, 4 * number))
     return watchdog
 
 
@@ -40,9 +40,9 @@ def test_an_explosion_is_measured_by_the_median(loss, undone):
     """Of the last 100: 2 to 18 around 10, an outlier among them, older ones forgotten."""
     watchdog = fed(Watchdog(3), [2000] * 40 + [*range(2, 19)] * 6 + [29])
     if not undone:
-        return watchdog.look(report(loss, 4))
+        return watchdog.check(report(loss, 4))
     with pytest.raises(Exploded) as found:
-        watchdog.look(report(loss, 4))
+        watchdog.check(report(loss, 4))
     assert found.value.first == 4 and str(found.value).startswith(
         f"the loss is {loss:.4g} in step 2"
     )
@@ -51,11 +51,11 @@ def test_an_explosion_is_measured_by_the_median(loss, undone):
 def test_a_report_counts_once_and_the_first_steps_are_not_compared():
     watchdog, one = Watchdog(2), report(1.0)
     for _ in range(20):
-        watchdog.look(one)
+        watchdog.check(one)
     assert watchdog.capture()["losses"] == [1.0]
     fed(watchdog, [1.0] * 8 + [100.0])  # 10 are too few to know what is usual
     with pytest.raises(Exploded):
-        watchdog.look(report(100.0))
+        watchdog.check(report(100.0))
 
 
 def test_a_second_time_before_the_next_checkpoint_ends_the_run():
@@ -64,10 +64,10 @@ def test_a_second_time_before_the_next_checkpoint_ends_the_run():
     watchdog.leave_out(80)
     watchdog.restore(saved)
     assert watchdog.left_out == {80}
-    watchdog.look(report(math.nan, 80))  # nothing was trained on it
+    watchdog.check(report(math.nan, 80))  # nothing was trained on it
     with pytest.raises(InputError, match="second time since the last checkpoint .*explosion 2"):
-        watchdog.look(report(5.0, 84))
+        watchdog.check(report(5.0, 84))
     again = watchdog.capture()
     assert again == {"losses": [1.0] * 20, "left_out": [80]}
     with pytest.raises(Exploded):
-        watchdog.look(report(5.0, 84))
+        watchdog.check(report(5.0, 84))
