@@ -27,7 +27,7 @@ from ldae.runs.environment import environment
 from ldae.runs.folder import open_run
 from ldae.settings import Config
 from ldae.tokenizers import Tokenizer
-from ldae.tokenizers.losses import TokenizerLoss, Weights
+from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 from ldae.train.loop import Plan, plan_run
 from ldae.train.run import runs_in_bf16, train_in, transform_of
 
@@ -181,7 +181,7 @@ def tokenizer_loss(fit: Fit) -> TokenizerLoss:
     Raises: InputError when a network does not fit the images, or its weights are absent.
     """
     config, tokenizer = fit.config, fit.config.tokenizer
-    weights = Weights(
+    weights = LossWeights(
         tokenizer.kl_weight, tokenizer.perceptual_weight, tokenizer.adversarial_weight
     )
     torch.manual_seed(config.seed)

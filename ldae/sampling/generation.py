@@ -127,7 +127,7 @@ def pictures(
     denoise = _guided(method, chosen, plain, gamma, sigma, numbers)
 
     def draw(step: int) -> torch.Tensor:
-        shape = (tokenizer.tokens, tokenizer.dim)
+        shape = (tokenizer.num_tokens, tokenizer.dim)
         return noise.normal(how.seed, numbers, shape, noise.SAMPLING + step).to(method.gamma)
 
     start = draw(0)  # the steps' streams follow

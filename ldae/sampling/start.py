@@ -130,7 +130,7 @@ def fit_gaussian(
     axes = torch.eye(tokenizer.dim, dtype=torch.float64, device=device)
     if not isinstance(tokenizer, PatchPCA):  # whose axes are principal as they are
         axes = principal_axes(latents(min(count, _AXES_IMAGES)), tokenizer.dim, device)
-    tokens = [Moments(tokenizer.tokens, device) for _ in axes]
+    tokens = [Moments(tokenizer.num_tokens, device) for _ in axes]
     for z_0 in latents(count):
         for axis, values in zip(tokens, (z_0 @ axes.T).unbind(-1), strict=True):
             axis.update(values)

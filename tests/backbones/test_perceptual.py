@@ -35,23 +35,23 @@ def test_lpips_is_that_of_torchmetrics(vgg, images):
     state = {name[9:]: value for name, value in torch.load(vgg, weights_only=True).items()}
     for name, value in reference.net.state_dict().items():
         value.copy_(state[name.partition(".")[2]])
-    found = open_perceptual(f"vgg16@{vgg}", 3)
+    actual = open_perceptual(f"vgg16@{vgg}", 3)
     one, other = pair(images)
-    wanted = reference(one, other, normalize=True).flatten()
-    torch.testing.assert_close(found(one, other), wanted, rtol=1e-5, atol=1e-7)
-    assert found.name == "LPIPS" and (wanted > 0).all()
-    assert not found(one, one).any()
+    expected = reference(one, other, normalize=True).flatten()
+    torch.testing.assert_close(actual(one, other), expected, rtol=1e-5, atol=1e-7)
+    assert actual.name == "LPIPS" and (expected > 0).all()
+    assert not actual(one, one).any()
 
 
 def test_its_gradient_reaches_the_images_and_nothing_else(vgg, images):
-    found = lpips(str(vgg))
+    actual = lpips(str(vgg))
     one, other = pair(images)
     one.requires_grad_()
-    found(one, other).sum().backward()
+    actual(one, other).sum().backward()
     assert one.grad.isfinite().all() and one.grad.any()
-    assert not any(p.requires_grad for p in found.network.parameters())
+    assert not any(p.requires_grad for p in actual.network.parameters())
     flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
-    found(flat, flat.detach()).sum().backward()
+    actual(flat, flat.detach()).sum().backward()
     assert flat.grad.isfinite().all()
 
 
@@ -78,8 +78,8 @@ def backbone(tmp_path):
 )
 def test_a_backbones_distance_is_that_of_its_maps(name, args, side, backbone, images):
     spec = backbone(name, **args)
-    found = open_perceptual(spec, 3)
-    assert found.name == f"perceptual({spec})"
+    actual = open_perceptual(spec, 3)
+    assert actual.name == f"perceptual({spec})"
     model = timm.create_model(f"local-dir:{spec}", pretrained=True, num_classes=0).eval()
     cfg = model.pretrained_cfg
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
@@ -90,11 +90,11 @@ def test_a_backbones_distance_is_that_of_its_maps(name, args, side, backbone, im
             picture = nn.functional.interpolate(picture, (32, 32), mode="bicubic", antialias=True)
         with torch.no_grad():
             layers.append(model.forward_intermediates((picture - mean) / std)[1])
-    wanted = torch.zeros(3)
+    expected = torch.zeros(3)
     for first, second in zip(*layers, strict=True):
         first, second = (nn.functional.normalize(part, dim=1) for part in (first, second))
-        wanted += (first - second).square().sum(1).mean((1, 2)) / len(layers[0])
-    torch.testing.assert_close(found(one, other), wanted, rtol=1e-4, atol=1e-6)
+        expected += (first - second).square().sum(1).mean((1, 2)) / len(layers[0])
+    torch.testing.assert_close(actual(one, other), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_absent_weights_are_one_sentence(monkeypatch, vgg, tmp_path):

@@ -19,19 +19,19 @@ def test_adapted_pictures_are_those_of_timms_transform(side, crop_pct, interpola
     axis = np.linspace(0, 3, 32)
     waves = np.stack([np.sin(axis[:, None] + k * axis) for k in (0, 1, 2)], -1)
     image = Image.fromarray((127 + 100 * waves).astype(np.uint8))
-    wanted = transform.normalise(transform(image, np.random.default_rng(0))[None])
+    expected = transform.normalise(transform(image, np.random.default_rng(0))[None])
     pictures = torch.from_numpy(np.array(image)).movedim(-1, 0)[None] / 255
-    found = transform.adapt(pictures)
-    assert found.shape == wanted.shape
-    assert (found - wanted).abs().max() < 0.03  # Pillow rounds to 8 bits in between
+    actual = transform.adapt(pictures)
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() < 0.03  # Pillow rounds to 8 bits in between
 
 
 def test_adapting_is_differentiable_and_leaves_its_input():
     transform = EvalTransform((3, 20, 20), "bicubic", 0.9, "center", MEAN, STD)
     grey = torch.rand(2, 1, 32, 32, requires_grad=True)
     before = grey.detach().clone()
-    found = transform.adapt(grey)
-    assert found.shape == (2, 3, 20, 20)
-    found.square().sum().backward()
+    actual = transform.adapt(grey)
+    assert actual.shape == (2, 3, 20, 20)
+    actual.square().sum().backward()
     assert grey.grad.abs().min(dim=-1).values[..., 8:24].min() > 0
     assert torch.equal(grey.detach(), before)

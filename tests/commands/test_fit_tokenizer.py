@@ -311,7 +311,7 @@ def test_given_pixel_statistics_are_kept(tiny, tmp_path):
         ("l_dae", {"kl_weight": 0.1}, "kl_weight needs .* Gaussian posterior, not patch_pca"),
         ("vqvae", {"kl_weight": 0.1}, "kl_weight needs .* not one with tokenizer.codes"),
         ("dit", {"adversarial_start": 8}, "adversarial_start 8 is never reached in the 8 steps"),
-        ("dit", {"dim": 6}, "tokenizer.dim 6 is no multiple of 4"),
+        ("dit", {"dim": 6}, "tokenizer.dim 6 is not a multiple of 4"),
         ("dit", {"path": "x.safetensors"}, "tokenizer.path names a fitted tokenizer"),
         ("dit", {"optim__batch_size": 9}, "9, can not be cut into 2 equal parts"),
     ],

@@ -39,30 +39,30 @@ def smooth(labels, smoothing):
 
 
 def test_without_augmentation_it_normalises_and_smooths():
-    found = mixing(label_smoothing=0.1)(batch())
-    torch.testing.assert_close(found.images.double(), normalised(batch().images), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.labels.double(), smooth(batch().labels, 0.1))
-    assert torch.equal(found.positions, batch().positions)
+    actual = mixing(label_smoothing=0.1)(batch())
+    torch.testing.assert_close(actual.images.double(), normalised(batch().images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual.labels.double(), smooth(batch().labels, 0.1))
+    assert torch.equal(actual.positions, batch().positions)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_an_image_is_mixed_with_the_mirrored_one_of_its_group(kind):
     """The share of the partner, read off the targets, is the share of its pixels in the image."""
     plain, labels = normalised(batch(count=400).images), batch(count=400).labels
-    found = mixing(label_smoothing=0.1, **{kind: 0.8})(batch(count=400))
+    actual = mixing(label_smoothing=0.1, **{kind: 0.8})(batch(count=400))
     shares = []
     for first in range(0, 400, 4):
         group = slice(first, first + 4)
         own, other = plain[group], plain[group].flip(0)
         targets = smooth(labels[group], 0.1)
         # The share of the first image, whose partner is of another class: 3 classes apart.
-        lam = (found.labels[first, labels[first]].item() - 0.02) / 0.9
+        lam = (actual.labels[first, labels[first]].item() - 0.02) / 0.9
         shares.append(lam)
         torch.testing.assert_close(
-            found.labels[group].double(), lam * targets + (1 - lam) * targets.flip(0),
+            actual.labels[group].double(), lam * targets + (1 - lam) * targets.flip(0),
             atol=1e-6, rtol=0,
         )  # fmt: skip
-        mixed = found.images[group].double()
+        mixed = actual.images[group].double()
         if kind == "mixup":
             torch.testing.assert_close(mixed, lam * own + (1 - lam) * other, atol=1e-5, rtol=0)
         else:
@@ -74,19 +74,19 @@ def test_an_image_is_mixed_with_the_mirrored_one_of_its_group(kind):
     # r - r^2 / 4 lies in the image on average, on each axis.
     shares_of_boxes = np.random.default_rng(0).beta(0.8, 0.8, 100_000)
     side = np.sqrt(shares_of_boxes)
-    wanted = 0.5 if kind == "mixup" else 1 - np.mean((side - side**2 / 4) ** 2)
-    assert np.mean(shares) == pytest.approx(wanted, abs=0.1)
+    expected = 0.5 if kind == "mixup" else 1 - np.mean((side - side**2 / 4) ** 2)
+    assert np.mean(shares) == pytest.approx(expected, abs=0.1)
     if kind == "mixup":
         assert np.var(shares) == pytest.approx(1 / 10.4, abs=0.03)
 
 
 def test_erasing_replaces_rectangles_by_normal_noise():
-    found = mixing(erasing=0.5, mix_images=2)(batch(count=400)).images.double()
+    actual = mixing(erasing=0.5, mix_images=2)(batch(count=400)).images.double()
     plain = normalised(batch(count=400).images)
-    changed = (found - plain).abs().amax(1) > 1e-4
+    changed = (actual - plain).abs().amax(1) > 1e-4
     erased = changed.flatten(1).any(1)
     assert erased.double().mean().item() == pytest.approx(0.5, abs=0.08)
-    values = found.movedim(1, -1)[changed]
+    values = actual.movedim(1, -1)[changed]
     assert values.mean().abs() < 0.05 and values.std() == pytest.approx(1, abs=0.05)
     assert changed.flatten(1).double().mean(1)[erased].max() <= 0.4  # a third, and rounding
 
@@ -104,10 +104,10 @@ def test_the_division_of_a_batch_changes_nothing(pieces):
 def test_it_is_a_function_of_seed_and_position_and_draws_nothing_else():
     mix = mixing(mixup=0.8, erasing=1.0)
     torch.manual_seed(5)
-    wanted = torch.rand(1)
+    expected = torch.rand(1)
     torch.manual_seed(5)
     first = mix(batch())
-    assert torch.equal(torch.rand(1), wanted)
+    assert torch.equal(torch.rand(1), expected)
     assert torch.equal(mix(batch()).images, first.images)
     assert not torch.equal(mixing(1, mixup=0.8, erasing=1.0)(batch()).labels, first.labels)
     assert not torch.equal(mix(batch(8))[1][:, 0], first.labels[:, 0])

@@ -122,21 +122,21 @@ def test_other_architectures_keep_their_head():
 
 
 @pytest.mark.parametrize(
-    "name, changes, sentence",
+    "name, changes, message",
     [
         ("vit_tiny_patch16_224", {"data__img_size": 30}, "data.img_size 30 does not fit it"),
         ("test_vgg", {}, "does not take model.drop_path 0.1"),
         ("pixels", {}, "it is no timm model: it can not be fine-tuned"),
     ],
 )
-def test_what_does_not_fit_is_told(name, changes, sentence):
+def test_what_does_not_fit_is_told(name, changes, message):
     if name == "test_vgg":
         name = "vgg11"
         with torch.device("meta"):
             own = backbone(name)
     else:
         own = load_backbone(name) if name == "pixels" else backbone(name)
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InputError, match=message):
         build_network(own, settings(**changes), 4)
 
 
@@ -145,8 +145,8 @@ def test_the_loss_is_the_cross_entropy_to_the_targets():
     images, targets = torch.randn(3, 3, 32, 32), torch.rand(3, 4).softmax(1)
     loss = Classification(network)(images, torch.arange(3), targets)
     logits = network(images).double()
-    wanted = torch.stack([
+    expected = torch.stack([
         -sum(t * (row - row.exp().sum().log())[c] for c, t in enumerate(target))
         for row, target in zip(logits, targets)
     ]).mean()  # fmt: skip
-    torch.testing.assert_close(loss.double(), wanted)
+    torch.testing.assert_close(loss.double(), expected)

@@ -29,13 +29,13 @@ OWN = {  # epochs, blr, layer decay, drop path, moving average
 @pytest.mark.parametrize("name, size", OWN)
 def test_recipes_have_the_published_constants(name, size):
     epochs, blr, layer_decay, drop_path, ema = OWN[name, size]
-    wanted = COMMON | {
+    expected = COMMON | {
         "optim.epochs": epochs, "optim.blr": blr, "optim.ema": ema,
         "model.layer_decay": layer_decay, "model.drop_path": drop_path,
         "recipe": name, "size": size,
     }  # fmt: skip
-    found = tree.flatten(recipes.config(name, size))
-    assert {key: found[key] for key in wanted} == wanted
+    actual = tree.flatten(recipes.config(name, size))
+    assert {key: actual[key] for key in expected} == expected
     tree.check(recipes.config(name, size))
 
 

@@ -24,14 +24,14 @@ def pca(images, kind=PatchPCA, dim=6):
 
 def test_it_is_the_mean_over_images_one_at_a_time(images):
     tokenizer = pca(images)
-    found = measure_reconstruction(tokenizer, images.split([3, 1, 4]), [Darkest()])
+    actual = measure_reconstruction(tokenizer, images.split([3, 1, 4]), [Darkest()])
     psnr = darkest = 0.0
     for image in images[:, None]:
         made = tokenizer.denormalize(tokenizer.decode(tokenizer.encode(tokenizer.normalize(image))))
         error = made.clamp(0, 1).double() - image.double() / 255
         psnr += 10 * math.log10(1 / error.square().mean().item()) / 8
         darkest += error.abs().max().item() / 8
-    assert found == {
+    assert actual == {
         "psnr": pytest.approx(psnr, abs=1e-3),
         "darkest": pytest.approx(darkest, rel=1e-4),
         "images": 8,
@@ -44,11 +44,11 @@ def test_a_perfect_tokenizer_is_finite(images):
 
 def test_the_use_of_a_codebook_is_counted(images, monkeypatch):
     tokenizer = ConvTokenizer(32, 8, 3, 8, "raw", 8, codes=5)
-    wanted = torch.tensor([[0, 0, 1, 3]] * 8)  # shares 1/2, 1/4 and 1/4 of five codes
-    monkeypatch.setattr(tokenizer, "code_indices", lambda x: wanted[: len(x)])
-    found = measure_reconstruction(tokenizer, images.split(3))
-    assert found["codes_used"] == pytest.approx(3 / 5)
-    assert found["code_perplexity"] == pytest.approx(2**1.5)
+    expected = torch.tensor([[0, 0, 1, 3]] * 8)  # shares 1/2, 1/4 and 1/4 of five codes
+    monkeypatch.setattr(tokenizer, "code_indices", lambda x: expected[: len(x)])
+    actual = measure_reconstruction(tokenizer, images.split(3))
+    assert actual["codes_used"] == pytest.approx(3 / 5)
+    assert actual["code_perplexity"] == pytest.approx(2**1.5)
 
 
 def test_ranks_share_the_sums(images, monkeypatch):

@@ -54,8 +54,8 @@ def test_sampling_starts_at_the_highest_level_that_tells_z_0(method, target, sch
 @pytest.mark.parametrize("row", [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)])
 def test_rows_that_drown_the_data_start_from_noise(method, row):
     made = method(row, 10 if row == "dit" else 0)
-    found = trajectory.row(row)
-    expected = (found.number or 14) <= 9 or row.startswith("vq")
+    entry = trajectory.row(row)
+    expected = (entry.number or 14) <= 9 or row.startswith("vq")
     assert drowned(made, top_level(made)) == expected
 
 
@@ -72,11 +72,11 @@ def test_the_schedule_decides_where_to_start(method, schedule, expected):
 
 def test_one_step_is_the_picture_of_noise(method):
     made = method("l_dae_single")
-    found = sampled(made, steps=1, seed=5)
+    actual = sampled(made, steps=1, seed=5)
     start = noise.normal(5, FEW, (16, 6), noise.SAMPLING)
     t = torch.zeros(4, dtype=torch.int64)
     seen = made.tokenizer.denormalize(made.picture(made.sigma[0] * start, t))
-    assert torch.equal(found, (seen.clamp(0, 1) * 255).round().byte())
+    assert torch.equal(actual, (seen.clamp(0, 1) * 255).round().byte())
     assert len(choose(made, [], Sampling()).levels) == 1
     assert len(choose(method("l_dae"), [], Sampling()).levels) == 50
 
@@ -153,8 +153,8 @@ def test_a_classifier_guides_to_its_class(row, method, monkeypatch):
         made.denoiser.final.linear.weight.mul_(0.02)
 
     def mean(label, scale):
-        found = sampled(made, labels=(label,), classifier="any", classifier_scale=scale, steps=8)
-        return float(found.float().mean())
+        actual = sampled(made, labels=(label,), classifier="any", classifier_scale=scale, steps=8)
+        return float(actual.float().mean())
 
     plain = sampled(made, steps=8)
     unmoved = sampled(made, labels=("dark",), classifier="any", classifier_scale=0.0, steps=8)
@@ -196,15 +196,15 @@ def build_with_channels(method, chans):
 
 
 @pytest.mark.parametrize(
-    "how, sentence",
+    "how, message",
     [
         ({"guidance": 2.0}, "guidance needs a run with model.class_conditional"),
         ({"labels": ("3",)}, "labels need a run with model.class_conditional"),
         ({"steps": 1001}, "steps 1001 is more than the 1000 noise levels"),
     ],
 )
-def test_settings_that_do_not_fit_the_run_are_told(method, how, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_settings_that_do_not_fit_the_run_are_told(method, how, message):
+    with pytest.raises(InputError, match=message):
         choose(method(), CLASSES, Sampling(**how))
 
 

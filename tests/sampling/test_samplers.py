@@ -120,10 +120,10 @@ def test_ddpm_draws_from_the_posterior(schedule, t, s):
     std = (joint[0, 0] - gain * joint[0, 1]).clamp(min=0).sqrt()
     one = torch.ones(1, 1, 1, dtype=torch.float64)
     for number in (0.0, 1.0):
-        found = samplers.ddpm(
+        actual = samplers.ddpm(
             lambda z, _: z_0 * one, z_t * one, [t, s], gamma, sigma, lambda k: number * one
         )
-        assert float(found) == pytest.approx(float(mean + number * std), rel=1e-9, abs=1e-12)
+        assert float(actual) == pytest.approx(float(mean + number * std), rel=1e-9, abs=1e-12)
 
 
 def test_each_move_gets_its_own_noise():
@@ -150,14 +150,14 @@ def test_ddim_without_noise_tends_to_the_flow(schedule):
     _, mean, variance = GAUSSIAN[0]
     deviation = (gamma**2 * variance + sigma**2).sqrt()
     z = gamma[-1] * mean + deviation[-1] * torch.linspace(-2, 2, 9).double()[:, None, None]
-    wanted = gamma[0] * mean + deviation[0] / deviation[-1] * (z - gamma[-1] * mean)
+    expected = gamma[0] * mean + deviation[0] / deviation[-1] * (z - gamma[-1] * mean)
     errors = []
     for steps in (50, 500):
         levels = samplers.sub_sequence(999, steps)
-        found = samplers.ddim(
+        actual = samplers.ddim(
             exact(GAUSSIAN, gamma, sigma), z, levels, gamma, sigma, draws(z.shape)
         )
-        errors.append(float((found - wanted).abs().max()))
+        errors.append(float((actual - expected).abs().max()))
     assert errors[1] < 0.015 and errors[1] < errors[0] / 5
 
 
@@ -206,9 +206,9 @@ def test_heun_takes_eulers_step_to_sigma_0():
     gamma, sigma = levels_of("linear_sigma")
     denoise = exact(MIXTURE, gamma, sigma)
     z = draws((4, 1, 1))(0)
-    found = samplers.heun(denoise, z, [30, 0], gamma, sigma, None)
+    actual = samplers.heun(denoise, z, [30, 0], gamma, sigma, None)
     assert sigma[0] == 0
-    torch.testing.assert_close(found, denoise(z, torch.full((4,), 30)))
+    torch.testing.assert_close(actual, denoise(z, torch.full((4,), 30)))
 
 
 @pytest.mark.parametrize("spacing", ["linear", "quadratic"])
@@ -240,9 +240,9 @@ def test_linear_guidance_is_that_of_the_prediction(name):
     level = gamma[600], sigma[600]
     clean = prediction.PREDICTIONS[name].clean
     with_label, without = (lambda z, _, p=p: clean(p, z, *level) for p in outputs)
-    found = samplers.classifier_free(with_label, without, 2.5)(z_t, t)
+    actual = samplers.classifier_free(with_label, without, 2.5)(z_t, t)
     mixed = outputs[1] + 2.5 * (outputs[0] - outputs[1])
-    torch.testing.assert_close(found, clean(mixed, z_t, *level))
+    torch.testing.assert_close(actual, clean(mixed, z_t, *level))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -261,10 +261,10 @@ def test_classifier_guidance_is_the_conditional_mean(schedule):
     z_t = draws((5, 2, 3))(0)
     guided = samplers.classifier_guided(denoise, log_likelihood, 1.0, gamma, sigma)
     precision = 1 / variance + g**2 / v + a**2 / r**2
-    wanted = (g / v * z_t + a / r**2 * y) / precision
-    found = guided(z_t, torch.full((5,), t))
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-    assert not found.requires_grad
+    expected = (g / v * z_t + a / r**2 * y) / precision
+    actual = guided(z_t, torch.full((5,), t))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert not actual.requires_grad
 
 
 def test_classifier_guidance_rests_where_nothing_is_known():

@@ -34,40 +34,40 @@ def seen(tiny):
 
 def test_its_moments_are_those_of_the_latents(seen):
     config, method, z_0 = seen()
-    found = fit_gaussian(DATA, config, method, CPU)
-    assert found.record == {"source": DATA, "images": "64"}
-    np.testing.assert_allclose(found.mean, z_0.mean(0), atol=1e-5)
+    actual = fit_gaussian(DATA, config, method, CPU)
+    assert actual.record == {"source": DATA, "images": "64"}
+    np.testing.assert_allclose(actual.mean, z_0.mean(0), atol=1e-5)
     for axis in range(z_0.shape[2]):
-        wanted = np.cov(z_0[:, :, axis], rowvar=False, bias=True)
-        np.testing.assert_allclose(found.covariance[axis], wanted, atol=1e-5)
+        expected = np.cov(z_0[:, :, axis], rowvar=False, bias=True)
+        np.testing.assert_allclose(actual.covariance[axis], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("gamma, sigma", [(1.0, 1.4), (0.6, 0.8), (1.0, 0.0)])
 def test_what_it_draws_has_the_moments_of_noised_latents(seen, gamma, sigma):
     config, method, z_0 = seen()
-    found = fit_gaussian(DATA, config, method, CPU)
+    actual = fit_gaussian(DATA, config, method, CPU)
     generator = torch.Generator().manual_seed(0)
     normals = torch.randn(20_000, *z_0.shape[1:], generator=generator)
-    z_t = found.noised(normals, gamma, sigma).numpy()
+    z_t = actual.noised(normals, gamma, sigma).numpy()
     spread = z_t.std(0).max()
     assert np.abs(z_t.mean(0) - gamma * z_0.mean(0)).max() < 0.04 * spread
     for axis in range(z_0.shape[2]):
-        wanted = gamma**2 * np.cov(z_0[:, :, axis], rowvar=False, bias=True)
-        wanted += sigma**2 * np.eye(len(wanted))
-        error = np.abs(np.cov(z_t[:, :, axis], rowvar=False) - wanted).max()
-        assert error < 0.05 * wanted.diagonal().max()
+        expected = gamma**2 * np.cov(z_0[:, :, axis], rowvar=False, bias=True)
+        expected += sigma**2 * np.eye(len(expected))
+        error = np.abs(np.cov(z_t[:, :, axis], rowvar=False) - expected).max()
+        assert error < 0.05 * expected.diagonal().max()
 
 
 def test_pixels_of_a_token_stay_correlated(seen):
     """Their axes are no principal ones: without a rotation each would be drawn by itself."""
     config, method, z_0 = seen("dae")
-    found = fit_gaussian(DATA, config, method, CPU)
+    actual = fit_gaussian(DATA, config, method, CPU)
     normals = torch.randn(4000, *z_0.shape[1:], generator=torch.Generator().manual_seed(0))
-    drawn = found.noised(normals, 1.0, 0.0).double().numpy()
+    drawn = actual.noised(normals, 1.0, 0.0).double().numpy()
     inside = lambda z: np.corrcoef((z - z.mean(0)).reshape(-1, z.shape[2]), rowvar=False)  # noqa: E731
-    wanted, got = inside(z_0), inside(drawn)
-    assert np.abs(wanted - np.eye(192)).max() > 0.9
-    assert np.abs(got - wanted).mean() < 0.03
+    expected, got = inside(z_0), inside(drawn)
+    assert np.abs(expected - np.eye(192)).max() > 0.9
+    assert np.abs(got - expected).mean() < 0.03
 
 
 def test_it_is_kept_and_fitted_again_when_it_does_not_fit(seen, tmp_path, monkeypatch):

@@ -7,10 +7,10 @@ from ldae import tokenizers
 from ldae.errors import InputError
 from ldae.patches import patchify
 from ldae.tokenizers import PatchAE, PatchPCA, PatchVAE
-from ldae.tokenizers.losses import TokenizerLoss, Weights
+from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 
 
-def made(kind, images, scale="per-axis", dim=6):
+def make_tokenizer(kind, images, scale="per-axis", dim=6):
     torch.manual_seed(0)
     tokenizer = kind(32, 8, 3, dim, scale).double()
     tokenizer.fit_pixels([images])
@@ -18,8 +18,8 @@ def made(kind, images, scale="per-axis", dim=6):
 
 
 @pytest.mark.parametrize("kind", [PatchAE, PatchVAE])
-def test_project_and_inverse_are_affine_and_make_encode_and_decode(kind, images):
-    tokenizer = made(kind, images)
+def test_project_and_inverse_are_affine_and_equal_encode_and_decode(kind, images):
+    tokenizer = make_tokenizer(kind, images)
     tokenizer.fit_latents([images])
     patches = patchify(tokenizer.normalize(images), 8)
     z = tokenizer.project(patches)
@@ -34,8 +34,8 @@ def test_project_and_inverse_are_affine_and_make_encode_and_decode(kind, images)
         torch.testing.assert_close(affine(0.3 * one + 0.7 * other), middle)
 
 
-def test_a_draw_is_the_mean_plus_std_eps_in_the_networks_units(images):
-    tokenizer = made(PatchVAE, images)
+def test_encode_with_eps_is_mean_plus_std_eps_in_the_networks_units(images):
+    tokenizer = make_tokenizer(PatchVAE, images)
     tokenizer.fit_latents([images])
     x = tokenizer.normalize(images)
     eps = torch.randn(8, 16, 6, dtype=torch.double)
@@ -47,82 +47,84 @@ def test_a_draw_is_the_mean_plus_std_eps_in_the_networks_units(images):
                 std = math.exp(0.5 * float((weight[6 + axis] @ patch + bias[6 + axis]).detach()))
                 h = mean + std * eps[image, token, axis]
                 z = (h - tokenizer.latent_mean[axis]) * tokenizer.scales[axis]
-                found = tokenizer.encode(x, eps)[image, token, axis]
-                assert found.item() == pytest.approx(z.item(), rel=1e-9)
+                actual = tokenizer.encode(x, eps)[image, token, axis]
+                assert actual.item() == pytest.approx(z.item(), rel=1e-9)
 
 
-def test_the_log_variance_is_clamped(images):
-    tokenizer = made(PatchVAE, images)
+def test_log_variance_is_clamped(images):
+    tokenizer = make_tokenizer(PatchVAE, images)
     with torch.no_grad():
         tokenizer.encoder.bias[6:9], tokenizer.encoder.bias[9:] = 1e4, -1e4
-    found = tokenizer.posterior(tokenizer.normalize(images)).log_variance
-    assert found[..., :3].unique().tolist() == [20] and found[..., 3:].unique().tolist() == [-30]
+    log_variance = tokenizer.posterior(tokenizer.normalize(images)).log_variance
+    assert log_variance[..., :3].unique().tolist() == [20] and log_variance[
+        ..., 3:
+    ].unique().tolist() == [-30]
 
 
 @pytest.mark.parametrize("kind", [PatchAE, PatchVAE])
 @pytest.mark.parametrize("scale", ["raw", "global", "per-axis"])
-def test_scales(kind, scale, images):
-    """Draws have the variance that the scale says, and no mean; raw ones are as they come."""
-    tokenizer = made(kind, images, scale)
+def test_latents_have_the_variance_of_their_scale(kind, scale, images):
+    """Samples have mean 0 and the variance of their scale; raw latents are unchanged."""
+    tokenizer = make_tokenizer(kind, images, scale)
     tokenizer.fit_latents(images.split([3, 1, 4]))
-    found = tokenizer.posterior(tokenizer.normalize(images))
-    h = found.mean.flatten(0, 1)
+    posterior = tokenizer.posterior(tokenizer.normalize(images))
+    h = posterior.mean.flatten(0, 1)
     variance = h.var(0, unbiased=False)
     if kind is PatchVAE:
-        variance = variance + found.log_variance.exp().flatten(0, 1).mean(0)
+        variance = variance + posterior.log_variance.exp().flatten(0, 1).mean(0)
     z = tokenizer.encode(tokenizer.normalize(images)).flatten(0, 1)
     spread = variance * tokenizer.scales**2
     if scale == "raw":
         assert torch.equal(z, h)
         return
     assert z.mean(0).abs().max() < 1e-6
-    wanted = torch.ones(6).double()
+    expected = torch.ones(6).double()
     if scale == "global":
-        spread, wanted = spread.mean(), wanted[0]
-    torch.testing.assert_close(spread, wanted, rtol=1e-6, atol=0)
+        spread, expected = spread.mean(), expected[0]
+    torch.testing.assert_close(spread, expected, rtol=1e-6, atol=0)
 
 
-def test_the_linear_autoencoder_reaches_the_error_of_principal_axes(images):
-    """Its optimum is their span (Baldi and Hornik 1989)."""
+def test_linear_autoencoder_reaches_the_error_of_pca(images):
+    """Its optimum spans the principal axes (Baldi and Hornik 1989)."""
     pca = PatchPCA(32, 8, 3, 6, "raw").double()
     pca.fit([images])
-    tokenizer = made(PatchAE, images)
-    loss = TokenizerLoss(tokenizer, Weights())
+    tokenizer = make_tokenizer(PatchAE, images)
+    loss = TokenizerLoss(tokenizer, LossWeights())
     optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=400, line_search_fn="strong_wolfe")
 
     def step():
         optimizer.zero_grad()
-        found, _ = loss(images, torch.arange(8))
-        found.backward()
-        return found
+        value, _ = loss(images, torch.arange(8))
+        value.backward()
+        return value
 
     optimizer.step(step)
-    wanted = 16 * pca.variances[6:].sum().item()  # an image has 16 patches
-    assert wanted < step().item() < 1.02 * wanted
+    expected = 16 * pca.variances[6:].sum().item()  # an image has 16 patches
+    assert expected < step().item() < 1.02 * expected
 
 
-def test_the_kl_draws_axes_that_carry_little_to_the_prior(images):
-    """With an overwhelming KL the posterior becomes N(0, I), and scales do not blow up its axes."""
-    tokenizer = made(PatchVAE, images)
-    loss = TokenizerLoss(tokenizer, Weights(kl=1e6))
+def test_large_kl_weight_pulls_the_posterior_to_the_prior(images):
+    """The posterior becomes N(0, I), and the scales do not amplify its empty axes."""
+    tokenizer = make_tokenizer(PatchVAE, images)
+    loss = TokenizerLoss(tokenizer, LossWeights(kl=1e6))
     optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def step():
         optimizer.zero_grad()
-        found, _ = loss(images, torch.arange(8))
-        found.backward()
-        return found
+        value, _ = loss(images, torch.arange(8))
+        value.backward()
+        return value
 
     optimizer.step(step)
-    found = tokenizer.posterior(tokenizer.normalize(images))
-    assert found.mean.abs().max() < 0.05 and found.log_variance.abs().max() < 0.05
+    posterior = tokenizer.posterior(tokenizer.normalize(images))
+    assert posterior.mean.abs().max() < 0.05 and posterior.log_variance.abs().max() < 0.05
     tokenizer.fit_latents([images])
     assert (tokenizer.scales - 1).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("kind", [PatchAE, PatchVAE])
-def test_a_saved_tokenizer_loads_as_it_was(kind, images, tmp_path):
-    saved = made(kind, images)
+def test_saved_tokenizer_loads_unchanged(kind, images, tmp_path):
+    saved = make_tokenizer(kind, images)
     saved.fit_latents([images])
     tokenizers.save(saved, tmp_path / "tokenizer.safetensors")
     loaded = kind(32, 8, 3, 6, "per-axis").double()
@@ -136,6 +138,6 @@ def test_a_saved_tokenizer_loads_as_it_was(kind, images, tmp_path):
         tokenizers.load(kind(64, 8, 3, 6, "per-axis"), tmp_path / "tokenizer.safetensors")
 
 
-def test_no_images_are_told():
+def test_fitting_on_no_images_is_refused():
     with pytest.raises(InputError, match="no image"):
         PatchAE(32, 8, 3, 6, "raw").fit_latents([])

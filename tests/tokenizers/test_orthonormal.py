@@ -19,31 +19,31 @@ def patches_of(tokenizer, images):
 
 
 @pytest.mark.parametrize("kind, dim", [(PatchPCA, 6), (PixelTokenizer, 12), (PixelTokenizer, 48)])
-def test_the_basis_is_orthonormal(images, kind, dim):
+def test_basis_is_orthonormal(images, kind, dim):
     basis = fitted(images, kind, dim).basis
     torch.testing.assert_close(basis @ basis.T, torch.eye(48).double(), atol=1e-6, rtol=0)
 
 
-def test_the_axes_are_those_of_scikit_learn(images):
+def test_axes_match_scikit_learn(images):
     tokenizer = fitted(images)
     patches = patches_of(tokenizer, images).flatten(0, 1)
     reference = PCA().fit(patches.numpy())
     alignment = (tokenizer.basis * torch.from_numpy(reference.components_)).sum(1).abs()
     torch.testing.assert_close(alignment[:20], torch.ones(20).double(), atol=1e-6, rtol=0)
     share = (len(patches) - 1) / len(patches)
-    wanted = torch.from_numpy(reference.explained_variance_) * share
-    torch.testing.assert_close(tokenizer.variances, wanted, atol=1e-6, rtol=1e-6)
+    expected = torch.from_numpy(reference.explained_variance_) * share
+    torch.testing.assert_close(tokenizer.variances, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_the_reconstruction_error_is_the_variance_of_the_dropped_axes(images):
+def test_reconstruction_error_is_the_variance_of_dropped_axes(images):
     tokenizer = fitted(images)
     patches = patches_of(tokenizer, images)
     error = patches - tokenizer.inverse(tokenizer.project(patches))
-    found = error.square().sum(-1).mean()
-    torch.testing.assert_close(found, tokenizer.variances[6:].sum(), rtol=1e-6, atol=1e-9)
+    actual = error.square().sum(-1).mean()
+    torch.testing.assert_close(actual, tokenizer.variances[6:].sum(), rtol=1e-6, atol=1e-9)
 
 
-def test_streaming_in_any_batches_fits_the_same(images):
+def test_fit_does_not_depend_on_the_batches(images):
     whole = fitted(images)
     stream = PatchPCA(32, 4, 3, 6, "per-axis").double()
     stream.fit(images.split([3, 1, 4]))
@@ -52,8 +52,8 @@ def test_streaming_in_any_batches_fits_the_same(images):
 
 
 @pytest.mark.parametrize("kind, dim", [(PatchPCA, 6), (PixelTokenizer, 12)])
-def test_scales(images, kind, dim):
-    """raw keeps the unit, global gives unit mean variance, per-axis unit variance on every axis."""
+def test_latents_have_the_variance_of_their_scale(images, kind, dim):
+    """raw changes nothing, global gives unit mean variance, per-axis gives unit variance."""
     spread = {}
     for scale in ("raw", "global", "per-axis"):
         tokenizer = fitted(images, kind, dim, scale)
@@ -68,7 +68,7 @@ def test_scales(images, kind, dim):
     )
 
 
-def test_pixel_statistics_are_those_of_the_images(images):
+def test_pixel_statistics_match_the_images(images):
     tokenizer = fitted(images)
     pixels = images.double() / 255
     torch.testing.assert_close(tokenizer.pixel_mean, pixels.mean((0, 2, 3)), atol=1e-6, rtol=0)
@@ -79,7 +79,7 @@ def test_pixel_statistics_are_those_of_the_images(images):
     torch.testing.assert_close(given.pixel_std, torch.tensor([0.2, 0.2, 0.1]))
 
 
-def test_all_pixels_are_the_identity(images):
+def test_keeping_all_pixels_is_the_identity(images):
     tokenizer = fitted(images, PixelTokenizer, 48, "raw")
     x = tokenizer.normalize(images)
     torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), x)
@@ -87,8 +87,8 @@ def test_all_pixels_are_the_identity(images):
     torch.testing.assert_close(tokenizer.encode(x), patches)
 
 
-def test_fewer_pixels_are_the_image_made_smaller(images):
-    """Its latents are the averaged image's pixels in their own unit, its inverse enlarges them."""
+def test_fewer_pixels_downsample_the_image(images):
+    """Latents are the pixels of the averaged image, and decoding repeats them."""
     tokenizer = fitted(images, PixelTokenizer, 12, "raw")
     x = tokenizer.normalize(images) - tokenizer.patch_mean.mean()
     tokenizer.patch_mean.zero_()
@@ -98,7 +98,7 @@ def test_fewer_pixels_are_the_image_made_smaller(images):
     torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), enlarged)
 
 
-def test_a_saved_tokenizer_loads_as_it_was(images, tmp_path):
+def test_saved_tokenizer_loads_unchanged(images, tmp_path):
     path = tmp_path / "tokenizer.safetensors"
     saved = fitted(images)
     tokenizers.save(saved, path)
@@ -114,7 +114,7 @@ def test_a_saved_tokenizer_loads_as_it_was(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, arguments, sentence",
+    "kind, arguments, message",
     [
         (PatchPCA, (30, 4, 3, 6, "raw"), "data.img_size 30 .* model.patch_size 4"),
         (PatchPCA, (32, 4, 3, 49, "raw"), "tokenizer.dim 49 .* 48 dimensions"),
@@ -122,12 +122,12 @@ def test_a_saved_tokenizer_loads_as_it_was(images, tmp_path):
         (PixelTokenizer, (32, 4, 3, 7, "raw"), "tokenizer.dim 7 .* one of 3, 12, 48"),
     ],
 )
-def test_settings_that_do_not_fit_are_told(kind, arguments, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_settings_that_do_not_fit_are_refused(kind, arguments, message):
+    with pytest.raises(InputError, match=message):
         kind(*arguments)
 
 
-def test_nothing_to_fit_on_is_told():
+def test_fitting_on_no_or_constant_images_is_refused():
     tokenizer = PatchPCA(32, 4, 3, 6, "raw")
     with pytest.raises(InputError, match="no image"):
         tokenizer.fit([])
