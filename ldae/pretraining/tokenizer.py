@@ -10,7 +10,12 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ldae import console, distributed, files, tokenizers, tree
-from ldae.backbones.perceptual import PerceptualDistance, lpips, lpips_is_here, open_perceptual
+from ldae.backbones.perceptual import (
+    PerceptualDistance,
+    lpips_is_cached,
+    open_lpips,
+    open_perceptual,
+)
 from ldae.console import print_main
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source
@@ -72,8 +77,8 @@ class Fit:
         """To report: that of the loss, and LPIPS where that is not a download."""
         found = [self.perceptual] if self.perceptual else []
         known = [distance.name for distance in found]
-        if "LPIPS" not in known and self.config.data.in_chans == 3 and lpips_is_here():
-            found.append(lpips().to(self.device))
+        if "LPIPS" not in known and self.config.data.in_chans == 3 and lpips_is_cached():
+            found.append(open_lpips().to(self.device))
         return found
 
 

@@ -170,7 +170,7 @@ def _guided(
 
     def log_likelihood(z_0: torch.Tensor) -> torch.Tensor:
         seen = method.tokenizer.denormalize(method.decode(z_0))
-        logits = classifier(chosen.transform.adapt(seen))
+        logits = classifier(chosen.transform.transform_tensor(seen))
         return logits.log_softmax(-1).gather(1, targets)[:, 0]
 
     return samplers.classifier_guided(denoise, log_likelihood, how.classifier_scale, gamma, sigma)

@@ -333,7 +333,7 @@ def test_absent_perceptual_weights_are_told_before_anything_is_written(
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     config = tiny("dit", tokenizer__perceptual_weight=1.0)
-    with pytest.raises(InputError, match="VGG16 can not be downloaded .* vgg16@FILE"):
+    with pytest.raises(InputError, match="VGG16 cannot be downloaded .* vgg16@FILE"):
         function(config, tmp_path / "run", "dit")
     assert not (tmp_path / "run").exists()
 
