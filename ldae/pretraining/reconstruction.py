@@ -22,8 +22,8 @@ def measure_reconstruction(
     Each rank passes its own share of the images. Latents are the means of the posterior.
 
     Returns: ``psnr``, in dB, of pixels in [0, 1], at most 100; each distance under its name;
-        ``images``, the number of images. A quantised tokenizer adds ``codes_used``, the share of its
-        codes that occur, and ``code_perplexity``, the exponential of their entropy.
+        ``images``, the number of images. A quantised tokenizer adds ``codes_used``, the share of
+        its codes that occur, and ``code_perplexity``, the exponential of their entropy.
     """
     device = tokenizer.scales.device
     sums = torch.zeros(2 + len(distances), dtype=torch.float64, device=device)

@@ -55,13 +55,13 @@ def test_use_of_the_codebook_is_counted(images, monkeypatch):
 def test_sums_over_ranks_give_the_mean_of_all_images(images, monkeypatch):
     """The means follow from the sums that are reduced over ranks, and from nothing else."""
     tokenizer = pca(images)
-    whole = measure_reconstruction(tokenizer, [images])
-    seen = []
+    expected = measure_reconstruction(tokenizer, [images])
+    sums_of_ranks = []
     monkeypatch.setattr(
         "ldae.pretraining.reconstruction.all_reduce_sum",
-        lambda sums: seen.append(sums.clone()) or sums,
+        lambda sums: sums_of_ranks.append(sums.clone()) or sums,
     )
     for part in images.split(4):
         measure_reconstruction(tokenizer, [part])
-    count, psnr = sum(seen)
-    assert (psnr / count).item() == pytest.approx(whole["psnr"], rel=1e-6)
+    count, psnr = sum(sums_of_ranks)
+    assert (psnr / count).item() == pytest.approx(expected["psnr"], rel=1e-6)
