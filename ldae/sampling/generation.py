@@ -20,7 +20,7 @@ from ldae.runs.kinds import settings_of
 from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import Sampling
-from ldae.sampling.start import LatentGaussian, gaussian_of_run
+from ldae.sampling.start import LatentGaussian, load_or_fit_gaussian
 
 Create = Callable[[torch.Tensor], torch.Tensor]
 """Numbers of pictures, int64 (B,) on the device -> uint8 (B, C, H, W) on the CPU."""
@@ -134,7 +134,7 @@ def pictures(
     if gaussian is None:
         z = float(sigma[top]) * start
     else:
-        z = gaussian.noised(start, float(gamma[top]), float(sigma[top]))
+        z = gaussian.sample_noised(start, float(gamma[top]), float(sigma[top]))
     eta = {"eta": how.eta} if how.sampler == "ddim" else {}
     # TF32 would let the batch size show.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -222,7 +222,7 @@ def sampler(
     gaussian = None
     if not drowned(method, chosen.levels[0]):
         config = settings_of(run, "pretraining")
-        gaussian = gaussian_of_run(run, config, method, device, data, workers)
+        gaussian = load_or_fit_gaussian(run, config, method, device, data, workers)
     record = asdict(how) | {
         "run": run.resolve().name,
         "weights": files.state_hash(method.state_dict()),
