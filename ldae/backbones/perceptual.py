@@ -29,7 +29,7 @@ class PerceptualDistance:
     Args:
         name: name of the distance in results.
         network: is frozen.
-        maps: maps normalised images to feature maps, (B, C_l, H_l, W_l) each.
+        maps: function from normalised images to feature maps, (B, C_l, H_l, W_l) each.
         mean: mean of each channel, in [0, 1].
         std: standard deviation of each channel, in [0, 1].
         heads: weights of the channels of each map, (C_l, 1, 1) each.
@@ -52,6 +52,7 @@ class PerceptualDistance:
         self.heads = heads
 
     def to(self, device: torch.device) -> "PerceptualDistance":
+        """Move the network and the constants to a device, in place, and return the distance."""
         self.network.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         self.heads = self.heads and [head.to(device) for head in self.heads]

@@ -99,10 +99,10 @@ class Tokenizer(nn.Module):
 
 
 class PatchTokenizer(Tokenizer):
-    """A tokenizer that maps each patch by itself, D = in_chans * patch_size^2 numbers, affinely.
+    """A tokenizer that applies the same affine map to every patch.
 
-    The export folds ``project`` and ``inverse`` into a convolution. They also let a network take
-    and predict images instead of latents.
+    A patch has D = in_chans * patch_size^2 numbers. The export folds ``project`` and ``inverse``
+    into a convolution. They also let a network take and predict images instead of latents.
     """
 
     def project(self, patches: torch.Tensor) -> torch.Tensor:
@@ -121,9 +121,9 @@ class PatchTokenizer(Tokenizer):
 
 
 def latent_scales(scale: str, variances: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
-    """Return the factors (dim,) that ``scale`` asks for, for latents of these variances (dim,).
+    """Return the factors (dim,) that scale latents of these variances (dim,).
 
-    ``unit`` is the factor of ``raw``.
+    ``scale`` is as in ``Tokenizer``; for ``raw``, every factor is ``unit``.
     """
     if scale == "raw":
         return torch.full_like(variances, unit)

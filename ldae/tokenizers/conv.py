@@ -57,7 +57,7 @@ class ConvTokenizer(TrainedTokenizer):
                 f"tokenizer.dim {dim} is not a multiple of 4: a token of conv_vae is 2 x 2 latents"
             )
         self.width, self.codes, self.pretrained = width, codes, pretrained
-        diffusers = _diffusers()
+        diffusers = _import_diffusers()
         if pretrained:
             self.network = _load_published(diffusers, pretrained)
             self._check_published()
@@ -106,6 +106,10 @@ class ConvTokenizer(TrainedTokenizer):
         return config.get("shift_factor") or 0.0, config.scaling_factor
 
     def _check_published(self) -> None:
+        """Check that the published network fits the settings, and set ``codes``.
+
+        Raises: InputError when it does not fit.
+        """
         config, name = self.network.config, f"tokenizer.pretrained {self.pretrained}"
         codes = config.num_vq_embeddings if self.quantised else 0
         channels = (config.get("vq_embed_dim") if self.quantised else 0) or config.latent_channels
@@ -120,7 +124,11 @@ class ConvTokenizer(TrainedTokenizer):
         self.codes = codes
 
 
-def _diffusers() -> ModuleType:
+def _import_diffusers() -> ModuleType:
+    """Import diffusers, which is optional.
+
+    Raises: InputError when it is not installed.
+    """
     try:
         import diffusers
     except ImportError:

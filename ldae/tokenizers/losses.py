@@ -33,9 +33,9 @@ class TokenizerLoss(nn.Module):
         + CHW * (perceptual * distance + codebook loss)
         + adversarial * adaptive weight * -D(x_hat)
 
-    The first term is the absolute error summed over an image (LDM), or the squared error when the
-    tokenizer is patch-wise (paper, section 4.2). The factor CHW, the count of numbers of an image,
-    gives means the same weight beside sums as in LDM and VQGAN, which average every term over the
+    The first term is the absolute error summed over an image (LDM). When the tokenizer is
+    patch-wise, it is the squared error (paper, section 4.2). CHW is the count of numbers in an
+    image. It weighs the terms that are means as in LDM and VQGAN, which average all terms over the
     numbers of an image.
 
     From step ``adversarial_start`` on, the discriminator's hinge loss is added. The discriminator
@@ -121,10 +121,9 @@ class TokenizerLoss(nn.Module):
             generator = -self.discriminator.forward_frozen(x_hat).float().mean()
             real, fake = self.discriminator(x), self.discriminator(x_hat.detach())
         weight = adaptive_weight(reconstruction, generator, self.tokenizer.last_weight)
-        discriminator = hinge_loss(real.float(), fake.float())
-        parts = {"adversarial": generator, "adaptive_weight": weight}
-        parts["discriminator"] = discriminator
-        return self.weights.adversarial * weight * generator + discriminator, parts
+        hinge = hinge_loss(real.float(), fake.float())
+        parts = {"adversarial": generator, "adaptive_weight": weight, "discriminator": hinge}
+        return self.weights.adversarial * weight * generator + hinge, parts
 
     def _has_started(self, positions: torch.Tensor) -> bool:
         """Return whether these images belong to step ``adversarial_start`` or a later one.
