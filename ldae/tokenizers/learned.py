@@ -46,8 +46,8 @@ class Reconstruction(NamedTuple):
     kl: torch.Tensor
     """(B,), see ``Posterior.kl``."""
     codebook: torch.Tensor
-    """The codebook loss, a scalar: the mean square error of quantisation, for the codebook and, times
-    the commitment weight, for the encoder. It is 0 without a codebook."""
+    """The codebook loss, a scalar: the mean square error of quantisation, for the codebook and,
+    times the commitment weight, for the encoder. It is 0 without a codebook."""
 
 
 class TrainedTokenizer(Tokenizer):
