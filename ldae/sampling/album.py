@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import shutil
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +50,8 @@ class Album:
         """
         array, content = np.ascontiguousarray(picture.movedim(0, -1).numpy()), io.BytesIO()
         if self.suffix == ".png":
-            Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(
-                content, "png"
-            )
+            image = Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+            image.save(content, "png")
         else:
             np.save(content, array)
         files.write(self.path(number), content.getvalue())
@@ -68,28 +65,18 @@ def pack_npz(album: Album, count: int, labels: np.ndarray | None, record: dict, 
 
     Raises: InputError when the file cannot be written; the album then stays.
     """
-    aside = out.with_name(out.name + ".partial")
     shape = (count, *np.load(album.path(0)).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with files.report_write_errors(out):
-        try:
-            with open(aside, "wb") as npz:
-                with zipfile.ZipFile(npz, "w") as archive:
-                    with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                        np.lib.format.write_array_header_1_0(file, header)
-                        for number in range(count):
-                            file.write(np.load(album.path(number)).tobytes())
-                    if labels is not None:
-                        with archive.open("arr_1.npy", "w", force_zip64=True) as file:
-                            np.lib.format.write_array(file, labels)
-                    archive.comment = json.dumps(record).encode()
-                npz.flush()
-                os.fsync(npz.fileno())
-            os.replace(aside, out)
-        except OSError:
-            with suppress(OSError):
-                aside.unlink()
-            raise
+        with files.open_atomic(out) as npz, zipfile.ZipFile(npz, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for number in range(count):
+                    file.write(np.load(album.path(number)).tobytes())
+            if labels is not None:
+                with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, labels)
+            archive.comment = json.dumps(record).encode()
         shutil.rmtree(album.folder)
 
 

@@ -57,7 +57,7 @@ def choose(method: LDAE, classes: list[str], how: Sampling) -> Choice:
     """
     conditional = bool(method.denoiser.num_classes)
     if how.guidance != 1 and not conditional:
-        raise InputError("guidance needs a run with model.class_conditional, but this run has none")
+        raise InputError("guidance needs a run with model.class_conditional; it is off in this run")
     if how.guidance != 1 and not method.label_dropout:
         raise InputError(
             "guidance needs a run that was also trained without labels, but its "
