@@ -298,7 +298,7 @@ def _call_with_recipe(verb: str, argv: Sequence[str], function: Callable) -> Non
         raise InputError(f"say what and how: ldae {verb} BACKBONE --recipe NAME ... ({names})")
     else:
         recipes.recipe(chosen.recipe)  # told before anything is opened
-        size = chosen.size or recipes.size_of(backbone)
+        size = chosen.size or recipes.default_size(backbone)
         base = replace(recipes.config(chosen.recipe, size), {"backbone": backbone})
     _call_with_settings(
         verb,

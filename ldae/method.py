@@ -72,7 +72,7 @@ class LDAE(nn.Module):
         draw of these positions when the method samples it."""
         eps = None
         if self.samples_posterior and positions is not None:
-            shape = (self.tokenizer.tokens, self.tokenizer.dim)
+            shape = (self.tokenizer.num_tokens, self.tokenizer.dim)
             eps = noise.normal(self.seed, positions, shape, noise.POSTERIOR).to(x)
         with torch.no_grad(), self._autocast(self.tokenizer.trained):
             return self.tokenizer.encode(x, eps).to(x)

@@ -37,7 +37,7 @@ def test_the_command_line_takes_it(command, monkeypatch):
             called.append(original.__name__)
 
         monkeypatch.setattr(f"{module}.{name}", nothing)
-    monkeypatch.setattr("ldae.finetuning.recipes.size_of", lambda backbone: "B")  # opens it
+    monkeypatch.setattr("ldae.finetuning.recipes.default_size", lambda backbone: "B")  # opens it
     words = shlex.split(command)
     words, flags = settings.split_flags(words)
     settings.parse_flags(flags)

@@ -1,4 +1,4 @@
-"""Perceptual distances between images: LPIPS over VGG16, or the features of any backbone."""
+"""Perceptual distances between images: LPIPS on VGG16, or on the features of any backbone."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -17,18 +17,23 @@ _VGG_ENDS = (3, 8, 15, 22, 29)  # the last ReLU before each pooling
 
 
 class PerceptualDistance:
-    """A distance of images in [0, 1]: (B, C, H, W) twice -> (B,), in float32.
+    """A distance between images in [0, 1]: (B, C, H, W) twice -> (B,), in float32.
 
-    Feature maps are made unit vectors over their channels; the squared differences are summed over
-    the channels, with the weights of ``heads`` where there are some, and averaged over positions.
-    With heads the maps are summed, which is LPIPS (Zhang et al. 2018); without, they are averaged.
-    It is no nn.Module, so that its network is no part of what is trained and saved around it.
+    Feature maps are normalised to unit length over their channels. Their squared differences are
+    summed over channels, weighted by ``heads`` if given, and averaged over positions. With heads,
+    the distances of all maps are summed, as in LPIPS (Zhang et al. 2018). Without heads, they are
+    averaged.
+
+    It is not an nn.Module, so that a model that holds it neither trains nor saves its network.
 
     Args:
-        name: what records call it.
-        network: frozen here.
-        maps: normalised images to feature maps, (B, C_l, H_l, W_l) each.
-        size: side that the network takes; None: any.
+        name: name of the distance in results.
+        network: is frozen.
+        maps: function from normalised images to feature maps, (B, C_l, H_l, W_l) each.
+        mean: mean of each channel, in [0, 1].
+        std: standard deviation of each channel, in [0, 1].
+        heads: weights of the channels of each map, (C_l, 1, 1) each.
+        size: side of the images that the network takes; None: any side.
     """
 
     def __init__(
@@ -47,15 +52,16 @@ class PerceptualDistance:
         self.heads = heads
 
     def to(self, device: torch.device) -> "PerceptualDistance":
+        """Move the network and the constants to a device, in place, and return the distance."""
         self.network.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         self.heads = self.heads and [head.to(device) for head in self.heads]
         return self
 
-    def __call__(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.mean.device.type, enabled=False):
-            pairs = zip(self._maps(one.float()), self._maps(other.float()), strict=True)
-            parts = [(first - second).square() for first, second in pairs]
+            pairs = zip(self._maps(x.float()), self._maps(y.float()), strict=True)
+            parts = [(x_map - y_map).square() for x_map, y_map in pairs]
             if self.heads:
                 parts = [part * head for part, head in zip(parts, self.heads, strict=True)]
             layers = torch.stack([part.sum(1).mean((1, 2)) for part in parts])
@@ -66,37 +72,37 @@ class PerceptualDistance:
             images = nn.functional.interpolate(
                 images, (self.size, self.size), mode="bicubic", antialias=True
             )
-        found = self.maps((images - self.mean) / self.std)
-        return [part / (part.square().sum(1, keepdim=True) + 1e-8).sqrt() for part in found]
+        maps = self.maps((images - self.mean) / self.std)
+        return [part / (part.square().sum(1, keepdim=True) + 1e-8).sqrt() for part in maps]
 
 
 def open_perceptual(spec: str, in_chans: int) -> PerceptualDistance:
-    """The distance of ``vgg16`` (torchvision's weights), ``vgg16@FILE``, or a backbone's spec.
+    """Open ``vgg16`` (LPIPS with torchvision's weights), ``vgg16@FILE``, or a backbone by its spec.
 
-    Raises: InputError when weights are absent, or the network takes other channels.
+    Raises: InputError when weights are absent, or the network takes another number of channels.
     """
     name, _, file = spec.partition("@")
-    found = lpips(file) if name == "vgg16" else _of_backbone(spec)
-    if len(found.mean) != in_chans:
+    distance = open_lpips(file) if name == "vgg16" else _backbone_distance(spec)
+    if len(distance.mean) != in_chans:
         raise InputError(
-            f"tokenizer.perceptual_net {spec} takes {len(found.mean)} channels, data.in_chans is "
-            f"{in_chans}"
+            f"tokenizer.perceptual_net {spec} takes {len(distance.mean)} channels, but "
+            f"data.in_chans is {in_chans}"
         )
-    return found
+    return distance
 
 
-def lpips_is_here() -> bool:
-    """Whether LPIPS can be computed without a download."""
+def lpips_is_cached() -> bool:
+    """Return whether LPIPS can be computed without a download."""
     from torchvision.models import VGG16_Weights
 
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_Weights.IMAGENET1K_V1.url).name)
     return cached.is_file() and find_spec("torchmetrics") is not None
 
 
-def lpips(file: str = "") -> PerceptualDistance:
-    """LPIPS with the VGG16 of ``file``, or torchvision's, which is downloaded once.
+def open_lpips(file: str = "") -> PerceptualDistance:
+    """Return LPIPS with the VGG16 of ``file``, or with torchvision's, which is downloaded once.
 
-    Raises: InputError when its weights are absent.
+    Raises: InputError when the weights are absent, or the file does not hold torchvision's VGG16.
     """
     from torchvision.models import VGG16_Weights, vgg16
 
@@ -107,8 +113,8 @@ def lpips(file: str = "") -> PerceptualDistance:
         state = read_checkpoint(Path(file)) if file else weights.get_state_dict(check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"torchvision's weights of VGG16 can not be downloaded ({first_line(error)}): name a "
-            "file of them by tokenizer.perceptual_net vgg16@FILE, or another network"
+            f"torchvision's weights of VGG16 cannot be downloaded ({first_line(error)}): give a "
+            "file of them with tokenizer.perceptual_net vgg16@FILE, or name another network"
         ) from None
     try:
         features.load_state_dict(
@@ -119,35 +125,41 @@ def lpips(file: str = "") -> PerceptualDistance:
         raise InputError(f"{file} does not hold torchvision's VGG16") from None
 
     def maps(images: torch.Tensor) -> list[torch.Tensor]:
-        found = []
-        for number, layer in enumerate(features[: _VGG_ENDS[-1] + 1]):
+        outputs = []
+        for index, layer in enumerate(features[: _VGG_ENDS[-1] + 1]):
             images = layer(images)
-            if number in _VGG_ENDS:
-                found.append(images)
-        return found
+            if index in _VGG_ENDS:
+                outputs.append(images)
+        return outputs
 
     statistics = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return PerceptualDistance("LPIPS", features, maps, *statistics, heads=_published_heads())
+    return PerceptualDistance("LPIPS", features, maps, *statistics, heads=_lpips_heads())
 
 
-def _published_heads() -> list[torch.Tensor]:
-    """LPIPS' weights of each channel of VGG16, (C_l, 1, 1) each, which torchmetrics brings along.
+def _lpips_heads() -> list[torch.Tensor]:
+    """Return LPIPS' weights of the channels of VGG16, (C_l, 1, 1) each.
 
-    Its own LPIPS takes no VGG of a local file, so the file is all that is used of it.
+    They are read from a file of torchmetrics, the only part of torchmetrics that is used: its own
+    LPIPS does not take a local file of VGG16.
+
+    Raises: InputError when torchmetrics is not installed.
     """
     package = find_spec("torchmetrics")
     if package is None:
-        raise InputError("LPIPS needs a package: pip install 'ldae[conv]'")
+        raise InputError("LPIPS needs torchmetrics: pip install 'ldae[conv]'")
     folder = Path(package.submodule_search_locations[0], "functional", "image", "lpips_models")
     state = read_checkpoint(folder / "vgg.pth")
     return [state[f"lin{layer}.model.1.weight"][0] for layer in range(len(_VGG_ENDS))]
 
 
-def _of_backbone(spec: str) -> PerceptualDistance:
+def _backbone_distance(spec: str) -> PerceptualDistance:
     network = load_backbone(spec)
     if not hasattr(network, "forward_intermediates"):
-        raise InputError(f"tokenizer.perceptual_net {spec} shows no feature maps within it")
-    wanted = preprocessing(network)
+        raise InputError(
+            f"tokenizer.perceptual_net {spec} has no forward_intermediates, which returns the "
+            "feature maps of a network: name another backbone"
+        )
+    transform = preprocessing(network)
 
     def maps(images: torch.Tensor) -> list[torch.Tensor]:
         return network.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
@@ -157,7 +169,7 @@ def _of_backbone(spec: str) -> PerceptualDistance:
         f"perceptual({spec})",
         network,
         maps,
-        wanted.mean,
-        wanted.std,
-        size=wanted.input_size[1] if fixed else None,
+        transform.mean,
+        transform.std,
+        size=transform.input_size[1] if fixed else None,
     )

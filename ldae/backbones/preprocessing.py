@@ -1,4 +1,4 @@
-"""How a backbone wants its images: timm's evaluation transform, by its ``pretrained_cfg``."""
+"""The preprocessing of a backbone: timm's evaluation transform, from its ``pretrained_cfg``."""
 
 import math
 from dataclasses import dataclass
@@ -17,50 +17,51 @@ from ldae.data.image import to_planes
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """What a backbone expects: timm's evaluation transform, split at the 8-bit pixels.
+    """timm's evaluation transform for one backbone, split at the 8-bit pixels.
 
-    Called on a decoded image it returns uint8 (C, H, W); an image that already has the size is
-    copied untouched when ``crop_pct`` is 1. :meth:`normalise` does the rest, on the device.
+    Called with a decoded image, it returns uint8 (C, H, W). When ``crop_pct`` is 1, an image of the
+    input size is copied unchanged. :meth:`normalise` completes the transform on the device.
     """
 
     input_size: tuple[int, int, int]
     """C, H, W."""
     interpolation: str
     crop_pct: float
-    """H over the side to which the image is scaled before the crop."""
+    """Side of the crop as a share of the side to which the image is resized first."""
     crop_mode: str
     mean: tuple[float, ...]
+    """Mean of each channel, in [0, 1]."""
     std: tuple[float, ...]
-    """Of each channel, in [0, 1]."""
+    """Standard deviation of each channel, in [0, 1]."""
 
     def __call__(self, image: Image.Image | np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         planes = to_planes(image, self.input_size[0])
         if len(planes) == 1:
             return self._resize(planes[0])
-        # Pillow has no images of such channels, but resizes each channel by itself anyway.
+        # Pillow has no images of so many channels. It resizes each channel by itself in any case.
         parts = [resize(plane) for resize, plane in zip(self._resize_channel, planes, strict=True)]
         return torch.cat(parts)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) as the float32 that the backbone takes, on the same device."""
+        """Convert uint8 images (B, C, H, W) to the float32 input of the backbone, same device."""
         mean = torch.tensor(self.mean, device=images.device)[:, None, None]
         std = torch.tensor(self.std, device=images.device)[:, None, None]
         return images.float().div_(255).sub_(mean).div_(std)
 
-    def adapt(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Square pictures (B, C, S, S) in [0, 1] as the backbone takes them, differentiably.
+    def transform_tensor(self, images: torch.Tensor) -> torch.Tensor:
+        """Resize, crop and normalise square images (B, C, S, S) in [0, 1], differentiably.
 
-        Grey becomes any number of equal channels.
+        A single channel is repeated as often as the backbone needs.
         """
         chans, side, _ = self.input_size
-        scaled = math.floor(side / self.crop_pct)  # timm's rule
-        if pictures.shape[-1] != scaled:
+        resized = math.floor(side / self.crop_pct)  # timm's rule
+        if images.shape[-1] != resized:
             mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
-            pictures = F.interpolate(pictures, (scaled, scaled), mode=mode, antialias=True)
-        edge = round((scaled - side) / 2)
-        pictures = pictures[..., edge : edge + side, edge : edge + side]
-        mean, std = (pictures.new_tensor(part)[:, None, None] for part in (self.mean, self.std))
-        return (pictures.expand(-1, chans, -1, -1) - mean) / std
+            images = F.interpolate(images, (resized, resized), mode=mode, antialias=True)
+        edge = round((resized - side) / 2)
+        images = images[..., edge : edge + side, edge : edge + side]
+        mean, std = (images.new_tensor(part)[:, None, None] for part in (self.mean, self.std))
+        return (images.expand(-1, chans, -1, -1) - mean) / std
 
     @cached_property
     def _resize(self) -> Callable[[Image.Image], torch.Tensor]:
@@ -76,13 +77,13 @@ class EvalTransform:
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
-            mean=mean,  # the border that crop_mode "border" adds
+            mean=mean,  # the colour of the border that crop_mode "border" adds
             normalize=False,
         )
 
 
 def preprocessing(model: nn.Module) -> EvalTransform:
-    """The transform that the ``pretrained_cfg`` of a backbone asks for."""
+    """Return the transform that the ``pretrained_cfg`` of a backbone describes."""
     config = resolve_model_data_config(model)
     chans = config["input_size"][0]
     for key in ("mean", "std"):

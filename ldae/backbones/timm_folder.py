@@ -1,4 +1,4 @@
-"""The folder that timm and the Hugging Face hub open: written aside, read back, then named."""
+"""Writing a model as a folder that timm and the Hugging Face hub open."""
 
 import shutil
 from collections.abc import Callable
@@ -21,12 +21,18 @@ def write_timm_folder(
     card: str = "",
     classes: list[str] | None = None,
 ) -> None:
-    """Write config.json, model.safetensors and, of a ``card``, README.md into the folder ``out``.
+    """Write a model to the folder ``out``, which appears only after ``verify`` has accepted it.
 
-    It appears once ``verify`` has accepted the model, in eval mode, that timm reads back from it.
-    ``model_args`` build the architecture; ``classes`` name the outputs.
+    The folder holds config.json, model.safetensors and, if ``card`` is given, README.md. It is
+    written under another name and renamed at the end.
 
-    Raises: InputError when it can not be written, and what ``verify`` raises.
+    Args:
+        model_args: arguments with which timm builds the architecture.
+        verify: called with the model that timm reads back, in eval mode; raises if it differs.
+        card: text of the README.md; empty: none.
+        classes: names of the outputs.
+
+    Raises: InputError when the folder cannot be written; the exceptions of ``verify``.
     """
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -41,11 +47,11 @@ def write_timm_folder(
         )
         if card:
             (aside / "README.md").write_text(card)
-        # safetensors' files are for their owner alone; a folder to share is as readable as its rest.
+        # safetensors makes its file readable by the owner only, but the folder is for sharing.
         shutil.copymode(aside / "config.json", aside / "model.safetensors")
         verify(timm.create_model(f"local-dir:{aside}", pretrained=True).eval())
         aside.rename(out)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{out} can not be written: {error}") from None
+        raise InputError(f"{out} cannot be written: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""Weights of other projects' checkpoint files: found, renamed and loaded without running code."""
+"""Loading the checkpoint files of other projects into timm models, without running their code."""
 
 import argparse
 import pickle
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from timm.models import adapt_input_conv
@@ -13,68 +13,71 @@ from torch import nn
 from ldae.distributed import is_main
 from ldae.errors import InputError, first_line
 
-Weights = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 
-# Where checkpoints keep their weights. Averaged copies first: they win where two fit equally well.
-_NESTS = (
+# The keys under which checkpoints keep their weights. Averaged weights come first: of two state
+# dicts that fit equally well, the first is loaded.
+_STATE_DICT_KEYS = (
     "state_dict_ema", "model_ema", "teacher", "target_encoder", "model", "state_dict", "encoder"
 )  # fmt: skip
 
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.", "encoder.", "encoder_q.")
-_NAMES_SHOWN = 8
+_MAX_NAMES = 8
 
 
 def load_weights(model: nn.Module, file: Path, name: str, classifier: bool = False) -> None:
-    """Load what fits of ``file`` into a timm model, and list on the console what does not.
+    """Load the tensors of ``file`` that fit into a timm model, and print the names of the others.
 
-    ``file`` is ``.safetensors`` or PyTorch's. ``name`` is what messages call the model. With
-    ``classifier``, the model gets the file's classifier, and as many classes.
+    Args:
+        model: changed in place.
+        file: a ``.safetensors`` or PyTorch checkpoint.
+        name: the model's name in messages.
+        classifier: load the classifier too, and give the model as many classes.
 
-    Raises: InputError when the file can not be read, or nothing in it fits, or it has no classifier.
+    Raises: InputError when the file cannot be read, nothing in it fits, or it has no classifier.
     """
-    own = model.state_dict()
+    model_state = model.state_dict()
     candidates = [
         {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
-        for weights in _weight_sets(read_checkpoint(file))
-        for prefix in _prefixes(weights)
+        for weights in _find_state_dicts(read_checkpoint(file))
+        for prefix in _find_prefixes(weights)
     ]
     if not candidates:
         raise InputError(f"{file} holds no weights")
-    weights = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
+    weights = max(candidates, key=lambda candidate: len(candidate.keys() & model_state.keys()))
     if not classifier:
-        weights = _without_heads(weights, model.pretrained_cfg.get("classifier"))
-    weights = _with_channels(_converter(model)(weights, model), model)
+        weights = _drop_heads(weights, model.pretrained_cfg.get("classifier"))
+    weights = _adapt_channels(_timm_converter(model)(weights, model), model)
     if classifier:
-        _take_classes(model, weights, file)
-        own = model.state_dict()
-    fitting = {
-        key: value for key, value in weights.items() if key in own and value.shape == own[key].shape
-    }
+        _resize_classifier(model, weights, file)
+        model_state = model.state_dict()
+    common = weights.keys() & model_state.keys()
+    fitting = {key: weights[key] for key in common if weights[key].shape == model_state[key].shape}
     if not fitting:
         raise InputError(f"nothing in {file} fits {name}")
     model.load_state_dict(fitting, strict=False)
     if is_main():
-        print(f"{file}: {len(fitting)} of the {len(own)} tensors of {name}")
-        _show("not in the file, left as initialised", own.keys() - weights.keys())
-        _show("not in the model, left out", weights.keys() - own.keys())
-        other_shape = weights.keys() & own.keys() - fitting.keys()
-        _show(
-            "of another shape, left as initialised",
-            [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in other_shape],
-        )
+        print(f"{file}: loaded {len(fitting)} of the {len(model_state)} tensors of {name}")
+        _print_names("not in the file, left as initialised", model_state.keys() - weights.keys())
+        _print_names("not in the model, left out", weights.keys() - model_state.keys())
+        other_shape = [
+            f"{key} {tuple(weights[key].shape)} for {tuple(model_state[key].shape)}"
+            for key in common - fitting.keys()
+        ]
+        _print_names("of another shape, left as initialised", other_shape)
 
 
-def _show(what: str, names: Any) -> None:
+def _print_names(title: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if names:
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        print(f"  {what} ({len(names)}): {', '.join(names[:_NAMES_SHOWN])}{more}")
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        print(f"  {title} ({len(names)}): {', '.join(names[:_MAX_NAMES])}{more}")
 
 
 def read_checkpoint(file: Path) -> Any:
-    """The content of a checkpoint, without running any code that it may hold.
+    """Return the content of a checkpoint, without running any code that it may hold.
 
-    Raises: InputError when the file is missing or can not be read so.
+    Raises: InputError when the file is missing or cannot be read in this way.
     """
     if not file.is_file():
         raise InputError(f"there is no checkpoint file {file}")
@@ -83,27 +86,27 @@ def read_checkpoint(file: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(file)
-        # Many training scripts keep their command line beside the weights.
+        # Many training scripts save their command line, a Namespace, with the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file} holds pickled code, which is not run here; if you trust it, convert it once "
-            f"by torch.save(torch.load({str(file)!r}, weights_only=False)['model'], 'weights.pth') "
-            "with the key of its weights"
+            f"with torch.save(torch.load({str(file)!r}, weights_only=False)['model'], "
+            "'weights.pth'), where 'model' is the key of its weights"
         ) from error
-    except Exception as error:  # a damaged file makes the two readers raise nearly every type
-        # A KeyError is of torch's old format, which takes any bytes for its instructions.
-        reason = "it is no file of torch's" if isinstance(error, KeyError) else first_line(error)
-        raise InputError(f"{file} is no readable checkpoint: {reason}") from error
+    except Exception as error:  # for a damaged file the two readers raise nearly every type
+        # torch takes unknown bytes for instructions of its old format, which raise a KeyError.
+        reason = "it is not a torch file" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"{file} is not a readable checkpoint: {reason}") from error
 
 
-def _weight_sets(content: Any) -> Iterator[Weights]:
-    """Every set of named tensors in a checkpoint, the nested ones first."""
+def _find_state_dicts(content: Any) -> Iterator[StateDict]:
+    """Yield every dict of named tensors in a checkpoint, nested ones first."""
     if not isinstance(content, dict):
         return
-    for nest in _NESTS:
-        yield from _weight_sets(content.get(nest))
+    for key in _STATE_DICT_KEYS:
+        yield from _find_state_dicts(content.get(key))
     weights = {
         name: value
         for name, value in content.items()
@@ -113,19 +116,19 @@ def _weight_sets(content: Any) -> Iterator[Weights]:
         yield weights
 
 
-def _prefixes(weights: Weights) -> list[str]:
-    """The chains of wrappers' prefixes that names begin with, the empty one first."""
-    found = {""}
+def _find_prefixes(weights: StateDict) -> list[str]:
+    """Return the prefixes of wrappers that names begin with, from the empty one to the longest."""
+    prefixes = {""}
     for name in weights:
-        chain = ""
-        while wrapper := next((w for w in _WRAPPERS if name.startswith(w, len(chain))), None):
-            chain += wrapper
-            found.add(chain)
-    return sorted(found, key=len)
+        prefix = ""
+        while wrapper := next((w for w in _WRAPPERS if name.startswith(w, len(prefix))), None):
+            prefix += wrapper
+            prefixes.add(prefix)
+    return sorted(prefixes, key=len)
 
 
-def _without_heads(weights: Weights, classifier: str | tuple[str, ...] | None) -> Weights:
-    """Leave out the classifier, and MAE's decoder with the mask token that belongs to it."""
+def _drop_heads(weights: StateDict, classifier: str | tuple[str, ...] | None) -> StateDict:
+    """Return the weights without the classifier, and without MAE's decoder and its mask token."""
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
     dropped = tuple(f"{head}." for head in heads)
     if any(name.startswith("decoder") for name in weights):
@@ -133,24 +136,27 @@ def _without_heads(weights: Weights, classifier: str | tuple[str, ...] | None) -
     return {name: value for name, value in weights.items() if not name.startswith(dropped)}
 
 
-def _take_classes(model: nn.Module, weights: Weights, file: Path) -> None:
-    """Give the model as many classes as the weights have."""
+def _resize_classifier(model: nn.Module, weights: StateDict, file: Path) -> None:
+    """Give the model as many classes as the weights have.
+
+    Raises: InputError when the weights hold no classifier.
+    """
     head = model.pretrained_cfg.get("classifier")
     key = f"{head if isinstance(head, str) else head[0]}.weight"
     if key not in weights:
-        raise InputError(f"{file} has no classifier: there is no {key} in it")
+        raise InputError(f"{file} has no classifier: it does not hold {key}")
     if len(weights[key]) != model.num_classes:
         model.reset_classifier(len(weights[key]))
 
 
-def _converter(model: nn.Module) -> Callable[[Weights, nn.Module], Weights]:
-    """timm's own conversion of foreign names and sizes for this architecture, if it has one."""
+def _timm_converter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:
+    """Return timm's conversion of foreign names and sizes for this architecture, or a no-op."""
     module = sys.modules[type(model).__module__]
     return getattr(module, "checkpoint_filter_fn", lambda weights, _: weights)
 
 
-def _with_channels(weights: Weights, model: nn.Module) -> Weights:
-    """Fit the first convolution to the channels of the model, as timm does for its own weights."""
+def _adapt_channels(weights: StateDict, model: nn.Module) -> StateDict:
+    """Fit RGB weights of the first convolution to the model's channels, as timm does."""
     name = f"{model.pretrained_cfg.get('first_conv')}.weight"
     in_chans = model.pretrained_cfg["input_size"][0]
     if name in weights and weights[name].shape[1:2] == (3,) and in_chans != 3:

@@ -33,7 +33,7 @@ from ldae.files import state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.kinds import kind_of, settings_of
-from ldae.sampling.album import record_of
+from ldae.sampling.album import read_record
 from ldae.sampling.generation import sampler
 from ldae.sampling.settings import Sampling, check_settings
 from ldae.tokenizers.moments import Moments
@@ -94,7 +94,7 @@ class SourceImages:
 
     def record(self) -> dict:
         record = {"spec": self.spec, "split": self._source.split, "images": len(self)}
-        return record | {"first_size": list(self.size), "samples": record_of(Path(self.spec))}
+        return record | {"first_size": list(self.size), "samples": read_record(Path(self.spec))}
 
 
 class RunImages:

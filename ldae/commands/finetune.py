@@ -20,8 +20,8 @@ from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
 from ldae.evals.features import Encoder, known_labels
 from ldae.evals.protocol import Protocol
 from ldae.finetuning.mixing import Mixing
-from ldae.finetuning.network import Classification, build_network
-from ldae.finetuning.recipes import changed
+from ldae.finetuning.network import ClassificationLoss, build_network
+from ldae.finetuning.recipes import changed_constants
 from ldae.finetuning.settings import AugmentSettings, FinetuneConfig, FinetuneModelSettings
 from ldae.runs import layout
 from ldae.runs.folder import open_run
@@ -138,7 +138,7 @@ def _carry_out(work: Work, run: Path) -> dict:
     config, graded = work.config, work.graded
     device = graded.device
     control = " from scratch" if config.model.random_init else ""
-    model = Classification(graded.model, config.model.layer_decay, work.bf16).to(device)
+    model = ClassificationLoss(graded.model, config.model.layer_decay, work.bf16).to(device)
     trained = train_in(
         run,
         model,
@@ -190,7 +190,7 @@ def protocol_of(config: FinetuneConfig) -> FinetuneProtocol:
         config.model,
         config.optim,
         config.seed,
-        tuple(f"{name}={used}" for name, (_, used) in changed(config).items()),
+        tuple(f"{name}={used}" for name, (_, used) in changed_constants(config).items()),
     )
 
 

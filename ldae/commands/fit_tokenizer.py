@@ -49,7 +49,7 @@ def _facts(fit: Fit) -> dict[str, str]:
         )
     return {
         "parameters": f"{sum(p.numel() for p in tokenizer.parameters()):,}",
-        "tokens per image": f"{tokenizer.tokens}, each of {tokenizer.dim} numbers",
+        "tokens per image": f"{tokenizer.num_tokens}, each of {tokenizer.dim} numbers",
         "images": f"{len(fit.source):,} in {fit.source.spec}",
         "fitted in": how,
     }

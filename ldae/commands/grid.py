@@ -115,7 +115,7 @@ class BlockReader:
         eps = None
         if self.noisy:
             numbers = self.first + indices.to(images.device)
-            shape = (self.method.tokenizer.tokens, self.method.tokenizer.dim)
+            shape = (self.method.tokenizer.num_tokens, self.method.tokenizer.dim)
             eps = noise.normal(self.seed, numbers, shape)
         taps = self.method.denoiser.taps(*self.method.input_at(images, self.t, eps))
         wanted = zip(range(1, max(self.leading) + 1), taps)  # in this order: no block too many

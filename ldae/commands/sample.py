@@ -24,7 +24,7 @@ from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.plots.pictures import save_grid
 from ldae.runs import layout
-from ldae.sampling.album import Album, check_same, pack
+from ldae.sampling.album import Album, check_same_record, pack_npz
 from ldae.sampling.generation import Chosen, Create, sampler
 from ldae.sampling.settings import Sampling, check_settings
 
@@ -95,7 +95,7 @@ def _fill(album: Album, create: Create, images: int, batch_size: int, device: to
     with console.progress(len(own), "samples") as bar:
         for batch in torch.tensor(own, dtype=torch.int64).split(batch_size) if own else ():
             for number, picture in zip(batch.tolist(), create(batch.to(device)), strict=True):
-                album.put(number, picture)
+                album.save(number, picture)
             bar.update(len(batch))
     barrier()
 
@@ -112,14 +112,14 @@ def _write_npz(
     """Pictures wait in a folder beside ``out`` until all are there."""
     record = record | {"images": images}
     if out.exists():
-        check_same(out, record)
+        check_same_record(out, record)
         return
     album = Album(out.with_name(out.name + files.PARTS), record, ".npy")
     _fill(album, create, images, batch_size, device)
     if is_main():
         asked = chosen.targets if chosen.labels is None else chosen.labels
         labels = None if asked is None else chosen.of(asked, torch.arange(images)).numpy()
-        pack(album, images, labels, record, out)
+        pack_npz(album, images, labels, record, out)
     barrier()
 
 

@@ -1,1 +1,1 @@
-"""Fine-tuning: its settings and recipes, how batches are mixed, the network and its loss."""
+"""Fine-tuning: settings, recipes, mixing of batches, the network and its loss."""

@@ -1,4 +1,4 @@
-"""From a batch of uint8 images and labels to the mixed one that a network is fine-tuned on."""
+"""Normalisation, random erasing, mixup and CutMix of the batches of a fine-tuning."""
 
 import numpy as np
 import torch
@@ -12,16 +12,17 @@ from ldae.data.loader import Batch
 from ldae.errors import InputError
 from ldae.finetuning.settings import AugmentSettings
 
-_MIXING = 1  # third word of the seed; with two, the loader draws an image's augmentation
+# Third word of the seed. The loader seeds the augmentation of an image with two words only.
+_MIXING = 1
 
 
 class Mixing:
-    """Normalise, erase, mix: timm's RandomErasing and Mixup on a device.
+    """Normalisation, then timm's RandomErasing and Mixup, of batches on a device.
 
-    Positions are cut into groups of ``mix_images``. A group is mixed by one draw, each image with the
-    one at the mirrored place, and its draw is a pure function of the seed and of its first position.
-    So it is the same for every division of a batch into ranks and micro batches. The labels become
-    targets, float32 (B, num_classes).
+    Positions are cut into groups of ``mix_images``. One random draw mixes a group, each image with
+    the image at the mirrored place of the group. The draw depends only on the seed and on the first
+    position of the group. The result is thus the same for every division of a batch into ranks and
+    micro batches.
     """
 
     def __init__(
@@ -46,25 +47,32 @@ class Mixing:
             )
         self.erase = RandomErasing(augment.erasing, mode="pixel", device=device)
 
-    def check(self, piece: int) -> None:
-        """Raises: InputError when ``piece`` images, a micro batch, are no whole number of groups."""
+    def check(self, micro_batch: int) -> None:
+        """Check that a micro batch of so many images is a whole number of groups.
+
+        Raises: InputError when it is not, or when images cannot be mixed in pairs.
+        """
         group = self.augment.mix_images
         if self.mix and group % 2:
             raise InputError(f"augment.mix_images must be an even number, not {group}")
-        if piece % group:
+        if micro_batch % group:
             raise InputError(
-                f"a micro batch of {piece} images is not a multiple of augment.mix_images {group}: "
-                "change optim.batch_size, system.device_batch or augment.mix_images"
+                f"a micro batch of {micro_batch} images is not a multiple of augment.mix_images "
+                f"{group}: change optim.batch_size, system.device_batch or augment.mix_images"
             )
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
-        """float32 images on the device, and targets, of uint8 images and labels on the CPU."""
+        """Move a batch to the device and mix it.
+
+        uint8 images (B, C, H, W) become normalised float32 images of the same shape. Labels, int64
+        (B,), become soft targets, float32 (B, num_classes).
+        """
         images = self.transform.normalise(batch.images.to(self.device, non_blocking=True))
         labels = batch.targets.to(self.device, non_blocking=True)
         groups = zip(*(part.split(self.augment.mix_images) for part in (images, labels)))
         starts = batch.positions[:: self.augment.mix_images].tolist()
-        # In place where mixing is, so that only the targets are new.
+        # Images are erased and mixed in place, so only the targets are new tensors.
         targets = [self._mix(start, *group) for start, group in zip(starts, groups, strict=True)]
         return batch._replace(images=images, targets=torch.cat(targets))
 

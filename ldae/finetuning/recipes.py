@@ -1,4 +1,4 @@
-"""The recipes of fine-tuning by name and version, with what depends on the size of the network."""
+"""The recipes of fine-tuning, by name and version, and their constants for each size of ViT."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +9,12 @@ from ldae.finetuning.settings import FinetuneConfig
 from ldae.tree import difference, replace
 
 WIDTHS = {"B": 768, "L": 1024, "H": 1280}
-"""Of the ViTs that recipes are published for, in numbers a token."""
+"""Embedding widths of the ViTs for which recipes are published."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every constant of a recipe: those of all sizes, and those of each."""
+    """All constants of a recipe: ``constants`` for all sizes, ``sizes`` for each size."""
 
     name: str
     version: int
@@ -23,7 +23,7 @@ class Recipe:
     sizes: dict[str, dict[str, Any]] = field(hash=False)
 
 
-# MAE, main_finetune.py and FINETUNE.md. H has the constants of L but for its drop path.
+# MAE, main_finetune.py and FINETUNE.md. H differs from L only in its drop path rate.
 _MAE = {
     "augment.min_area": 0.08, "augment.flip": 0.5, "augment.policy": "rand-m9-mstd0.5-inc1",
     "augment.erasing": 0.25, "augment.mixup": 0.8, "augment.cutmix": 1.0,
@@ -36,8 +36,9 @@ _MAE = {
 
 _LARGE = {"optim.epochs": 50.0, "optim.blr": 1e-3, "model.layer_decay": 0.75}
 
-# The paper, table of its appendix. What it leaves unsaid is MAE's, whose probe it says it follows;
-# 4e-3 at batch 1024 is a blr of 1e-3. H is not in it and gets what L has.
+# The l-DAE paper, table in the appendix. Constants that it does not state are MAE's, since it says
+# that its linear probe follows MAE. 4e-3 at batch 1024 is a blr of 1e-3. The paper has no H; H gets
+# the constants of L.
 _LDAE = _MAE | {
     "optim.blr": 1e-3, "optim.epochs": 100.0, "optim.ema": 0.9999, "model.drop_path": 0.1,
 }  # fmt: skip
@@ -67,35 +68,31 @@ def recipe(name: str) -> Recipe:
 
 
 def config(name: str = "mae", size: str = "B") -> FinetuneConfig:
-    """The settings of a recipe for the size of a network.
+    """Return the settings of a recipe for a size of ViT: B, L or H.
 
-    Raises: InputError for a recipe or a size that does not exist.
+    Raises: InputError when there is no such recipe or size.
     """
-    found = recipe(name)
-    if size not in found.sizes:
-        raise InputError(f"there is no size {size!r}; there are {', '.join(found.sizes)}")
-    head = {"recipe": found.name, "version": found.version, "size": size}
-    return replace(FinetuneConfig(), head | found.constants | found.sizes[size])
+    chosen = recipe(name)
+    if size not in chosen.sizes:
+        raise InputError(f"there is no size {size!r}; there are {', '.join(chosen.sizes)}")
+    head = {"recipe": chosen.name, "version": chosen.version, "size": size}
+    return replace(FinetuneConfig(), head | chosen.constants | chosen.sizes[size])
 
 
-def size_of(spec: str) -> str:
-    """The smallest of B, L and H that is at least as wide as the features of a backbone; or H.
+def default_size(spec: str) -> str:
+    """Return the smallest of B, L and H at least as wide as a backbone's features, or else H.
 
-    Raises: InputError when it can not be opened.
+    Raises: InputError when the backbone cannot be opened.
     """
-    is_pixels = spec.partition(":")[0] == "pixels"  # which has no random weights
-    network = load_backbone(spec, random_init=not is_pixels)  # no download for a number
+    is_pixels = spec.partition(":")[0] == "pixels"  # has no random weights
+    network = load_backbone(spec, random_init=not is_pixels)  # random weights need no download
     features = getattr(network, "num_features", 0)
     return next((size for size, width in WIDTHS.items() if features <= width), "H")
 
 
-def changed(used: FinetuneConfig) -> dict[str, tuple[Any, Any]]:
-    """The constants that are not the recipe's: name -> (the recipe's, the used one)."""
-    own = config(used.recipe, used.size)
-    found = difference(own, used)
-    return {name: pair for name, pair in found.items() if name in _constants(used)}
-
-
-def _constants(used: FinetuneConfig) -> set[str]:
-    found = recipe(used.recipe)
-    return {*found.constants, *found.sizes[used.size]}
+def changed_constants(used: FinetuneConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the constants that differ from the recipe: name -> (recipe's value, used value)."""
+    chosen = recipe(used.recipe)
+    constants = {*chosen.constants, *chosen.sizes[used.size]}
+    changes = difference(config(used.recipe, used.size), used)
+    return {name: values for name, values in changes.items() if name in constants}

@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning. Their defaults are MAE's for ViT-B, each with its why beside it."""
+"""The settings of a fine-tuning. Defaults are MAE's for ViT-B."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -13,83 +13,83 @@ _OPEN_SHARE = Range(0, 1, open_low=True)
 
 @dataclass(frozen=True)
 class FinetuneDataSettings:
-    """Which images."""
+    """The images."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
-    """The labelled images whose train split is learned from."""
+    """Labelled images; the network is trained on their train split."""
     eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
-    """The images to grade on; empty: the evaluation split of the source."""
+    """Images to evaluate on; empty: the evaluation split of the source."""
     img_size: Annotated[int | None, COUNT, tyro.conf.arg(aliases=["--img-size"])] = None
-    """Side of the square that the network sees, in pixels; none: the backbone's own."""
+    """Side of the square input of the network, in pixels; none: the backbone's."""
     in_chans: Annotated[int, COUNT] = 3
-    """Channels of a timm name; the other backbones know their own."""
+    """Channels, when the backbone is a timm name; other backbones have a fixed number."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """What an undecodable image does: stop the run, or be replaced by the next one and counted."""
+    """For an undecodable image: stop the run, or count it and use the next image instead."""
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """What is done to the images of the train split, and to their labels."""
+    """The augmentation of the training images and of their labels."""
 
     min_area: Annotated[float, _OPEN_SHARE] = 0.08  # timm's and torchvision's
-    """Smallest share of an image that the random resized crop keeps."""
+    """Smallest area of the random resized crop, as a share of the image."""
     flip: Annotated[float, SHARE] = 0.5
-    """Probability of the mirror image."""
+    """Probability of a horizontal flip."""
     policy: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment, as timm writes it; empty: none."""
+    """RandAugment, in timm's notation; empty: none."""
     erasing: Annotated[float, SHARE] = 0.25
-    """Probability that a rectangle is replaced by normal noise in every pixel."""
+    """Probability of random erasing: a rectangle is replaced by normal noise in every pixel."""
     mixup: Annotated[float, NOT_NEGATIVE] = 0.8
-    """Alpha of mixup's Beta distribution; 0: no mixup."""
+    """Alpha of the Beta distribution of mixup; 0: no mixup."""
     cutmix: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Alpha of CutMix's Beta distribution; 0: no CutMix."""
+    """Alpha of the Beta distribution of CutMix; 0: no CutMix."""
     mix_prob: Annotated[float, SHARE] = 1.0
-    """Probability that images are mixed at all."""
+    """Probability that images are mixed."""
     switch_prob: Annotated[float, SHARE] = 0.5
-    """Probability of CutMix where there are both."""
+    """Probability of CutMix instead of mixup, when both are on."""
     mix_images: Annotated[int, COUNT] = 32  # the batch of one device in MAE's run of 32
-    """Successive images that share one draw and are mixed with each other, an even number."""
+    """Consecutive images that are mixed with each other by one random draw; an even number."""
     label_smoothing: Annotated[float, SHARE] = 0.1
-    """Share of a label that is spread over all classes."""
+    """Probability mass of a label that is spread over all classes."""
 
 
 @dataclass(frozen=True)
 class FinetuneModelSettings:
-    """What becomes of the backbone."""
+    """The network that is fine-tuned."""
 
     random_init: bool = False
-    """Train the same network from scratch: timm's random initialisation and not the weights."""
+    """Train the same network from scratch, from timm's random initialisation."""
     pool: Literal["fc_norm", "own"] = "fc_norm"
-    """fc_norm: the mean of the patch tokens, then a LayerNorm, in timm's ViTs; own: as it is. Other
-    kinds of networks keep their own in either case."""
+    """fc_norm: in timm's ViTs, the mean of the patch tokens, then a LayerNorm; own: the backbone's
+    pooling. Other architectures always keep their pooling."""
     head_std: Annotated[float, NOT_NEGATIVE] = 2e-5
-    """Standard deviation of the new classifier's truncated normal weights."""
+    """Standard deviation of the truncated normal weights of the new classifier."""
     drop_path: Annotated[float, Range(0, 1, open_high=True)] = 0.1
-    """Probability of stochastic depth in the last block; it rises linearly from 0 in the first."""
+    """Rate of stochastic depth in the last block; rates rise linearly from 0 in the first block."""
     layer_decay: Annotated[float, _OPEN_SHARE] = 0.65
-    """Learning rate of a layer over that of the layer after it."""
+    """Learning rate of a layer divided by the learning rate of the next layer."""
 
 
 @dataclass(frozen=True)
 class FinetuneSystemSettings(ExecutionSettings):
-    """How a fine-tuning is executed."""
+    """The execution of a fine-tuning."""
 
     eval_every: Annotated[float, NOT_NEGATIVE] = 1
-    """Epochs between two evaluations, which go to metrics.jsonl; 0: only the one at the end."""
+    """Epochs between two evaluations, written to metrics.jsonl; 0: evaluate only at the end."""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One fine-tuning."""
+    """The configuration of a fine-tuning."""
 
     backbone: tyro.conf.Fixed[str] = ""
-    """What is fine-tuned, see load_backbone."""
+    """The backbone to fine-tune, as load_backbone names it."""
     recipe: tyro.conf.Fixed[str] = "mae"
     """The recipe that the settings come from."""
     version: tyro.conf.Fixed[int] = 1
-    """Of the recipe: it changes whenever a constant does."""
+    """Version of the recipe; it changes whenever a constant of the recipe changes."""
     size: tyro.conf.Fixed[str] = "B"
-    """The ViT whose constants of the recipe are used: B, L or H."""
+    """Size of ViT for which the recipe's constants are used: B, L or H."""
     data: FinetuneDataSettings = field(default_factory=FinetuneDataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     model: FinetuneModelSettings = field(default_factory=FinetuneModelSettings)
@@ -100,4 +100,4 @@ class FinetuneConfig:
     )
     system: FinetuneSystemSettings = field(default_factory=FinetuneSystemSettings)
     seed: Annotated[int, NOT_NEGATIVE] = 0
-    """Of the new weights, the data order, the augmentation, the mixing and the drop path."""
+    """Seed of the new weights, the data order, the augmentation, the mixing and the drop path."""

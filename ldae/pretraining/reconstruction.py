@@ -1,4 +1,4 @@
-"""How well a tokenizer gives images back: PSNR, perceptual distances, the use of its codebook."""
+"""Reconstruction quality of a tokenizer: PSNR, perceptual distances, use of its codebook."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ from ldae.backbones.perceptual import PerceptualDistance
 from ldae.distributed import all_reduce_sum
 from ldae.tokenizers import Tokenizer
 
-_SMALLEST_ERROR = 1e-10  # 100 dB: what is beyond is rounding, and a perfect image is not infinite
+_MIN_ERROR = 1e-10  # 100 dB: smaller errors are rounding, and a perfect image gets a finite PSNR
 
 
 @torch.no_grad()
@@ -17,11 +17,13 @@ def measure_reconstruction(
     images: Iterable[torch.Tensor],
     distances: Sequence[PerceptualDistance] = (),
 ) -> dict[str, float]:
-    """Means over uint8 images (B, C, H, W), each rank over its share.
+    """Reconstruct uint8 images (B, C, H, W), and return means of the errors over all images.
 
-    ``psnr`` in dB, of pixels in [0, 1], at most 100; each distance under its name; of a quantised
-    tokenizer ``codes_used``, the share of its codes that occur, and ``code_perplexity``, exp of
-    their entropy; ``images``, how many there were. Latents are the posterior's means.
+    Each rank passes its own share of the images. Latents are the means of the posterior.
+
+    Returns: ``psnr``, in dB, of pixels in [0, 1], at most 100; each distance under its name;
+        ``images``, the number of images. A quantised tokenizer adds ``codes_used``, the share of
+        its codes that occur, and ``code_perplexity``, the exponential of their entropy.
     """
     device = tokenizer.scales.device
     sums = torch.zeros(2 + len(distances), dtype=torch.float64, device=device)
@@ -29,11 +31,11 @@ def measure_reconstruction(
     codes = torch.zeros(tokenizer.codes if quantised else 0, dtype=torch.float64, device=device)
     for batch in images:
         x = tokenizer.normalize(batch.to(device))
-        made = tokenizer.denormalize(tokenizer.decode(tokenizer.encode(x))).clamp(0, 1)
-        clean = tokenizer.denormalize(x)
-        error = (made - clean).square().flatten(1).mean(1).clamp(min=_SMALLEST_ERROR)
-        found = [-10 * error.log10(), *(distance(made, clean) for distance in distances)]
-        sums += torch.stack([error.new_tensor(len(x)), *(part.sum() for part in found)])
+        original = tokenizer.denormalize(x)
+        decoded = tokenizer.denormalize(tokenizer.decode(tokenizer.encode(x))).clamp(0, 1)
+        error = (decoded - original).square().flatten(1).mean(1).clamp(min=_MIN_ERROR)
+        values = [-10 * error.log10(), *(distance(decoded, original) for distance in distances)]
+        sums += torch.stack([error.new_tensor(len(x)), *(value.sum() for value in values)])
         if quantised:
             codes += tokenizer.code_indices(x).flatten().bincount(minlength=len(codes))
     count, *totals = all_reduce_sum(sums).tolist()

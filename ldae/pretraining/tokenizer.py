@@ -10,7 +10,12 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ldae import console, distributed, files, tokenizers, tree
-from ldae.backbones.perceptual import PerceptualDistance, lpips, lpips_is_here, open_perceptual
+from ldae.backbones.perceptual import (
+    PerceptualDistance,
+    lpips_is_cached,
+    open_lpips,
+    open_perceptual,
+)
 from ldae.console import print_main
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source
@@ -28,7 +33,7 @@ from ldae.runs.environment import environment
 from ldae.runs.folder import open_run
 from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS, Tokenizer
-from ldae.tokenizers.losses import TokenizerLoss, Weights
+from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 from ldae.train.loop import Plan, plan_run
 from ldae.train.run import runs_in_bf16, train_in, transform_of
 
@@ -73,8 +78,8 @@ class Fit:
         """To report: that of the loss, and LPIPS where that is not a download."""
         found = [self.perceptual] if self.perceptual else []
         known = [distance.name for distance in found]
-        if "LPIPS" not in known and self.config.data.in_chans == 3 and lpips_is_here():
-            found.append(lpips().to(self.device))
+        if "LPIPS" not in known and self.config.data.in_chans == 3 and lpips_is_cached():
+            found.append(open_lpips().to(self.device))
         return found
 
 
@@ -180,7 +185,7 @@ def tokenizer_loss(fit: Fit) -> TokenizerLoss:
     Raises: InputError when a network does not fit the images, or its weights are absent.
     """
     config, tokenizer = fit.config, fit.config.tokenizer
-    weights = Weights(
+    weights = LossWeights(
         tokenizer.kl_weight, tokenizer.perceptual_weight, tokenizer.adversarial_weight
     )
     torch.manual_seed(config.seed)

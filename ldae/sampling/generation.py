@@ -1,4 +1,4 @@
-"""From a run's method and a sampler's settings to numbered pictures."""
+"""Generation of numbered samples from a run's method and a sampler's settings."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,45 +17,49 @@ from ldae.runs.kinds import settings_of
 from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import Sampling
-from ldae.sampling.start import LatentGaussian, gaussian_of_run
+from ldae.sampling.start import LatentGaussian, load_or_fit_gaussian
 from ldae.tree import taken_by
 
 Create = Callable[[torch.Tensor], torch.Tensor]
-"""Numbers of pictures, int64 (B,) on the device -> uint8 (B, C, H, W) on the CPU."""
-_STEPS = 50  # as in DDIM's tables: within a few percent of the FID of a thousand
+"""Numbers of samples, int64 (B,) on the device -> images, uint8 (B, C, H, W) on the CPU."""
+_STEPS = 50  # as in DDIM's tables, where the FID is within a few percent of 1000 steps
 
-# gamma^2 / sigma^2 below which pure noise stands for z_t: latents of unit size then move it by less
-# than a tenth of its standard deviation.
-_DROWNED = 1e-2
+# Below this gamma^2 / sigma^2, z_t is replaced by pure noise: latents of unit size then change z_t
+# by less than a tenth of its standard deviation.
+_MAX_SNR_OF_NOISE = 1e-2
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What settings mean for one run."""
+    """The settings of a sampling, resolved for one run."""
 
     how: Sampling
     levels: list[int]
     labels: torch.Tensor | None = None
-    """int64 (L,), of which picture n gets number n mod L; None on unconditional runs."""
+    """Class labels, int64 (L,); sample n gets label n mod L. None for unconditional runs."""
     classifier: nn.Module | None = None
     targets: torch.Tensor | None = None
-    """int64 (L,), the classes that the classifier is to see."""
+    """Classes of the classifier to guide to, int64 (L,); sample n is guided to class n mod L."""
     transform: EvalTransform | None = None
-    """Of the classifier."""
+    """Preprocessing of the classifier."""
 
     def of(self, cycle: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """The entries of ``labels`` or ``targets`` of these pictures."""
+        """Return the entries of ``labels`` or ``targets`` for the samples of these numbers."""
         return cycle.to(numbers.device)[numbers % len(cycle)]
 
 
 def choose(method: LDAE, classes: list[str], how: Sampling) -> Chosen:
-    """Raises: InputError when the settings do not fit the run, naming the one that does not."""
+    """Resolve the settings of a sampling for one run, which has these class names.
+
+    Raises: InputError naming the setting that does not fit the run.
+    """
     conditional = bool(method.denoiser.num_classes)
     if how.guidance != 1 and not conditional:
-        raise InputError("guidance needs a run with model.class_conditional; this one has it off")
+        raise InputError("guidance needs a run with model.class_conditional; it is off in this run")
     if how.guidance != 1 and not method.label_dropout:
         raise InputError(
-            "guidance needs a run that was trained without labels too; its model.label_dropout is 0"
+            "guidance needs a run that was also trained without labels, but its "
+            "model.label_dropout is 0"
         )
     if how.labels and not (conditional or how.classifier):
         raise InputError(
@@ -67,34 +71,34 @@ def choose(method: LDAE, classes: list[str], how: Sampling) -> Chosen:
     if not how.classifier:
         return Chosen(how, levels, labels)
 
-    own = method.tokenizer.in_chans
-    classifier = load_classifier(how.classifier, 3 if own == 1 else own)
+    in_chans = method.tokenizer.in_chans
+    classifier = load_classifier(how.classifier, 3 if in_chans == 1 else in_chans)
     transform = preprocessing(classifier)
-    if own not in (1, transform.input_size[0]):
+    if in_chans not in (1, transform.input_size[0]):
         raise InputError(
-            f"classifier {how.classifier} takes {transform.input_size[0]} channels, this run "
-            f"makes {own}"
+            f"classifier {how.classifier} takes {transform.input_size[0]} channels, but this run "
+            f"generates {in_chans}"
         )
     names = label_names(classifier)
     if not conditional:
         targets = _find(how.labels, names or _numbers(classifier), how.classifier)
     elif names:
-        asked = [classes[label] for label in labels]
-        targets = _find(asked, names, how.classifier, by_number=False)
+        requested = [classes[label] for label in labels]
+        targets = _find(requested, names, how.classifier, by_number=False)
     elif classifier.num_classes == len(classes):
         targets = labels.tolist()
     else:
         raise InputError(
-            f"classifier {how.classifier} has {classifier.num_classes} classes without names, this "
-            f"run {len(classes)}: they can not be told apart"
+            f"classifier {how.classifier} has {classifier.num_classes} classes without names, but "
+            f"this run has {len(classes)}: they cannot be matched"
         )
     return Chosen(how, levels, labels, classifier, torch.tensor(targets), transform)
 
 
 def top_level(method: LDAE) -> int:
-    """The highest level at which the network's prediction says what z_0 is.
+    """Return the highest level at which z_0 follows from the network's prediction.
 
-    Where gamma_t = 0, neither the noise nor the score does.
+    At gamma_t = 0 it does not follow from the noise or the score.
     """
     levels = torch.arange(len(method.gamma))
     if not method.objective.is_image:
@@ -105,17 +109,20 @@ def top_level(method: LDAE) -> int:
 
 
 def drowned(method: LDAE, level: int) -> bool:
-    """Whether so little is left of the data at this level that noise alone is a start."""
-    return bool(method.gamma[level] ** 2 < _DROWNED * method.sigma[level] ** 2)
+    """Return whether z_t at this level is close enough to pure noise to start from noise."""
+    return bool(method.gamma[level] ** 2 < _MAX_SNR_OF_NOISE * method.sigma[level] ** 2)
 
 
 @torch.no_grad()
 def pictures(
     method: LDAE, chosen: Chosen, gaussian: LatentGaussian | None, numbers: torch.Tensor
 ) -> torch.Tensor:
-    """The pictures of these numbers, int64 (B,): uint8 (B, C, H, W) on the CPU.
+    """Generate the samples of these numbers, int64 (B,), as uint8 (B, C, H, W) on the CPU.
 
-    Raises: InputError for one that is not finite.
+    Sample n depends only on the method, the settings and n. Without a ``gaussian``, samplers start
+    from pure noise.
+
+    Raises: InputError when a sample is not finite.
     """
     how, tokenizer = chosen.how, method.tokenizer
     gamma, sigma = method.gamma.double().cpu(), method.sigma.double().cpu()
@@ -125,15 +132,15 @@ def pictures(
     denoise = _guided(method, chosen, plain, gamma, sigma, numbers)
 
     def draw(step: int) -> torch.Tensor:
-        shape = (tokenizer.tokens, tokenizer.dim)
+        shape = (tokenizer.num_tokens, tokenizer.dim)
         return noise.normal(how.seed, numbers, shape, noise.SAMPLING + step).to(method.gamma)
 
-    start = draw(0)  # the steps' streams follow
+    start = draw(0)  # step k uses stream k
     if gaussian is None:
         z = float(sigma[top]) * start
     else:
-        z = gaussian.noised(start, float(gamma[top]), float(sigma[top]))
-    # TF32 would let the batch size show.
+        z = gaussian.sample_noised(start, float(gamma[top]), float(sigma[top]))
+    # With TF32 a sample would depend on the batch size.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         own = taken_by(SAMPLERS[how.sampler], asdict(how))
         z = SAMPLERS[how.sampler](denoise, z, chosen.levels, gamma, sigma, draw, **own)
@@ -142,7 +149,7 @@ def pictures(
         else:
             seen = method.decode(denoise(z, last))
             if method.objective.is_image:
-                # Its picture holds more than its z_0 does, which is what was guided.
+                # Guidance acts on z_0. The predicted image holds details beyond z_0: add them.
                 seen = seen + method.picture(z, last, labels) - method.decode(plain(z, last))
     finite = seen.flatten(1).isfinite().all(1)
     if not finite.all():
@@ -158,6 +165,7 @@ def _guided(
     sigma: torch.Tensor,
     numbers: torch.Tensor,
 ) -> samplers.Denoise:
+    """Return the denoiser with the guidance that the settings ask for."""
     how = chosen.how
     if how.guidance != 1:
         denoise = samplers.classifier_free(denoise, method.denoise, how.guidance)
@@ -168,7 +176,7 @@ def _guided(
 
     def log_likelihood(z_0: torch.Tensor) -> torch.Tensor:
         seen = method.tokenizer.denormalize(method.decode(z_0))
-        logits = classifier(chosen.transform.adapt(seen))
+        logits = classifier(chosen.transform.transform_tensor(seen))
         return logits.log_softmax(-1).gather(1, targets)[:, 0]
 
     return samplers.classifier_guided(denoise, log_likelihood, how.classifier_scale, gamma, sigma)
@@ -177,9 +185,11 @@ def _guided(
 def _find(
     asked: tuple[str, ...] | list[str], names: list[str], whose: str, by_number: bool = True
 ) -> list[int]:
-    """The numbers of classes that are named, or numbered; all when none is asked for.
+    """Return the indices of requested classes, given by name or number, or of all classes.
 
-    Raises: InputError for one that is not among the names, with the nearest.
+    ``whose`` names the owner of the classes in messages.
+
+    Raises: InputError, with the nearest name, for a class that does not exist.
     """
     found = []
     for label in asked or names:
@@ -208,9 +218,16 @@ def sampler(
     data: str | None = None,
     workers: int = 4,
 ) -> tuple[Create, Chosen, dict]:
-    """What makes pictures of their numbers, what the settings mean, and the record of both.
+    """Prepare the generation of samples from a run.
 
-    ``method`` and ``state`` are those of ``load_run``; the method moves to ``device``.
+    Args:
+        method: method of the run, from ``load_run``; it is moved to ``device``.
+        state: checkpoint of the run, from ``load_run``.
+        data: source of the images for the Gaussian of latents; by default the run's source.
+        workers: processes that decode these images.
+
+    Returns: the function that generates samples from their numbers, the resolved settings, and the
+        record of everything that determines the samples.
 
     Raises: InputError for settings that do not fit the run.
     """
@@ -220,7 +237,7 @@ def sampler(
     gaussian = None
     if not drowned(method, chosen.levels[0]):
         config = settings_of(run, "pretraining")
-        gaussian = gaussian_of_run(run, config, method, device, data, workers)
+        gaussian = load_or_fit_gaussian(run, config, method, device, data, workers)
     record = asdict(how) | {
         "run": run.resolve().name,
         "weights": files.state_hash(method.state_dict()),

@@ -1,4 +1,4 @@
-"""The settings of a sampling."""
+"""The settings of a sampling, and their check."""
 
 from dataclasses import dataclass
 from inspect import signature
@@ -11,32 +11,35 @@ from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, Choice, check, check_own
 
 @dataclass(frozen=True)
 class Sampling:
-    """All that decides, with the run's weights, what picture number n is."""
+    """The settings that, with the weights of the run, determine sample n."""
 
     sampler: Annotated[str, Choice("ldae.sampling.samplers:SAMPLERS")] = "ddim"
-    """DDIM, DDPM's ancestral steps, or the probability-flow ODE by Euler or Heun."""
+    """DDIM, DDPM's ancestral steps, or the probability-flow ODE by Euler's or Heun's method."""
     steps: Annotated[int | None, COUNT] = None
-    """Noise levels that the sampler visits; by default 50, or as many as there are."""
+    """Number of noise levels that the sampler visits; by default 50, or all if there are fewer."""
     eta: Annotated[float, SHARE] = 0.0
-    """ddim: fresh noise in each step, as a share of DDPM's."""
+    """ddim: noise added in each step, as a share of DDPM's; 0: none, 1: DDPM."""
     spacing: Literal["linear", "quadratic"] = "linear"
-    """How the visited levels are spaced; quadratic: dense at low noise."""
+    """Spacing of the visited levels; quadratic: dense at low noise."""
     guidance: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Classifier-free guidance of class-conditional runs; 1: none."""
+    """Weight of classifier-free guidance, for class-conditional runs; 1: none."""
     labels: tuple[str, ...] = ()
-    """Classes, by name or number, of which picture n gets number n mod their count; empty: all."""
+    """Classes, by name or number; sample n gets the class at n mod their count; empty: all."""
     classifier: str = ""
-    """A timm classifier that guides: a folder of `ldae linear --save`, or a timm name."""
+    """A timm classifier for guidance: a folder of `ldae linear --save`, or a timm name."""
     classifier_scale: Annotated[float, NOT_NEGATIVE] = 1.0
-    """How strongly it does; 1 samples what it takes for the class, as the rule of Bayes has it."""
+    """Strength of classifier guidance; 1 samples from the posterior given the class (Bayes)."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
-    """Of the noise."""
+    """Seed of the noise."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the network's arithmetic."""
+    """Precision of the network."""
 
 
 def check_settings(how: Sampling) -> None:
-    """Raises: InputError for a setting that is out of range, or that nothing would read."""
+    """Check the settings of a sampling.
+
+    Raises: InputError for a setting that is out of range, or that would have no effect.
+    """
     check(how)
     takers = {name: signature(sampler).parameters for name, sampler in SAMPLERS.items()}
     check_own(how, how.sampler, takers)

@@ -1,4 +1,4 @@
-"""What every tokenizer is, and what those share that cut an image into patches."""
+"""The base classes of all tokenizers and of the patch-wise ones."""
 
 import inspect
 from collections.abc import Iterable
@@ -12,22 +12,23 @@ from ldae.tokenizers.moments import Moments
 
 
 class Tokenizer(nn.Module):
-    """All that lies between uint8 images (B, C, H, W) and latents (B, N, dim).
+    """The map from uint8 images (B, C, H, W) to latents (B, N, dim) and back.
 
-    The pixels' mean and standard deviation and the latent scale live here and nowhere else. A
-    subclass gives ``encode`` and ``decode``, and ``fit``; one that is trained by gradients gives
-    ``reconstruct`` and ``fit_latents`` instead of ``fit``, and ``trained`` is true.
+    The mean and standard deviation of the pixels and the latent scale live here and nowhere else.
+    A subclass defines ``encode``, ``decode`` and ``fit``. A tokenizer that gradients train sets
+    ``trained``, and defines ``reconstruct`` and ``fit_latents`` instead of ``fit``.
 
     Args:
-        scale: ``raw``, latents as they are; ``global``, one factor to unit mean variance;
-            ``per-axis``, unit variance on every axis.
+        scale: ``raw`` leaves latents as they are, ``global`` gives them unit mean variance by one
+            factor, ``per-axis`` gives every axis unit variance.
 
     Raises: InputError when ``patch_size`` does not divide ``img_size``.
     """
 
     trained = False
+    """Whether gradients train the tokenizer."""
     stochastic = False
-    """Whether ``encode`` has a posterior to draw from."""
+    """Whether ``encode`` can sample from a posterior."""
     loss_weights: tuple[str, ...] = ()
     """The settings that weigh a term of the loss beside the reconstruction."""
 
@@ -44,29 +45,29 @@ class Tokenizer(nn.Module):
         self.register_buffer("scales", torch.ones(dim))
 
     @property
-    def tokens(self) -> int:
-        """N."""
+    def num_tokens(self) -> int:
+        """The number N of tokens of an image."""
         return (self.img_size // self.patch_size) ** 2
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels to zero mean and unit variance a channel."""
+        """Convert uint8 images to float, each channel with zero mean and unit variance."""
         mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
         return (images.to(mean.dtype) / 255 - mean) / std
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images back to [0, 1], unclamped."""
+        """Convert normalised images back to [0, 1], without clamping."""
         return images * self.pixel_std[:, None, None] + self.pixel_mean[:, None, None]
 
     def encode(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalised images to latents (B, N, dim).
+        """Encode normalised images (B, C, H, W) as latents (B, N, dim).
 
-        ``eps`` of that shape, standard normal, draws from the posterior where there is one;
-        without it the latents are its mean.
+        With standard normal ``eps`` (B, N, dim), latents are sampled from the posterior, if the
+        tokenizer has one. Without ``eps`` they are the posterior's mean.
         """
         raise NotImplementedError
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to normalised images."""
+        """Decode latents (B, N, dim) to normalised images (B, C, H, W)."""
         raise NotImplementedError
 
     @classmethod
@@ -96,9 +97,11 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def fit_pixels(self, images: Iterable[torch.Tensor]) -> None:
-        """Choose the pixel statistics in one pass over uint8 images, each rank over its share.
+        """Set the pixel statistics in one pass over uint8 images (B, C, H, W).
 
-        Raises: InputError when there are no images, or a channel never changes.
+        Each rank passes its own share of the images.
+
+        Raises: InputError when there are no images, or when a channel is constant.
         """
         moments = Moments(self.in_chans, self.pixel_mean.device)
         for batch in images:
@@ -110,29 +113,32 @@ class Tokenizer(nn.Module):
         self.set_pixels((moments.mean() + 128) / 255, variance.sqrt() / 255)
 
     def set_pixels(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Raises: InputError when a channel never changes."""
+        """Set the mean and standard deviation (C,) of the pixels, in [0, 1].
+
+        Raises: InputError when a channel is constant.
+        """
         for channel in (std <= 1e-6).nonzero()[:1, 0].tolist():
             raise InputError(
-                f"channel {channel} is the same in every pixel of the tokenizer's images; there is "
-                "nothing to learn from it (data.in_chans)"
+                f"channel {channel} is the same in every pixel of the tokenizer's images, so "
+                "nothing can be learned from it: check data.in_chans"
             )
         self.pixel_mean.copy_(mean)
         self.pixel_std.copy_(std)
 
 
 class PatchTokenizer(Tokenizer):
-    """One affine map for every patch of an image, on its D = in_chans * patch_size^2 numbers.
+    """A tokenizer that applies the same affine map to every patch.
 
-    ``project`` and ``inverse`` are what the export folds into a convolution, and what lets a
-    network see and predict images instead of latents.
+    A patch has D = in_chans * patch_size^2 numbers. The export folds ``project`` and ``inverse``
+    into a convolution. They also let a network take and predict images instead of latents.
     """
 
     def project(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches (..., D) to latents (..., dim), the posterior's mean where there is one."""
+        """Map patches (..., D) to latents (..., dim), the mean of the posterior if there is one."""
         raise NotImplementedError
 
     def inverse(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (..., dim) to the patches (..., D) that they stand for."""
+        """Map latents (..., dim) to the patches (..., D) that they represent."""
         raise NotImplementedError
 
     def encode(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
@@ -143,20 +149,23 @@ class PatchTokenizer(Tokenizer):
 
 
 def latent_scales(scale: str, variances: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
-    """The factors (dim,) that make latents of these variances what ``scale`` says.
+    """Return the factors (dim,) that scale latents of these variances (dim,).
 
-    ``unit`` is the factor of ``raw``.
+    ``scale`` is as in ``Tokenizer``; for ``raw``, every factor is ``unit``.
     """
     if scale == "raw":
         return torch.full_like(variances, unit)
     if scale == "global":
         return torch.full_like(variances, 1) / variances.mean().sqrt()
-    # An axis without variance carries nothing: dividing by its rounding error would make noise.
+    # The floor keeps the rounding error of an axis without variance from being scaled up to noise.
     floor = variances.max() * 1e-8
     return variances.clamp(min=float(floor)).rsqrt()
 
 
 def check_any(moments: Moments) -> None:
-    """Raises: InputError when nothing was counted."""
+    """Check that the moments count at least one vector.
+
+    Raises: InputError when they count none.
+    """
     if not moments.count:
-        raise InputError("the tokenizer was given no image to fit on")
+        raise InputError("there is no image to fit the tokenizer on")

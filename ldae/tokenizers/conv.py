@@ -1,5 +1,4 @@
-"""The convolutional autoencoder of latent diffusion, on diffusers: KL-regularised or vector-quantised,
-trained here or published."""
+"""The convolutional autoencoder of latent diffusion (LDM): a KL or a VQ network of diffusers."""
 
 import math
 from pathlib import Path
@@ -10,26 +9,29 @@ from torch import nn
 
 from ldae.errors import InputError, first_line
 from ldae.patches import patchify, unpatchify
-from ldae.tokenizers.learned import LOG_VARIANCES, Posterior, TrainedTokenizer
+from ldae.tokenizers.learned import LOG_VARIANCE_RANGE, Posterior, TrainedTokenizer
 
-COMMITMENT = 0.25  # beta of van den Oord et al. 2017, on the encoder's term
-_RESIDUAL_BLOCKS = 2  # of each level of the encoder; the decoder has one more (LDM)
+_COMMITMENT = 0.25  # beta of van den Oord et al. 2017, on the encoder's term
+_RESIDUAL_BLOCKS = 2  # LDM's, in each level of the encoder; the decoder has one more
 
 
 class ConvTokenizer(TrainedTokenizer):
-    """A latent map of ``patch_size`` / 2 times fewer pixels a side, of which 2 x 2 make a token.
+    """LDM's convolutional autoencoder, a network of diffusers; a token is 2 x 2 latents.
 
-    So there are as many tokens as patches, of dim = 4 x channels. Without ``codes`` the network is a
-    diffusers.AutoencoderKL, with a Gaussian posterior; with ``codes`` it is a VQModel, whose latents
-    are those before quantisation: ``decode`` quantises.
+    The latent map has ``patch_size`` / 2 times fewer pixels a side than the image. There are thus
+    as many tokens as patches, of dim = 4 x latent channels. Without ``codes`` the network is an
+    AutoencoderKL with a Gaussian posterior. With ``codes`` it is a VQModel: ``encode`` returns
+    latents before quantisation, and ``decode`` quantises them.
 
     Args:
-        width: channels at full resolution; x 2 and x 4 at the second and the third, then constant.
-        codes: size of the codebook; 0: none.
-        pretrained: a published network of either kind, used as it is: a folder, or USER/NAME of the
-            hub with the sub-folder, if any, behind it. It brings its own codebook.
+        width: channels at full resolution. They double at the second and at the third level, and
+            then stay constant.
+        codes: size of the codebook; 0 builds none.
+        pretrained: a published network of either kind, used as it is. It is a folder, or USER/NAME
+            on the hub, or USER/NAME/SUBFOLDER. It brings its own codebook.
 
-    Raises: InputError when a size does not fit, the network can not be opened, or diffusers is absent.
+    Raises: InputError when a size does not fit, the network cannot be opened, or diffusers is not
+        installed.
     """
 
     loss_weights = ("kl_weight", "perceptual_weight", "adversarial_weight")
@@ -49,24 +51,24 @@ class ConvTokenizer(TrainedTokenizer):
         factor, rest = divmod(patch_size, 2)
         if rest or factor & (factor - 1):
             raise InputError(
-                f"model.patch_size {patch_size} does not fit conv_vae, which halves the image once or "
-                "more and joins 2 x 2 latents: it is a power of two from 2 on"
+                f"model.patch_size {patch_size} does not fit conv_vae, which halves the image "
+                "repeatedly and joins 2 x 2 latents: set it to a power of two, at least 2"
             )
         if dim % 4:
             raise InputError(
-                f"tokenizer.dim {dim} is no multiple of 4: a token of conv_vae is 2 x 2 latents"
+                f"tokenizer.dim {dim} is not a multiple of 4: a token of conv_vae is 2 x 2 latents"
             )
         self.width, self.codes, self.pretrained = width, codes, pretrained
-        diffusers = _diffusers()
+        diffusers = _import_diffusers()
         if pretrained:
-            self.network = _published(diffusers, pretrained)
+            self.network = _load_published(diffusers, pretrained)
             self._check_published()
-            self.pixel_mean.fill_(0.5)  # what every published one sees: pixels in [-1, 1]
+            self.pixel_mean.fill_(0.5)  # published networks take pixels in [-1, 1]
             self.pixel_std.fill_(0.5)
         else:
-            self.network = _untrained(diffusers, factor, in_chans, dim // 4, width, codes)
+            self.network = _build_untrained(diffusers, factor, in_chans, dim // 4, width, codes)
         if self.quantised:
-            self.network.quantize.legacy = False  # legacy puts beta on the codebook's term
+            self.network.quantize.legacy = False  # True would put beta on the codebook's term
 
     @property
     def quantised(self) -> bool:
@@ -80,16 +82,17 @@ class ConvTokenizer(TrainedTokenizer):
         network = self.network
         if self.quantised:
             return Posterior(patchify(network.encode(images).latents, 2), None)
-        found = network.encode(images).latent_dist
-        return Posterior(patchify(found.mean, 2), patchify(found.logvar.clamp(*LOG_VARIANCES), 2))
+        posterior = network.encode(images).latent_dist
+        log_variance = posterior.logvar.clamp(*LOG_VARIANCE_RANGE)
+        return Posterior(patchify(posterior.mean, 2), patchify(log_variance, 2))
 
-    def generate(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode_raw(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         decoded = self.network.decode(unpatchify(latents, 2, self.dim // 4))
         loss = decoded.commit_loss if self.quantised else None
         return decoded.sample, latents.new_zeros(()) if loss is None else loss
 
     def code_indices(self, images: torch.Tensor) -> torch.Tensor:
-        """The code of each latent of normalised images, int64 (B, 4 N)."""
+        """Return the index of each latent's code, int64 (B, 4 N), for normalised images."""
         _, _, (_, _, indices) = self.network.quantize(self.network.encode(images).latents)
         return indices.reshape(len(images), -1)
 
@@ -97,42 +100,50 @@ class ConvTokenizer(TrainedTokenizer):
     def last_weight(self) -> torch.Tensor:
         return self.network.decoder.conv_out.weight
 
-    def raw_units(self) -> tuple[float, float]:
-        """A published network's own; those of a new one are what they come out as."""
+    def raw_shift_and_scale(self) -> tuple[float, float]:
+        """Return the published shift and factor; those of a network trained here are 0 and 1."""
         if not self.pretrained:
             return 0.0, 1.0
         config = self.network.config
         return config.get("shift_factor") or 0.0, config.scaling_factor
 
     def _check_published(self) -> None:
+        """Check that the published network fits the settings, and set ``codes``.
+
+        Raises: InputError when it does not fit.
+        """
         config, name = self.network.config, f"tokenizer.pretrained {self.pretrained}"
-        own = config.num_vq_embeddings if self.quantised else 0
+        codes = config.num_vq_embeddings if self.quantised else 0
         channels = (config.get("vq_embed_dim") if self.quantised else 0) or config.latent_channels
-        for setting, theirs, ours in (
+        for setting, required, value in (
             ("data.in_chans", config.in_channels, self.in_chans),
             ("tokenizer.dim", 4 * channels, self.dim),
             ("model.patch_size", 2 ** len(config.block_out_channels), self.patch_size),
-            ("tokenizer.codes", own, self.codes or own),
+            ("tokenizer.codes", codes, self.codes or codes),
         ):
-            if theirs != ours:
-                raise InputError(f"{name} needs {setting} {theirs}, not {ours}")
-        self.codes = own
+            if required != value:
+                raise InputError(f"{name} needs {setting} {required}, not {value}")
+        self.codes = codes
 
 
-def _diffusers() -> ModuleType:
+def _import_diffusers() -> ModuleType:
+    """Import diffusers, which is optional.
+
+    Raises: InputError when it is not installed.
+    """
     try:
         import diffusers
     except ImportError:
         raise InputError(
-            "tokenizer.name conv_vae needs a package: pip install 'ldae[conv]'"
+            "tokenizer.name conv_vae needs diffusers: pip install 'ldae[conv]'"
         ) from None
     return diffusers
 
 
-def _untrained(
+def _build_untrained(
     diffusers: ModuleType, factor: int, in_chans: int, channels: int, width: int, codes: int
 ) -> nn.Module:
-    """LDM's sizes for images that become ``factor`` times smaller."""
+    """Build LDM's network; its latents are ``factor`` times smaller a side than the image."""
     levels = factor.bit_length()
     sizes = {
         "in_channels": in_chans,
@@ -147,38 +158,41 @@ def _untrained(
     if not codes:
         return diffusers.AutoencoderKL(**sizes)
     network = diffusers.VQModel(**sizes, num_vq_embeddings=codes)
-    network.quantize.beta = COMMITMENT
+    network.quantize.beta = _COMMITMENT
     nn.init.uniform_(network.quantize.embedding.weight, -1 / codes, 1 / codes)
     return network
 
 
-def _published(diffusers: ModuleType, name: str) -> nn.Module:
-    """An AutoencoderKL or a VQModel, whichever its config.json says.
+def _load_published(diffusers: ModuleType, name: str) -> nn.Module:
+    """Load an AutoencoderKL or a VQModel, as its config.json names the class.
 
-    Raises: InputError when it can not be opened.
+    Raises: InputError when it cannot be opened.
     """
-    if not Path(name).is_dir() and not 1 <= name.count("/") <= 2:
+    is_folder = Path(name).is_dir()
+    if not is_folder and not 1 <= name.count("/") <= 2:
         raise InputError(
-            f"tokenizer.pretrained: there is no folder {name}, and on the hub it would be USER/NAME"
+            f"tokenizer.pretrained: there is no folder {name}; a network on the hub is USER/NAME"
         )
     place = {"pretrained_model_name_or_path": name}
-    if not Path(name).is_dir() and name.count("/") > 1:
+    if not is_folder and name.count("/") > 1:
         user, repository, folder = name.split("/", 2)
         place = {"pretrained_model_name_or_path": f"{user}/{repository}", "subfolder": folder}
-    kinds = {kind.__name__: kind for kind in (diffusers.AutoencoderKL, diffusers.VQModel)}
+    classes = {cls.__name__: cls for cls in (diffusers.AutoencoderKL, diffusers.VQModel)}
     try:
         config = diffusers.AutoencoderKL.load_config(**place)
-        kind = kinds.get(config.get("_class_name"))
-        how = {"use_safetensors": True, "low_cpu_mem_usage": False}  # the latter needs accelerate
-        network = kind and kind.from_pretrained(**place, **how)
-    except Exception as error:  # those of the hub, diffusers and json have nothing in common
-        where = "" if Path(name).is_dir() else " on the hub, and there is no such folder here"
+        cls = classes.get(config.get("_class_name"))
+        # low_cpu_mem_usage would need the package accelerate.
+        network = cls and cls.from_pretrained(
+            **place, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # the hub, diffusers and json share no type of exception
+        where = "" if is_folder else " on the hub, and there is no such folder here"
         raise InputError(
-            f"tokenizer.pretrained {name} can not be opened{where}: {first_line(error)}"
+            f"tokenizer.pretrained {name} cannot be opened{where}: {first_line(error)}"
         ) from None
     if network is None:
         raise InputError(
-            f"tokenizer.pretrained {name} is a {config.get('_class_name', 'model')}, and neither an "
-            "AutoencoderKL nor a VQModel"
+            f"tokenizer.pretrained {name} is a {config.get('_class_name', 'model')}, but must be "
+            "an AutoencoderKL or a VQModel"
         )
     return network

@@ -1,5 +1,4 @@
-"""What the tokenizers share that are trained by gradients: posterior, latent statistics, the parts
-of the loss."""
+"""The base class of tokenizers that are trained by gradients, and its posterior."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,10 +8,8 @@ import torch
 from ldae.tokenizers.contract import Tokenizer, check_any, latent_scales
 from ldae.tokenizers.moments import Moments
 
-LOG_VARIANCES = (
-    -30.0,
-    20.0,
-)  # a posterior's, clamped so that no variance under- or overflows (LDM)
+# LDM's clamp of a posterior's log-variance, so that no variance underflows or overflows.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class Posterior(NamedTuple):
@@ -21,20 +18,20 @@ class Posterior(NamedTuple):
     mean: torch.Tensor
     """(B, N, dim)."""
     log_variance: torch.Tensor | None
-    """(B, N, dim), or None of a tokenizer without a posterior."""
+    """(B, N, dim), or None when the tokenizer has no posterior."""
 
-    def draw(self, eps: torch.Tensor | None) -> torch.Tensor:
-        """mean + std eps; the mean where there is no eps, or nothing to draw from."""
+    def sample(self, eps: torch.Tensor | None) -> torch.Tensor:
+        """Return mean + std * eps, or the mean when ``eps`` or the variance is None."""
         if eps is None or self.log_variance is None:
             return self.mean
         return self.mean + (0.5 * self.log_variance).exp() * eps
 
     def to(self, like: torch.Tensor) -> "Posterior":
-        """In the precision of ``like``."""
+        """Return the posterior in the precision and on the device of ``like``."""
         return Posterior(*(None if part is None else part.to(like) for part in self))
 
     def kl(self) -> torch.Tensor:
-        """KL[posterior | N(0, I)] (B,), a sum over the numbers of an image."""
+        """Return KL[posterior | N(0, I)] (B,), summed over the numbers of an image."""
         if self.log_variance is None:
             return self.mean.new_zeros(len(self.mean))
         parts = self.mean.square() + self.log_variance.exp() - 1 - self.log_variance
@@ -42,90 +39,93 @@ class Posterior(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """What a training step needs of one pass through a tokenizer."""
+    """The result of one pass through a tokenizer, as its loss needs it."""
 
     images: torch.Tensor
-    """Normalised, (B, C, H, W)."""
+    """Normalised reconstructions (B, C, H, W)."""
     kl: torch.Tensor
     """(B,), see ``Posterior.kl``."""
     codebook: torch.Tensor
-    """Scalar: the mean square error of quantisation, for the codebook and for the encoder; else 0."""
+    """The codebook loss, a scalar: the mean square error of quantisation, for the codebook and,
+    times the commitment weight, for the encoder. It is 0 without a codebook."""
 
 
 class TrainedTokenizer(Tokenizer):
-    """z = scale * (h - mean), with h from a network that gradients train.
+    """A tokenizer z = scale * (h - mean), where h comes from a network that gradients train.
 
-    A subclass gives ``posterior`` and ``generate``. Until ``fit_latents`` has chosen ``latent_mean``
-    and ``scales``, z = h.
+    A subclass defines ``posterior`` and ``decode_raw``. z = h until ``fit_latents`` has set
+    ``latent_mean`` and ``scales``.
     """
 
     trained = True
     quantised = False
-    """Whether ``generate`` replaces latents by the nearest ones of a codebook."""
+    """Whether ``decode_raw`` replaces latents by their nearest neighbours in a codebook."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str) -> None:
         super().__init__(img_size, patch_size, in_chans, dim, scale)
         self.register_buffer("latent_mean", torch.zeros(dim))
 
     def posterior(self, images: torch.Tensor) -> Posterior:
-        """Of normalised images."""
+        """Return the posterior of normalised images (B, C, H, W)."""
         raise NotImplementedError
 
-    def generate(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normalised images of latents (B, N, dim) in the network's own units, and the codebook
-        loss, a scalar."""
+    def decode_raw(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode latents (B, N, dim) that are in the network's own units.
+
+        Returns: normalised images (B, C, H, W), and the codebook loss, a scalar.
+        """
         raise NotImplementedError
 
     @property
     def last_weight(self) -> torch.Tensor:
-        """The weight of the decoder's last layer, on which the adversary's share is balanced."""
+        """The weight of the decoder's last layer; the adversarial loss is balanced on it."""
         raise NotImplementedError
 
-    def raw_units(self) -> tuple[float, float]:
-        """Shift and factor of latents whose ``scale`` is ``raw``."""
+    def raw_shift_and_scale(self) -> tuple[float, float]:
+        """Return the shift and the factor of latents when ``scale`` is ``raw``."""
         return 0.0, 1.0
 
     def standardize(self, latents: torch.Tensor) -> torch.Tensor:
-        """From the network's units to the tokenizer's."""
+        """Convert latents from the network's units to the tokenizer's."""
         return (latents - self.latent_mean) * self.scales
 
-    def restore(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``standardize``."""
+    def destandardize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Convert latents from the tokenizer's units to the network's."""
         return latents / self.scales + self.latent_mean
 
     def encode(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
-        return self.standardize(self.posterior(images).draw(eps))
+        return self.standardize(self.posterior(images).sample(eps))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.generate(self.restore(latents))[0]
+        return self.decode_raw(self.destandardize(latents))[0]
 
     def reconstruct(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> Reconstruction:
-        """Normalised images there and back, through a draw of their posterior when ``eps`` is given."""
+        """Encode and decode normalised images; ``eps`` is as in ``encode``."""
         posterior = self.posterior(images).to(images)
-        made, codebook = self.generate(posterior.draw(eps))
-        return Reconstruction(made.to(images), posterior.kl(), codebook)
+        reconstructed, codebook = self.decode_raw(posterior.sample(eps))
+        return Reconstruction(reconstructed.to(images), posterior.kl(), codebook)
 
     @torch.no_grad()
     def fit_latents(self, images: Iterable[torch.Tensor]) -> None:
-        """Choose mean and scales of the latents in one pass over uint8 images, each rank over its
-        share.
+        """Set the mean and the scales of the latents in one pass over uint8 images (B, C, H, W).
 
-        The variance is that of a draw: of the means, plus the mean of the posteriors' own. So an
-        axis that the KL has emptied stays noise of unit size, and is not blown up.
+        Each rank passes its own share of the images. The variance counted is the variance of a
+        sample: the variance of the posteriors' means plus the mean of their variances. An axis that
+        the KL term has emptied thus stays noise of unit size, and is not amplified.
 
         Raises: InputError when there are no images.
         """
         moments = Moments(2 * self.dim, self.scales.device)
         for batch in images:
-            found = self.posterior(self.normalize(batch.to(self.scales.device)))
-            spread = torch.zeros_like(found.mean)
-            if found.log_variance is not None:
-                spread = found.log_variance.exp()
-            moments.update(torch.cat([found.mean, spread], -1).flatten(0, 1).double())
+            posterior = self.posterior(self.normalize(batch.to(self.scales.device)))
+            spread = torch.zeros_like(posterior.mean)
+            if posterior.log_variance is not None:
+                spread = posterior.log_variance.exp()
+            moments.update(torch.cat([posterior.mean, spread], -1).flatten(0, 1).double())
         moments.all_reduce()
         check_any(moments)
         mean, spread = moments.mean().chunk(2)
         variances = moments.covariance().diagonal()[: self.dim].clamp(min=0) + spread
-        shift, unit = self.raw_units()
+        shift, unit = self.raw_shift_and_scale()
         self.latent_mean.copy_(torch.full_like(mean, shift) if self.scale == "raw" else mean)
         self.scales.copy_(latent_scales(self.scale, variances, unit))

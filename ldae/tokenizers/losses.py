@@ -1,4 +1,4 @@
-"""What a trained tokenizer minimises: reconstruction, KL, codebook, perceptual and adversarial terms."""
+"""The loss of a trained tokenizer: reconstruction, KL, codebook, perceptual, adversarial terms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from ldae import noise
-from ldae.tokenizers.adversarial import PatchDiscriminator, adaptive_weight, hinge
+from ldae.tokenizers.adversarial import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldae.tokenizers.contract import PatchTokenizer
 from ldae.tokenizers.learned import TrainedTokenizer
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of two batches of images in [0, 1]: (B, C, H, W) twice -> (B,)."""
+"""Distance between two batches of images in [0, 1]: (B, C, H, W) twice -> (B,)."""
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Of the terms beside the reconstruction; 0 builds nothing of a term."""
+class LossWeights:
+    """Weights of the terms added to the reconstruction term; a term of weight 0 is not built."""
 
     kl: float = 0.0
     perceptual: float = 0.0
@@ -25,28 +25,34 @@ class Weights:
 
 
 class TokenizerLoss(nn.Module):
-    """The loss of a batch and its parts, for the training loop and its one optimizer.
+    """The loss of a batch of images, for the training loop and its one optimizer.
 
-    |x - x_hat| summed over an image (LDM), its square where the tokenizer is patch-wise (paper,
-    section 4.2), + kl * KL[posterior | N(0, I)] + CHW * (perceptual * distance + codebook loss)
-    + adversarial * adaptive weight * -D(x_hat), a mean over images. CHW, the numbers of an image,
-    weighs what is a mean as LDM and VQGAN do, which average all of them over an image's numbers.
+    The loss is the mean over images of
 
-    From step ``adversarial_start`` on, the discriminator's own hinge loss is added. It sees
-    reconstructions without their graph, and the generator's term passes through a discriminator
-    without gradients, so one backward gives each the gradients of its own loss.
+        |x - x_hat| + kl * KL[posterior | N(0, I)]
+        + CHW * (perceptual * distance + codebook loss)
+        + adversarial * adaptive weight * -D(x_hat)
+
+    The first term is the absolute error summed over an image (LDM). When the tokenizer is
+    patch-wise, it is the squared error (paper, section 4.2). CHW is the count of numbers in an
+    image. It weighs the terms that are means as in LDM and VQGAN, which average all terms over the
+    numbers of an image.
+
+    From step ``adversarial_start`` on, the discriminator's hinge loss is added. The discriminator
+    sees detached reconstructions, and the tokenizer's adversarial term uses a frozen discriminator,
+    so one backward pass gives both networks the gradients of their own losses.
 
     Args:
-        perceptual: the distance of the perceptual term, whose network is no part of this module.
-        batch_size: images of a step, by which positions become steps.
-        seed: of the posterior's draws, which are functions of it and the image's position.
-        bf16: run the networks that are trained under autocast.
+        perceptual: distance of the perceptual term; its network is not part of this module.
+        batch_size: images per step, to convert positions to steps.
+        seed: seed of the posterior's samples, which depend only on it and on the image's position.
+        bf16: run the trained networks under autocast.
     """
 
     def __init__(
         self,
         tokenizer: TrainedTokenizer,
-        weights: Weights,
+        weights: LossWeights,
         perceptual: Distance | None = None,
         *,
         adversarial_start: int = 0,
@@ -66,68 +72,64 @@ class TokenizerLoss(nn.Module):
     def forward(
         self, images: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss and its unweighted parts, detached.
+        """Return the loss, a scalar, and its unweighted parts, detached.
 
         Args:
             images: uint8 (B, C, H, W).
             positions: int64 (B,), the number of each image in the run.
             labels: not read.
         """
-        x = self.tokenizer.normalize(images)
+        x = self.tokenizer.normalize(images)  #                 (B, C, H, W)
         eps = None
         if self.tokenizer.stochastic:
-            shape = (self.tokenizer.tokens, self.tokenizer.dim)
+            shape = (self.tokenizer.num_tokens, self.tokenizer.dim)
             eps = noise.normal(self.seed, positions, shape, noise.POSTERIOR).to(x)
         with self._autocast():
-            made = self.tokenizer.reconstruct(x, eps)
-        error = made.images - x
+            x_hat, kl, codebook = self.tokenizer.reconstruct(x, eps)
+        error = x_hat - x  #                                    (B, C, H, W)
         squared = isinstance(self.tokenizer, PatchTokenizer)
         error = error.square() if squared else error.abs()
-        likeness = error.flatten(1).sum(1).mean()
-        parts = {"reconstruction": likeness}
-        numbers = x[0].numel()
+        reconstruction = error.flatten(1).sum(1).mean()
+        parts = {"reconstruction": reconstruction}
+        numel = x[0].numel()
         if self.perceptual:
-            parts["perceptual"] = self._distance(made.images, x)
-            likeness = likeness + self.weights.perceptual * numbers * parts["perceptual"]
-        loss = likeness
+            pair = (self.tokenizer.denormalize(part) for part in (x_hat, x))
+            parts["perceptual"] = self.perceptual(*pair).mean()
+            reconstruction = reconstruction + self.weights.perceptual * numel * parts["perceptual"]
+        loss = reconstruction
         if self.tokenizer.stochastic:
-            parts["kl"] = made.kl.mean()
+            parts["kl"] = kl.mean()
             loss = loss + self.weights.kl * parts["kl"]
         if self.tokenizer.quantised:
-            parts["codebook"] = made.codebook
-            loss = loss + numbers * made.codebook
+            parts["codebook"] = codebook
+            loss = loss + numel * codebook
         if self.discriminator is not None:
-            added, told = self._adversary(x, made.images, likeness, self._has_started(positions))
-            loss, parts = loss + added, parts | told
+            started = self._has_started(positions)
+            term, adversarial_parts = self._adversarial_term(x, x_hat, reconstruction, started)
+            loss, parts = loss + term, parts | adversarial_parts
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _distance(self, made: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        made, x = (self.tokenizer.denormalize(part) for part in (made, x))
-        return self.perceptual(made, x).mean()
-
-    def _adversary(
-        self, x: torch.Tensor, made: torch.Tensor, likeness: torch.Tensor, started: bool
+    def _adversarial_term(
+        self, x: torch.Tensor, x_hat: torch.Tensor, reconstruction: torch.Tensor, started: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What the adversary adds to the loss, and its parts, which are there from the first step."""
+        """Return the adversary's share of the loss and its parts, all zero before the start."""
         if not started:
-            # Every parameter takes part, with gradients of zero: DDP waits for all of them.
-            nothing = 0 * sum(part.sum() for part in self.discriminator.parameters())
-            return nothing, dict.fromkeys(
-                ("adversarial", "adaptive_weight", "discriminator"), nothing
-            )
+            # DDP waits for gradients of all parameters, so each gets a gradient of zero.
+            zero = 0 * sum(part.sum() for part in self.discriminator.parameters())
+            return zero, dict.fromkeys(("adversarial", "adaptive_weight", "discriminator"), zero)
         with self._autocast():
-            generator = -self.discriminator.frozen(made).float().mean()
-            real, fake = self.discriminator(x), self.discriminator(made.detach())
-        weight = adaptive_weight(likeness, generator, self.tokenizer.last_weight)
-        own = hinge(real.float(), fake.float())
-        parts = {"adversarial": generator, "adaptive_weight": weight, "discriminator": own}
-        return self.weights.adversarial * weight * generator + own, parts
+            generator = -self.discriminator.forward_frozen(x_hat).float().mean()
+            real, fake = self.discriminator(x), self.discriminator(x_hat.detach())
+        weight = adaptive_weight(reconstruction, generator, self.tokenizer.last_weight)
+        hinge = hinge_loss(real.float(), fake.float())
+        parts = {"adversarial": generator, "adaptive_weight": weight, "discriminator": hinge}
+        return self.weights.adversarial * weight * generator + hinge, parts
 
     def _has_started(self, positions: torch.Tensor) -> bool:
-        """Whether these images' step is ``adversarial_start`` or later.
+        """Return whether these images belong to step ``adversarial_start`` or a later one.
 
-        Training goes forwards, and a step is at least one call. So a position, for which the host
-        has to wait on a GPU, is read only when the start may have come, and never after it.
+        Reading a position makes the host wait for the GPU. Steps only increase, and each step takes
+        at least one call. So positions are read only when the start may have come, never after it.
         """
         if self._calls_to_start:
             self._calls_to_start -= 1

@@ -1,4 +1,4 @@
-"""Mean and covariance of vectors that stream by, in memory that does not grow with their number."""
+"""Mean and covariance of a stream of vectors, in memory that does not grow with their number."""
 
 import torch
 
@@ -15,10 +15,10 @@ class Moments:
         self.second = torch.zeros(dim, dim, **double)
 
     def update(self, vectors: torch.Tensor) -> None:
-        """Add vectors (n, D), in blocks that are multiplied in their precision and added in float64.
+        """Add vectors (n, D): blocks are multiplied in their own precision, summed in float64.
 
-        In float32 nothing is lost when the vectors are integers of at most 128 in size: a block's
-        sums of products are at most 1024 * 128^2 = 2^24, up to which float32 counts exactly.
+        In float32 the result is exact for integers of absolute value at most 128. The products of a
+        block then sum to at most 1024 * 128^2 = 2^24, and float32 holds every integer up to 2^24.
         """
         for block in vectors.split(1024):
             self.count += len(block)
@@ -26,15 +26,16 @@ class Moments:
             self.second += block.T @ block
 
     def all_reduce(self) -> None:
-        """Make the moments those of the vectors of all ranks."""
+        """Sum the moments over all ranks, in place."""
         for part in (self.count, self.sum, self.second):
             all_reduce_sum(part)
 
     def mean(self) -> torch.Tensor:
+        """Return the mean (D,)."""
         return self.sum / self.count
 
     def covariance(self, correction: int = 0) -> torch.Tensor:
-        """(D, D), divided by count - ``correction``: 1 for the unbiased estimate."""
+        """Return the covariance (D, D), divided by count - ``correction``; 1 is unbiased."""
         mean = self.mean()
         biased = self.second / self.count - mean[:, None] * mean
         return biased * (self.count / (self.count - correction))

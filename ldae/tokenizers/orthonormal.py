@@ -1,4 +1,4 @@
-"""Linear tokenizers on an orthonormal basis: principal axes of patches, or (resized) pixels."""
+"""Linear tokenizers on an orthonormal basis: principal axes of patches, or pixels."""
 
 from collections.abc import Iterable
 
@@ -11,10 +11,10 @@ from ldae.tokenizers.moments import Moments
 
 
 class OrthonormalTokenizer(PatchTokenizer):
-    """z = scale * V (patch - mean).
+    """A tokenizer z = scale * V (patch - mean), where the rows of V are orthonormal.
 
-    V holds the first ``dim`` rows of an orthonormal basis of the D numbers of a patch, which the
-    subclass chooses.
+    A patch has D numbers. The subclass chooses an orthonormal basis (D, D), and V is its first
+    ``dim`` rows.
 
     Raises: InputError when ``dim`` is out of range.
     """
@@ -28,7 +28,7 @@ class OrthonormalTokenizer(PatchTokenizer):
             )
         self.register_buffer("patch_mean", torch.zeros(self.patch_dim))
         self.register_buffer("basis", torch.eye(self.patch_dim))  # rows are axes, first dim kept
-        self.register_buffer("variances", torch.ones(self.patch_dim))  # of the data on each axis
+        self.register_buffer("variances", torch.ones(self.patch_dim))  # of the data, per axis
 
     def project(self, patches: torch.Tensor) -> torch.Tensor:
         return (patches - self.patch_mean) @ self.basis[: self.dim].T * self.scales
@@ -78,28 +78,37 @@ class OrthonormalTokenizer(PatchTokenizer):
         return f"{self.dim} of {self.patch_dim} axes keep {kept:.1%} of the variance"
 
     def unit(self) -> float:
-        """What turns an orthonormal coordinate into the tokenizer's own unit."""
+        """Return the factor of a coordinate when ``scale`` is ``raw``."""
         return 1.0
 
     def axes(self, covariance: torch.Tensor) -> torch.Tensor:
-        """An orthonormal basis (D, D) by rows, the kept axes first."""
+        """Return an orthonormal basis (D, D), one axis a row, kept axes first.
+
+        Args:
+            covariance: of normalised patches (D, D).
+        """
         raise NotImplementedError
 
 
 class PatchPCA(OrthonormalTokenizer):
-    """Principal axes of patches, by falling variance (paper, section 4.2)."""
+    """The principal axes of patches, in order of decreasing variance.
+
+    Source: paper, section 4.2.
+    """
 
     def axes(self, covariance: torch.Tensor) -> torch.Tensor:
         basis = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)
-        # An axis and its negative are equally principal: fix the sign so that two fits agree.
+        # An axis and its negative are both principal. Fixing the sign makes two fits agree.
         largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
         return basis * largest.sign()
 
 
 class PixelTokenizer(OrthonormalTokenizer):
-    """Pixels, of the image itself or of the image made smaller by averaging (paper, Fig. 5).
+    """The pixels of the image, or of the image downsampled by averaging.
 
-    ``dim`` = in_chans * k^2 keeps k x k averaged pixels of a patch; all of them, when dim = D.
+    ``dim`` = in_chans * k^2 keeps k x k averaged pixels of a patch; ``dim`` = D keeps all pixels.
+
+    Source: paper, Fig. 5.
 
     Raises: InputError when no such k divides ``patch_size``.
     """
@@ -109,13 +118,14 @@ class PixelTokenizer(OrthonormalTokenizer):
         sizes = {in_chans * k**2: k for k in range(1, patch_size + 1) if patch_size % k == 0}
         if dim not in sizes:
             raise InputError(
-                f"tokenizer.dim {dim} is no whole number of pixels: with patches of {patch_size} "
-                f"and {in_chans} channels it is one of {', '.join(map(str, sizes))}"
+                f"tokenizer.dim {dim} is not a whole number of pixels: with patches of "
+                f"{patch_size} and {in_chans} channels, set it to one of "
+                f"{', '.join(map(str, sizes))}"
             )
         self.factor = patch_size // sizes[dim]
 
     def unit(self) -> float:
-        return 1 / self.factor  # the unit vector over f x f equal pixels of value v has length f v
+        return 1 / self.factor  # f x f pixels of value v have the coordinate f v
 
     def axes(self, covariance: torch.Tensor) -> torch.Tensor:
         kept = self.patch_size // self.factor

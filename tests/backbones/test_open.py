@@ -288,7 +288,7 @@ class Code:
         ({"model": {"conv1.weight": torch.zeros(3)}}, "nothing in FILE fits"),
         ({"epoch": 3}, "FILE holds no weights"),
         ({"model": {}, "config": Code()}, "FILE holds pickled code"),
-        (b"PK\x03\x04 cut off", "FILE is no readable checkpoint"),
+        (b"PK\x03\x04 cut off", "FILE is not a readable checkpoint"),
         (None, "there is no checkpoint file FILE"),
     ],
 )

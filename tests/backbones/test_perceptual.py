@@ -4,13 +4,13 @@ import torch
 import torchvision
 from torch import nn
 
-from ldae.backbones.perceptual import lpips, lpips_is_here, open_perceptual
+from ldae.backbones.perceptual import lpips_is_cached, open_lpips, open_perceptual
 from ldae.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory):
-    """A VGG16 file of random weights, as torchvision writes them."""
+    """A file of random VGG16 weights, in torchvision's format."""
     torch.manual_seed(0)
     with torch.device("meta"):
         network = torchvision.models.vgg16(weights=None, init_weights=False)
@@ -25,39 +25,39 @@ def vgg(tmp_path_factory):
 
 
 def pair(images, side=32):
-    one = images[:3, :, :side, :side] / 255
-    return one, (one + 0.1 * torch.randn_like(one)).clamp(0, 1)
+    x = images[:3, :, :side, :side] / 255
+    return x, (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
 
 
-def test_lpips_is_that_of_torchmetrics(vgg, images):
+def test_lpips_matches_torchmetrics(vgg, images):
     metrics = pytest.importorskip("torchmetrics.functional.image.lpips")
     reference = metrics._LPIPS(net="vgg", pnet_rand=True)
     state = {name[9:]: value for name, value in torch.load(vgg, weights_only=True).items()}
     for name, value in reference.net.state_dict().items():
         value.copy_(state[name.partition(".")[2]])
-    found = open_perceptual(f"vgg16@{vgg}", 3)
-    one, other = pair(images)
-    wanted = reference(one, other, normalize=True).flatten()
-    torch.testing.assert_close(found(one, other), wanted, rtol=1e-5, atol=1e-7)
-    assert found.name == "LPIPS" and (wanted > 0).all()
-    assert not found(one, one).any()
+    distance = open_perceptual(f"vgg16@{vgg}", 3)
+    x, y = pair(images)
+    expected = reference(x, y, normalize=True).flatten()
+    torch.testing.assert_close(distance(x, y), expected, rtol=1e-5, atol=1e-7)
+    assert distance.name == "LPIPS" and (expected > 0).all()
+    assert not distance(x, x).any()
 
 
-def test_its_gradient_reaches_the_images_and_nothing_else(vgg, images):
-    found = lpips(str(vgg))
-    one, other = pair(images)
-    one.requires_grad_()
-    found(one, other).sum().backward()
-    assert one.grad.isfinite().all() and one.grad.any()
-    assert not any(p.requires_grad for p in found.network.parameters())
+def test_gradients_reach_only_the_images(vgg, images):
+    distance = open_lpips(str(vgg))
+    x, y = pair(images)
+    x.requires_grad_()
+    distance(x, y).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+    assert not any(p.requires_grad for p in distance.network.parameters())
     flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
-    found(flat, flat.detach()).sum().backward()
+    distance(flat, flat.detach()).sum().backward()
     assert flat.grad.isfinite().all()
 
 
 @pytest.fixture
 def backbone(tmp_path):
-    """backbone(name, **args): a folder as timm writes it, of random weights."""
+    """backbone(name, **args): the folder of a timm model with random weights."""
 
     def write(name="resnet10t", **args):
         torch.manual_seed(0)
@@ -76,34 +76,34 @@ def backbone(tmp_path):
         ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2}, 16),
     ],
 )
-def test_a_backbones_distance_is_that_of_its_maps(name, args, side, backbone, images):
+def test_distance_of_a_backbone_matches_its_feature_maps(name, args, side, backbone, images):
     spec = backbone(name, **args)
-    found = open_perceptual(spec, 3)
-    assert found.name == f"perceptual({spec})"
+    distance = open_perceptual(spec, 3)
+    assert distance.name == f"perceptual({spec})"
     model = timm.create_model(f"local-dir:{spec}", pretrained=True, num_classes=0).eval()
     cfg = model.pretrained_cfg
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
-    one, other = pair(images, side)
+    x, y = pair(images, side)
     layers = []
-    for picture in (one, other):
-        if name.startswith("vit") and side != 32:  # of a fixed size: enlarged to it
+    for picture in (x, y):
+        if name.startswith("vit") and side != 32:  # it takes one size only
             picture = nn.functional.interpolate(picture, (32, 32), mode="bicubic", antialias=True)
         with torch.no_grad():
             layers.append(model.forward_intermediates((picture - mean) / std)[1])
-    wanted = torch.zeros(3)
-    for first, second in zip(*layers, strict=True):
-        first, second = (nn.functional.normalize(part, dim=1) for part in (first, second))
-        wanted += (first - second).square().sum(1).mean((1, 2)) / len(layers[0])
-    torch.testing.assert_close(found(one, other), wanted, rtol=1e-4, atol=1e-6)
+    expected = torch.zeros(3)
+    for x_map, y_map in zip(*layers, strict=True):
+        x_map, y_map = (nn.functional.normalize(part, dim=1) for part in (x_map, y_map))
+        expected += (x_map - y_map).square().sum(1).mean((1, 2)) / len(layers[0])
+    torch.testing.assert_close(distance(x, y), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_absent_weights_are_one_sentence(monkeypatch, vgg, tmp_path):
+def test_absent_or_unfitting_weights_are_refused(monkeypatch, vgg, tmp_path):
     def unreachable(*args, **kwargs):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    assert not lpips_is_here()
-    with pytest.raises(InputError, match="VGG16 can not be downloaded .no route.*vgg16@FILE"):
+    assert not lpips_is_cached()
+    with pytest.raises(InputError, match="VGG16 cannot be downloaded .no route.*vgg16@FILE"):
         open_perceptual("vgg16", 3)
     with pytest.raises(InputError, match="there is no checkpoint file .*nowhere.pth"):
         open_perceptual(f"vgg16@{tmp_path / 'nowhere.pth'}", 3)
@@ -112,13 +112,13 @@ def test_absent_weights_are_one_sentence(monkeypatch, vgg, tmp_path):
         open_perceptual(f"vgg16@{tmp_path / 'other.pth'}", 3)
     with pytest.raises(InputError, match="no timm model of that name"):
         open_perceptual("nonsense", 3)
-    with pytest.raises(InputError, match="takes 3 channels, data.in_chans is 1"):
+    with pytest.raises(InputError, match="takes 3 channels, but data.in_chans is 1"):
         open_perceptual(f"vgg16@{vgg}", 1)
-    with pytest.raises(InputError, match="pixels shows no feature maps"):
+    with pytest.raises(InputError, match="pixels has no forward_intermediates"):
         open_perceptual("pixels", 3)
 
 
-def test_without_torchmetrics_the_extra_is_named(monkeypatch, vgg):
+def test_missing_torchmetrics_names_the_extra_to_install(monkeypatch, vgg):
     monkeypatch.setattr("ldae.backbones.perceptual.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'ldae\[conv\]'"):
         open_perceptual(f"vgg16@{vgg}", 3)

@@ -17,7 +17,7 @@ from ldae.commands.finetune import finetune
 from ldae.data.open import open_source
 from ldae.errors import InputError
 from ldae.finetuning import recipes
-from ldae.finetuning.network import Classification
+from ldae.finetuning.network import ClassificationLoss
 from ldae.finetuning.settings import FinetuneConfig
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import settings_of
@@ -144,7 +144,7 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
     )
     finetune(config, tmp_path / "whole")
     run, calls = tmp_path / "parts", []
-    original = Classification.forward
+    original = ClassificationLoss.forward
 
     def forward(self, *args):
         calls.append(1)
@@ -152,7 +152,7 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args)
 
-    monkeypatch.setattr(Classification, "forward", forward)
+    monkeypatch.setattr(ClassificationLoss, "forward", forward)
     for seen in (192, 512):
         torch.manual_seed(seen)  # whatever another process begins with
         np.random.seed(seen)
@@ -202,8 +202,8 @@ def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
     [
         ({"data__source": ""}, "say where they are with --data"),
         ({"backbone": "no_such_model"}, "no timm model of that name"),
-        ({"backbone": "pixels:8"}, "pixels:8 is no timm model: it can not be fine-tuned"),
-        ({"data__img_size": 30}, "data.img_size 30 does not fit .*patches are of 8 pixels"),
+        ({"backbone": "pixels:8"}, "pixels:8 is not a timm model, so it cannot be fine-tuned"),
+        ({"data__img_size": 30}, "data.img_size 30 does not fit .*patches have 8 x 8 pixels"),
         ({"data__in_chans": 4}, "takes 3 channels"),
         ({"augment__policy": "rnad-m9"}, "'rnad-m9' is not a RandAugment policy"),
         ({"augment__mix_images": 48}, "micro batch of 64 images .*augment.mix_images 48"),

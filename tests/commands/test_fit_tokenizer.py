@@ -324,7 +324,7 @@ def test_given_pixel_statistics_are_kept(tiny, tmp_path):
         ("l_dae", {"kl_weight": 0.1}, "kl_weight is a setting of patch_vae and conv_vae, not of p"),
         ("vqvae", {"kl_weight": 0.1}, "kl_weight needs a Gaussian posterior, .*tokenizer.codes"),
         ("dit", {"adversarial_start": 8}, "adversarial_start 8 is never reached in the 8 steps"),
-        ("dit", {"dim": 6}, "tokenizer.dim 6 is no multiple of 4"),
+        ("dit", {"dim": 6}, "tokenizer.dim 6 is not a multiple of 4"),
         ("dit", {"path": "x.safetensors"}, "tokenizer.path names a fitted tokenizer"),
         ("dit", {"optim__batch_size": 9}, "9, cannot be cut into 2 equal parts"),
     ],
@@ -346,7 +346,7 @@ def test_absent_perceptual_weights_are_told_before_anything_is_written(
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     config = tiny("dit", tokenizer__perceptual_weight=1.0)
-    with pytest.raises(InputError, match="VGG16 can not be downloaded .* vgg16@FILE"):
+    with pytest.raises(InputError, match="VGG16 cannot be downloaded .* vgg16@FILE"):
         function(config, tmp_path / "run", "dit")
     assert not (tmp_path / "run").exists()
 

@@ -133,24 +133,24 @@ def test_interrupted_equals_uninterrupted(name, run, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     draw(run, tmp_path / "whole" / name, batch_size=4)
-    put, kept = Album.put, []
+    save, kept = Album.save, []
 
     def stop(self, number, picture):
         if len(kept) == 5:
             raise KeyboardInterrupt
-        put(self, number, picture)
+        save(self, number, picture)
         kept.append(number)
 
-    monkeypatch.setattr(Album, "put", stop)
+    monkeypatch.setattr(Album, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         draw(run, tmp_path / "parts" / name, batch_size=4)
     assert not (tmp_path / "parts" / "file.npz").exists()
 
     def go_on(self, number, picture):
         assert number not in kept, "made twice"
-        put(self, number, picture)
+        save(self, number, picture)
 
-    monkeypatch.setattr(Album, "put", go_on)
+    monkeypatch.setattr(Album, "save", go_on)
     draw(run, tmp_path / "parts" / name, batch_size=4)
     if name == "folder":
         one, other = (opened(tmp_path / part / name) for part in ("whole", "parts"))
@@ -164,7 +164,7 @@ def test_what_is_there_is_not_made_again(run, tmp_path, monkeypatch):
     draw(run, tmp_path / "folder", 4)
     draw(run, tmp_path / "file.npz", 4)
     before = opened(tmp_path / "folder")
-    monkeypatch.setattr(Album, "put", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(Album, "save", lambda *_: pytest.fail("made again"))
     draw(run, tmp_path / "folder", 4)
     draw(run, tmp_path / "file.npz", 4)
     monkeypatch.undo()

@@ -19,7 +19,7 @@ def mixing(seed=0, **changes):
 
 
 def batch(first=0, count=8):
-    """Images first .. first + count - 1 of an endless order."""
+    """Return images first .. first + count - 1 of an endless sequence."""
     images, labels = [], []
     for n in range(first, first + count):
         rng = np.random.default_rng(n)
@@ -38,82 +38,86 @@ def smooth(labels, smoothing):
     return (1 - smoothing) * torch.eye(5, dtype=torch.float64)[labels] + smoothing / 5
 
 
-def test_without_augmentation_it_normalises_and_smooths():
-    found = mixing(label_smoothing=0.1)(batch())
-    torch.testing.assert_close(found.images.double(), normalised(batch().images), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.targets.double(), smooth(batch().targets, 0.1))
-    assert torch.equal(found.positions, batch().positions)
+def test_without_augmentation_images_are_normalised_and_labels_smoothed():
+    actual = mixing(label_smoothing=0.1)(batch())
+    torch.testing.assert_close(
+        actual.images.double(), normalised(batch().images), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(actual.targets.double(), smooth(batch().targets, 0.1))
+    assert torch.equal(actual.positions, batch().positions)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_an_image_is_mixed_with_the_mirrored_one_of_its_group(kind):
-    """The share of the partner, read off the targets, is the share of its pixels in the image."""
+def test_images_are_mixed_with_the_mirrored_image_of_their_group(kind):
+    """The partner has the same share of the targets as of the pixels."""
     plain, labels = normalised(batch(count=400).images), batch(count=400).targets
-    found = mixing(label_smoothing=0.1, **{kind: 0.8})(batch(count=400))
+    output = mixing(label_smoothing=0.1, **{kind: 0.8})(batch(count=400))
     shares = []
     for first in range(0, 400, 4):
         group = slice(first, first + 4)
-        own, other = plain[group], plain[group].flip(0)
+        original, partner = plain[group], plain[group].flip(0)
         targets = smooth(labels[group], 0.1)
         # The share of the first image, whose partner is of another class: 3 classes apart.
-        lam = (found.targets[first, labels[first]].item() - 0.02) / 0.9
+        lam = (output.targets[first, labels[first]].item() - 0.02) / 0.9
         shares.append(lam)
         torch.testing.assert_close(
-            found.targets[group].double(), lam * targets + (1 - lam) * targets.flip(0),
+            output.targets[group].double(), lam * targets + (1 - lam) * targets.flip(0),
             atol=1e-6, rtol=0,
         )  # fmt: skip
-        mixed = found.images[group].double()
+        mixed = output.images[group].double()
         if kind == "mixup":
-            torch.testing.assert_close(mixed, lam * own + (1 - lam) * other, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                mixed, lam * original + (1 - lam) * partner, atol=1e-5, rtol=0
+            )
         else:
-            kept = (mixed - own).abs().amax(1) < 1e-5
-            cut = (mixed - other).abs().amax(1) < 1e-5
+            kept = (mixed - original).abs().amax(1) < 1e-5
+            cut = (mixed - partner).abs().amax(1) < 1e-5
             assert (kept | cut).all()
             assert cut.double().mean().item() == pytest.approx(1 - lam, abs=0.01)
     # Beta(0.8, 0.8) has mean 1/2 and variance 1 / 10.4. Of a box of side r around a uniform center,
     # r - r^2 / 4 lies in the image on average, on each axis.
     shares_of_boxes = np.random.default_rng(0).beta(0.8, 0.8, 100_000)
     side = np.sqrt(shares_of_boxes)
-    wanted = 0.5 if kind == "mixup" else 1 - np.mean((side - side**2 / 4) ** 2)
-    assert np.mean(shares) == pytest.approx(wanted, abs=0.1)
+    expected = 0.5 if kind == "mixup" else 1 - np.mean((side - side**2 / 4) ** 2)
+    assert np.mean(shares) == pytest.approx(expected, abs=0.1)
     if kind == "mixup":
         assert np.var(shares) == pytest.approx(1 / 10.4, abs=0.03)
 
 
 def test_erasing_replaces_rectangles_by_normal_noise():
-    found = mixing(erasing=0.5, mix_images=2)(batch(count=400)).images.double()
+    output = mixing(erasing=0.5, mix_images=2)(batch(count=400)).images.double()
     plain = normalised(batch(count=400).images)
-    changed = (found - plain).abs().amax(1) > 1e-4
+    changed = (output - plain).abs().amax(1) > 1e-4
     erased = changed.flatten(1).any(1)
     assert erased.double().mean().item() == pytest.approx(0.5, abs=0.08)
-    values = found.movedim(1, -1)[changed]
+    values = output.movedim(1, -1)[changed]
     assert values.mean().abs() < 0.05 and values.std() == pytest.approx(1, abs=0.05)
     assert changed.flatten(1).double().mean(1)[erased].max() <= 0.4  # a third, and rounding
 
 
 @pytest.mark.parametrize("pieces", [2, 4])
-def test_the_division_of_a_batch_changes_nothing(pieces):
+def test_mixing_does_not_depend_on_the_division_of_a_batch(pieces):
     mix = mixing(erasing=0.25, mixup=0.8, cutmix=1.0)
-    whole = mix(batch(16, 16))
+    undivided = mix(batch(16, 16))
     size = 16 // pieces
     parts = [mix(batch(16 + size * piece, size)) for piece in reversed(range(pieces))]
-    assert torch.equal(torch.cat([part.images for part in reversed(parts)]), whole.images)
-    assert torch.equal(torch.cat([part.targets for part in reversed(parts)]), whole.targets)
+    assert torch.equal(torch.cat([part.images for part in reversed(parts)]), undivided.images)
+    assert torch.equal(torch.cat([part.targets for part in reversed(parts)]), undivided.targets)
 
 
-def test_it_is_a_function_of_seed_and_position_and_draws_nothing_else():
+def test_mixing_depends_only_on_seed_and_position():
     mix = mixing(mixup=0.8, erasing=1.0)
     torch.manual_seed(5)
-    wanted = torch.rand(1)
+    next_draw = torch.rand(1)
     torch.manual_seed(5)
     first = mix(batch())
-    assert torch.equal(torch.rand(1), wanted)
+    assert torch.equal(torch.rand(1), next_draw)
     assert torch.equal(mix(batch()).images, first.images)
     assert not torch.equal(mixing(1, mixup=0.8, erasing=1.0)(batch()).targets, first.targets)
     assert not torch.equal(mix(batch(8))[1][:, 0], first.targets[:, 0])
 
 
-def test_pieces_that_cut_a_group_are_refused():
+def test_micro_batches_that_split_a_group_are_refused():
     mixing(mixup=1.0).check(8)
     with pytest.raises(InputError, match="micro batch of 6 images .* augment.mix_images 4"):
         mixing(mixup=1.0).check(6)

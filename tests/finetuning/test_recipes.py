@@ -7,7 +7,7 @@ from ldae.errors import InputError
 from ldae.finetuning import recipes
 from ldae.train.optim import peak_lr
 
-# The constants of ../shared/spec/protocols.md and paper.md, written once more by hand.
+# The published constants, written a second time by hand.
 COMMON = {
     "optim.batch_size": 1024, "optim.weight_decay": 0.05, "optim.warmup_epochs": 5,
     "optim.min_lr": 1e-6, "optim.betas": (0.9, 0.999), "optim.clip_grad": 0,
@@ -16,7 +16,7 @@ COMMON = {
     "augment.switch_prob": 0.5, "augment.min_area": 0.08, "augment.flip": 0.5,
     "model.pool": "fc_norm", "model.head_std": 2e-5, "model.random_init": False, "version": 1,
 }  # fmt: skip
-OWN = {  # epochs, blr, layer decay, drop path, moving average
+PER_SIZE = {  # epochs, blr, layer decay, drop path, moving average
     ("mae", "B"): (100, 5e-4, 0.65, 0.1, 0),
     ("mae", "L"): (50, 1e-3, 0.75, 0.2, 0),
     ("mae", "H"): (50, 1e-3, 0.75, 0.3, 0),
@@ -26,54 +26,54 @@ OWN = {  # epochs, blr, layer decay, drop path, moving average
 }
 
 
-@pytest.mark.parametrize("name, size", OWN)
+@pytest.mark.parametrize("name, size", PER_SIZE)
 def test_recipes_have_the_published_constants(name, size):
-    epochs, blr, layer_decay, drop_path, ema = OWN[name, size]
-    wanted = COMMON | {
+    epochs, blr, layer_decay, drop_path, ema = PER_SIZE[name, size]
+    expected = COMMON | {
         "optim.epochs": epochs, "optim.blr": blr, "optim.ema": ema,
         "model.layer_decay": layer_decay, "model.drop_path": drop_path,
         "recipe": name, "size": size,
     }  # fmt: skip
-    found = tree.flatten(recipes.config(name, size))
-    assert {key: found[key] for key in wanted} == wanted
+    actual = tree.flatten(recipes.config(name, size))
+    assert {key: actual[key] for key in expected} == expected
     tree.check(recipes.config(name, size))
 
 
-def test_the_papers_rate_is_that_of_its_batch():
+def test_peak_learning_rate_matches_the_paper():
     assert peak_lr(recipes.config("ldae").optim) == pytest.approx(4e-3)
 
 
 @pytest.mark.parametrize("name", [recipe.name for recipe in recipes.RECIPES])
-def test_a_recipe_leaves_no_constant_to_a_default(name):
-    """Else a change of a default would move its numbers without a new version."""
+def test_recipes_state_every_constant(name):
+    """Otherwise a change of a default would change a recipe without a new version."""
     stated = recipes.recipe(name)
-    for size, own in stated.sizes.items():
+    for size, constants_of_size in stated.sizes.items():
         constants = {
             key
             for key in tree.flatten(recipes.config(name, size))
             if key.startswith(("augment.", "model.", "optim.")) and key != "model.random_init"
         }
-        assert constants == {*stated.constants, *own}
+        assert constants == {*stated.constants, *constants_of_size}
 
 
-def test_what_is_changed_is_told():
+def test_changed_constants_are_listed():
     used = tree.replace(
         recipes.config("mae", "L"),
         {"optim.epochs": 7, "system.workers": 0, "data.source": "digits", "seed": 3},
     )
-    assert recipes.changed(used) == {"optim.epochs": (50.0, 7.0)}
+    assert recipes.changed_constants(used) == {"optim.epochs": (50.0, 7.0)}
 
 
-def test_the_width_of_a_backbone_picks_the_size(monkeypatch):
-    assert recipes.size_of("test_vit") == "B"
-    assert recipes.size_of("pixels:8") == "B"
+def test_default_size_follows_the_width_of_the_backbone(monkeypatch):
+    assert recipes.default_size("test_vit") == "B"
+    assert recipes.default_size("pixels:8") == "B"
     for width, size in ((384, "B"), (768, "B"), (769, "L"), (1024, "L"), (1280, "H"), (2048, "H")):
         network = SimpleNamespace(num_features=width)
         monkeypatch.setattr(recipes, "load_backbone", lambda spec, random_init: network)
-        assert recipes.size_of("of that width") == size
+        assert recipes.default_size("any") == size
 
 
-def test_wrong_names_get_the_nearest():
+def test_unknown_names_are_refused_with_the_nearest_name():
     with pytest.raises(InputError, match="no recipe 'l-dae'; the nearest is 'ldae'"):
         recipes.config("l-dae")
     with pytest.raises(InputError, match="no size 'XL'; there are B, L, H"):

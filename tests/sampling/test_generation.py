@@ -1,4 +1,4 @@
-"""What settings mean for a run, and what its pictures depend on."""
+"""Settings resolved for a run, and the samples that they give."""
 
 import pytest
 import torch
@@ -45,16 +45,16 @@ def sampled(method, numbers=FEW, classes=CLASSES, **how):
         ("image", "single", 0),
     ],
 )  # fmt: skip
-def test_sampling_starts_at_the_highest_level_that_tells_z_0(method, target, schedule, top):
+def test_sampling_starts_at_the_highest_level_that_determines_z_0(method, target, schedule, top):
     config = {"objective__target": target, "noise__schedule": schedule}
     assert top_level(method("patch_pca", **config)) == top
 
 
 @pytest.mark.parametrize("row", [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)])
-def test_rows_that_drown_the_data_start_from_noise(method, row):
+def test_rows_with_pure_noise_at_the_top_start_from_noise(method, row):
     made = method(row, 10 if row == "dit" else 0)
-    found = trajectory.row(row)
-    expected = (found.number or 14) <= 9 or row.startswith("vq")
+    entry = trajectory.row(row)
+    expected = (entry.number or 14) <= 9 or row.startswith("vq")
     assert drowned(made, top_level(made)) == expected
 
 
@@ -62,25 +62,25 @@ def test_rows_that_drown_the_data_start_from_noise(method, row):
     "schedule, expected",
     [("ddpm", True), ("cosine", True), ("rectified_flow", True), ("geometric", False)],
 )
-def test_the_schedule_decides_where_to_start(method, schedule, expected):
+def test_schedule_decides_whether_sampling_starts_from_noise(method, schedule, expected):
     made = method("predict_latent", noise__schedule=schedule)
     assert drowned(made, top_level(made)) == expected
     wide = method("predict_latent", noise__schedule="geometric", noise__max_sigma=50.0)
     assert drowned(wide, top_level(wide))
 
 
-def test_one_step_is_the_picture_of_noise(method):
+def test_one_step_is_the_prediction_from_noise(method):
     made = method("l_dae_single")
-    found = sampled(made, steps=1, seed=5)
+    actual = sampled(made, steps=1, seed=5)
     start = noise.normal(5, FEW, (16, 6), noise.SAMPLING)
     t = torch.zeros(4, dtype=torch.int64)
     seen = made.tokenizer.denormalize(made.picture(made.sigma[0] * start, t))
-    assert torch.equal(found, (seen.clamp(0, 1) * 255).round().byte())
+    assert torch.equal(actual, (seen.clamp(0, 1) * 255).round().byte())
     assert len(choose(made, [], Sampling()).levels) == 1
     assert len(choose(method("l_dae"), [], Sampling()).levels) == 50
 
 
-def test_picture_n_has_class_n_mod_their_count(conditional):
+def test_sample_n_has_class_n_mod_their_count(conditional):
     every = sampled(conditional, torch.tensor([3, 13, 14]))
     assert torch.equal(sampled(conditional, torch.tensor([13]), labels=("3",)), every[1:2])
     assert not torch.equal(sampled(conditional, torch.tensor([13]), labels=("4",)), every[1:2])
@@ -101,8 +101,8 @@ def test_features_do_not_depend_on_labels_while_predictions_do(row, method, imag
     assert torch.equal(conditional.features(x, 10), before)
 
 
-def test_every_step_draws_noise_of_its_own(method, monkeypatch):
-    """By seed, number and step; the start is drawn in the same way."""
+def test_every_step_draws_its_own_noise(method, monkeypatch):
+    """Noise depends on seed, number and step; the start is drawn in the same way."""
     streams, original = [], noise.normal
 
     def normal(seed, positions, shape, stream):
@@ -119,7 +119,7 @@ def test_every_step_draws_noise_of_its_own(method, monkeypatch):
     assert streams == [0]
 
 
-def test_guidance_goes_through_the_unconditional_network(conditional):
+def test_guidance_uses_the_unconditional_network(conditional):
     plain = sampled(conditional)
     none = sampled(conditional, guidance=0.0)
     twice = sampled(conditional, guidance=2.0)
@@ -130,7 +130,7 @@ def test_guidance_goes_through_the_unconditional_network(conditional):
 
 
 class Brightness(torch.nn.Module):
-    """Class 1 is bright, class 0 dark; told from 16 x 16 pixels."""
+    """A classifier of 16 x 16 pixels: class 0 is dark, class 1 is bright."""
 
     num_classes = 2
     pretrained_cfg = {
@@ -145,15 +145,15 @@ class Brightness(torch.nn.Module):
 
 
 @pytest.mark.parametrize("row", ["l_dae", "predict_latent", "patch_pca"])
-def test_a_classifier_guides_to_its_class(row, method, monkeypatch):
+def test_classifier_guides_to_the_requested_class(row, method, monkeypatch):
     monkeypatch.setattr(generation, "load_classifier", lambda spec, in_chans: Brightness())
     made = method(row)
     with torch.no_grad():  # a denoiser that lets the gradient through
         made.denoiser.final.linear.weight.mul_(0.02)
 
     def mean(label, scale):
-        found = sampled(made, labels=(label,), classifier="any", classifier_scale=scale, steps=8)
-        return float(found.float().mean())
+        actual = sampled(made, labels=(label,), classifier="any", classifier_scale=scale, steps=8)
+        return float(actual.float().mean())
 
     plain = sampled(made, steps=8)
     unmoved = sampled(made, labels=("dark",), classifier="any", classifier_scale=0.0, steps=8)
@@ -174,16 +174,16 @@ def test_classes_of_run_and_classifier_are_matched_by_name(conditional, method, 
         choose(method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"],
                Sampling(classifier="folder"))  # fmt: skip
     with pytest.raises(InputError, match="'0' is none of the 2 classes of folder"):
-        # A class that is called 0 is not the classifier's first.
+        # The class named "0" is not the first class of the classifier.
         choose(method("patch_pca", 2, model__class_conditional=True), ["0", "1"],
                Sampling(classifier="folder"))  # fmt: skip
     with pytest.raises(InputError, match="'blue' is none of the 2 classes of folder; the nearest"):
         choose(method(), [], Sampling(classifier="folder", labels=("blue",)))
     classifier.pretrained_cfg = Brightness.pretrained_cfg | {"label_names": None}
     assert choose(method(), [], Sampling(classifier="folder")).targets.tolist() == [0, 1]
-    with pytest.raises(InputError, match="has 2 classes without names, this run 10"):
+    with pytest.raises(InputError, match="has 2 classes without names, but this run has 10"):
         choose(conditional, CLASSES, Sampling(classifier="folder"))
-    with pytest.raises(InputError, match="takes 3 channels, this run makes 4"):
+    with pytest.raises(InputError, match="takes 3 channels, but this run generates 4"):
         narrow = build_with_channels(method, 4)
         choose(narrow, [], Sampling(classifier="folder"))
 
@@ -195,19 +195,19 @@ def build_with_channels(method, chans):
 
 
 @pytest.mark.parametrize(
-    "how, sentence",
+    "how, message",
     [
         ({"guidance": 2.0}, "guidance needs a run with model.class_conditional"),
         ({"labels": ("3",)}, "labels need a run with model.class_conditional"),
         ({"steps": 1001}, "steps 1001 is more than the 1000 noise levels"),
     ],
 )
-def test_settings_that_do_not_fit_the_run_are_told(method, how, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_settings_that_do_not_fit_the_run_are_refused(method, how, message):
+    with pytest.raises(InputError, match=message):
         choose(method(), CLASSES, Sampling(**how))
 
 
-def test_classes_that_do_not_exist_are_told(conditional):
+def test_unknown_classes_are_refused(conditional):
     names = ["cat", "dog", "horse", *CLASSES[3:]]
     with pytest.raises(InputError, match="'hors' is none of the 10 classes .* nearest is 'horse'"):
         choose(conditional, names, Sampling(labels=("hors",)))
@@ -216,13 +216,13 @@ def test_classes_that_do_not_exist_are_told(conditional):
     assert choose(conditional, names, Sampling(labels=("dog", "2"))).labels.tolist() == [1, 2]
 
 
-def test_guidance_needs_a_network_that_knows_the_null_label(method):
+def test_guidance_needs_a_run_trained_with_dropped_labels(method):
     never = method("patch_pca", 10, model__class_conditional=True, model__label_dropout=0.0)
     with pytest.raises(InputError, match="model.label_dropout is 0"):
         choose(never, CLASSES, Sampling(guidance=2.0))
 
 
-def test_a_picture_that_is_not_finite_is_told(method):
+def test_samples_that_are_not_finite_are_refused(method):
     made = method("patch_pca")
     made.denoiser.final.linear.bias[0] = torch.nan
     with pytest.raises(InputError, match="sample 0 in fp32 is not finite"):

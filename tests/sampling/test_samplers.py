@@ -1,4 +1,4 @@
-"""Samplers with the exact denoiser of distributions whose z_t is known in closed form."""
+"""Samplers with the exact denoiser of distributions for which z_t is known in closed form."""
 
 import math
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def levels_of(name, steps=1000):
 
 
 def exact(parts, gamma, sigma):
-    """E[z_0 | z_t] of a mixture of Gaussians, each number by itself."""
+    """Return the denoiser E[z_0 | z_t] of a mixture of Gaussians, for each number by itself."""
 
     def denoise(z_t, t):
         g, v = gamma[t][:, None, None], sigma[t][:, None, None] ** 2
@@ -51,7 +51,7 @@ def draws(shape, seed=0):
 
 
 def start(parts, gamma, sigma, shape):
-    """Numbers of the exact law of z_t."""
+    """Draw from the exact distribution of z_t."""
     generator = torch.Generator().manual_seed(3)
     weights = torch.tensor([part[0] for part in parts], dtype=torch.float64)
     chosen = torch.multinomial(weights, math.prod(shape), True, generator=generator).reshape(shape)
@@ -62,7 +62,7 @@ def start(parts, gamma, sigma, shape):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_samplers_reach_the_moments_and_the_weights(schedule, name):
+def test_samplers_reach_the_moments_and_weights_of_a_mixture(schedule, name):
     gamma, sigma = levels_of(schedule)
     levels = samplers.sub_sequence(999, 200)
     shape = (6000, 1, 1)
@@ -101,8 +101,8 @@ def test_ddim_with_eta_1_is_ddpm(schedule):
 
 @pytest.mark.parametrize("t, s", [(999, 700), (500, 499), (40, 0)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ddpm_draws_from_the_posterior(schedule, t, s):
-    """Against the rule for conditioning a joint normal, z_t being z_s with noise added."""
+def test_ddpm_steps_draw_from_the_posterior(schedule, t, s):
+    """Compared to conditioning the joint normal of z_s and z_t, z_s with noise added."""
     gamma, sigma = levels_of(schedule)
     z_0, z_t = 0.3, -0.8
     ratio = gamma[t] / gamma[s]
@@ -115,49 +115,49 @@ def test_ddpm_draws_from_the_posterior(schedule, t, s):
     std = (joint[0, 0] - gain * joint[0, 1]).clamp(min=0).sqrt()
     one = torch.ones(1, 1, 1, dtype=torch.float64)
     for number in (0.0, 1.0):
-        found = samplers.ddpm(
+        actual = samplers.ddpm(
             lambda z, _: z_0 * one, z_t * one, [t, s], gamma, sigma, lambda k: number * one
         )
-        assert float(found) == pytest.approx(float(mean + number * std), rel=1e-9, abs=1e-12)
+        assert float(actual) == pytest.approx(float(mean + number * std), rel=1e-9, abs=1e-12)
 
 
-def test_each_move_gets_its_own_noise():
+def test_each_step_draws_its_own_noise():
     gamma, sigma = levels_of("ddpm")
-    asked = []
+    drawn = []
 
     def draw(k):
-        asked.append(k)
+        drawn.append(k)
         return torch.zeros(2, 1, 1, dtype=torch.float64)
 
     denoise = exact(MIXTURE, gamma, sigma)
     z = torch.ones(2, 1, 1, dtype=torch.float64)
     samplers.ddpm(denoise, z, [999, 400, 20, 0], gamma, sigma, draw)
-    assert asked == [1, 2, 3]
-    asked.clear()
+    assert drawn == [1, 2, 3]
+    drawn.clear()
     samplers.ddim(denoise, z, [999, 400, 20, 0], gamma, sigma, draw)
-    assert asked == []
+    assert drawn == []
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ddim_without_noise_tends_to_the_flow(schedule):
-    """On a Gaussian the ODE keeps (z_t - gamma_t m) / sd(z_t), and its map is known."""
+def test_ddim_without_noise_converges_to_the_ode(schedule):
+    """For a Gaussian the ODE keeps (z_t - gamma_t m) / sd(z_t), so its solution is known."""
     gamma, sigma = levels_of(schedule)
     _, mean, variance = GAUSSIAN[0]
     deviation = (gamma**2 * variance + sigma**2).sqrt()
     z = gamma[-1] * mean + deviation[-1] * torch.linspace(-2, 2, 9).double()[:, None, None]
-    wanted = gamma[0] * mean + deviation[0] / deviation[-1] * (z - gamma[-1] * mean)
+    expected = gamma[0] * mean + deviation[0] / deviation[-1] * (z - gamma[-1] * mean)
     errors = []
     for steps in (50, 500):
         levels = samplers.sub_sequence(999, steps)
-        found = samplers.ddim(
+        actual = samplers.ddim(
             exact(GAUSSIAN, gamma, sigma), z, levels, gamma, sigma, draws(z.shape)
         )
-        errors.append(float((found - wanted).abs().max()))
+        errors.append(float((actual - expected).abs().max()))
     assert errors[1] < 0.015 and errors[1] < errors[0] / 5
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_eulers_step_is_ddims(schedule):
+def test_euler_equals_ddim_without_noise(schedule):
     gamma, sigma = levels_of(schedule)
     z = draws((8, 2, 3), seed=1)(0)
     given = (exact(MIXTURE, gamma, sigma), z, samplers.sub_sequence(999, 20), gamma, sigma)
@@ -168,8 +168,8 @@ def test_eulers_step_is_ddims(schedule):
 
 @pytest.mark.parametrize("sampler, order", [(samplers.euler, 1), (samplers.heun, 2)])
 @pytest.mark.parametrize("process", ["vp", "ve", "flow", "from gamma = 0"])
-def test_the_order_of_the_global_error(process, sampler, order):
-    """Away from sigma = 0, against a fine reference: the slope of log error over log step."""
+def test_global_error_has_the_order_of_the_method(process, sampler, order):
+    """The slope of log error over log step, away from sigma = 0, against a fine reference."""
 
     def path(steps):
         time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -197,17 +197,17 @@ def test_the_order_of_the_global_error(process, sampler, order):
     assert slopes == pytest.approx([order] * 3, abs=0.15)
 
 
-def test_heun_takes_eulers_step_to_sigma_0():
+def test_heun_takes_an_euler_step_to_sigma_0():
     gamma, sigma = levels_of("linear_sigma")
     denoise = exact(MIXTURE, gamma, sigma)
     z = draws((4, 1, 1))(0)
-    found = samplers.heun(denoise, z, [30, 0], gamma, sigma, None)
+    actual = samplers.heun(denoise, z, [30, 0], gamma, sigma, None)
     assert sigma[0] == 0
-    torch.testing.assert_close(found, denoise(z, torch.full((4,), 30)))
+    torch.testing.assert_close(actual, denoise(z, torch.full((4,), 30)))
 
 
 @pytest.mark.parametrize("spacing", ["linear", "quadratic"])
-def test_sub_sequences_fall_from_the_top_to_0(spacing):
+def test_sub_sequences_decrease_from_top_to_0(spacing):
     for top in (0, 1, 7, 99, 998):
         for steps in {1, 2, 3, 5, 50, top // 2, top, top + 1} - {0}:
             if steps > top + 1:
@@ -227,42 +227,42 @@ def test_more_steps_than_levels_are_refused():
 
 
 @pytest.mark.parametrize("name", ["eps", "score", "v"])
-def test_linear_guidance_is_that_of_the_prediction(name):
-    """Guiding z_0 is guiding what the network predicts, for every channel."""
+def test_guiding_z_0_equals_guiding_the_prediction(name):
+    """This holds for every prediction type and every channel."""
     gamma, sigma = levels_of("ddpm")
     t = torch.full((3,), 600)
     z_t, *outputs = (draws((3, 4, 5), seed)(0) for seed in (1, 2, 3))
     level = gamma[600], sigma[600]
     clean = prediction.PREDICTIONS[name].clean
     with_label, without = (lambda z, _, p=p: clean(p, z, *level) for p in outputs)
-    found = samplers.classifier_free(with_label, without, 2.5)(z_t, t)
+    actual = samplers.classifier_free(with_label, without, 2.5)(z_t, t)
     mixed = outputs[1] + 2.5 * (outputs[0] - outputs[1])
-    torch.testing.assert_close(found, clean(mixed, z_t, *level))
+    torch.testing.assert_close(actual, clean(mixed, z_t, *level))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_classifier_guidance_is_the_conditional_mean(schedule):
-    """z_0 normal and y = a z_0 + noise: all is normal, and E[z_0 | z_t, y] is known."""
+def test_classifier_guidance_gives_the_conditional_mean(schedule):
+    """With normal z_0 and y = a z_0 + noise, E[z_0 | z_t, y] is known in closed form."""
     gamma, sigma = levels_of(schedule)
     variance, a, r, y, t = 0.36, 1.7, 0.5, 2.0, 300
     g, v = float(gamma[t]), float(sigma[t]) ** 2
     posterior = 1 / (1 / variance + g**2 / v)  # of z_0, given z_t
 
     def log_likelihood(z_0):
-        """log p(y | z_t), in which z_t enters by E[z_0 | z_t] alone."""
+        """log p(y | z_t), which depends on z_t only through E[z_0 | z_t]."""
         return -((y - a * z_0) ** 2 / (2 * (r**2 + a**2 * posterior))).sum((1, 2))
 
     denoise = exact(((1.0, 0.0, variance),), gamma, sigma)
     z_t = draws((5, 2, 3))(0)
     guided = samplers.classifier_guided(denoise, log_likelihood, 1.0, gamma, sigma)
     precision = 1 / variance + g**2 / v + a**2 / r**2
-    wanted = (g / v * z_t + a / r**2 * y) / precision
-    found = guided(z_t, torch.full((5,), t))
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-    assert not found.requires_grad
+    expected = (g / v * z_t + a / r**2 * y) / precision
+    actual = guided(z_t, torch.full((5,), t))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert not actual.requires_grad
 
 
-def test_classifier_guidance_rests_where_nothing_is_known():
+def test_there_is_no_classifier_guidance_at_gamma_0():
     gamma, sigma = levels_of("linear_gamma2")
     denoise = exact(MIXTURE, gamma, sigma)
     guided = samplers.classifier_guided(denoise, lambda z: z.sum((1, 2)), 1.0, gamma, sigma)

@@ -1,4 +1,4 @@
-"""The Gaussian of a run's latents against the latents themselves, in NumPy and float64."""
+"""The Gaussian of a run's latents, compared to the latents in NumPy and float64."""
 
 import numpy as np
 import pytest
@@ -10,15 +10,15 @@ from ldae.errors import InputError
 from ldae.method import build
 from ldae.runs.layout import LATENTS
 from ldae.sampling import start
-from ldae.sampling.start import LatentGaussian, fit_gaussian, gaussian_of_run
+from ldae.sampling.start import LatentGaussian, fit_gaussian, load_or_fit_gaussian
 
 CPU = torch.device("cpu")
 DATA = "scattered-digits:64"
 
 
 @pytest.fixture
-def seen(tiny):
-    """seen(row, **changes): a configuration, its method, and z_0 of all images, (64, N, d)."""
+def encoded(tiny):
+    """encoded(row, **changes): a configuration, its method, and z_0 of all images, (64, N, d)."""
 
     def make(row="l_dae", **changes):
         config = tiny(row, **changes)
@@ -32,47 +32,47 @@ def seen(tiny):
     return make
 
 
-def test_its_moments_are_those_of_the_latents(seen):
-    config, method, z_0 = seen()
-    found = fit_gaussian(DATA, config, method, CPU)
-    assert found.record == {"source": DATA, "images": "64"}
-    np.testing.assert_allclose(found.mean, z_0.mean(0), atol=1e-5)
+def test_moments_match_the_latents(encoded):
+    config, method, z_0 = encoded()
+    gaussian = fit_gaussian(DATA, config, method, CPU)
+    assert gaussian.record == {"source": DATA, "images": "64"}
+    np.testing.assert_allclose(gaussian.mean, z_0.mean(0), atol=1e-5)
     for axis in range(z_0.shape[2]):
-        wanted = np.cov(z_0[:, :, axis], rowvar=False, bias=True)
-        np.testing.assert_allclose(found.covariance[axis], wanted, atol=1e-5)
+        expected = np.cov(z_0[:, :, axis], rowvar=False, bias=True)
+        np.testing.assert_allclose(gaussian.covariance[axis], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("gamma, sigma", [(1.0, 1.4), (0.6, 0.8), (1.0, 0.0)])
-def test_what_it_draws_has_the_moments_of_noised_latents(seen, gamma, sigma):
-    config, method, z_0 = seen()
-    found = fit_gaussian(DATA, config, method, CPU)
+def test_samples_have_the_moments_of_noised_latents(encoded, gamma, sigma):
+    config, method, z_0 = encoded()
+    gaussian = fit_gaussian(DATA, config, method, CPU)
     generator = torch.Generator().manual_seed(0)
     normals = torch.randn(20_000, *z_0.shape[1:], generator=generator)
-    z_t = found.noised(normals, gamma, sigma).numpy()
+    z_t = gaussian.sample_noised(normals, gamma, sigma).numpy()
     spread = z_t.std(0).max()
     assert np.abs(z_t.mean(0) - gamma * z_0.mean(0)).max() < 0.04 * spread
     for axis in range(z_0.shape[2]):
-        wanted = gamma**2 * np.cov(z_0[:, :, axis], rowvar=False, bias=True)
-        wanted += sigma**2 * np.eye(len(wanted))
-        error = np.abs(np.cov(z_t[:, :, axis], rowvar=False) - wanted).max()
-        assert error < 0.05 * wanted.diagonal().max()
+        expected = gamma**2 * np.cov(z_0[:, :, axis], rowvar=False, bias=True)
+        expected += sigma**2 * np.eye(len(expected))
+        error = np.abs(np.cov(z_t[:, :, axis], rowvar=False) - expected).max()
+        assert error < 0.05 * expected.diagonal().max()
 
 
-def test_pixels_of_a_token_stay_correlated(seen):
-    """Their axes are no principal ones: without a rotation each would be drawn by itself."""
-    config, method, z_0 = seen("dae")
-    found = fit_gaussian(DATA, config, method, CPU)
+def test_pixels_of_a_token_stay_correlated_in_samples(encoded):
+    """Pixels are not principal axes: without the rotation, each would be sampled by itself."""
+    config, method, z_0 = encoded("dae")
+    gaussian = fit_gaussian(DATA, config, method, CPU)
     normals = torch.randn(4000, *z_0.shape[1:], generator=torch.Generator().manual_seed(0))
-    drawn = found.noised(normals, 1.0, 0.0).double().numpy()
-    inside = lambda z: np.corrcoef((z - z.mean(0)).reshape(-1, z.shape[2]), rowvar=False)  # noqa: E731
-    wanted, got = inside(z_0), inside(drawn)
-    assert np.abs(wanted - np.eye(192)).max() > 0.9
-    assert np.abs(got - wanted).mean() < 0.03
+    sampled = gaussian.sample_noised(normals, 1.0, 0.0).double().numpy()
+    correlation = lambda z: np.corrcoef((z - z.mean(0)).reshape(-1, z.shape[2]), rowvar=False)  # noqa: E731
+    expected, actual = correlation(z_0), correlation(sampled)
+    assert np.abs(expected - np.eye(192)).max() > 0.9
+    assert np.abs(actual - expected).mean() < 0.03
 
 
-def test_it_is_kept_and_fitted_again_when_it_does_not_fit(seen, tmp_path, monkeypatch):
-    config, method, _ = seen()
-    first = gaussian_of_run(tmp_path, config, method, CPU)
+def test_gaussian_is_stored_and_fitted_again_when_outdated(encoded, tmp_path, monkeypatch):
+    config, method, _ = encoded()
+    first = load_or_fit_gaussian(tmp_path, config, method, CPU)
     calls, original = [], start.fit_gaussian
 
     def counted(spec, *args):
@@ -80,23 +80,23 @@ def test_it_is_kept_and_fitted_again_when_it_does_not_fit(seen, tmp_path, monkey
         return original(spec, *args)
 
     monkeypatch.setattr(start, "fit_gaussian", counted)
-    again = gaussian_of_run(tmp_path, config, method, CPU)
+    again = load_or_fit_gaussian(tmp_path, config, method, CPU)
     assert calls == [] and torch.equal(again.covariance, first.covariance)
     assert again.record == first.record
-    gaussian_of_run(tmp_path, config, method, CPU, data=DATA)
+    load_or_fit_gaussian(tmp_path, config, method, CPU, data=DATA)
     assert calls == []
-    gaussian_of_run(tmp_path, config, method, CPU, data="scattered-digits:70")
+    load_or_fit_gaussian(tmp_path, config, method, CPU, data="scattered-digits:70")
     assert calls == ["scattered-digits:70"]
-    gaussian_of_run(tmp_path, config, method, CPU)  # a source that was asked for once does not stay
+    load_or_fit_gaussian(tmp_path, config, method, CPU)  # the other source is not kept
     assert calls[1:] == [DATA]
     method.tokenizer.scales.mul_(2)
-    gaussian_of_run(tmp_path, config, method, CPU)
+    load_or_fit_gaussian(tmp_path, config, method, CPU)
     assert calls[2:] == [DATA]
     (tmp_path / LATENTS).write_bytes(b"half")
     with pytest.raises(InputError, match="latents.safetensors is damaged"):
         LatentGaussian.load(tmp_path / LATENTS)
 
 
-def test_the_images_are_as_many_as_the_tokenizers(seen):
-    config, method, _ = seen(tokenizer__fit_images=20)
+def test_gaussian_is_fitted_on_as_many_images_as_the_tokenizer(encoded):
+    config, method, _ = encoded(tokenizer__fit_images=20)
     assert fit_gaussian(DATA, config, method, CPU).record["images"] == "20"

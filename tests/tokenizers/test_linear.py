@@ -5,10 +5,10 @@ import torch
 
 from ldae.patches import patchify
 from ldae.tokenizers import PatchAE, PatchPCA, PatchVAE
-from ldae.tokenizers.losses import TokenizerLoss, Weights
+from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 
 
-def made(kind, images, scale="per-axis", dim=6):
+def make_tokenizer(kind, images, scale="per-axis", dim=6):
     torch.manual_seed(0)
     tokenizer = kind(32, 8, 3, dim, scale).double()
     tokenizer.fit_pixels([images])
@@ -16,7 +16,7 @@ def made(kind, images, scale="per-axis", dim=6):
 
 
 def test_a_draw_is_the_mean_plus_std_eps_in_the_networks_units(images):
-    tokenizer = made(PatchVAE, images)
+    tokenizer = make_tokenizer(PatchVAE, images)
     tokenizer.fit_latents([images])
     x = tokenizer.normalize(images)
     eps = torch.randn(8, 16, 6, dtype=torch.double)
@@ -28,51 +28,53 @@ def test_a_draw_is_the_mean_plus_std_eps_in_the_networks_units(images):
                 std = math.exp(0.5 * float((weight[6 + axis] @ patch + bias[6 + axis]).detach()))
                 h = mean + std * eps[image, token, axis]
                 z = (h - tokenizer.latent_mean[axis]) * tokenizer.scales[axis]
-                found = tokenizer.encode(x, eps)[image, token, axis]
-                assert found.item() == pytest.approx(z.item(), rel=1e-9)
+                actual = tokenizer.encode(x, eps)[image, token, axis]
+                assert actual.item() == pytest.approx(z.item(), rel=1e-9)
 
 
-def test_the_log_variance_is_clamped(images):
-    tokenizer = made(PatchVAE, images)
+def test_log_variance_is_clamped(images):
+    tokenizer = make_tokenizer(PatchVAE, images)
     with torch.no_grad():
         tokenizer.encoder.bias[6:9], tokenizer.encoder.bias[9:] = 1e4, -1e4
-    found = tokenizer.posterior(tokenizer.normalize(images)).log_variance
-    assert found[..., :3].unique().tolist() == [20] and found[..., 3:].unique().tolist() == [-30]
+    log_variance = tokenizer.posterior(tokenizer.normalize(images)).log_variance
+    assert log_variance[..., :3].unique().tolist() == [20] and log_variance[
+        ..., 3:
+    ].unique().tolist() == [-30]
 
 
 def test_the_linear_autoencoder_reaches_the_error_of_principal_axes(images):
     """Its optimum is their span (Baldi and Hornik 1989)."""
     pca = PatchPCA(32, 8, 3, 6, "raw").double()
     pca.fit([images])
-    tokenizer = made(PatchAE, images)
-    loss = TokenizerLoss(tokenizer, Weights())
+    tokenizer = make_tokenizer(PatchAE, images)
+    loss = TokenizerLoss(tokenizer, LossWeights())
     optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=400, line_search_fn="strong_wolfe")
 
     def step():
         optimizer.zero_grad()
-        found, _ = loss(images, torch.arange(8))
-        found.backward()
-        return found
+        value, _ = loss(images, torch.arange(8))
+        value.backward()
+        return value
 
     optimizer.step(step)
-    wanted = 16 * pca.variances[6:].sum().item()  # an image has 16 patches
-    assert wanted < step().item() < 1.02 * wanted
+    expected = 16 * pca.variances[6:].sum().item()  # an image has 16 patches
+    assert expected < step().item() < 1.02 * expected
 
 
-def test_the_kl_draws_axes_that_carry_little_to_the_prior(images):
-    """With an overwhelming KL the posterior becomes N(0, I), and scales do not blow up its axes."""
-    tokenizer = made(PatchVAE, images)
-    loss = TokenizerLoss(tokenizer, Weights(kl=1e6))
+def test_large_kl_weight_pulls_the_posterior_to_the_prior(images):
+    """The posterior becomes N(0, I), and the scales do not amplify its empty axes."""
+    tokenizer = make_tokenizer(PatchVAE, images)
+    loss = TokenizerLoss(tokenizer, LossWeights(kl=1e6))
     optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def step():
         optimizer.zero_grad()
-        found, _ = loss(images, torch.arange(8))
-        found.backward()
-        return found
+        value, _ = loss(images, torch.arange(8))
+        value.backward()
+        return value
 
     optimizer.step(step)
-    found = tokenizer.posterior(tokenizer.normalize(images))
-    assert found.mean.abs().max() < 0.05 and found.log_variance.abs().max() < 0.05
+    posterior = tokenizer.posterior(tokenizer.normalize(images))
+    assert posterior.mean.abs().max() < 0.05 and posterior.log_variance.abs().max() < 0.05
     tokenizer.fit_latents([images])
     assert (tokenizer.scales - 1).abs().max() < 0.05

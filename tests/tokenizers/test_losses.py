@@ -1,4 +1,4 @@
-"""The loss against slow references from its equation in float64, and who learns from which term."""
+"""The loss against slow references of its equation, and the gradients of each term."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from ldae import noise
 from ldae.tokenizers.conv import ConvTokenizer
 from ldae.tokenizers.linear import PatchAE, PatchVAE
-from ldae.tokenizers.losses import TokenizerLoss, Weights
+from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 
 POSITIONS = torch.tensor([7, 2, 2**33 + 5])
 
@@ -26,13 +26,13 @@ def normalised(tokenizer, image):
 
 
 @pytest.mark.parametrize("kind, kl", [(PatchAE, 0.0), (PatchVAE, 0.7)])
-def test_patch_rows_are_their_equation(kind, kl, images):
+def test_loss_of_patch_rows_matches_its_equation(kind, kl, images):
     """|x - U^T V x|^2 + KL[V x | N(0, 1)], one patch and one number at a time."""
     torch.manual_seed(0)
     tokenizer = kind(32, 8, 3, 6, "raw").double()
     tokenizer.fit_pixels([images])
-    loss = TokenizerLoss(tokenizer, Weights(kl=kl), seed=4)
-    found, parts = loss(images[:3], POSITIONS)
+    loss = TokenizerLoss(tokenizer, LossWeights(kl=kl), seed=4)
+    actual, parts = loss(images[:3], POSITIONS)
     error = divergence = 0.0
     for image, position in zip(images[:3], POSITIONS):
         x = normalised(tokenizer, image)
@@ -46,9 +46,9 @@ def test_patch_rows_are_their_equation(kind, kl, images):
                     mean, log_variance = float(code[axis].detach()), float(code[6 + axis].detach())
                     divergence += 0.5 * (mean**2 + math.exp(log_variance) - 1 - log_variance)
                 code = code[:6] + (0.5 * code[6:]).exp() * eps[token]
-            made = tokenizer.decoder.weight @ code + tokenizer.decoder.bias
-            error += float((patch - made).detach().square().sum())
-    assert found.item() == pytest.approx((error + kl * divergence) / 3, rel=1e-9)
+            decoded = tokenizer.decoder.weight @ code + tokenizer.decoder.bias
+            error += float((patch - decoded).detach().square().sum())
+    assert actual.item() == pytest.approx((error + kl * divergence) / 3, rel=1e-9)
     assert parts["reconstruction"].item() == pytest.approx(error / 3, rel=1e-9)
     assert parts.get("kl", torch.zeros(())).item() == pytest.approx(divergence / 3, rel=1e-9)
 
@@ -59,14 +59,14 @@ def distance(one, other):
 
 
 @pytest.mark.parametrize("codes", [0, 16])
-def test_conv_rows_are_their_equation(codes, images):
+def test_loss_of_conv_rows_matches_its_equation(codes, images):
     tokenizer = conv(images, codes).double()
-    weights = Weights(kl=0.01, perceptual=0.5, adversarial=0.3)
+    weights = LossWeights(kl=0.01, perceptual=0.5, adversarial=0.3)
     loss = TokenizerLoss(tokenizer, weights, distance, seed=4).double()
-    found, parts = loss(images[:3], POSITIONS)
-    network, numbers = tokenizer.network, 3 * 32 * 32
-    error = divergence = apart = 0.0
-    made, clean, quantisation = [], [], []
+    actual, parts = loss(images[:3], POSITIONS)
+    network, numel = tokenizer.network, 3 * 32 * 32
+    error = divergence = perceptual = 0.0
+    x_hat, x_all, quantisation = [], [], []
     for image, position in zip(images[:3], POSITIONS):
         x = normalised(tokenizer, image)[None]
         if codes:
@@ -78,34 +78,34 @@ def test_conv_rows_are_their_equation(codes, images):
             eps = eps.reshape(4, 4, 2, 2, 2).permute(2, 0, 3, 1, 4).reshape(1, 2, 8, 8)
             decoded = network.decode(posterior.mean + posterior.std * eps)
             divergence += posterior.kl().sum().item()
-        made.append(decoded.sample)
-        clean.append(x)
+        x_hat.append(decoded.sample)
+        x_all.append(x)
         error += (decoded.sample - x).abs().sum() / 3
         pixels = [part * tokenizer.pixel_std[:, None, None] for part in (decoded.sample, x)]
-        apart += distance(*pixels).sum() / 3
-    made, clean = torch.cat(made), torch.cat(clean)
-    likeness = error + 0.5 * numbers * apart
-    generator = -loss.discriminator(made).mean()
+        perceptual += distance(*pixels).sum() / 3
+    x_hat, x_all = torch.cat(x_hat), torch.cat(x_all)
+    reconstruction = error + 0.5 * numel * perceptual
+    generator = -loss.discriminator(x_hat).mean()
     last = network.decoder.conv_out.weight
     norms = [
         torch.autograd.grad(part, last, retain_graph=True)[0].norm()
-        for part in (likeness, generator)
+        for part in (reconstruction, generator)
     ]
     weight = min(float(norms[0] / (norms[1] + 1e-4)), 1e4)
-    real, fake = loss.discriminator(clean), loss.discriminator(made)
-    own = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
-    wanted = likeness + 0.3 * weight * generator + own
+    real, fake = loss.discriminator(x_all), loss.discriminator(x_hat)
+    hinge = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
+    expected = reconstruction + 0.3 * weight * generator + hinge
     if codes:
-        wanted = wanted + numbers * sum(quantisation) / 3
+        expected = expected + numel * sum(quantisation) / 3
         assert parts["codebook"].item() == pytest.approx(float(sum(quantisation).detach()) / 3)
         assert "kl" not in parts
     else:
-        wanted = wanted + 0.01 * divergence / 3
+        expected = expected + 0.01 * divergence / 3
         assert parts["kl"].item() == pytest.approx(divergence / 3)
-    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, value in (
-        ("reconstruction", error), ("perceptual", apart), ("adversarial", generator),
-        ("discriminator", own),
+        ("reconstruction", error), ("perceptual", perceptual), ("adversarial", generator),
+        ("discriminator", hinge),
     ):  # fmt: skip
         assert parts[name].item() == pytest.approx(value.item(), rel=1e-6), name
     assert parts["adaptive_weight"].item() == pytest.approx(weight, rel=1e-4)
@@ -118,59 +118,63 @@ def gradients(loss, images, weights):
     return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
 
 
-def test_each_player_learns_from_its_own_term_alone(images):
-    """The tokenizer's gradients are those of a loss without the discriminator's term; the
-    discriminator's are those of its hinge loss, whatever weight the generator's term has."""
-    loss = TokenizerLoss(conv(images).double(), Weights(adversarial=0.3)).double()
-    found = gradients(loss, images, Weights(adversarial=0.3))
-    stronger = gradients(loss, images, Weights(adversarial=0.9))
-    alone = gradients(loss, images, Weights(adversarial=1e-12))
+def test_each_network_learns_only_from_its_own_term(images):
+    """The tokenizer gets no gradient of the hinge loss; the discriminator gets only that gradient.
+
+    The discriminator's gradients do not depend on the weight of the adversarial term.
+    """
+    loss = TokenizerLoss(conv(images).double(), LossWeights(adversarial=0.3)).double()
+    weak = gradients(loss, images, LossWeights(adversarial=0.3))
+    strong = gradients(loss, images, LossWeights(adversarial=0.9))
+    negligible = gradients(loss, images, LossWeights(adversarial=1e-12))
     x = loss.tokenizer.normalize(images)
-    made = loss.tokenizer.reconstruct(x, noise.normal(0, torch.arange(8), (16, 8), 3).to(x)).images
-    real, fake = loss.discriminator(x), loss.discriminator(made.detach())
-    own = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+    x_hat = loss.tokenizer.reconstruct(x, noise.normal(0, torch.arange(8), (16, 8), 3).to(x)).images
+    real, fake = loss.discriminator(x), loss.discriminator(x_hat.detach())
+    hinge = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
     names, parameters = zip(*loss.discriminator.named_parameters())
-    for name, wanted in zip(names, torch.autograd.grad(own, parameters), strict=True):
-        torch.testing.assert_close(found[f"discriminator.{name}"], wanted)
-        assert torch.equal(stronger[f"discriminator.{name}"], found[f"discriminator.{name}"])
-    plain = TokenizerLoss(loss.tokenizer, Weights())
-    bare = gradients(plain, images, Weights())
-    for name, wanted in bare.items():
-        torch.testing.assert_close(alone[name], wanted, rtol=1e-6, atol=1e-8)
-        # adversarial * weight * gradient of -D: thrice the weight is thrice the difference
-        pulled, thrice = found[name] - wanted, stronger[name] - wanted
-        torch.testing.assert_close(thrice, 3 * pulled, rtol=1e-4, atol=1e-6)
+    for name, expected in zip(names, torch.autograd.grad(hinge, parameters), strict=True):
+        torch.testing.assert_close(weak[f"discriminator.{name}"], expected)
+        assert torch.equal(strong[f"discriminator.{name}"], weak[f"discriminator.{name}"])
+    loss_without = TokenizerLoss(loss.tokenizer, LossWeights())
+    without = gradients(loss_without, images, LossWeights())
+    for name, expected in without.items():
+        torch.testing.assert_close(negligible[name], expected, rtol=1e-6, atol=1e-8)
+        # adversarial * weight * gradient of -D: three times the weight gives three times the term
+        weak_term, strong_term = weak[name] - expected, strong[name] - expected
+        torch.testing.assert_close(strong_term, 3 * weak_term, rtol=1e-4, atol=1e-6)
     last = "tokenizer.network.decoder.conv_out.weight"
-    ratio = (found[last] - bare[last]).norm() / bare[last].norm()
-    assert ratio.item() == pytest.approx(0.3, rel=1e-2)  # what the adaptive weight is for
+    ratio = (weak[last] - without[last]).norm() / without[last].norm()
+    assert ratio.item() == pytest.approx(0.3, rel=1e-2)  # the purpose of the adaptive weight
 
 
-def test_before_the_start_the_discriminator_is_there_and_does_not_move(images):
-    loss = TokenizerLoss(conv(images), Weights(adversarial=0.5), adversarial_start=3, batch_size=8)
+def test_discriminator_does_not_change_before_its_start(images):
+    loss = TokenizerLoss(
+        conv(images), LossWeights(adversarial=0.5), adversarial_start=3, batch_size=8
+    )
     before = [p.clone() for p in loss.discriminator.parameters()]
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-2, weight_decay=0.0)
     names, moved = [], []
     for step in range(5):
         optimizer.zero_grad()
-        found, parts = loss(images, torch.arange(8) + 8 * step)
-        found.backward()
+        value, parts = loss(images, torch.arange(8) + 8 * step)
+        value.backward()
         assert all(p.grad is not None for p in loss.parameters())
         optimizer.step()
         names.append(sorted(parts))
         now = list(loss.discriminator.parameters())
         moved.append(not all(torch.equal(a, b) for a, b in zip(now, before)))
         if not moved[-1]:
-            assert found.item() == parts["reconstruction"].item()
+            assert value.item() == parts["reconstruction"].item()
     assert moved == [False] * 3 + [True] * 2
     assert names == names[:1] * 5
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("first", [0, 20, 60])
-def test_the_start_is_found_by_reading_few_positions(first, micro_batches, images):
-    """From wherever a run resumes, and without waiting for the device in every step."""
+def test_adversarial_start_is_detected_with_few_reads_of_positions(first, micro_batches, images):
+    """It is detected wherever a run resumes, without waiting for the device in every step."""
     loss = TokenizerLoss(
-        conv(images), Weights(adversarial=0.5), adversarial_start=50, batch_size=30
+        conv(images), LossWeights(adversarial=0.5), adversarial_start=50, batch_size=30
     )
     reads = []
 
@@ -189,39 +193,39 @@ def test_the_start_is_found_by_reading_few_positions(first, micro_batches, image
     assert len(reads) <= (2 if micro_batches == 1 else 16)  # of up to 210 calls
 
 
-def test_a_weight_of_zero_builds_nothing(images):
-    loss = TokenizerLoss(conv(images), Weights(), perceptual=distance)
+def test_terms_of_weight_zero_are_not_built(images):
+    loss = TokenizerLoss(conv(images), LossWeights(), perceptual=distance)
     assert loss.discriminator is None and loss.perceptual is None
     _, parts = loss(images, torch.arange(8))
     assert set(parts) == {"reconstruction", "kl"}
 
 
-def test_draws_are_functions_of_the_position(images):
-    loss = TokenizerLoss(conv(images).double(), Weights(), seed=4)
+def test_posterior_samples_depend_only_on_the_position(images):
+    loss = TokenizerLoss(conv(images).double(), LossWeights(), seed=4)
     together = loss(images, torch.arange(8))[0]
-    alone = [loss(images[i : i + 1], torch.tensor([i]))[0] for i in range(8)]
-    torch.testing.assert_close(torch.stack(alone).mean(), together)
+    one_by_one = [loss(images[i : i + 1], torch.tensor([i]))[0] for i in range(8)]
+    torch.testing.assert_close(torch.stack(one_by_one).mean(), together)
     assert loss(images, torch.arange(8) + 1)[0] != together
 
 
 @pytest.mark.parametrize("codes", [0, 16])
-def test_a_tiny_autoencoder_learns_one_batch(codes, images):
-    loss = TokenizerLoss(conv(images, codes), Weights(kl=0.0 if codes else 1e-6))
+def test_tiny_autoencoder_learns_one_batch(codes, images):
+    loss = TokenizerLoss(conv(images, codes), LossWeights(kl=0.0 if codes else 1e-6))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=3e-3, betas=(0.5, 0.9), weight_decay=0.0)
-    found = []
+    errors = []
     for step in range(35):
         optimizer.zero_grad()
         value, parts = loss(images, torch.arange(8) + 8 * step)
         value.backward()
         optimizer.step()
-        found.append(parts["reconstruction"].item())
-    assert found[-1] < 0.85 * found[0]
+        errors.append(parts["reconstruction"].item())
+    assert errors[-1] < 0.85 * errors[0]
 
 
-def test_bf16_changes_little(images):
-    whole, half = (
-        TokenizerLoss(conv(images, codes=16), Weights(), bf16=bf16)(images, torch.arange(8))
+def test_bf16_changes_the_loss_little(images):
+    full, half = (
+        TokenizerLoss(conv(images, codes=16), LossWeights(), bf16=bf16)(images, torch.arange(8))
         for bf16 in (False, True)
     )
     assert half[0].dtype == torch.float32
-    assert half[0].item() == pytest.approx(whole[0].item(), rel=0.02)
+    assert half[0].item() == pytest.approx(full[0].item(), rel=0.02)

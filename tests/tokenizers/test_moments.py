@@ -3,8 +3,8 @@ import torch
 from ldae.tokenizers.moments import Moments
 
 
-def test_moments_equal_those_of_all_vectors_at_once():
-    """Exactly: pixels are whole numbers, and a block's products add up below 2^24."""
+def test_streamed_moments_are_exact():
+    """Pixels are integers, and the products of a block sum to at most 2^24."""
     vectors = torch.randint(-128, 128, (5000, 5)).float()
     vectors[:1024] = -128  # the largest sum there is
     moments = Moments(5)
@@ -14,8 +14,8 @@ def test_moments_equal_those_of_all_vectors_at_once():
     assert torch.equal(moments.second, exact.T @ exact)
     torch.testing.assert_close(moments.mean(), exact.mean(0))
     for correction in (0, 1):
-        wanted = exact.T.cov(correction=correction)
-        torch.testing.assert_close(moments.covariance(correction), wanted)
+        expected = exact.T.cov(correction=correction)
+        torch.testing.assert_close(moments.covariance(correction), expected)
     assert moments.count == 5000
 
 

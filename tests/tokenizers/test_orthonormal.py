@@ -19,33 +19,33 @@ def patches_of(tokenizer, images):
 
 
 @pytest.mark.parametrize("kind, dim", [(PatchPCA, 6), (PixelTokenizer, 12), (PixelTokenizer, 48)])
-def test_the_basis_is_orthonormal(images, kind, dim):
+def test_basis_is_orthonormal(images, kind, dim):
     basis = fitted(images, kind, dim).basis
     torch.testing.assert_close(basis @ basis.T, torch.eye(48).double(), atol=1e-6, rtol=0)
 
 
-def test_the_axes_are_those_of_scikit_learn(images):
+def test_axes_match_scikit_learn(images):
     tokenizer = fitted(images)
     patches = patches_of(tokenizer, images).flatten(0, 1)
     reference = PCA().fit(patches.numpy())
     alignment = (tokenizer.basis * torch.from_numpy(reference.components_)).sum(1).abs()
     torch.testing.assert_close(alignment[:20], torch.ones(20).double(), atol=1e-6, rtol=0)
     share = (len(patches) - 1) / len(patches)
-    wanted = torch.from_numpy(reference.explained_variance_) * share
-    torch.testing.assert_close(tokenizer.variances, wanted, atol=1e-6, rtol=1e-6)
+    expected = torch.from_numpy(reference.explained_variance_) * share
+    torch.testing.assert_close(tokenizer.variances, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_the_reconstruction_error_is_the_variance_of_the_dropped_axes(images):
+def test_reconstruction_error_is_the_variance_of_dropped_axes(images):
     tokenizer = fitted(images)
     patches = patches_of(tokenizer, images)
     error = patches - tokenizer.inverse(tokenizer.project(patches))
-    found = error.square().sum(-1).mean()
-    torch.testing.assert_close(found, tokenizer.variances[6:].sum(), rtol=1e-6, atol=1e-9)
+    actual = error.square().sum(-1).mean()
+    torch.testing.assert_close(actual, tokenizer.variances[6:].sum(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind, dim", [(PatchPCA, 6), (PixelTokenizer, 12)])
-def test_scales(images, kind, dim):
-    """raw keeps the unit, global gives unit mean variance, per-axis unit variance on every axis."""
+def test_latents_have_the_variance_of_their_scale(images, kind, dim):
+    """raw changes nothing, global gives unit mean variance, per-axis gives unit variance."""
     spread = {}
     for scale in ("raw", "global", "per-axis"):
         tokenizer = fitted(images, kind, dim, scale)
@@ -60,7 +60,7 @@ def test_scales(images, kind, dim):
     )
 
 
-def test_pixel_statistics_are_those_of_the_images(images):
+def test_pixel_statistics_match_the_images(images):
     tokenizer = fitted(images)
     pixels = images.double() / 255
     torch.testing.assert_close(tokenizer.pixel_mean, pixels.mean((0, 2, 3)), atol=1e-6, rtol=0)
@@ -68,7 +68,7 @@ def test_pixel_statistics_are_those_of_the_images(images):
     torch.testing.assert_close(tokenizer.pixel_std, std, atol=1e-6, rtol=0)
 
 
-def test_all_pixels_are_the_identity(images):
+def test_keeping_all_pixels_is_the_identity(images):
     tokenizer = fitted(images, PixelTokenizer, 48, "raw")
     x = tokenizer.normalize(images)
     torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), x)
@@ -76,8 +76,8 @@ def test_all_pixels_are_the_identity(images):
     torch.testing.assert_close(tokenizer.encode(x), patches)
 
 
-def test_fewer_pixels_are_the_image_made_smaller(images):
-    """Its latents are the averaged image's pixels in their own unit, its inverse enlarges them."""
+def test_fewer_pixels_downsample_the_image(images):
+    """Latents are the pixels of the averaged image, and decoding repeats them."""
     tokenizer = fitted(images, PixelTokenizer, 12, "raw")
     x = tokenizer.normalize(images) - tokenizer.patch_mean.mean()
     tokenizer.patch_mean.zero_()
@@ -99,7 +99,7 @@ def test_a_file_that_does_not_fit_is_told(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, arguments, sentence",
+    "kind, arguments, message",
     [
         (PatchPCA, (30, 4, 3, 6, "raw"), "data.img_size 30 .* model.patch_size 4"),
         (PatchPCA, (32, 4, 3, 49, "raw"), "tokenizer.dim 49 .* 48 dimensions"),
@@ -107,6 +107,6 @@ def test_a_file_that_does_not_fit_is_told(images, tmp_path):
         (PixelTokenizer, (32, 4, 3, 7, "raw"), "tokenizer.dim 7 .* one of 3, 12, 48"),
     ],
 )
-def test_settings_that_do_not_fit_are_told(kind, arguments, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_settings_that_do_not_fit_are_refused(kind, arguments, message):
+    with pytest.raises(InputError, match=message):
         kind(*arguments)
