@@ -251,11 +251,11 @@ def to_yaml(config: Any) -> str:
 
 
 def read_toml(path: Path) -> dict:
-    """Raises: InputError, without the name of the file, when it can not be read."""
+    """Raises: InputError, without the name of the file, when it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"it can not be read: {error.strerror}") from None
+        raise InputError(f"it cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"it is no TOML file: {first_line(error)}") from None
 
@@ -268,7 +268,7 @@ def read_yaml(path: Path) -> dict:
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise InputError(f"configuration {path} can not be read: {error.strerror}") from None
+        raise InputError(f"configuration {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(f"configuration {path} is not a YAML file") from None
     if not isinstance(table, dict):

@@ -93,7 +93,7 @@ def test_every_number_has_a_range():
 
 
 def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(InputError, match="nothing.yaml can not be read"):
+    with pytest.raises(InputError, match="nothing.yaml cannot be read"):
         kinds.load(tmp_path / "nothing.yaml", "pretraining")
 
 

@@ -64,7 +64,7 @@ def test_time_limits_have_sbatchs_formats(time, expected):
 def test_wrong_settings_are_refused(changes, message, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name)
     with pytest.raises(InputError, match=message.replace(".n", ".+")):
-        check_settings(replace(SlurmSettings(), changes))
+        check_settings(SlurmSettings(**changes))
 
 
 def test_a_machine_without_sbatch_is_refused(monkeypatch):

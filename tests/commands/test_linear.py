@@ -182,7 +182,7 @@ def test_flags_of_another_protocol_are_told(capsys):
         ),
         (["--protocol=ldae", "--pools=avg"], "pools is no setting of the protocol ldae"),
         (["--optimizer", "sgd"], "optimizer is no setting of the protocol cached"),
-        (["--protocol", "mea"], "no protocol 'mea' of linear; the nearest is 'mae'"),
+        (["--protocol", "mea"], "linear has no protocol 'mea'; the nearest is 'mae'"),
     ):
         assert cli.main([*argv, *given]) == 2
         (line,) = capsys.readouterr().err.splitlines()

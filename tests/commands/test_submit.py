@@ -84,7 +84,7 @@ def test_an_error_names_the_file_and_the_key(old, new, message, study, capsys):
 
 
 def test_a_missing_file_and_an_empty_file_are_refused(study, tmp_path):
-    with pytest.raises(InputError, match="no.toml: it can not be read"):
+    with pytest.raises(InputError, match="no.toml: it cannot be read"):
         read_pipeline(tmp_path / "no.toml")
     with pytest.raises(InputError, match=r"there is no \[pretrain\]"):
         read_pipeline(study(""))

@@ -90,7 +90,7 @@ def test_controls_are_said_once(read):
         ("epochs = 2", "momentum = 0.1", "has no setting 'momentum'"),
         ("epochs = 2", "epochs = 0", r"\[protocols.fast\]: epochs must be at least 1, not 0"),
         ("epochs = 2", "weight_decays = []", "weight_decays must name at least one"),
-        ("epochs = 2", "protocol = 'mea'", "no protocol 'mea' of linear; the nearest is 'mae'"),
+        ("epochs = 2", "protocol = 'mea'", "linear has no protocol 'mea'; the nearest is 'mae'"),
         ("epochs = 2", "protocol = 'mae'", "pools is no setting of the protocol mae of linear"),
         ("epochs = 2", "in_chans = 0", r"\[protocols.fast\] in_chans must be at least 1, not 0"),
         ('"linear"', '"lienar"', r"\[protocols.fast\] has the verb 'lienar', and there are knn, lin"),

@@ -32,7 +32,7 @@ def test_images_become_tokens_and_images_again(name, made, fitted, images):
     x = tokenizer.normalize(images)
     assert_close(tokenizer.denormalize(x), images / 255.0, check_dtype=False)
     z = tokenizer.encode(x)
-    assert z.shape == (8, tokenizer.tokens, tokenizer.dim)
+    assert z.shape == (8, tokenizer.num_tokens, tokenizer.dim)
     assert tokenizer.decode(z).shape == x.shape
 
 
