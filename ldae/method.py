@@ -91,7 +91,7 @@ class LDAE(nn.Module):
         return output.to(z_t)
 
     def seen(self, z_t: torch.Tensor) -> torch.Tensor:
-        """Return what the network sees of z_t (B, N, d): z_t, or its inverse projection (B, N, D)."""
+        """Return the network's input for z_t (B, N, d): z_t, or its inverse projection (B, N, D)."""
         return self.tokenizer.inverse(z_t) if self.image_input else z_t
 
     def input_at(

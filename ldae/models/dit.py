@@ -53,8 +53,8 @@ class Block(nn.Module):
     def plain_state(self, c: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the block at a fixed condition (1, cond_dim) as the state dict of timm's Block.
 
-        There, adaLN's shift and scale are the bias and the weight of a LayerNorm. Its gates scale the
-        rows of the two projections that end on the residual.
+        There, adaLN's shift and scale are the bias and the weight of a LayerNorm. Its gates scale
+        the rows of the two projections that end on the residual.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[0].chunk(6)
         state = {
@@ -226,7 +226,7 @@ class DiT(Denoiser):
         return state
 
     def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Positions are fixed, so those of ``state``, perhaps of another image size, are not read."""
+        """Positions are fixed, so those of ``state``, of any image size, are not read."""
         for number, block in enumerate(self.encoder):
             block.load_plain_state(_below(f"blocks.{number}.", state))
 
