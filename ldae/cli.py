@@ -224,7 +224,7 @@ def graders() -> dict[str, "Grader"]:
     """Return the commands with a protocol by name, for suites and for Python."""
     from ldae.evals.protocol import Grader
 
-    return {verb: Grader(verb, _function(verb), does) for verb, does in GRADERS.items()}
+    return {verb: Grader(verb, _function(verb)) for verb in GRADERS}
 
 
 def _call_with_protocol(verb: str, argv: Sequence[str], function: Callable) -> None:
@@ -233,25 +233,27 @@ def _call_with_protocol(verb: str, argv: Sequence[str], function: Callable) -> N
 
     from ldae.evals.protocol import Grader
 
-    grader = Grader(verb, function, GRADERS[verb])
-    named = _read_options(argv, protocol=None)[0].protocol if len(grader.protocols) > 1 else None
-    words = (word.partition("=")[0] for word in argv if word.startswith("--"))
-    protocol = grader.choose(named, (word[2:].replace("-", "_") for word in words))
+    grader = Grader(verb, function)
+    kinds = grader.protocols
+    named = _read_options(argv, protocol="")[0].protocol if len(kinds) > 1 else ""
+    flags = (word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    kind = grader.choose(named, (flag.replace("-", "_") for flag in flags))
 
-    def call(*args: object, name: str = protocol.name, **kwargs: object) -> None:
+    def call(*args: object, name: str = kind.name, **kwargs: object) -> None:
         function(*args, **kwargs)
 
-    hints = get_type_hints(function, include_extras=True) | {"protocol": protocol}
+    # The protocol has no default here, so that it knows what was given and what was not.
     parameters = dict(inspect.signature(function).parameters)
-    # Without a default: what is not given is left to the protocol itself.
     parameters["protocol"] = parameters["protocol"].replace(default=inspect.Parameter.empty)
-    if len(grader.protocols) > 1:
+    types = get_type_hints(function, include_extras=True) | {"protocol": kind}
+    if len(kinds) > 1:
         parameters["name"] = inspect.signature(call).parameters["name"]
-        hints["name"] = Annotated[
-            Literal[tuple(grader.protocols)],
-            tyro.conf.arg(name="protocol", help=grader.help),
-        ]
-    call.__doc__, call.__annotations__ = function.__doc__, hints
+        does = "; ".join(
+            f"{name}: {part.__doc__.splitlines()[0][:-1]}" for name, part in kinds.items()
+        )
+        option = tyro.conf.arg(name="protocol", help=f"{does}. With --help: lists its settings.")
+        types["name"] = Annotated[Literal[tuple(kinds)], option]
+    call.__doc__, call.__annotations__ = function.__doc__, types
     call.__signature__ = inspect.Signature(list(parameters.values()))
     _parse(verb, argv, call)
 

@@ -16,9 +16,8 @@ from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Encoder, Features, known_labels, names, own_rows
-from ldae.evals.heads import grade_heads, train_heads
+from ldae.evals.heads import SweepProtocol, grade_heads, sweep, train_heads
 from ldae.evals.subsets import held_out
-from ldae.evals.sweep import SweepProtocol, sweep
 from ldae.evals.taps import Tap
 from ldae.files import write
 from ldae.method import LDAE

@@ -18,10 +18,9 @@ from ldae.evals.evaluation import (
     open_evaluation,
 )
 from ldae.evals.features import Features, known_labels, names, own_rows
-from ldae.evals.heads import Head, Heads, grade_heads, train_heads
+from ldae.evals.heads import Head, Heads, SweepProtocol, grade_heads, sweep, train_heads
 from ldae.evals.online import OnlineProtocol, check_sizes, forget, train_online
 from ldae.evals.subsets import held_out
-from ldae.evals.sweep import SweepProtocol, sweep
 from ldae.evals.taps import Pool, Tap, TapReader
 from ldae.tree import POSITIVE
 

@@ -1,11 +1,10 @@
 """``ldae segment``: grade a backbone's token map by a linear head that classifies every pixel."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
 import torch
-from tyro.conf import Fixed
 
 from ldae.console import progress
 from ldae.data.label_maps import open_map_splits
@@ -13,6 +12,7 @@ from ldae.data.source import IGNORED, MapSource
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.dense import (
+    SegmentProtocol,
     TokenMaps,
     grade_map_head,
     label_maps,
@@ -29,54 +29,10 @@ from ldae.evals.evaluation import (
     open_evaluation,
 )
 from ldae.evals.features import Encoder, own_features
-from ldae.evals.protocol import Protocol
 from ldae.evals.taps import TokenMapReader
-from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE
+from ldae.tree import COUNT
 
 _MAPS_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class SegmentProtocol(Protocol):
-    """BatchNorm and a 1x1 convolution on the tokens of the last block, trained by AdamW.
-
-    Source: the linear head of DINOv2, eval/segmentation: batch 16, the share of warm-up. Other than
-    there, images are neither cropped nor augmented, the steps are a quarter, the rate falls by a cosine
-    and BatchNorm has no affine, which the convolution behind it can express.
-    """
-
-    name: Fixed[str] = "linear"
-    version: Fixed[int] = 1
-    steps: Annotated[int, COUNT] = 10_000
-    """Steps of the head's training."""
-    total_batch: Annotated[int, COUNT] = 16
-    """Images of one step, and of BatchNorm's statistics."""
-    learning_rate: Annotated[float, POSITIVE] = 1e-3
-    """The highest learning rate, after the warm-up."""
-    warmup: Annotated[Fixed[float], DECAY] = 0.0375
-    """Share of the steps, of linear warm-up, before a half-cosine to 0."""
-    optimizer: Fixed[str] = "adamw"
-    betas: Fixed[tuple[float, float]] = (0.9, 0.999)
-    weight_decay: Annotated[Fixed[float], NOT_NEGATIVE] = 1e-4
-    """Of weight and bias."""
-    batchnorm_eps: Fixed[float] = 1e-5
-    init_std: Fixed[float] = 0.01
-    tokens: Fixed[str] = "last block, behind the final norm"
-    pixel_patch: Fixed[int] = 4
-    """Side of the patches of raw pixels that stand for tokens, in pixels."""
-    resize: Fixed[str] = "squash"
-    """Images, and in training label maps (nearest), are stretched to the network's input."""
-    augmentation: Fixed[str] = "none"
-    upsampling: Fixed[str] = "bilinear"
-    """Of logits: in training to the network's input, in evaluation to each label map's own size."""
-    ignored: Fixed[int] = IGNORED
-    mean_over: Fixed[str] = "classes in the labels or predictions of evaluation"
-    seed: Fixed[int] = 0
-    """Of the initial weights and of the order of the images."""
-
-    @property
-    def headlines(self) -> tuple[str, ...]:
-        return ("miou", "pixel_accuracy")
 
 
 def segment(

@@ -2,20 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tyro.conf import Fixed
 
 from ldae.console import progress
 from ldae.data.loader import Transform, eval_batches
 from ldae.data.source import IGNORED, MapSource, Source
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.evals.features import Encoder, new_rows
-from ldae.evals.heads import HeadConstants, Heads
+from ldae.evals.heads import Heads
+from ldae.evals.protocol import Protocol
 from ldae.train.optim import lr_at, set_lr
+from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE
 
 
 def confusion(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> torch.Tensor:
@@ -52,15 +55,47 @@ def rates(matrix: torch.Tensor) -> dict:
 _NUMBERS_AT_ONCE = 2**25
 
 
-class DenseConstants(HeadConstants, Protocol):
-    """What a protocol says of the training of a head on token maps."""
+@dataclass(frozen=True)
+class SegmentProtocol(Protocol):
+    """BatchNorm and a 1x1 convolution on the tokens of the last block, trained by AdamW.
 
-    steps: int
-    total_batch: int
-    learning_rate: float
-    warmup: float
-    betas: tuple[float, float]
-    weight_decay: float
+    Source: the linear head of DINOv2, eval/segmentation: batch 16, the share of warm-up. Other than
+    there, images are neither cropped nor augmented, the steps are a quarter, the rate falls by a cosine
+    and BatchNorm has no affine, which the convolution behind it can express.
+    """
+
+    name: Fixed[str] = "linear"
+    version: Fixed[int] = 1
+    steps: Annotated[int, COUNT] = 10_000
+    """Steps of the head's training."""
+    total_batch: Annotated[int, COUNT] = 16
+    """Images of one step, and of BatchNorm's statistics."""
+    learning_rate: Annotated[float, POSITIVE] = 1e-3
+    """The highest learning rate, after the warm-up."""
+    warmup: Annotated[Fixed[float], DECAY] = 0.0375
+    """Share of the steps, of linear warm-up, before a half-cosine to 0."""
+    optimizer: Fixed[str] = "adamw"
+    betas: Fixed[tuple[float, float]] = (0.9, 0.999)
+    weight_decay: Annotated[Fixed[float], NOT_NEGATIVE] = 1e-4
+    """Of weight and bias."""
+    batchnorm_eps: Fixed[float] = 1e-5
+    init_std: Fixed[float] = 0.01
+    tokens: Fixed[str] = "last block, behind the final norm"
+    pixel_patch: Fixed[int] = 4
+    """Side of the patches of raw pixels that stand for tokens, in pixels."""
+    resize: Fixed[str] = "squash"
+    """Images, and in training label maps (nearest), are stretched to the network's input."""
+    augmentation: Fixed[str] = "none"
+    upsampling: Fixed[str] = "bilinear"
+    """Of logits: in training to the network's input, in evaluation to each label map's own size."""
+    ignored: Fixed[int] = IGNORED
+    mean_over: Fixed[str] = "classes in the labels or predictions of evaluation"
+    seed: Fixed[int] = 0
+    """Of the initial weights and of the order of the images."""
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        return ("miou", "pixel_accuracy")
 
 
 class TokenMaps(NamedTuple):
@@ -126,7 +161,7 @@ def own_label_rows(
 
 
 def train_map_head(
-    train: TokenMaps, images: int, classes: int, protocol: DenseConstants, device: torch.device
+    train: TokenMaps, images: int, classes: int, protocol: SegmentProtocol, device: torch.device
 ) -> Heads:
     """The head after the last step; ``images`` are those of all ranks, in shares as they come.
 
@@ -163,7 +198,7 @@ def train_map_head(
     return heads.eval()
 
 
-def _batches(images: int, protocol: DenseConstants) -> Iterator[torch.Tensor]:
+def _batches(images: int, protocol: SegmentProtocol) -> Iterator[torch.Tensor]:
     """Numbers of images without end, each once an epoch."""
     generator = torch.Generator().manual_seed(protocol.seed)
     while True:

@@ -30,27 +30,13 @@ from ldae.tree import COUNT, NOT_NEGATIVE, check
 # Settings that do not decide the numbers, or that a folder's name has in words.
 _NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
 
-BackboneSpec = Annotated[
-    str,
-    tyro.conf.arg(
-        metavar="BACKBONE",
-        help="A run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE].",
-    ),
-]
-SourceSpec = Annotated[
-    str,
-    tyro.conf.arg(
-        metavar="SOURCE",
-        help="Labelled images: the train split is learned from or searched, the evaluation split is "
-        "graded on.",
-    ),
-]
-EvalSourceSpec = Annotated[
-    str | None,
-    tyro.conf.arg(
-        metavar="SOURCE", help="Images to grade on instead of the evaluation split of --data."
-    ),
-]
+_BACKBONE = "A run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE]."
+_DATA = "Labelled images, whose train split is learned from or searched."
+_EVAL_DATA = "Images to grade on; by default the evaluation split of --data."
+
+BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE", help=_BACKBONE)]
+SourceSpec = Annotated[str, tyro.conf.arg(metavar="SOURCE", help=_DATA)]
+EvalSourceSpec = Annotated[str | None, tyro.conf.arg(metavar="SOURCE", help=_EVAL_DATA)]
 
 
 @dataclass(frozen=True)

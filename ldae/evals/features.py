@@ -163,26 +163,6 @@ class Encoder:
             yield
 
 
-def extract(
-    model: nn.Module,
-    source: Source,
-    *,
-    batch_size: int = 256,
-    device: torch.device,
-    workers: int = 0,
-    precision: Precision = "fp32",
-    taps: tuple[Tap, ...] = (Tap(),),
-) -> Features:
-    """The features of every image of ``source``, on every rank; ``model`` moves to ``device``.
-
-    The ranks share the work by index.
-
-    Raises: InputError when the source has no labels, and as ``TapReader`` and ``Encoder`` do.
-    """
-    encoder = Encoder(model, device, precision, reader=TapReader(model, taps))
-    return all_rows(own_rows(encoder, source, batch_size, workers), source, device)
-
-
 @contextmanager
 def extracted_once() -> Iterator[None]:
     """Within it, ``own_rows`` extracts the features of one backbone from a source once.

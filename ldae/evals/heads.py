@@ -1,41 +1,38 @@
-"""Linear heads on frozen features: many trained in one pass, each as if it were alone."""
+"""Linear heads on frozen features: many trained in one pass, and a part of train that chooses."""
 
 import math
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tyro.conf import Fixed
 
 from ldae.console import progress
-from ldae.distributed import all_reduce_sum, rank, world_size
+from ldae.distributed import all_reduce_sum, is_main, rank, world_size
 from ldae.evals.accuracy import ranks
 from ldae.evals.features import Features, rows_on
+from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Tap
+from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE
 
 _ROWS_AT_ONCE = 1024
 
 # As many logits as a CPU's cache holds: beyond it, heads of a thousand classes take longer.
 _LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}
 _BATCHNORM_MOMENTUM = 0.1  # PyTorch's
+_FEW_UPDATES = 50  # after which 0.9^50, half a percent, is left of the first statistics
 
 
-class HeadConstants(Protocol):
+class HeadConstants(typing.Protocol):
     """What a protocol says of a head."""
 
     batchnorm_eps: float
     init_std: float
     seed: int
-
-
-class PassConstants(HeadConstants, Protocol):
-    """What a protocol says of the training of heads on features that were extracted before."""
-
-    epochs: int
-    total_batch: int
-    momentum: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,42 @@ class Head:
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
         }
+
+
+@dataclass(frozen=True)
+class SweepProtocol(Protocol):
+    """The constants of a sweep.
+
+    Source: head, schedule and epochs of MAE, main_linprobe.py; rates and optimizer of DINOv2,
+    eval/linear.py, over a range that also fits averaged features of small models.
+    """
+
+    learning_rates: Annotated[tuple[float, ...], POSITIVE] = (
+        0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
+    )  # fmt: skip
+    """At a batch of 256, all trained together; times total_batch / 256 in use."""
+    weight_decays: Annotated[tuple[float, ...], NOT_NEGATIVE] = (0.0,)
+    """Of the weight, not of the bias; each with each learning rate."""
+    epochs: Annotated[int, COUNT] = 90
+    """Passes over the features of train."""
+    total_batch: Annotated[int, COUNT] = 512
+    """Images of one update, and of BatchNorm's statistics."""
+    momentum: Fixed[float] = 0.9
+    batchnorm_eps: Fixed[float] = 1e-6
+    init_std: Fixed[float] = 0.01
+    held_out: Fixed[int] = 10
+    """One in so many train images, by the hash of its name, chooses the head."""
+    seed: Fixed[int] = 0
+    """Of the initial weights and of the order of the batches."""
+
+    def heads_of(self, taps: Iterable[Tap]) -> list[Head]:
+        """Each tap with each weight decay and each learning rate."""
+        return [
+            Head(tap, rate, decay)
+            for tap in taps
+            for decay in self.weight_decays
+            for rate in self.learning_rates
+        ]
 
 
 class Heads(nn.Module):
@@ -118,7 +151,7 @@ class Heads(nn.Module):
 class _Pass:
     """The heads of one tap while they are trained by SGD with momentum, each at its own rate."""
 
-    def __init__(self, wanted: Sequence[Head], heads: Heads, protocol: PassConstants) -> None:
+    def __init__(self, wanted: Sequence[Head], heads: Heads, protocol: SweepProtocol) -> None:
         self.heads, self.momentum = heads, protocol.momentum
         device, scale = heads.weight.device, protocol.total_batch / 256
         self.rates = torch.tensor([head.learning_rate * scale for head in wanted], device=device)
@@ -145,7 +178,7 @@ def train_heads(
     train: Features,
     wanted: Sequence[Head],
     classes: int,
-    protocol: PassConstants,
+    protocol: SweepProtocol,
     device: torch.device,
     chosen: torch.Tensor | None = None,
 ) -> dict[Tap, Heads]:
@@ -210,6 +243,31 @@ def grade_heads(
     return {
         tap: 100 * all_reduce_sum(found.to(device)).cpu() / graded for tap, found in hits.items()
     }
+
+
+def sweep(
+    train: Features,
+    held: torch.Tensor,
+    classes: int,
+    heads: list[Head],
+    protocol: SweepProtocol,
+    device: torch.device,
+) -> dict[Head, float]:
+    """Top-1 in percent of every head on the held-out part of ``train``, all from one pass.
+
+    ``train`` is this rank's share; ``held`` (N,) tells which of all train images choose.
+    """
+    updates = protocol.epochs * max(int((~held).sum()) // protocol.total_batch, 1)
+    if updates < _FEW_UPDATES and is_main():
+        print(
+            f"{updates} updates are few for BatchNorm's running statistics, which are still those that "
+            "it began with in part: ask for more epochs",
+            flush=True,
+        )
+    trained = train_heads(train, heads, classes, protocol, device, chosen=~held)
+    found = grade_heads(trained, train, device, chosen=held)
+    top1 = {tap: iter(tops[:, 0].tolist()) for tap, tops in found.items()}
+    return {head: next(top1[head.tap]) for head in heads}
 
 
 def images_of(share: Features, device: torch.device) -> int:

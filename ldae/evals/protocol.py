@@ -1,8 +1,8 @@
 """What a grader is: a command that grades by a protocol, and the fields of the protocol are its flags."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
+from inspect import signature
 from typing import Any, get_args, get_type_hints
 
 from tyro.conf import Fixed
@@ -42,12 +42,12 @@ class Protocol:
         return ("top1", "top5")
 
 
-def flags(protocol: type[Protocol]) -> dict[str, Any]:
+def flags(settings: type) -> dict[str, Any]:
     """Return the types of the fields that are flags, by name."""
-    types, marked = get_type_hints(protocol), get_type_hints(protocol, include_extras=True)
+    types, marked = get_type_hints(settings), get_type_hints(settings, include_extras=True)
     return {
         part.name: types[part.name]
-        for part in fields(protocol)
+        for part in fields(settings)
         if _FIXED not in getattr(marked[part.name], "__metadata__", ())
     }
 
@@ -58,47 +58,36 @@ class Grader:
 
     name: str
     function: Callable[..., dict]
-    """Takes (backbone or classifier, data[, eval_data], *, protocol, setup) and may take options;
-    returns what results.json holds. The type of ``protocol`` names the protocols."""
-    description: str
+    """Takes (backbone or classifier, data[, eval_data], *, protocol, setup[, options]), and returns
+    what results.json holds. The type of its ``protocol`` is that of its protocols."""
 
     @property
     def protocols(self) -> dict[str, type[Protocol]]:
         """The protocols by name; the first one is the default."""
         found = get_type_hints(self.function)["protocol"]
-        return {protocol.name: protocol for protocol in get_args(found) or (found,)}
-
-    @property
-    def help(self) -> str:
-        """The summary of each protocol, for the help of ``--protocol``."""
-        kinds = self.protocols.items()
-        summaries = [f"{name}: {kind.__doc__.splitlines()[0].rstrip('.')}" for name, kind in kinds]
-        return f"{'; '.join(summaries)}. With --help, this lists the settings of the protocol."
-
-    def choose(self, name: str | None, given: Iterable[str]) -> type[Protocol]:
-        """Return the protocol of a name, or the default, for the flags that are ``given``.
-
-        Raises: InputError for another name, and for a flag that only other protocols have.
-        """
-        protocols = self.protocols
-        name = next(iter(protocols)) if name is None else name
-        if name not in protocols:
-            raise unknown(f"{self.name} has no protocol", name, protocols)
-        others = {flag for protocol in protocols.values() for flag in flags(protocol)}
-        for flag in given:
-            if flag in others.difference(flags(protocols[name])):
-                raise InputError(f"{flag} is no setting of the protocol {name} of {self.name}")
-        return protocols[name]
+        return {kind.name: kind for kind in get_args(found) or (found,)}
 
     @property
     def options(self) -> dict[str, Any]:
         """The types of the keywords beside protocol and setup, by name."""
-        types = get_type_hints(self.function)
-        return {
-            name: types[name]
-            for name, parameter in inspect.signature(self.function).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name not in ("protocol", "setup")
-        }
+        types, parameters = get_type_hints(self.function), signature(self.function).parameters
+        keywords = [name for name, part in parameters.items() if part.kind is part.KEYWORD_ONLY]
+        return {name: types[name] for name in keywords if name not in ("protocol", "setup")}
 
     def takes(self, parameter: str) -> bool:
-        return parameter in inspect.signature(self.function).parameters
+        return parameter in signature(self.function).parameters
+
+    def choose(self, name: str | None, given: Iterable[str]) -> type[Protocol]:
+        """Return the protocol of a name, by default the first, for the flags that are ``given``.
+
+        Raises: InputError for another name, and for a flag that only other protocols have.
+        """
+        protocols = self.protocols
+        name = name or next(iter(protocols))
+        if name not in protocols:
+            raise unknown(f"{self.name} has no protocol", name, protocols)
+        own, every = flags(protocols[name]), {f for kind in protocols.values() for f in flags(kind)}
+        for flag in given:
+            if flag in every.difference(own):
+                raise InputError(f"{flag} is no setting of the protocol {name} of {self.name}")
+        return protocols[name]

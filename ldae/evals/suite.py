@@ -1,18 +1,25 @@
 """A suite file: backbones, data sets and protocols, whose every combination is a cell of a table."""
 
 import re
-import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup, file_name
 from ldae.evals.protocol import Grader, Protocol, flags
 from ldae.runs import layout
 from ldae.tree import check, check_known, checked, read_toml
+
+
+def _without_files(types: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the settings that name a file to write, which would be one cell's alone."""
+    return {name: t for name, t in types.items() if Path not in (t, *get_args(t))}
+
+
+_SETUP = _without_files(flags(Setup))
 
 
 class Column(NamedTuple):
@@ -138,7 +145,7 @@ def _backbones(suite: dict, setup: Setup) -> list[tuple[str | None, str, Setup]]
     found = []
     for number, table in enumerate(entries, 1):
         where = f"[[backbones]] {number}"
-        given = _take(where, table, {"name": str, "spec": str, **_setup_types(Setup)})
+        given = _take(where, table, {"name": str, "spec": str, **_SETUP})
         name, spec = given.pop("name", None), given.pop("spec", None)
         if spec is None:
             raise InputError(f"{where} has no spec")
@@ -167,8 +174,8 @@ def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, 
     choice = {"protocol": str} if len(grader.protocols) > 1 else {}
     with _at(where):
         kind = grader.choose(table.get("protocol") if choice else None, table)
-    own, options, setup = flags(kind), _without_files(grader.options), _setup_types(Setup)
-    setup.pop("random_init")  # which belongs to a backbone, not to how it is graded
+    own, options, setup = flags(kind), _without_files(grader.options), dict(_SETUP)
+    del setup["random_init"]  # which belongs to a backbone, not to how it is graded
     types = {"verb": str, "data": tuple[str, ...]} | choice | own | options | setup
     given = _take(where, table, types)
     on = given.get("data", data)
@@ -182,16 +189,6 @@ def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, 
         protocol = kind(**part(own))
     settings = part(choice | own | options)
     return Column(name, grader, protocol, part(options), settings, on, part(setup))
-
-
-def _setup_types(setup: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(setup)
-    return _without_files({part.name: hints[part.name] for part in fields(setup)})
-
-
-def _without_files(types: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the settings that name a file to write, which would be one cell's alone."""
-    return {name: t for name, t in types.items() if Path not in (t, *typing.get_args(t))}
 
 
 def _tables(suite: dict, key: str) -> dict[str, object]:

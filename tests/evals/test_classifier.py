@@ -10,7 +10,7 @@ from ldae.commands.linear import CachedProtocol
 from ldae.errors import InputError
 from ldae.evals.accuracy import ranks, top
 from ldae.evals.classifier import fold_batchnorm, save_classifier
-from ldae.evals.features import extract
+from ldae.evals.features import Encoder, own_rows
 from ldae.evals.heads import Head, grade_heads, train_heads
 from ldae.evals.taps import Tap
 
@@ -32,11 +32,11 @@ def test_folded_head_is_the_unfolded_one(cloud):
 def test_saved_classifier_scores_in_timm_what_the_probe_scored(name, pictures, tmp_path):
     backbone = load_backbone(name, random_init=True, img_size=16)
     images, evaluation = pictures(200), pictures(61, "eval", seed=1)
-    fits = [extract(backbone, source, device=CPU) for source in (images, evaluation)]
+    fits = [own_rows(Encoder(backbone, CPU), source) for source in (images, evaluation)]
     heads = train(fits[0], 3)
     save_classifier(backbone, heads, images.classes, tmp_path / "out", evaluation)
     opened = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    logits = extract(opened, evaluation, device=CPU).features
+    logits = own_rows(Encoder(opened, CPU), evaluation).features
     assert torch.allclose(logits, heads(fits[1].features)[:, 0], atol=1e-3)
     graded = grade_heads({Tap(): heads}, fits[1], CPU)[Tap()]
     assert top(ranks(logits, fits[1].labels), 1) == pytest.approx(graded[0, 0].item())
@@ -44,13 +44,13 @@ def test_saved_classifier_scores_in_timm_what_the_probe_scored(name, pictures, t
     assert opened.pretrained_cfg["tag"] == "linear"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     again = load_backbone(tmp_path / "out")
-    assert torch.equal(extract(again, evaluation, device=CPU).features, fits[1].features)
+    assert torch.equal(own_rows(Encoder(again, CPU), evaluation).features, fits[1].features)
 
 
 def test_classifier_that_scores_otherwise_is_not_saved(pictures, tmp_path, monkeypatch):
     backbone = load_backbone("test_vit", random_init=True, img_size=16)
     source = pictures(64)
-    heads = train(extract(backbone, source, device=CPU), 3)
+    heads = train(own_rows(Encoder(backbone, CPU), source), 3)
     monkeypatch.setattr("ldae.evals.classifier.fold_batchnorm", lambda norm, *unfolded: unfolded)
     with pytest.raises(InputError, match="not saved"):
         save_classifier(backbone, heads, None, tmp_path / "out", source)

@@ -20,7 +20,7 @@ from ldae.data.digits import ScatteredDigits
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.errors import InputError
-from ldae.evals.features import Encoder, all_rows, extract, extracted_once, own_rows
+from ldae.evals.features import Encoder, all_rows, extracted_once, own_rows
 from ldae.evals.heads import grade_heads, train_heads
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy
 from ldae.evals.online import train_online
@@ -35,9 +35,14 @@ def vit():
     return load_backbone("test_vit", random_init=True, img_size=16)
 
 
+def extract(model, source, batch_size=256, precision="fp32", taps=(Tap(),)):
+    encoder = Encoder(model, CPU, precision, reader=TapReader(model, taps))
+    return own_rows(encoder, source, batch_size)
+
+
 def test_features_are_the_backbones_in_the_order_of_the_source(vit, pictures):
     source = pictures(5)
-    found = extract(vit, source, device=CPU, batch_size=5)
+    found = extract(vit, source, batch_size=5)
     transform = preprocessing(vit)
     pixels = torch.stack([transform(source.image(i), np.random.default_rng(0)) for i in range(5)])
     with torch.inference_mode():
@@ -50,8 +55,8 @@ def test_features_are_the_backbones_in_the_order_of_the_source(vit, pictures):
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
 def test_batch_size_does_not_matter(vit, pictures, batch_size):
     source = pictures(11)
-    reference = extract(vit, source, device=CPU, batch_size=11, taps=TAPS).features
-    found = extract(vit, source, device=CPU, batch_size=batch_size, taps=TAPS).features
+    reference = extract(vit, source, batch_size=11, taps=TAPS).features
+    found = extract(vit, source, batch_size=batch_size, taps=TAPS).features
     assert (found - reference).norm() < 1e-5 * reference.norm()
 
 
@@ -59,8 +64,8 @@ def test_order_of_the_source_does_not_matter(vit, pictures):
     source, shuffled = pictures(11), pictures(11)
     order = np.random.default_rng(1).permutation(11)
     shuffled.pixels, shuffled.labels = source.pixels[order], source.labels[order]
-    wanted = extract(vit, source, device=CPU, batch_size=4)
-    found = extract(vit, shuffled, device=CPU, batch_size=4)
+    wanted = extract(vit, source, batch_size=4)
+    found = extract(vit, shuffled, batch_size=4)
     assert (found.features - wanted.features[order]).norm() < 1e-5 * wanted.features.norm()
     assert torch.equal(found.labels, wanted.labels[order])
 
@@ -72,7 +77,7 @@ def test_features_are_extracted_once_where_it_is_said_and_as_they_were_asked_for
     def kept():
         ways = [(source, "fp32", TAPS), (source, "fp32", TAPS[:1]), (source, "bf16", TAPS)]
         found = [
-            extract(vit, images, device=CPU, precision=precision, taps=taps).features
+            extract(vit, images, precision=precision, taps=taps).features
             for images, precision, taps in [*ways, (other, "fp32", TAPS)]
         ]
         return found, [rows.data_ptr() for rows in found]
@@ -87,25 +92,24 @@ def test_features_are_extracted_once_where_it_is_said_and_as_they_were_asked_for
 
 
 def test_taps_are_columns_and_the_output_is_what_it_is_alone(vit, pictures):
-    found = extract(vit, pictures(5), device=CPU, taps=TAPS)
+    found = extract(vit, pictures(5), taps=TAPS)
     assert found.features.shape == (5, 3 * 64)
-    alone = extract(vit, pictures(5), device=CPU)
+    alone = extract(vit, pictures(5))
     torch.testing.assert_close(found.features[:, found.columns[Tap()]], alone.features)
     both, cls = (found.features[:, found.columns[tap]] for tap in TAPS[1:])
     assert torch.equal(both[:, :64], cls) and not torch.equal(both[:, 64:], cls)
 
 
 def test_features_in_a_file_are_those_in_memory(vit, pictures, monkeypatch):
-    wanted = extract(vit, pictures(11), device=CPU, taps=TAPS)
+    wanted = extract(vit, pictures(11), taps=TAPS)
     monkeypatch.setattr("ldae.evals.features.IN_MEMORY", 0)
-    found = extract(vit, pictures(11), device=CPU, taps=TAPS)
+    found = extract(vit, pictures(11), taps=TAPS)
     assert torch.equal(found.features, wanted.features)
 
 
 def test_low_precision_is_close_and_not_equal(vit, pictures):
     exact, rounded = (
-        extract(vit, pictures(4), device=CPU, precision=precision).features
-        for precision in ("fp32", "bf16")
+        extract(vit, pictures(4), precision=precision).features for precision in ("fp32", "bf16")
     )
     assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
@@ -114,7 +118,7 @@ def test_unlabelled_source_is_told(vit, pictures):
     source = pictures(3)
     source.labels = None
     with pytest.raises(InputError, match=r"pictures \(train\) has no labels"):
-        extract(vit, source, device=CPU)
+        extract(vit, source)
 
 
 def test_first_image_with_features_that_are_not_finite_is_named(pictures):
@@ -127,14 +131,14 @@ def test_first_image_with_features_that_are_not_finite_is_named(pictures):
     source = pictures(6, classes=1)
     source.pixels[[2, 4], 0, 0] = 255
     with pytest.raises(InputError, match="train/2.png in fp32 are not finite"):
-        extract(model, source, device=CPU, batch_size=2)
+        extract(model, source, batch_size=2)
 
 
 def test_map_is_refused(pictures):
     model = load_backbone("test_resnet", random_init=True, img_size=64)
     model.reset_classifier(0, "")
     with pytest.raises(InputError, match=r"test_resnet gives a map of shape \(96, 2, 2\)"):
-        extract(model, pictures(3), device=CPU)
+        extract(model, pictures(3))
 
 
 SCRIPT = """

@@ -19,7 +19,7 @@ from ldae.evals.protocol import Grader, flags
 from ldae.evals.suite import read_suite
 
 GRADERS = cli.graders()
-ALL = {**GRADERS, "grid": Grader("grid", grid, "")}  # which is for runs alone, so no suite has it
+ALL = {**GRADERS, "grid": Grader("grid", grid)}  # which is for runs alone, so no suite has it
 KINDS = [(verb, kind) for verb, grader in ALL.items() for kind in grader.protocols.values()]
 
 # Of every flag a value that is not its default.
