@@ -5,7 +5,7 @@ from ldae import trajectory
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.settings import Config
-from ldae.tree import difference, flatten
+from ldae.tree import difference, flatten, replace
 
 
 def test_l_dae_at_the_papers_scale_is_the_defaults():
@@ -76,5 +76,6 @@ def test_every_row_takes_every_scale(scale):
     for row in (*trajectory.ROWS, *trajectory.BESIDE):
         config = ldae.config(row.name, scale)
         assert config.objective == ldae.config(row.name).objective
+        assert replace(config, flatten(config)) == config  # with types and values that are taken
         if scale != "paper":  # too large to build in a test
             build(config, num_classes=10)
