@@ -132,6 +132,7 @@ def test_what_an_entry_takes_is_a_setting():
 
 
 CHOICES = [
+    (Config(), "model.denoiser", DENOISERS),
     (Config(), "noise.schedule", SCHEDULES),
     (Config(), "objective.target", TARGETS),
     (Config(), "objective.weight", WEIGHTS),
