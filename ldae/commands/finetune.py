@@ -52,7 +52,7 @@ class Work:
     """A fine-tuning that fits together; nothing is written yet."""
 
     config: FinetuneConfig
-    graded: Evaluation
+    evaluation: Evaluation
     """The network, its data and its device."""
     plan: Plan
     augmentation: Augmentation
@@ -92,12 +92,12 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
     )
     data = (config.data.source, config.data.eval_source or None)
     opened = (config.backbone, *data, protocol_of(config), setup)
-    with open_evaluation("finetune", *opened) as graded:
-        work = _prepare(config, graded, bf16)
+    with open_evaluation("finetune", *opened) as evaluation:
+        work = _prepare(config, evaluation, bf16)
         if dry_run:
             print(describe(config, _facts(work)))
             return None
-        with open_run(run, "fine-tuning", config, graded.train, graded.device):
+        with open_run(run, "fine-tuning", config, evaluation.train, evaluation.device):
             return _carry_out(work, run)
 
 
@@ -112,14 +112,16 @@ def _check(config: FinetuneConfig) -> None:
         )
 
 
-def _prepare(config: FinetuneConfig, graded: Evaluation, bf16: bool) -> Work:
-    classes = len(graded.train.classes)
-    network = build_network(graded.model, config, classes)
+def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> Work:
+    classes = len(evaluation.train.classes)
+    network = build_network(evaluation.model, config, classes)
     expected = preprocessing(network)
     size = {"img_size": expected.input_size[-1]}
-    setup, protocol = replace(graded.setup, **size), replace(graded.protocol, **size)
-    graded = replace(graded, protocol=protocol, setup=setup, model=network, transform=expected)
-    plan = plan_run(len(graded.train), config.optim, config.system)
+    setup, protocol = replace(evaluation.setup, **size), replace(evaluation.protocol, **size)
+    evaluation = replace(
+        evaluation, protocol=protocol, setup=setup, model=network, transform=expected
+    )
+    plan = plan_run(len(evaluation.train), config.optim, config.system)
     augmentation = Augmentation(
         expected.input_size,
         expected.interpolation,
@@ -129,23 +131,23 @@ def _prepare(config: FinetuneConfig, graded: Evaluation, bf16: bool) -> Work:
         config.augment.policy,
     )
     augmentation.check()
-    mixing = Mixing(config.augment, expected, classes, config.seed, graded.device)
+    mixing = Mixing(config.augment, expected, classes, config.seed, evaluation.device)
     mixing.check(plan.batch_size // distributed.world_size() // plan.micro_batches)
-    return Work(config, graded, plan, augmentation, mixing, bf16)
+    return Work(config, evaluation, plan, augmentation, mixing, bf16)
 
 
 def _carry_out(work: Work, run: Path) -> dict:
-    config, graded = work.config, work.graded
-    device = graded.device
+    config, evaluation = work.config, work.evaluation
+    device = evaluation.device
     control = " from scratch" if config.model.random_init else ""
-    model = ClassificationLoss(graded.model, config.model.layer_decay, work.bf16).to(device)
+    model = ClassificationLoss(evaluation.model, config.model.layer_decay, work.bf16).to(device)
     trained = train_in(
         run,
         model,
         config,
         config.optim,
         work.plan,
-        graded.train,
+        evaluation.train,
         row=f"{config.recipe} fine-tuning of {config.backbone}{control}",
         transform=work.augmentation,
         mixing=work.mixing,
@@ -154,10 +156,10 @@ def _carry_out(work: Work, run: Path) -> dict:
         hooks=_hooks(work),
     )
     network = trained.network
-    results = accuracy(network, graded)
+    results = accuracy(network, evaluation)
     if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
         save(network, run / layout.CLASSIFIER, work, results)
-    record = replace(graded, model=network).write(results, graded.model.num_features)
+    record = replace(evaluation, model=network).write(results, evaluation.model.num_features)
     print_main(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 
@@ -166,18 +168,18 @@ def _hooks(work: Work) -> tuple[Hook, ...]:
     every = round(work.config.system.eval_every * work.plan.epoch)
     if not every:
         return ()
-    return (Hook(every, lambda model: accuracy(model.network, work.graded)),)
+    return (Hook(every, lambda model: accuracy(model.network, work.evaluation)),)
 
 
-def accuracy(network: nn.Module, graded: Evaluation) -> dict[str, float]:
+def accuracy(network: nn.Module, evaluation: Evaluation) -> dict[str, float]:
     """Top-1 and top-5 in percent on the evaluation split, each image counted once over all ranks.
 
     Raises: InputError when a logit is not finite.
     """
-    source, setup = graded.eval, graded.setup
-    encoder = Encoder(network, graded.device, setup.precision)
+    source, setup = evaluation.eval, evaluation.setup
+    encoder = Encoder(network, evaluation.device, setup.precision)
     batches = encoder.share(source, setup.batch_size, setup.workers)
-    return top1_top5(batches, known_labels(source)[:, None], len(source), graded.device)
+    return top1_top5(batches, known_labels(source)[:, None], len(source), evaluation.device)
 
 
 def protocol_of(config: FinetuneConfig) -> FinetuneProtocol:
@@ -215,12 +217,12 @@ def save(network: nn.Module, folder: Path, work: Work, results: dict[str, float]
         network.model_args,
         verify,
         card=_model_card(network, folder, work, results),
-        classes=list(work.graded.train.classes),
+        classes=list(work.evaluation.train.classes),
     )
 
 
 def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str, float]) -> str:
-    config, graded = work.config, work.graded
+    config, evaluation = work.config, work.evaluation
     start = "from scratch" if config.model.random_init else f"from {Path(config.backbone).name}"
     return model_card(
         folder.resolve().parent.name,
@@ -231,9 +233,9 @@ def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str,
             "input": " x ".join(map(str, preprocessing(network).input_size)),
             "classes": network.num_classes,
             "recipe": f"{config.recipe}, version {config.version}, size {config.size}",
-            "changed from it": ", ".join(work.graded.protocol.modified) or "nothing",
-            "trained on": f"{len(graded.train):,} images, {work.plan.total:,} seen",
-            f"accuracy on {len(graded.eval):,} others": f"top-1 {results['top1']:.2f}, "
+            "changed from it": ", ".join(work.evaluation.protocol.modified) or "nothing",
+            "trained on": f"{len(evaluation.train):,} images, {work.plan.total:,} seen",
+            f"accuracy on {len(evaluation.eval):,} others": f"top-1 {results['top1']:.2f}, "
             f"top-5 {results['top5']:.2f}",
         },
         f"logits = model(transform(image).unsqueeze(0))  # (1, {network.num_classes})\n"
@@ -242,10 +244,10 @@ def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str,
 
 
 def _facts(work: Work) -> dict[str, str]:
-    config, network, plan = work.config, work.graded.model, work.plan
-    train: Source = work.graded.train
+    config, network, plan = work.config, work.evaluation.model, work.plan
+    train: Source = work.evaluation.train
     count = sum(parameter.numel() for parameter in network.parameters())
-    modified = ", ".join(work.graded.protocol.modified) or "nothing"
+    modified = ", ".join(work.evaluation.protocol.modified) or "nothing"
     return {
         "recipe": f"{config.recipe}, version {config.version}, size {config.size}; "
         f"changed: {modified}",
@@ -254,5 +256,5 @@ def _facts(work: Work) -> dict[str, str]:
         "images": f"{len(train):,} in {train.spec}, {len(train.classes)} classes",
         "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
         "learning rate": f"{peak_lr(config.optim):.3g} at its peak",
-        "computed in": f"{'bfloat16' if work.bf16 else 'float32'} on {work.graded.device}",
+        "computed in": f"{'bfloat16' if work.bf16 else 'float32'} on {work.evaluation.device}",
     }
