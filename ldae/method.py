@@ -1,7 +1,6 @@
-"""The page where the paper lives: from uint8 images to the loss of any of its rows."""
+"""The method of the paper: from uint8 images to the loss of any of its rows."""
 
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +13,26 @@ from ldae.objective import Objective
 from ldae.patches import unpatchify
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer, Tokenizer
+from ldae.tree import taken_by
 
 
 class LDAE(nn.Module):
     """A tokenizer, a noise schedule, a denoiser and an objective.
 
-    Rows differ in what these four are, never in the forward pass. ``bf16`` runs the denoiser under
-    autocast; everything around it stays in the parameters' precision.
+    Rows differ in these four and share one forward pass. B images (C, H, W) are N tokens each, of
+    d numbers as latents or of D as patches of pixels.
+
+    Args:
+        gamma, sigma: every level of the schedule, (T,) each.
+        image_input: show the denoiser the inverse projection of z_t (B, N, D) instead of z_t.
+        samples_posterior: train on draws from the tokenizer's posterior instead of its mean.
+        label_dropout: share of the labels that training replaces by the null label.
+        seed: determines every draw, together with the image's position in the run.
+        bf16: run the networks under autocast; the rest keeps the precision of the parameters.
     """
+
+    gamma: torch.Tensor
+    sigma: torch.Tensor
 
     def __init__(
         self,
@@ -38,38 +49,41 @@ class LDAE(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.denoiser, self.objective = tokenizer, denoiser, objective
-        self.tokenizer.requires_grad_(False)  # whatever it is, it was fitted before
+        self.tokenizer = tokenizer.requires_grad_(False)  # it was fitted before
+        self.denoiser, self.objective = denoiser, objective
         self.register_buffer("gamma", gamma.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
         self.image_input, self.samples_posterior = image_input, samples_posterior
-        self.label_dropout = label_dropout
-        self.seed, self.bf16 = seed, bf16
+        self.label_dropout, self.seed, self.bf16 = label_dropout, seed, bf16
 
     def forward(
         self, images: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The loss of a batch, a scalar.
+        """Return the loss of a batch, a scalar.
 
         Args:
             images: uint8 (B, C, H, W).
-            positions: int64 (B,), the number of each image in the run; with the seed it determines
-                t, the noise, the posterior's draw and the dropped labels.
-            labels: int64 (B,), read only when the row is class-conditional.
+            positions: int64 (B,), the number of each image in the run. With the seed it determines
+                t, the noise, the draw from the posterior and the dropped labels.
+            labels: int64 (B,), read only by a class-conditional denoiser.
         """
-        x = self.tokenizer.normalize(images)  #                          (B, C, H, W)
-        z_0 = self.encode(x, positions)  #                               (B, N, d)
-        t = noise.timesteps(self.seed, positions, len(self.sigma))  #    (B,)
-        eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  # (B, N, d)
-        gamma, sigma = self.level(t)  #                                  (B, 1, 1)
-        z_t = gamma * z_0 + sigma * eps  #                               (B, N, d)
-        output = self.predict(z_t, t, self.drop_labels(labels, positions))
-        target = self.objective.target(self.tokenizer, x, z_0, eps, gamma, sigma)
-        return self.objective.loss(self.tokenizer, target - output, t)
+        tokenizer, objective = self.tokenizer, self.objective
+        x = tokenizer.normalize(images)  #                                        (B, C, H, W)
+        z_0 = self.encode(x, positions)  #                                        (B, N, d)
+        t = noise.timesteps(self.seed, positions, len(self.sigma))  #             (B,)
+        eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  #        (B, N, d)
+        gamma, sigma = self.level(t)  #                                           (B, 1, 1)
+        z_t = gamma * z_0 + sigma * eps  #                                        (B, N, d)
+        output = self.predict(z_t, t, self.drop_labels(labels, positions))  #     (B, N, d or D)
+        target = objective.target(tokenizer, x, z_0, eps, gamma, sigma)  #        (B, N, d or D)
+        return objective.loss(tokenizer, target - output, t)
 
     def encode(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """z_0 (B, N, d) of normalised images: where the tokenizer has a posterior, its mean, or the
-        draw of these positions when the method samples it."""
+        """Return z_0 (B, N, d) of normalised images (B, C, H, W).
+
+        Of a tokenizer with a posterior, z_0 is the mean. With ``positions`` (B,) it is their draw,
+        if the method samples the posterior.
+        """
         eps = None
         if self.samples_posterior and positions is not None:
             shape = (self.tokenizer.num_tokens, self.tokenizer.dim)
@@ -78,57 +92,59 @@ class LDAE(nn.Module):
             return self.tokenizer.encode(x, eps).to(x)
 
     def level(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gamma_t and sigma_t of t (B,), (B, 1, 1) each."""
+        """Return gamma_t and sigma_t, (B, 1, 1) each, at t (B,)."""
         return self.gamma[t, None, None], self.sigma[t, None, None]
 
     def predict(
         self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The network's output for z_t (B, N, d) at t (B,): (B, N, d), or (B, N, D) for images."""
-        tokens = self.seen(z_t)
+        """Return the denoiser's output for z_t (B, N, d) at t (B,): (B, N, d), or patches (B, N, D).
+
+        Without ``labels`` (B,) every label is the null label.
+        """
+        tokens = self.network_input(z_t)
         with self._autocast():
             output = self.denoiser(tokens, t, labels)
         return output.to(z_t)
 
-    def seen(self, z_t: torch.Tensor) -> torch.Tensor:
-        """Return the network's input for z_t (B, N, d): z_t, or its inverse projection (B, N, D)."""
+    def network_input(self, z_t: torch.Tensor) -> torch.Tensor:
+        """Return the denoiser's tokens for z_t (B, N, d): z_t or its inverse projection (B, N, D)."""
         return self.tokenizer.inverse(z_t) if self.image_input else z_t
 
     def input_at(
         self, x: torch.Tensor, t: int, eps: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the denoiser's tokens (B, N, in_dim) and condition for normalised images x at t.
+        """Return the denoiser's tokens and condition for normalised images x (B, C, H, W) at t.
 
-        Without ``eps`` (B, N, d) they are clean: what the network saw at that t, less the noise.
+        Without ``eps`` (B, N, d) the tokens are gamma_t z_0, without noise.
         """
         z_t = self.gamma[t] * self.encode(x)
         if eps is not None:
             z_t = z_t + self.sigma[t] * eps
-        return self.seen(z_t), self.denoiser.condition(torch.full((len(x),), t, device=x.device))
+        condition = self.denoiser.condition(torch.full((len(x),), t, device=x.device))
+        return self.network_input(z_t), condition
 
     @torch.no_grad()
     def features(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the encoder's features of clean normalised images x at t, averaged: (B, W)."""
+        """Return the encoder's features of clean normalised images at t, token mean: (B, W)."""
         return self.denoiser.encode(*self.input_at(x, t)).mean(1)
 
     def denoise(
         self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The z_0 (B, N, d) that the network sees behind z_t at t (B,): what samplers ask for.
+        """Return the predicted z_0 (B, N, d) of z_t at t (B,), for samplers.
 
-        The null label when ``labels`` are None. Where the network predicts the noise or the score,
-        gamma_t must be above 0.
+        A network that predicts the noise or the score needs gamma_t above 0.
         """
-        return self.objective.clean(
-            self.tokenizer, self.predict(z_t, t, labels), z_t, *self.level(t)
-        )
+        output = self.predict(z_t, t, labels)
+        return self.objective.clean(self.tokenizer, output, z_t, *self.level(t))
 
-    def picture(
+    def predict_image(
         self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The normalised image (B, C, H, W) that the network sees behind z_t at t (B,).
+        """Return the predicted normalised images (B, C, H, W) of z_t at t (B,).
 
-        A network that predicts images shows its own; otherwise z_0 is decoded.
+        They are the output of a network that predicts images, and otherwise z_0 decoded.
         """
         if not self.objective.is_image:
             return self.decode(self.denoise(z_t, t, labels))
@@ -136,41 +152,45 @@ class LDAE(nn.Module):
         return unpatchify(patches, self.tokenizer.patch_size, self.tokenizer.in_chans)
 
     def decode(self, z_0: torch.Tensor) -> torch.Tensor:
-        """Latents (B, N, d) to normalised images (B, C, H, W)."""
+        """Return the normalised images (B, C, H, W) of latents (B, N, d)."""
         with self._autocast(self.tokenizer.trained):
             return self.tokenizer.decode(z_0).to(z_0)
 
-    def _autocast(self, wanted: bool = True) -> torch.autocast:
-        return torch.autocast(self.gamma.device.type, torch.bfloat16, enabled=self.bf16 and wanted)
+    def _autocast(self, enabled: bool = True) -> torch.autocast:
+        return torch.autocast(self.gamma.device.type, torch.bfloat16, enabled=self.bf16 and enabled)
 
     def drop_labels(
         self, labels: torch.Tensor | None, positions: torch.Tensor
     ) -> torch.Tensor | None:
-        """Labels with the null label in a share of them; None when the row is unconditional."""
+        """Return labels (B,), a share of them dropped; None for an unconditional denoiser."""
         null = self.denoiser.num_classes
         if not null:
             return None
+        assert labels is not None, "a class-conditional denoiser is trained with labels"
         return labels.masked_fill(noise.dropped(self.seed, positions, self.label_dropout), null)
 
     @torch.no_grad()
     def denoise_images(
         self, images: torch.Tensor, positions: torch.Tensor, t: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Clean, noised and denoised pictures in [0, 1] of uint8 images, all (B, C, H, W).
+        """Return clean, noised (z_t decoded) and denoised pictures of uint8 images at t.
 
-        The noised picture is z_t decoded.
+        All are (B, C, H, W), with values in [0, 1].
         """
         x = self.tokenizer.normalize(images)
         z_0 = self.encode(x)
         steps = torch.full_like(positions, t)
         gamma, sigma = self.level(steps)
         z_t = gamma * z_0 + sigma * noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)
-        pictures = (x, self.decode(z_t), self.picture(z_t, steps))
-        return tuple(self.tokenizer.denormalize(part).clamp(0, 1) for part in pictures)
+        pictures = (x, self.decode(z_t), self.predict_image(z_t, steps))
+        clean, noised, denoised = (self.tokenizer.denormalize(p).clamp(0, 1) for p in pictures)
+        return clean, noised, denoised
 
 
 def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
-    """The untrained method of a configuration, with an unfitted tokenizer, seeded by its seed.
+    """Return the untrained method of a configuration, with an unfitted tokenizer.
+
+    Its weights depend on ``config.seed`` alone.
 
     Raises: InputError when settings do not fit together.
     """
@@ -187,9 +207,11 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         sigma,
         tokenizer,
     )
+    name = config.model.denoiser
+    settings = asdict(config.model if name == "dit" else getattr(config, name))
     torch.manual_seed(config.seed)
-    denoiser = DENOISERS[config.model.denoiser](
-        **denoiser_settings(config),
+    denoiser = DENOISERS[name](
+        **taken_by(DENOISERS[name], settings),
         side=config.data.img_size // tokenizer.patch_size,
         in_dim=tokenizer.patch_dim if image_input else tokenizer.dim,
         out_dim=tokenizer.patch_dim if objective.is_image else tokenizer.dim,
@@ -210,25 +232,8 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
     )
 
 
-def denoiser_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that the denoiser alone reads, by the names of its arguments.
-
-    They are the branch of the denoiser's name. DiT's are in ``model``, beside those that all read.
-    """
-    model = config.model
-    if model.denoiser != "dit":
-        return asdict(getattr(config, model.denoiser))
-    return {
-        "name": model.name,
-        "depth": model.depth,
-        "embed_dim": model.embed_dim,
-        "num_heads": model.num_heads,
-        "cond_ratio": model.cond_ratio,
-    }
-
-
 def build_tokenizer(config: Config) -> Tokenizer:
-    """The unfitted tokenizer of a configuration, seeded by its seed.
+    """Return the unfitted tokenizer of a configuration. Its weights depend on ``config.seed`` alone.
 
     Raises: InputError when settings do not fit together.
     """

@@ -1,4 +1,4 @@
-"""What the network is asked for, and how its error is weighted."""
+"""The targets of the network, the weights of the noise levels, and the loss."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,18 +15,21 @@ Tensor = torch.Tensor
 
 
 class Target(NamedTuple):
-    """What a network may be asked for."""
+    """The target of a network, and the z_0 that an output stands for."""
 
     target: Callable[[Tokenizer, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(tokenizer, x, z_0, eps, gamma, sigma) -> what the network should put out."""
+    """(tokenizer, x, z_0, eps, gamma, sigma) -> the target of the output.
+
+    x (B, C, H, W) are clean images; z_0 and eps are (B, N, d); gamma and sigma are (B, 1, 1).
+    """
     clean: Callable[[Tokenizer, Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(tokenizer, output, z_t, gamma, sigma) -> the z_0 that an output for z_t stands for."""
-    needs: type[Tokenizer] = Tokenizer
-    """The kind of tokenizer for which the target exists."""
+    """(tokenizer, output, z_t, gamma, sigma) -> z_0 (B, N, d)."""
+    tokenizer: type[Tokenizer] = Tokenizer
+    """The tokenizers for which the target exists."""
     is_image: bool = False
-    """Whether the output is patches of an image (B, N, D), and not latents (B, N, d)."""
+    """Whether the target is patches of an image (B, N, D) instead of latents (B, N, d)."""
     has_residual: bool = False
-    """Whether the error outside the latent's d axes counts by ``residual_weight``."""
+    """Whether ``residual_weight`` scales the error outside the latent's d axes."""
 
 
 def _of_latents(prediction: Prediction) -> Target:
@@ -40,13 +43,13 @@ TARGETS = {name: _of_latents(prediction) for name, prediction in PREDICTIONS.ite
     "projected": Target(  # the inverse projection of z_0 (row 12)
         lambda tokenizer, x, z_0, eps, gamma, sigma: tokenizer.inverse(z_0),
         lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
-        needs=PatchTokenizer,
+        tokenizer=PatchTokenizer,
         is_image=True,
     ),
     "image": Target(  # the original image (rows 13, 14)
         lambda tokenizer, x, z_0, eps, gamma, sigma: patchify(x, tokenizer.patch_size),
         lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
-        needs=OrthonormalTokenizer,
+        tokenizer=OrthonormalTokenizer,
         is_image=True,
         has_residual=True,
     ),
@@ -57,10 +60,10 @@ TARGETS = {name: _of_latents(prediction) for name, prediction in PREDICTIONS.ite
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uniform": lambda gamma, sigma: torch.ones_like(gamma),
     "gamma2": lambda gamma, sigma: gamma**2,  # row 9
-    "sigma2": lambda gamma, sigma: sigma**2,  # makes a score's loss that of eps
+    "sigma2": lambda gamma, sigma: sigma**2,  # gives the score the loss of eps
     "inverse": lambda gamma, sigma: 1 / (1 + sigma**2),  # rows 10 to 14
 }
-"""lambda_t by name: (gamma, sigma) -> the weight of each level, all (T,)."""
+"""lambda_t by name: (gamma, sigma) -> the weights of the levels, all (T,)."""
 
 
 class Objective(nn.Module):
@@ -69,11 +72,14 @@ class Objective(nn.Module):
     Args:
         target: a key of ``TARGETS``.
         weight: a key of ``WEIGHTS``.
-        residual_weight: the weight of the error outside the latent's d axes when the target is the
+        residual_weight: weight of the error outside the latent's d axes when the target is the
             image (paper, section 4.4: 0.1).
+        gamma, sigma: every level of the schedule, (T,) each.
 
-    Raises: InputError for a target that is undefined at a level, or needs another tokenizer.
+    Raises: InputError for a target that is undefined at a level or needs another tokenizer.
     """
+
+    weights: Tensor
 
     def __init__(
         self,
@@ -85,8 +91,8 @@ class Objective(nn.Module):
         tokenizer: Tokenizer,
     ) -> None:
         super().__init__()
-        self.kind, self.residual_weight = TARGETS[target], residual_weight
-        check_kind(self.kind.needs, tokenizer, f"objective.target {target}")
+        kind = TARGETS[target]
+        check_kind(kind.tokenizer, tokenizer, f"objective.target {target}")
         if target in PREDICTIONS:
             eps = torch.ones_like(gamma)
             defined = PREDICTIONS[target].target(0 * eps, eps, gamma, sigma).isfinite()
@@ -95,43 +101,17 @@ class Objective(nn.Module):
                     f"objective.target {target} is undefined at t = {t} of noise.schedule, where "
                     f"gamma is {gamma[t]:g} and sigma {sigma[t]:g}"
                 )
+        self.target, self.clean = kind.target, kind.clean
+        self.is_image, self.has_residual = kind.is_image, kind.has_residual
+        self.residual_weight = residual_weight
         self.register_buffer("weights", WEIGHTS[weight](gamma, sigma).float(), persistent=False)
-
-    @property
-    def is_image(self) -> bool:
-        """Whether the network puts out patches of an image, and not latents."""
-        return self.kind.is_image
-
-    def target(
-        self,
-        tokenizer: Tokenizer,
-        x: Tensor,
-        z_0: Tensor,
-        eps: Tensor,
-        gamma: Tensor,
-        sigma: Tensor,
-    ) -> Tensor:
-        """Return what the network should put out.
-
-        Args:
-            x: clean images (B, C, H, W).
-            z_0, eps: (B, N, d).
-            gamma, sigma: those of each image, (B, 1, 1).
-        """
-        return self.kind.target(tokenizer, x, z_0, eps, gamma, sigma)
-
-    def clean(
-        self, tokenizer: Tokenizer, output: Tensor, z_t: Tensor, gamma: Tensor, sigma: Tensor
-    ) -> Tensor:
-        """Return the z_0 (B, N, d) that an output for z_t stands for."""
-        return self.kind.clean(tokenizer, output, z_t, gamma, sigma)
 
     def loss(self, tokenizer: Tokenizer, error: Tensor, t: Tensor) -> Tensor:
         """Return the weighted mean square of error (B, N, C) at t (B,), a scalar."""
         square = error.square().sum(-1)
-        if self.kind.has_residual:
-            # sum_i w_i r_i^2 with r = V error, w = 1 on the first d axes and residual_weight on the
-            # others. V is orthonormal, so the others' share is what the first d leave of |error|^2.
+        if self.has_residual:
+            # sum_i w_i r_i^2 with r = V error, w_i = 1 on the first d axes, residual_weight on the
+            # others. V is orthonormal, so the others hold what the first d leave of |error|^2.
             kept = (error @ tokenizer.basis[: tokenizer.dim].T).square().sum(-1)
             square = kept + self.residual_weight * (square - kept)
         per_image = square.mean(1) / error.shape[-1]

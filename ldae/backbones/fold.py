@@ -73,7 +73,9 @@ def _fold_embedding(method: LDAE, t: int) -> dict[str, torch.Tensor]:
     tokenizer = method.tokenizer
 
     def embed(patches: torch.Tensor) -> torch.Tensor:
-        return method.denoiser.embed(method.seen(method.gamma[t] * tokenizer.project(patches)))
+        return method.denoiser.embed(
+            method.network_input(method.gamma[t] * tokenizer.project(patches))
+        )
 
     unit = torch.eye(tokenizer.patch_dim, dtype=method.gamma.dtype)
     bias = embed(torch.zeros_like(unit[:1]))[0]

@@ -145,12 +145,12 @@ def pictures(
         own = taken_by(SAMPLERS[how.sampler], asdict(how))
         z = SAMPLERS[how.sampler](denoise, z, chosen.levels, gamma, sigma, draw, **own)
         if denoise is plain:
-            seen = method.picture(z, last, labels)
+            seen = method.predict_image(z, last, labels)
         else:
             seen = method.decode(denoise(z, last))
             if method.objective.is_image:
                 # Guidance acts on z_0. The predicted image holds details beyond z_0: add them.
-                seen = seen + method.picture(z, last, labels) - method.decode(plain(z, last))
+                seen = seen + method.predict_image(z, last, labels) - method.decode(plain(z, last))
     finite = seen.flatten(1).isfinite().all(1)
     if not finite.all():
         raise InputError(f"sample {numbers[~finite][0]} in {how.precision} is not finite")

@@ -74,7 +74,7 @@ def test_one_step_is_the_prediction_from_noise(method):
     actual = sampled(made, steps=1, seed=5)
     start = noise.normal(5, FEW, (16, 6), noise.SAMPLING)
     t = torch.zeros(4, dtype=torch.int64)
-    seen = made.tokenizer.denormalize(made.picture(made.sigma[0] * start, t))
+    seen = made.tokenizer.denormalize(made.predict_image(made.sigma[0] * start, t))
     assert torch.equal(actual, (seen.clamp(0, 1) * 255).round().byte())
     assert len(choose(made, [], Sampling()).levels) == 1
     assert len(choose(method("l_dae"), [], Sampling()).levels) == 50
