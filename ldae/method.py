@@ -98,7 +98,7 @@ class LDAE(nn.Module):
     def predict(
         self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the denoiser's output for z_t (B, N, d) at t (B,): (B, N, d), or patches (B, N, D).
+        """Return the denoiser's output (B, N, d or D) for z_t (B, N, d) at t (B,).
 
         Without ``labels`` (B,) every label is the null label.
         """
@@ -108,7 +108,7 @@ class LDAE(nn.Module):
         return output.to(z_t)
 
     def network_input(self, z_t: torch.Tensor) -> torch.Tensor:
-        """Return the denoiser's tokens for z_t (B, N, d): z_t or its inverse projection (B, N, D)."""
+        """Return the denoiser's tokens for z_t: itself (B, N, d), or projected back (B, N, D)."""
         return self.tokenizer.inverse(z_t) if self.image_input else z_t
 
     def input_at(
@@ -167,7 +167,8 @@ class LDAE(nn.Module):
         if not null:
             return None
         assert labels is not None, "a class-conditional denoiser is trained with labels"
-        return labels.masked_fill(noise.dropped(self.seed, positions, self.label_dropout), null)
+        dropped = noise.dropped_labels(self.seed, positions, self.label_dropout)
+        return labels.masked_fill(dropped, null)
 
     @torch.no_grad()
     def denoise_images(
@@ -188,9 +189,9 @@ class LDAE(nn.Module):
 
 
 def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
-    """Return the untrained method of a configuration, with an unfitted tokenizer.
+    """Return the untrained method of a configuration, with weights drawn from its seed.
 
-    Its weights depend on ``config.seed`` alone.
+    The tokenizer is not fitted yet.
 
     Raises: InputError when settings do not fit together.
     """
@@ -233,7 +234,7 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
-    """Return the unfitted tokenizer of a configuration. Its weights depend on ``config.seed`` alone.
+    """Return the unfitted tokenizer of a configuration, with weights drawn from its seed.
 
     Raises: InputError when settings do not fit together.
     """

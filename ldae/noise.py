@@ -1,4 +1,4 @@
-"""Noise schedules, and noise that is a function of the image's number."""
+"""Noise schedules, and random draws that depend on an image's position in the run alone."""
 
 import math
 from collections.abc import Callable
@@ -12,20 +12,17 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
-# The fourth word of the counter separates what is drawn for one image.
+# Streams: the fourth word of the counter separates the draws for one image.
 NOISE, _TIMESTEP, _LABEL, POSTERIOR, SAMPLING = range(5)
 
-
 Levels = tuple[torch.Tensor, torch.Tensor]
-"""gamma and sigma of t = 0 .. T - 1, float64 (T,) each."""
+"""gamma and sigma at t = 0 .. T - 1, float64 (T,) each."""
 
 
 def levels(schedule: str, **settings: float) -> Levels:
-    """Return gamma and sigma of every level of a schedule.
+    """Return gamma and sigma at every level of a schedule, a key of ``SCHEDULES``.
 
-    Args:
-        schedule: a key of ``SCHEDULES``.
-        settings: the noise settings, of which the schedule gets those that it takes.
+    The schedule gets those of the noise settings that are its parameters.
     """
     function = SCHEDULES[schedule]
     return function(**taken_by(function, settings))
@@ -73,17 +70,16 @@ def rectified_flow(steps: int) -> Levels:
 
 
 def _time(steps: int) -> torch.Tensor:
-    """Return (t + 1) / T of t = 0 .. T - 1."""
+    """Return (t + 1) / T for t = 0 .. T - 1."""
     return torch.arange(1, steps + 1, dtype=torch.float64) / steps
 
 
 def _preserving(gamma2: torch.Tensor) -> Levels:
-    """Return gamma and the sigma with which gamma^2 + sigma^2 = 1."""
+    """Return gamma and sigma with gamma^2 + sigma^2 = 1."""
     return gamma2.sqrt(), (1 - gamma2).sqrt()
 
 
 def _unscaled(sigma: torch.Tensor) -> Levels:
-    """Return these sigmas with gamma = 1."""
     return torch.ones_like(sigma), sigma
 
 
@@ -93,18 +89,20 @@ SCHEDULES: dict[str, Callable[..., Levels]] = {
         ddpm, cosine, linear_gamma2, linear_sigma, geometric, single, rectified_flow,
     )
 }  # fmt: skip
-"""The noise schedules by name. The parameters of a schedule are the settings that it reads; one
-without ``steps`` has a single level."""
+"""The noise schedules by name.
+
+The parameters of a schedule are the settings that it reads. Without ``steps`` it has one level.
+"""
 
 
 def normal(
     seed: int, positions: torch.Tensor, shape: tuple[int, ...], stream: int = NOISE
 ) -> torch.Tensor:
-    """Standard normal noise, float32 (B, *shape), one draw for each image number.
+    """Return standard normal noise, float32 (B, *shape), for int64 positions (B,).
 
-    The noise of image n depends on the seed, the stream and n alone: not on the batch around it, the
-    rank, the device, or whether the run was interrupted. ``positions`` is int64 (B,). From
-    ``SAMPLING`` on, each number is the stream of one step of a sampler.
+    A draw depends on the seed, the stream and its position alone: not on the rest of the batch, the
+    rank, the device, or whether the run was interrupted. Stream ``SAMPLING + i`` belongs to step i
+    of a sampler.
     """
     count = math.prod(shape)
     words = _philox(seed, positions, -(-count // 4), stream)  # (B, blocks, 4)
@@ -117,17 +115,17 @@ def normal(
 
 
 def timesteps(seed: int, positions: torch.Tensor, steps: int) -> torch.Tensor:
-    """t uniform in 0 .. steps - 1 for each image number, int64 (B,)."""
+    """Return t, uniform in 0 .. steps - 1, int64 (B,), for positions (B,)."""
     return _philox(seed, positions, 1, _TIMESTEP)[:, 0, 0] * steps >> 32
 
 
-def dropped(seed: int, positions: torch.Tensor, probability: float) -> torch.Tensor:
-    """Which labels are withheld, bool (B,)."""
+def dropped_labels(seed: int, positions: torch.Tensor, probability: float) -> torch.Tensor:
+    """Return whether each label is dropped, bool (B,), for positions (B,)."""
     return _philox(seed, positions, 1, _LABEL)[:, 0, 0] < probability * 2**32
 
 
 def _philox(seed: int, positions: torch.Tensor, blocks: int, stream: int) -> torch.Tensor:
-    """Random 32-bit words of the images' streams, int64 (B, blocks, 4)."""
+    """Return random 32-bit words, int64 (B, blocks, 4)."""
     block = torch.arange(blocks, device=positions.device)
     position = positions[:, None].expand(-1, blocks)
     counter = (block.expand_as(position), position & _WORD, position >> 32, stream)
@@ -136,7 +134,7 @@ def _philox(seed: int, positions: torch.Tensor, blocks: int, stream: int) -> tor
 
 
 def philox_rounds(counter: tuple, key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Ten rounds of Philox 4x32 on four int64 tensors that hold unsigned 32-bit words."""
+    """Apply ten rounds of Philox 4x32 to four int64 tensors of unsigned 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

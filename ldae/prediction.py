@@ -1,4 +1,4 @@
-"""Prediction types: what a network may predict of z_t = gamma z_0 + sigma eps, and z_0 from each."""
+"""Prediction types: what a network can predict from z_t = gamma z_0 + sigma eps."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,10 +9,10 @@ Tensor = torch.Tensor
 
 
 class Prediction(NamedTuple):
-    """One way to say where z_t came from. All are linear maps of one another, through z_0."""
+    """A prediction type. Given z_t, every type is an affine map of every other one."""
 
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(z_0, eps, gamma, sigma) -> what the network should predict."""
+    """(z_0, eps, gamma, sigma) -> the target of the prediction."""
     clean: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(prediction, z_t, gamma, sigma) -> z_0."""
 
@@ -22,7 +22,7 @@ PREDICTIONS = {
         lambda z_0, eps, gamma, sigma: z_0,
         lambda p, z_t, gamma, sigma: p,
     ),
-    "eps": Prediction(  # the noise (Ho et al. 2020); says nothing of z_0 at gamma = 0
+    "eps": Prediction(  # the noise (Ho et al. 2020); does not determine z_0 at gamma = 0
         lambda z_0, eps, gamma, sigma: eps,
         lambda p, z_t, gamma, sigma: (z_t - sigma * p) / gamma,
     ),
@@ -42,5 +42,5 @@ PREDICTIONS = {
 
 
 def noise_of(z_0: Tensor, z_t: Tensor, gamma: Tensor, sigma: Tensor) -> Tensor:
-    """The eps that takes z_0 to z_t; sigma above 0."""
+    """Return the eps between z_0 and z_t, for sigma above 0."""
     return (z_t - gamma * z_0) / sigma

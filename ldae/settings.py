@@ -1,4 +1,4 @@
-"""The configuration. Its defaults are l-DAE at the paper's scale, each with its why beside it."""
+"""The configuration of a pre-training. The defaults are l-DAE at the paper's scale."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,86 +11,86 @@ from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, Choice, Range
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which images, and how they become squares."""
+    """The images, and how they are cropped and normalised."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
-    """A folder, a .zip or .tar of one, torch/NAME@DIR, hfds/NAME, scattered-digits[:N] or digits."""
+    """A folder, its .zip or .tar, torch/NAME@DIR, hfds/NAME, scattered-digits[:N] or digits."""
     eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
-    """Images of the online k-NN; empty: the evaluation split of the source."""
+    """Evaluation images of the online k-NN; empty: the evaluation split of the source."""
     img_size: Annotated[int, COUNT] = 256  # 16 x 16 tokens of 16 x 16 pixels
-    """Side of the square that the network sees, in pixels."""
+    """Side of the square image, in pixels."""
     in_chans: Annotated[int, COUNT] = 3
-    """Channels: 1 grey, 3 RGB, 4 RGBA, any number from .npy arrays."""
+    """Channels: 1 grey, 3 RGB, 4 RGBA, or any number of .npy arrays."""
     crop: Literal["center", "random"] = "center"  # the paper: l-DAE hardly relies on augmentation
-    """Center crop, or random resized crop (+0.5 points in the paper)."""
+    """Center crop or random resized crop (+0.5 points in the paper)."""
     flip: bool = False  # the paper states none
     """Mirror half of the training images."""
     stats: Literal["auto", "imagenet"] = "auto"
-    """Where mean and std come from when they are not given: the data itself, or ImageNet's."""
+    """Default mean and std of the channels; auto: measured on the data."""
     mean: Annotated[tuple[float, ...], SHARE] = ()
     """Mean of each channel, in [0, 1]."""
     std: Annotated[tuple[float, ...], POSITIVE] = ()
     """Standard deviation of each channel, in [0, 1]."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """What an undecodable image does: stop the run, or be replaced by the next one and counted."""
+    """For an undecodable image: stop the run, or count it and use the next image instead."""
 
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """The recipe. Progress is counted in images."""
+    """The optimizer and its learning rate, which is a function of the images seen."""
 
     batch_size: Annotated[int, COUNT] = 2048
-    """Images of one step, over all devices."""
+    """Images in a step, over all devices."""
     blr: Annotated[float, POSITIVE] = 1e-4
     """Learning rate at batch 256: lr = blr * batch_size / 256."""
     epochs: Annotated[float, POSITIVE] = 400
     """Passes over the data."""
     warmup_epochs: Annotated[float, NOT_NEGATIVE] = 100
-    """Passes of linear warm-up, before the half-cosine to min_lr."""
+    """Epochs of linear warm-up, before the half-cosine to min_lr."""
     min_lr: Annotated[float, NOT_NEGATIVE] = 0.0
     """Learning rate at the end of the half-cosine."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # DiT's and the paper's
-    """AdamW's, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
     betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.999)  # unstated in the paper; DiT's
-    """AdamW's."""
+    """Betas of AdamW."""
     clip_grad: Annotated[float, NOT_NEGATIVE] = 0.0
     """Largest norm of the gradient; 0: no clipping."""
     ema: Annotated[float, DECAY] = 0.0
-    """Decay of the moving average of the weights, a step; 0: none. Evaluations use it if it is on."""
+    """Decay per step of the average of the weights, which evaluations then use; 0: no average."""
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """How an image becomes latent tokens."""
+    """The tokenizer: the map from images to latent tokens."""
 
     name: Annotated[str, Choice("ldae.tokenizers:TOKENIZERS")] = "patch_pca"
-    """The map from pixels to tokens."""
+    """The kind of tokenizer."""
     dim: Annotated[int, COUNT] = 32  # the best of 8 to 128 for PCA of 16 x 16 patches (Table 2)
-    """Latent dimension d of one token."""
+    """Dimension d of a latent token."""
     scale: Literal["raw", "global", "per-axis"] = "per-axis"  # benchmarks/results/cifar10-latents
-    """Scale of latents before unit noise: as they are, unit mean variance, unit variance each."""
+    """Scale of the latents: unchanged, unit mean variance, or unit variance of each axis."""
     posterior: Literal["sample", "mean"] = "sample"  # DiT's
-    """What a VAE's latents are in pre-training: drawn from its posterior, or the mean of it."""
+    """Latents of a VAE in pre-training: samples from the posterior, or its mean."""
     fit_images: Annotated[int, NOT_NEGATIVE] = 20_000  # 5 million patches, for 768 axes
-    """Images of the statistics (axes, pixels, scales), the first in training order; 0: every one."""
+    """Images to fit axes, pixel statistics and scales on, the first in training order; 0: all."""
     path: str = ""
-    """A fitted tokenizer.safetensors to use instead of fitting one."""
+    """A fitted tokenizer.safetensors to use instead of fitting a tokenizer."""
     pretrained: str = ""
-    """conv_vae: a published AutoencoderKL or VQModel, a folder or a name on the hub, as it is."""
+    """conv_vae: a published AutoencoderKL or VQModel, used unchanged: a folder or a hub name."""
     width: Annotated[int, COUNT] = 128  # LDM's
-    """conv_vae: channels at full resolution; they double at the second and the third."""
+    """conv_vae: channels at full resolution; doubled at the second and the third resolution."""
     codes: Annotated[int, NOT_NEGATIVE] = 0
-    """conv_vae: size of the codebook of vector quantisation; 0: none, but a Gaussian posterior."""
+    """conv_vae: size of the codebook of vector quantisation; 0: a Gaussian posterior instead."""
     kl_weight: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Weight of KL[posterior | N(0, 1)], a sum over an image as is the reconstruction error."""
+    """Weight of KL[posterior | N(0, 1)]; like the reconstruction error, a sum over an image."""
     perceptual_weight: Annotated[float, NOT_NEGATIVE] = 0.0
-    """conv_vae: weight of the perceptual distance, times the numbers of an image."""
+    """conv_vae: weight of the perceptual distance, times the count of numbers in an image."""
     perceptual_net: str = "vgg16"
-    """vgg16: LPIPS, by torchvision's weights, or vgg16@FILE; else a backbone's features, as a spec."""
+    """vgg16 for LPIPS with torchvision's weights, vgg16@FILE, or the spec of any backbone."""
     adversarial_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """conv_vae: weight of the PatchGAN's hinge loss, times its adaptive weight."""
     adversarial_start: Annotated[int, NOT_NEGATIVE] = 50_000  # LDM's
-    """Step from which on the discriminator is trained and counts."""
+    """First step in which the discriminator is trained and adds to the loss."""
     optim: OptimSettings = field(
         default_factory=lambda: OptimSettings(
             batch_size=256,
@@ -100,92 +100,92 @@ class TokenizerSettings:
             betas=(0.5, 0.9),
         )
     )
-    """The recipe of the tokenizers that are trained: patch_ae, patch_vae and conv_vae."""
+    """The recipe of patch_ae, patch_vae and conv_vae, the tokenizers that gradients train."""
 
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """z_t = gamma_t z_0 + sigma_t eps."""
+    """The noise: z_t = gamma_t z_0 + sigma_t eps."""
 
     schedule: Annotated[str, Choice("ldae.noise:SCHEDULES")] = "linear_sigma"
-    """ddpm, cosine, linear_gamma2: gamma^2 + sigma^2 = 1. linear_sigma, geometric, single: gamma = 1.
-    rectified_flow: gamma + sigma = 1."""
+    """ddpm, cosine and linear_gamma2 keep gamma^2 + sigma^2 = 1; linear_sigma, geometric and single
+    gamma = 1; rectified_flow gamma + sigma = 1."""
     steps: Annotated[int, COUNT] = 1000
-    """Number T of noise levels; single has one."""
+    """Number T of noise levels; single has one level."""
     max_sigma: Annotated[float, POSITIVE] = math.sqrt(2)  # a signal-to-noise ratio of 1/2
     """Largest sigma of linear_sigma and geometric."""
     min_sigma: Annotated[float, POSITIVE] = 0.01
     """Smallest sigma of geometric."""
     single_sigma: Annotated[float, POSITIVE] = math.sqrt(1 / 3)
-    """The sigma of single."""
+    """Sigma of single."""
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What the network sees and predicts."""
+    """The input and the target of the network, and the weights of the loss."""
 
     input: Literal["latent", "image"] = "image"
-    """Noised latents, or their inverse projection: a noisy image."""
+    """Noised latents z_t, or their inverse projection: a noisy image."""
     target: Annotated[str, Choice("ldae.objective:TARGETS")] = "image"
-    """The noise, the clean latent z_0, v, the score or the velocity of z_t (ldae/prediction.py); the
-    inverse projection of z_0, or the original image."""
+    """image: the original image; projected: the inverse projection of z_0; latent: z_0; eps, v,
+    score, velocity: see ldae/prediction.py."""
     weight: Annotated[str, Choice("ldae.objective:WEIGHTS")] = "inverse"
-    """lambda_t: 1, gamma_t^2, sigma_t^2, or 1 / (1 + sigma_t^2)."""
+    """Weight lambda_t of a noise level: 1, gamma_t^2, sigma_t^2 or 1 / (1 + sigma_t^2)."""
     residual_weight: Annotated[float, NOT_NEGATIVE] = 0.1
-    """Weight of the error outside the first d principal axes when the target is the image."""
+    """Weight of the error outside the first d principal axes, for the target image."""
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The denoiser. DiT's encoder is described in timm's words; its decoder has as many blocks."""
+    """The denoiser. name to num_heads describe DiT's encoder; its decoder has as many blocks."""
 
     denoiser: Annotated[str, Choice("ldae.models:DENOISERS")] = "dit"
-    """The network that denoises tokens."""
+    """The kind of denoiser."""
     name: str = "vit_large_patch16_224"
-    """A timm ViT; the fields below override what it says."""
+    """A timm ViT, which gives patch_size, depth, embed_dim and num_heads unless they are set."""
     patch_size: Annotated[int | None, COUNT] = None
-    """Side of a patch in pixels; by default that of name."""
+    """Side of a patch, in pixels."""
     depth: Annotated[int | None, COUNT] = 12  # "ViT-1/2L": DiT-L's 24 blocks are 12 + 12
     """Blocks of the encoder."""
     embed_dim: Annotated[int | None, COUNT] = None
-    """Width of the tokens."""
+    """Width of the tokens in the network."""
     num_heads: Annotated[int | None, COUNT] = None
     """Attention heads."""
-    cond_ratio: Annotated[float, POSITIVE] = 0.25  # at DiT's 1 it is a third of the parameters
+    cond_ratio: Annotated[float, POSITIVE] = 0.25  # DiT's 1 takes a third of the parameters
     """Width of the conditioning as a share of embed_dim."""
     class_conditional: bool = False
-    """Tell the network the label, as DiT does."""
+    """Condition the network on the label, as DiT does."""
     label_dropout: Annotated[float, SHARE] = 0.1
-    """How often the label is withheld when class_conditional."""
+    """Probability that a label is dropped, with class_conditional."""
 
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """How any run is executed. These settings may change between the parts of a resumed run."""
+    """The execution of a run. These settings may change when a run resumes."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the network; auto: bf16 where the device computes it natively."""
+    """Precision of the network; auto: bf16 on devices that support it natively."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on GPUs."""
     checkpoint_activations: bool = False
     """Recompute the blocks in the backward pass: less memory, a third more time."""
     device_batch: Annotated[int, NOT_NEGATIVE] = 0
-    """Largest batch of one device at once; smaller than its share: gradients accumulate. 0: all."""
+    """Largest batch of a device; larger shares are split, and gradients accumulate. 0: no limit."""
     workers: Annotated[int, NOT_NEGATIVE] = 8
     """Data workers of each process; 0: load in the process itself."""
     log_every: Annotated[int, COUNT] = 20
     """Steps between two lines of progress."""
     save_minutes: Annotated[float, NOT_NEGATIVE] = 10
-    """Minutes between two checkpoints; there is always one at the end."""
+    """Minutes between two checkpoints; the end of the run is always saved."""
     keep: Annotated[int, NOT_NEGATIVE] = 2
     """Newest checkpoints to keep; 0: all."""
     explosion: Annotated[float, Range(1, open_low=True, or_zero=True)] = 0.0
-    """A loss of more than so many times the median of the last 100 steps is undone: the run goes back
-    to its last checkpoint, once, and leaves out the batch. 0: never."""
+    """Go back to the last checkpoint, once, and leave out the batch when the loss is above this
+    multiple of the median of the last 100 steps. 0: never."""
     fsdp: bool = False
-    """Spread weights, gradients and moments over the ranks (FSDP2), for what does not fit on each."""
+    """Shard weights, gradients and optimizer moments over the ranks (FSDP2)."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (extra: tensorboard)."""
     wandb: str = ""
@@ -194,17 +194,17 @@ class ExecutionSettings:
 
 @dataclass(frozen=True)
 class SystemSettings(ExecutionSettings):
-    """How a pre-training is executed."""
+    """The execution of a pre-training."""
 
     knn_every: Annotated[int, NOT_NEGATIVE] = 0
     """Epochs between two online k-NN evaluations; 0: none."""
     rank_timeout: Annotated[float, POSITIVE] = 30
-    """Minutes that ranks wait for each other until they name the one that hangs, and end."""
+    """Minutes that ranks wait for each other before they name the rank that hangs and end."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One pre-training."""
+    """The settings of a pre-training."""
 
     data: DataSettings = field(default_factory=DataSettings)
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
@@ -214,6 +214,6 @@ class Config:
     optim: OptimSettings = field(default_factory=OptimSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
     seed: Annotated[int, NOT_NEGATIVE] = 0
-    """Of the weights, the data order, the augmentation and the noise."""
+    """Seed of the weights, the data order, the augmentation and the noise."""
     init_from: str = ""
     """An exported backbone to start the encoder from."""

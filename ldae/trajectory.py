@@ -10,20 +10,20 @@ from ldae.tree import flatten, put
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the trajectory with its published ImageNet numbers (DiT-L, 400 epochs)."""
+    """A row of the paper's trajectory, with its ImageNet numbers (DiT-L, 400 epochs)."""
 
     number: int | None
-    """Its place in the trajectory; None beside it."""
+    """Place in the trajectory; None for a row that is not part of the trajectory."""
     name: str
     summary: str
     changes: dict[str, Any] = field(hash=False)
-    """From the row before, or from ``base``."""
+    """Changes to the row before, or to ``base``."""
     accuracy: float | None = None
-    """Linear probing of the encoder half, top-1 in percent."""
+    """Published top-1 accuracy of linear probing the encoder, in percent."""
     fid: float | None = None
-    """FID-50K, where the paper gives one."""
+    """Published FID-50K, if there is one."""
     base: str = ""
-    """Beside the trajectory: the row that this one changes."""
+    """Name of the row that a row outside the trajectory changes."""
 
 
 ROWS = (
@@ -60,8 +60,7 @@ ROWS = (
     Row(14, "l_dae_single", "a single noise level", {"noise.schedule": "single"}, 61.5),
 )  # fmt: skip
 
-
-# Beside the trajectory: what the paper only mentions, and what it could have begun from.
+# Rows outside the trajectory, which the paper only mentions or could have started from.
 BESIDE = (
     Row(None, "dae", "a classical DAE: noise on pixels, no latent",
         {"tokenizer.name": "pixel", "tokenizer.dim": 768, "tokenizer.scale": "raw"},
@@ -75,12 +74,12 @@ BESIDE = (
 
 @dataclass(frozen=True)
 class Scale:
-    """What a row is run at; it fits every row."""
+    """The size at which any row is run."""
 
     changes: dict[str, Any] = field(hash=False)
-    """Applied after the row."""
+    """Changes that are applied after those of the row."""
     sizes: dict[str, dict[int, int]] = field(hash=False)
-    """What the row's own numbers become: setting -> number at the paper's scale -> number here."""
+    """Replacements of the row's numbers: setting -> number at the paper's scale -> number."""
 
 
 SCALES: dict[str, Scale] = {
@@ -112,7 +111,7 @@ SCALES: dict[str, Scale] = {
 
 
 def row(name: str | int) -> Row:
-    """The row of this name or number.
+    """Return the row of this name or number.
 
     Raises: InputError with the nearest name when there is none.
     """
@@ -124,20 +123,17 @@ def row(name: str | int) -> Row:
 
 
 def config(name: str | int = "l_dae", scale: str = "paper") -> Config:
-    """The full configuration of a row at a scale.
+    """Return the configuration of a row at a scale.
 
     Raises: InputError for a row or a scale that does not exist.
     """
     if scale not in SCALES:
-        raise unknown("there is no scale", scale, SCALES, f", and there are {', '.join(SCALES)}")
+        raise unknown("there is no scale", scale, SCALES, f"; the scales are {', '.join(SCALES)}")
     last = row(name)
-    built = Config()
-    for step in ROWS[: row(last.base).number if last.base else last.number]:
-        built = put(built, step.changes)
-    if last.base:
-        built = put(built, last.changes)
-    numbers = flatten(built)
-    sizes = {
-        name: size.get(numbers[name], numbers[name]) for name, size in SCALES[scale].sizes.items()
-    }
-    return put(built, SCALES[scale].changes | sizes)
+    changes: dict[str, Any] = {}
+    for step in ROWS[: row(last.base or name).number]:
+        changes |= step.changes
+    leaves = flatten(put(Config(), changes | last.changes))
+    for setting, sizes in SCALES[scale].sizes.items():
+        leaves[setting] = sizes.get(leaves[setting], leaves[setting])
+    return put(Config(), leaves | SCALES[scale].changes)

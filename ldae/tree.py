@@ -1,4 +1,4 @@
-"""Operations on a tree of frozen dataclasses: what settings take, dotted names, changes, files."""
+"""Operations on a tree of frozen dataclasses: ranges, dotted names, changes, files."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from ldae.errors import InputError, first_line, unknown
 
 
 class Range(NamedTuple):
-    """The finite numbers that a setting takes: from ``low`` to ``high``, without open ends."""
+    """The range of a setting: finite numbers from ``low`` to ``high``, without the open ends."""
 
     low: float
     high: float = math.inf
@@ -28,10 +28,7 @@ class Range(NamedTuple):
     or_zero: bool = False
 
     def check(self, name: str, value: float) -> None:
-        """Check a value of the setting ``name``.
-
-        Raises: InputError when it is out of range.
-        """
+        """Raise InputError when a value of the setting ``name`` is out of range."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         inside = above and below and math.isfinite(value)
@@ -48,9 +45,9 @@ class Range(NamedTuple):
 class Choice(PrimitiveConstructorSpec[str]):
     """The names that a setting takes: the keys of a registry, such as ``ldae.noise:SCHEDULES``.
 
-    The registry is imported when a name is checked or listed, and not before: settings lie below
-    the code that they choose from, and a configuration is printed without torch. To tyro a choice
-    is a string, whose names the help of the command line lists; ``check`` refuses others.
+    The registry is imported only when a name is checked or listed, for two reasons: settings lie
+    below the code that they choose from, and printing a configuration must not import torch. For
+    tyro a choice is a string; the help lists the names, and ``check`` refuses other names.
     """
 
     def __init__(self, registry: str) -> None:
@@ -62,23 +59,20 @@ class Choice(PrimitiveConstructorSpec[str]):
         return tuple(getattr(importlib.import_module(module), registry))
 
     def check(self, name: str, value: str) -> None:
-        """Check a value of the setting ``name``.
-
-        Raises: InputError with the nearest name when the registry lacks it.
-        """
+        """Raise InputError with the nearest name when the registry has no ``value``."""
         if value not in self.names:
             raise unknown(f"{name} must be {self}, not", value, self.names)
 
     def __str__(self) -> str:
         return " or ".join(self.names)
 
-    # What tyro asks for.
+    # The interface of tyro.
     nargs = 1
     metavar = property(lambda self: f"{{{','.join(self.names)}}}")
     instance_from_str = staticmethod(lambda words: words[0])
     str_from_instance = staticmethod(lambda value: [value])
     is_instance = staticmethod(lambda value: isinstance(value, str))
-    # The inherited ones read all of these, and would import the registry.
+    # The inherited methods read metavar, and would import the registry.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -102,15 +96,12 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Return every leaf under its dotted name, in the order of the tree."""
+    """Return every leaf by its dotted name, in the order of the tree."""
     return {name: value for name, value, _ in _leaves(config)}
 
 
 def check(settings: Any, prefix: str = "") -> None:
-    """Check every setting of a tree.
-
-    Raises: InputError naming the first setting with a value that it does not take.
-    """
+    """Raise InputError for the first setting of a tree with a value that it does not take."""
     for name, value, hint in _leaves(settings, prefix):
         _check(name, value, hint)
 
@@ -126,18 +117,18 @@ def _check(name: str, value: Any, hint: Any) -> None:
 def replace(config: Any, changes: dict[str, Any]) -> Any:
     """Return ``config`` with the leaves of these dotted names changed.
 
-    Raises: InputError for a name that does not exist, with the nearest one that does, and for a
-        value that the setting does not take.
+    Raises: InputError for an unknown name, with the nearest known one, and for a value that the
+        setting does not take.
     """
     hints = {name: hint for name, _, hint in _leaves(config)}
     for name in changes:
         if name not in hints:
             raise unknown("there is no setting", name, hints)
-    return put(config, {name: checked(name, changes[name], hints[name]) for name in changes})
+    return put(config, {name: convert(name, changes[name], hints[name]) for name in changes})
 
 
 def put(config: Any, leaves: dict[str, Any], prefix: str = "") -> Any:
-    """Return ``config`` with these leaves in place, unchecked: for constants of the package."""
+    """Return ``config`` with these leaves changed, without checks: for constants of the package."""
     values = {}
     for part in dataclasses.fields(config):
         name, value = prefix + part.name, getattr(config, part.name)
@@ -148,12 +139,12 @@ def put(config: Any, leaves: dict[str, Any], prefix: str = "") -> Any:
     return dataclasses.replace(config, **values)
 
 
-def checked(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the type of its setting.
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """Return ``value`` as the type of the setting ``name``.
 
     YAML and TOML have no tuples, and YAML reads 1e-4 as text.
 
-    Raises: InputError, naming the setting, for another type or a value that it does not take.
+    Raises: InputError for another type, or for a value that the setting does not take.
     """
     try:
         value = _as(hint, value)
@@ -164,10 +155,7 @@ def checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def taken_by(function: Callable, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the settings that are parameters of a function or a class.
-
-    An entry of a registry says by its signature which settings it reads.
-    """
+    """Return the settings that are parameters of an entry of a registry."""
     parameters = inspect.signature(function).parameters
     return {name: settings[name] for name in parameters if name in settings}
 
@@ -196,7 +184,7 @@ def _as(hint: Any, value: Any) -> Any:
 
 
 def _words(hint: Any) -> str:
-    """A type, for a sentence."""
+    """Return a type in words, for an error message."""
     kind, options = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
         return _words(options[0])
@@ -210,37 +198,39 @@ def _words(hint: Any) -> str:
 
 
 def check_known(where: str, table: dict, known: Iterable[str]) -> None:
-    """Raises: InputError naming the first key that is not known, and the nearest one that is."""
+    """Raise InputError for the first key of a table that is not known, with the nearest one."""
     for key in table:
         if key not in known:
             raise unknown(f"{where} has no setting", key, known)
 
 
-def check_own(
+def check_used(
     settings: Any, chosen: str, takers: dict[str, Iterable[str]], prefix: str = ""
 ) -> None:
-    """Check that no setting is on that only other entries of a registry take.
+    """Check that every setting that is off by default is on only if the chosen entry takes it.
 
     Args:
-        chosen: the name of the entry that is used.
-        takers: the names of the settings that each entry takes.
+        chosen: the name of an entry of a registry.
+        takers: for each entry, the names of the settings that it takes.
 
-    Raises: InputError naming the setting, which is off by default, and the entries that take it.
+    Raises: InputError with the setting and the entries that take it.
     """
     for name, default in flatten(type(settings)()).items():
-        own = [entry for entry, names in takers.items() if name in names]
-        if own and chosen not in own and not default and getattr(settings, name):
-            raise InputError(f"{prefix}{name} is a setting of {' and '.join(own)}, not of {chosen}")
+        entries = [entry for entry, names in takers.items() if name in names]
+        if entries and chosen not in entries and not default and getattr(settings, name):
+            raise InputError(
+                f"{prefix}{name} is a setting of {' and '.join(entries)}, not of {chosen}"
+            )
 
 
 def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """The leaves that differ: dotted name -> (old value, new value)."""
+    """Return the leaves that differ: dotted name -> (old value, new value)."""
     before, after = flatten(old), flatten(new)
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 
 def to_yaml(config: Any) -> str:
-    """Return a tree of settings as YAML, nested as ``update`` takes it."""
+    """Return a tree of settings as nested YAML, which ``read_yaml`` and ``update`` read."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -251,19 +241,22 @@ def to_yaml(config: Any) -> str:
 
 
 def read_toml(path: Path) -> dict:
-    """Raises: InputError, without the name of the file, when it cannot be read."""
+    """Read a TOML file.
+
+    Raises: InputError when this fails; its message continues a sentence about the file.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"it cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"it is no TOML file: {first_line(error)}") from None
+        raise InputError(f"it is not a TOML file: {first_line(error)}") from None
 
 
 def read_yaml(path: Path) -> dict:
     """Read a YAML file of settings, which may be empty.
 
-    Raises: InputError naming the file when it is missing, or holds something else.
+    Raises: InputError naming the file when it is missing or holds something else.
     """
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -277,7 +270,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def update(base: Any, table: dict) -> Any:
-    """Return ``base`` changed by nested tables, which may hold a whole tree or a few settings.
+    """Return ``base`` changed by nested tables of all its settings or a few.
 
     Raises: InputError as ``replace`` does.
     """

@@ -62,7 +62,7 @@ def reference_loss(row, method, images, positions, labels) -> float:
     tokenizer, p = method.tokenizer, method.tokenizer.patch_size
     d, full = tokenizer.dim, tokenizer.patch_dim
     steps = noise.timesteps(method.seed, positions, len(method.sigma))
-    withheld = noise.dropped(method.seed, positions, 0.1)
+    withheld = noise.dropped_labels(method.seed, positions, 0.1)
     total = 0.0
     for number, (image, t, position) in enumerate(zip(images, steps, positions)):
         gamma, sigma = levels(row, int(t))
@@ -109,7 +109,7 @@ def test_the_loss_of_each_row_is_its_equation(row, scale, tiny, images, awake, f
     awake(method.denoiser)
     # The label of position 21 is withheld from row 1, those of the others are not.
     positions, labels = torch.tensor([21, 3, 2**33 + 1]), torch.tensor([4, 0, 2])
-    assert noise.dropped(0, positions, 0.1).tolist() == [True, False, False]
+    assert noise.dropped_labels(0, positions, 0.1).tolist() == [True, False, False]
     with torch.no_grad():
         found = method(images[:3], positions, labels).item()
         wanted = reference_loss(row, method, images[:3], positions, labels)

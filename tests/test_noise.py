@@ -95,6 +95,6 @@ def test_timesteps_are_uniform_and_labels_are_dropped_as_often_as_asked():
     t = noise.timesteps(0, positions, 10)
     counts = torch.bincount(t, minlength=10).double()
     assert ((counts - 20_000).abs() < 5 * math.sqrt(20_000)).all() and len(counts) == 10
-    share = noise.dropped(0, positions, 0.1).double().mean()
+    share = noise.dropped_labels(0, positions, 0.1).double().mean()
     assert abs(share - 0.1) < 5 * math.sqrt(0.09 / 200_000)
     assert (noise.timesteps(0, positions[:9], 1) == 0).all()

@@ -1,4 +1,4 @@
-"""The model card of an exported network: the README.md that timm's users and the hub show."""
+"""The model card of an exported network: the README.md that the hub shows."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Any encoder as a plain timm model: of a run, a folder, a timm name or a checkpoint file."""
+"""Opens any encoder as a plain timm model: a run, a folder, a timm name or a checkpoint file."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,8 @@ from ldae.errors import InputError, first_line, nearest
 from ldae.runs.kinds import kind_of
 from ldae.runs.layout import CLASSIFIER
 
+_NO_HEAD = {"num_classes": 0}  # makes timm leave out the classifier
+
 
 def load_backbone(
     spec: str | Path,
@@ -22,44 +24,48 @@ def load_backbone(
     img_size: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """A timm model without classifier, in eval mode: normalised (B, C, H, W) -> (B, D).
+    """Open a timm model without classifier in eval mode: normalised (B, C, H, W) -> (B, D).
 
-    Its ``pretrained_cfg`` tells its preprocessing, see ``ldae.preprocessing``; its ``model_args``
-    are what timm needs to build it again. ``spec`` is one of
+    Its ``pretrained_cfg`` describes the preprocessing, see ``ldae.backbones.preprocessing``. Its
+    ``model_args`` are the arguments with which timm builds it again.
 
-    - a run folder: the backbone of its newest checkpoint;
-    - a folder that timm wrote, or ``ldae export``;
-    - a timm name, with the weights that timm downloads, or ``hf-hub:USER/MODEL``;
-    - ``NAME@FILE``: a timm name and a checkpoint on this machine, ``.safetensors`` or PyTorch's;
-    - ``pixels`` or ``pixels:SIZE``: the raw pixels of a square, 32 on a side by default.
+    Args:
+        spec: one of
 
-    ``random_init`` builds the same architecture with timm's own random initialisation, drawn from
-    ``seed``: the untrained control. ``in_chans`` and ``img_size`` are for timm names; the other
-    kinds know their own, except that pixels take any ``in_chans``.
+            - a run folder: the backbone of its newest checkpoint;
+            - a folder written by timm or by ``ldae export``;
+            - a timm name with timm's weights, or ``hf-hub:USER/MODEL``;
+            - ``NAME@FILE``: a timm name and a local checkpoint, ``.safetensors`` or PyTorch's;
+            - ``pixels`` or ``pixels:SIZE``: the raw pixels of a square, by default of side 32.
 
-    Raises: InputError, naming ``spec``, when it can not be opened, or nothing in the file fits.
+        random_init: give the same architecture timm's random initialisation, the untrained control.
+        in_chans: channels of the images, for timm names and pixels.
+        img_size: side of the square input in pixels, for timm names.
+        seed: seed of the random initialisation.
+
+    Raises: InputError naming ``spec`` when it cannot be opened or nothing in the file fits.
     """
     spec = str(spec)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)  # the CPU's alone: no GPU is restored
+        torch.random.default_generator.manual_seed(seed)  # of the CPU: GPU states are not restored
         model = _open(spec, random_init, in_chans, img_size)
     return model.eval()
 
 
 def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = None) -> nn.Module:
-    """A timm classifier in eval mode, to compute with: normalised (B, C, H, W) -> (B, num_classes).
+    """Open a timm classifier for inference: normalised (B, C, H, W) -> (B, num_classes).
 
-    ``spec`` is a folder that timm wrote, or ``ldae linear --save``, or a timm name, or ``NAME@FILE``,
-    which then has as many classes as the file; ``in_chans`` and ``img_size`` are for timm names. Its
-    ``pretrained_cfg`` tells its preprocessing.
+    Its ``pretrained_cfg`` describes the preprocessing.
 
-    Raises: InputError, naming ``spec``, when it can not be opened, or has no classifier.
+    Args:
+        spec: a folder written by timm or by ``ldae linear --save``, a timm name, or ``NAME@FILE``,
+            which has as many classes as the file.
+        in_chans, img_size: as in ``load_backbone``, for timm names.
+
+    Raises: InputError naming ``spec`` when it cannot be opened or has no classifier.
     """
     spec = str(spec)
     folder = backbone_folder(spec)
-    name, at, file = spec.partition("@")
-    if name.startswith("hf-hub:"):  # there, @ precedes a revision
-        name, at = spec, ""
     if folder and not kind_of(folder):
         if img_size is not None:
             raise InputError(f"img_size is for timm names: {spec} has its own")
@@ -69,24 +75,22 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
             f"{spec} has no classifier: name a folder of `ldae linear --save`, or a timm model"
         )
     else:
-        model = _from_timm_name(name, not at, in_chans, img_size, head=True)
-        if at:
-            load_weights(model, Path(file), name, classifier=True)
+        model = _from_timm_name(spec, False, in_chans, img_size, head=True)
     if not model.num_classes:
         raise InputError(f"{spec} has no classifier: its num_classes is 0")
     return model.eval().requires_grad_(False)
 
 
 def label_names(classifier: nn.Module) -> list[str]:
-    """The names of its outputs, as far as its configuration tells them."""
+    """Return the names of a timm classifier's outputs; empty if its configuration has none."""
     names = classifier.pretrained_cfg.get("label_names") or ()
     return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
 
 
 def backbone_folder(spec: str | Path) -> Path | None:
-    """The run or timm folder that ``spec`` names; None when it names something else.
+    """Return the run or timm folder that ``spec`` names; None when it names something else.
 
-    Of a fine-tuning that is done it is the folder of its classifier.
+    For a finished fine-tuning this is the folder of its classifier.
     """
     folder = Path(spec)
     if (folder / CLASSIFIER / "config.json").is_file():
@@ -95,25 +99,19 @@ def backbone_folder(spec: str | Path) -> Path | None:
 
 
 def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> nn.Module:
-    name, at, file = spec.partition("@")
     folder = backbone_folder(spec)
-    is_pixels = name.partition(":")[0] == "pixels"
+    is_pixels = spec.partition(":")[0] == "pixels"
     if img_size is not None and (folder or is_pixels):
         raise InputError(f"img_size is for timm names: {spec} has its own")
     if folder:
         model = (_from_run if kind_of(folder) else _from_timm_folder)(folder, random_init)
         own_chans = model.pretrained_cfg["input_size"][0]
-        if in_chans not in (3, own_chans):  # 3 is what callers pass who did not ask
+        if in_chans not in (3, own_chans):  # 3 is the default
             raise InputError(f"in_chans is for timm names: {spec} takes {own_chans} channels")
         return model
     if is_pixels:
         return _pixels(spec, random_init, in_chans)
-    if name.startswith("hf-hub:"):  # there, @ precedes a revision
-        return _from_timm_name(spec, not random_init, in_chans, img_size)
-    model = _from_timm_name(name, not (random_init or at), in_chans, img_size)
-    if at and not random_init:
-        load_weights(model, Path(file), name)
-    return model
+    return _from_timm_name(spec, random_init, in_chans, img_size)
 
 
 def _from_run(folder: Path, random_init: bool) -> nn.Module:
@@ -125,52 +123,56 @@ def _from_run(folder: Path, random_init: bool) -> nn.Module:
 def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> nn.Module:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = timm.create_model(f"local-dir:{folder}", not random_init, **_head(head))
-    except Exception as error:  # those of json, timm, safetensors and torch have nothing in common
+        model = timm.create_model(
+            f"local-dir:{folder}", not random_init, **({} if head else _NO_HEAD)
+        )
+    except Exception as error:  # json, timm, safetensors and torch share no base class of errors
         reason = first_line(error)
-        if "weights_only" in reason:  # torch's and timm's words tell how to run it
+        if "weights_only" in reason:  # the libraries explain how to run the code
             reason = "it holds pickled code, which is not run here"
-        raise InputError(f"{folder} can not be opened by timm: {reason}") from error
+        raise InputError(f"{folder} cannot be opened by timm: {reason}") from error
     model.model_args = config.get("model_args", {})
     return model
 
 
-def _head(wanted: bool) -> dict[str, int]:
-    """The argument that makes timm leave the classifier out, if it is not wanted."""
-    return {} if wanted else {"num_classes": 0}
-
-
 def _from_timm_name(
-    name: str, pretrained: bool, in_chans: int, img_size: int | None, head: bool = False
+    spec: str, random_init: bool, in_chans: int, img_size: int | None, head: bool = False
 ) -> nn.Module:
     from huggingface_hub.errors import HfHubHTTPError
 
-    known = None if name.startswith("hf-hub:") else _known(name)
-    if pretrained and known and not known.has_weights:
+    name, at, file = spec.partition("@")
+    is_hub = name.startswith("hf-hub:")
+    if is_hub:  # @ precedes a revision
+        name, at = spec, ""
+    pretrained = not (random_init or at)
+    cfg = None if is_hub else _timm_cfg(name)
+    if pretrained and cfg and not cfg.has_weights:
         raise InputError(
             f"timm has no weights for {name}: name a checkpoint as {name}@FILE, "
             "or ask for the random initialisation"
         )
     args = {"in_chans": in_chans}
-    # Models that take any size have no such argument. Those of the hub are mostly of a fixed size.
-    if img_size is not None and (known is None or known.fixed_input_size):
+    # Models of any input size have no img_size. Most models of the hub have a fixed size.
+    if img_size is not None and (cfg is None or cfg.fixed_input_size):
         args["img_size"] = img_size
     try:
-        model = timm.create_model(name, pretrained, **_head(head), **args)
+        model = timm.create_model(name, pretrained, **({} if head else _NO_HEAD), **args)
     except (OSError, HfHubHTTPError) as error:
         raise InputError(
-            f"the weights of {name} can not be downloaded ({type(error).__name__}); "
-            "a checkpoint on this machine is opened by NAME@FILE, with its timm name"
+            f"the weights of {name} cannot be downloaded ({type(error).__name__}); "
+            "open a checkpoint on this machine by NAME@FILE, with its timm name"
         ) from error
     model.model_args = args
     adapt_cfg(model, in_chans, img_size)
+    if at and not random_init:
+        load_weights(model, Path(file), name, classifier=head)
     return model
 
 
-def _known(name: str) -> Any:
-    """timm's entry for ``name``, which may carry a tag.
+def _timm_cfg(name: str) -> Any:
+    """Return timm's configuration of ``name``, which may have a tag.
 
-    Raises: InputError, with the nearest name.
+    Raises: InputError with the nearest name.
     """
     architecture, _, tag = name.partition(".")
     if timm.is_model(architecture):
@@ -179,7 +181,7 @@ def _known(name: str) -> Any:
             return timm.models.get_pretrained_cfg(name)
         raise InputError(f"timm has no weights {tag!r} of {architecture}, but {', '.join(tags)}")
     if Path(name).is_file():
-        raise InputError(f"the file {name} does not tell its architecture: write NAME@{name}")
+        raise InputError(f"the file {name} does not name its architecture: write NAME@{name}")
     if Path(name).is_dir():
         raise InputError(
             f"the folder {name} holds neither a run nor the config.json of a timm model"
@@ -190,11 +192,11 @@ def _known(name: str) -> Any:
 
 
 def adapt_cfg(model: nn.Module, in_chans: int, img_size: int | None) -> None:
-    """Make ``pretrained_cfg``, which describes the weights, describe the model that was built."""
+    """Adapt ``pretrained_cfg``, which describes timm's weights, to the model that was built."""
     cfg = dict(model.pretrained_cfg)
     own_chans, height, width = cfg["input_size"]
     if in_chans != own_chans:
-        # timm's rule where the statistics of the channels are unknown: their mean for all.
+        # As timm does when the statistics are unknown: all channels get their mean.
         for key in ("mean", "std"):
             cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
     cfg["input_size"] = (in_chans, img_size or height, img_size or width)
@@ -210,7 +212,7 @@ def _pixels(spec: str, random_init: bool, in_chans: int) -> nn.Module:
     if not size.isdecimal() or int(size) < 1:
         raise InputError(f"{spec} is not pixels:SIZE with a whole number of pixels")
     if random_init:
-        raise InputError(f"{spec} has no weights that could be random")
+        raise InputError(f"{spec} has no weights to initialise at random")
     model = nn.Flatten()
     model.pretrained_cfg = {
         "architecture": "pixels",

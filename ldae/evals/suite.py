@@ -11,7 +11,7 @@ from ldae.errors import InputError
 from ldae.evals.evaluation import Setup, file_name
 from ldae.evals.protocol import Grader, Protocol, flags
 from ldae.runs import layout
-from ldae.tree import check, check_known, checked, read_toml
+from ldae.tree import check, check_known, convert, read_toml
 
 
 def _without_files(types: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _take(where: str, table: object, types: dict[str, Any]) -> dict[str, Any]:
     _check_table(where, table)
     check_known(where, table, types)
     with _at(where):
-        return {key: checked(key, value, types[key]) for key, value in table.items()}
+        return {key: convert(key, value, types[key]) for key, value in table.items()}
 
 
 def _check_table(where: str, table: object) -> None:

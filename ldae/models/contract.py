@@ -1,4 +1,4 @@
-"""What a denoiser is, and what makes its encoder a plain ViT."""
+"""The interface of a denoiser, and of an encoder that is a plain ViT."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from ldae.errors import InputError
 
 
 class NoPlainViT(InputError):
-    """No timm ViT computes what an encoder does; the message is a sentence that says why."""
+    """The refusal of an encoder that no timm ViT can replace; the message says why."""
 
 
 class PlainViT(NamedTuple):
@@ -18,19 +18,19 @@ class PlainViT(NamedTuple):
 
     name: str
     args: dict[str, Any]
-    """All but img_size, patch_size, in_chans and num_classes, which are not the encoder's."""
+    """All but img_size, patch_size, in_chans and num_classes, which the encoder does not set."""
 
 
 class Denoiser(nn.Module):
     """A network that maps noised tokens (B, N, in_dim) and their t (B,) to tokens (B, N, out_dim).
 
-    The N = side * side tokens are those of a square image, row by row. The network is a sequence of
+    The N = side * side tokens cover a square image, row by row. The network is a sequence of
     stages, such as the blocks of a transformer. The first ``depth`` of its ``stages`` are the
-    encoder, whose features are graded and exported.
+    encoder, which is graded and exported.
 
-    A subclass sets ``width``, ``depth`` and ``stages``, and gives ``forward``, ``condition``,
+    A subclass sets ``width``, ``depth`` and ``stages``, and defines ``forward``, ``condition``,
     ``encode``, ``taps`` and ``encoder_size``. An encoder that is a plain ViT at a fixed condition
-    can be exported to timm, and can start from a plain ViT. Its class also gives ``embed``,
+    can be exported to timm, and can start from a plain ViT. Its class also defines ``embed``,
     ``plain_vit``, ``plain_state`` and ``load_plain_state``.
 
     Args:
@@ -73,18 +73,19 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Return t (B,) and labels, as in ``forward``, as vectors (B, cond_dim) for the stages."""
+        """Return the condition of the stages (B, cond_dim), from t (B,) and labels (B,)."""
         raise NotImplementedError
 
     def encode(
         self, tokens: torch.Tensor, c: torch.Tensor, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the encoder's features of tokens (B, N, in_dim) under condition c: (B, n, W).
+        """Return the encoder's features (B, n, W) of tokens (B, N, in_dim) under condition c.
+
+        Prefix tokens, such as a class token, are left out.
 
         Args:
-            kept: the numbers, int64 (B, n), of the tokens that the encoder sees, each at its own
-                position; by default all. Features are in the order of ``kept``. Features of prefix
-                tokens, such as a class token, are left out.
+            kept: indices, int64 (B, n), of the tokens that the encoder gets, each at its own
+                position; by default all. Features are in the order of ``kept``.
 
         Raises: InputError when ``kept`` is given and the network needs all tokens.
         """
@@ -93,8 +94,8 @@ class Denoiser(nn.Module):
     def taps(self, tokens: torch.Tensor, c: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the features (B, n, W) after each stage; n and W may differ between stages.
 
-        Those after stage ``depth`` are what ``encode`` returns. A stage is computed when its
-        features are asked for.
+        The features after stage ``depth`` equal the result of ``encode``. A stage runs when its
+        features are requested.
         """
         raise NotImplementedError
 
@@ -106,7 +107,7 @@ class Denoiser(nn.Module):
     def fuse_attention(self, fused: bool) -> None:
         """Choose whether timm's attention layers call torch's scaled_dot_product_attention.
 
-        They do at first. The choice changes the speed and not the result.
+        They do by default. The choice changes the speed, not the result.
         """
         for module in self.modules():
             if hasattr(module, "fused_attn"):
@@ -115,9 +116,9 @@ class Denoiser(nn.Module):
     def plain_vit(self) -> PlainViT:
         """Return the timm ViT that the encoder is at a fixed condition.
 
-        Its features, averaged over the tokens, are the mean of those of ``encode``.
+        Its pooled features are the token mean of ``encode``.
 
-        Raises: NoPlainViT when there is none.
+        Raises: NoPlainViT when there is no such ViT.
         """
         raise NoPlainViT(
             f"the denoiser {type(self).__name__} is not a plain ViT, so timm has no such model"
@@ -126,12 +127,12 @@ class Denoiser(nn.Module):
     def plain_state(self, c: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the state dict of ``plain_vit`` at condition c (1, cond_dim).
 
-        It leaves out the patch embedding, which depends on the tokenizer too.
+        The patch embedding is left out, because it also depends on the tokenizer.
         """
         raise NotImplementedError
 
     def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Make the encoder, at every condition, a plain ViT with the weights of this state dict.
+        """Make the encoder a plain ViT with these weights, at every condition.
 
         This is the inverse of ``plain_state``; the patch embedding is not read.
         """

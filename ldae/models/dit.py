@@ -1,4 +1,4 @@
-"""DiT as a denoiser: a stack of blocks, of which the first half encodes and the second decodes."""
+"""DiT as a denoiser: a stack of blocks; the first half is the encoder, the second the decoder."""
 
 import math
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from ldae.patches import sincos_positions
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (B, N, W) scaled and shifted by one (B, W) vector an image."""
+    """Scale and shift x (B, N, W) by vectors (B, W)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class TimestepEmbedding(nn.Module):
-    """t as 256 sinusoids through a small MLP (DiT)."""
+    """The embedding of t: 256 sinusoids and a small MLP (DiT)."""
 
     def __init__(self, dim: int, frequencies: int = 256, max_period: float = 10_000.0) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ class Block(nn.Module):
     def plain_state(self, c: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the block at a fixed condition (1, cond_dim) as the state dict of timm's Block.
 
-        There, adaLN's shift and scale are the bias and the weight of a LayerNorm. Its gates scale
-        the rows of the two projections that end on the residual.
+        Shift and scale become the bias and the weight of a LayerNorm. The gates scale the rows of
+        the two projections that end on the residual.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[0].chunk(6)
         state = {
@@ -70,9 +70,9 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Make this the timm Block of a state dict, at every condition.
+        """Make the block equal to the timm Block of a state dict, at every condition.
 
-        The LayerNorms become the bias of adaLN, and the gates become 1.
+        The bias of adaLN takes the LayerNorms, and gates of 1.
         """
         self.attn.load_state_dict(_below("attn.", state))
         self.mlp.load_state_dict(_below("mlp.", state))
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Width to output tokens, through a last adaLN (DiT)."""
+    """The map from the width to output tokens, with a last adaLN (DiT)."""
 
     def __init__(self, dim: int, out_dim: int, cond_dim: int) -> None:
         super().__init__()
@@ -101,10 +101,11 @@ class FinalLayer(nn.Module):
 class DiT(Denoiser):
     """A diffusion transformer with two equal halves (Peebles and Xie 2023).
 
-    DiT's output also holds a variance; the paper's loss has no term for it, so it is left out.
+    DiT's prediction of a variance is left out, because the paper's loss has no term for it.
 
     Args:
-        name: a timm ViT, which the encoder has the shape of. What follows overrides its sizes.
+        name: a timm ViT with the shape of the encoder.
+        depth, embed_dim, num_heads: replacements of the sizes of that ViT.
         cond_ratio: width of the conditioning as a share of ``embed_dim`` (paper, section 3: 1/4).
 
     Raises: InputError as ``vit_shape`` does.
@@ -129,21 +130,18 @@ class DiT(Denoiser):
         self.width, self.depth, self.stages = shape.embed_dim, shape.depth, 2 * shape.depth
         cond_dim = int(self.width * cond_ratio)
 
-        def blocks() -> nn.ModuleList:
-            make = (self.width, shape.num_heads, shape.mlp_ratio, cond_dim)
-            return nn.ModuleList(Block(*make) for _ in range(shape.depth))
-
+        sizes = (self.width, shape.num_heads, shape.mlp_ratio, cond_dim)
         self.embed = nn.Linear(in_dim, self.width)
         self.register_buffer("pos_embed", sincos_positions(self.width, side), persistent=False)
         self.t_embed = TimestepEmbedding(cond_dim)
         self.y_embed = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
-        self.encoder = blocks()
-        self.decoder = blocks()
+        self.encoder = nn.ModuleList(Block(*sizes) for _ in range(shape.depth))
+        self.decoder = nn.ModuleList(Block(*sizes) for _ in range(shape.depth))
         self.final = FinalLayer(self.width, out_dim, cond_dim)
         self.initialize()
 
     def initialize(self) -> None:
-        """DiT's initialisation: every block starts as the identity, the output as zero."""
+        """Initialise as DiT does: every block starts as the identity, the output as zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -184,7 +182,7 @@ class DiT(Denoiser):
         return self.final(x, c)  #                    (B, N, out_dim)
 
     def _placed(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Return embedded tokens with their positions, all or those of the numbers ``kept``."""
+        """Return the tokens embedded with their positions: all, or the indices ``kept``."""
         if kept is None:
             return self.embed(tokens) + self.pos_embed
         tokens = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, self.in_dim))
@@ -226,7 +224,7 @@ class DiT(Denoiser):
         return state
 
     def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Positions are fixed, so those of ``state``, of any image size, are not read."""
+        # The positions are constants, so those of ``state``, perhaps of another size, are not read.
         for number, block in enumerate(self.encoder):
             block.load_plain_state(_below(f"blocks.{number}.", state))
 

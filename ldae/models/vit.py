@@ -11,7 +11,7 @@ from ldae.errors import InputError, unknown
 
 @dataclass(frozen=True)
 class ViTShape:
-    """What describes the encoder, in timm's words."""
+    """The shape of a plain ViT, in timm's words."""
 
     name: str
     patch_size: int
@@ -29,12 +29,12 @@ def vit_shape(
 ) -> ViTShape:
     """Return the shape of timm's model ``name``, with the given sizes instead of its own.
 
-    Raises: InputError when timm has no such model, when it is not a plain ViT, or when the heads
-        do not divide the width.
+    Raises: InputError when timm has no such model, when it is not a plain ViT, or when the width is
+        not a multiple of the heads and of 4.
     """
     if not timm.is_model(name):
         raise unknown("model.name: timm has no model", name, timm.list_models("vit_*"))
-    with torch.device("meta"):  # only the shape is wanted: no memory, no initialisation
+    with torch.device("meta"):  # no memory and no initialisation, for only the shape is needed
         vit = timm.create_model(name, pretrained=False, num_classes=0)
     plain = type(vit) is VisionTransformer and vit.num_prefix_tokens < 2
     block = vit.blocks[0] if plain else None

@@ -276,7 +276,7 @@ def _check_settings(config: Config) -> None:
     """Raises: InputError for settings that contradict each other."""
     asked, data = config.tokenizer, config.data
     takers = {name: kind.settings() for name, kind in TOKENIZERS.items()}
-    tree.check_own(asked, asked.name, takers, "tokenizer.")
+    tree.check_used(asked, asked.name, takers, "tokenizer.")
     if asked.kl_weight and asked.codes:
         raise InputError(
             "tokenizer.kl_weight needs a Gaussian posterior, which tokenizer.codes replaces"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from ldae.errors import InputError
 from ldae.sampling.samplers import SAMPLERS
-from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, Choice, check, check_own
+from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, Choice, check, check_used
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,6 @@ def check_settings(how: Sampling) -> None:
     """
     check(how)
     takers = {name: signature(sampler).parameters for name, sampler in SAMPLERS.items()}
-    check_own(how, how.sampler, takers)
+    check_used(how, how.sampler, takers)
     if how.classifier_scale != 1 and not how.classifier:
         raise InputError("classifier_scale needs a --classifier")

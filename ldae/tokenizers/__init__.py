@@ -1,4 +1,4 @@
-"""Tokenizers: images to low-dimensional latent tokens and back."""
+"""Tokenizers: the maps from images to latent tokens and back, their registry and their files."""
 
 import json
 from pathlib import Path
@@ -32,26 +32,26 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 
 def create(name: str, **settings: Any) -> Tokenizer:
-    """Return an unfitted tokenizer, which gets those of the settings that it takes.
+    """Return an unfitted tokenizer with the settings that its constructor takes.
 
-    Raises: InputError when its settings do not fit together.
+    Raises: InputError when the settings do not fit together.
     """
     kind = TOKENIZERS[name]
     return kind(**taken_by(kind, settings))
 
 
 def name_of(tokenizer: Tokenizer) -> str:
-    """Return the ``tokenizer.name`` that makes such a tokenizer."""
+    """Return the name of a tokenizer in ``TOKENIZERS``."""
     return next(name for name, kind in TOKENIZERS.items() if type(tokenizer) is kind)
 
 
 def describe(tokenizer: Tokenizer) -> dict:
-    """Return the name and the settings that make such a tokenizer."""
+    """Return the name and the settings from which ``create`` makes such a tokenizer."""
     return {"name": name_of(tokenizer)} | taken_by(type(tokenizer), vars(tokenizer))
 
 
 def check_kind(kind: type[Tokenizer], tokenizer: Tokenizer, what: str) -> None:
-    """Raises: InputError when a tokenizer is not of the kind that ``what`` needs."""
+    """Raise InputError when a tokenizer is not of the kind that ``what`` needs."""
     if not isinstance(tokenizer, kind):
         names = [name for name, other in TOKENIZERS.items() if issubclass(other, kind)]
         raise InputError(
@@ -62,7 +62,7 @@ def check_kind(kind: type[Tokenizer], tokenizer: Tokenizer, what: str) -> None:
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write a fitted tokenizer as safetensors.
 
-    Raises: InputError when the disk does not take it.
+    Raises: InputError when the file cannot be written.
     """
     metadata = {"tokenizer": json.dumps(describe(tokenizer))}
     state = {name: value.cpu().contiguous() for name, value in tokenizer.state_dict().items()}
@@ -76,21 +76,20 @@ def load(tokenizer: Tokenizer, path: Path) -> None:
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            found = json.loads(file.metadata()["tokenizer"])
+            saved = json.loads(file.metadata()["tokenizer"])
         state = safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise InputError(f"there is no tokenizer file {path}") from None
     except (TypeError, KeyError, ValueError):
-        raise InputError(f"{path} is no file of a tokenizer that ldae wrote") from None
+        raise InputError(f"{path} is not a tokenizer file of ldae") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
             f"tokenizer file {path} is damaged ({first_line(error)}): put a copy in its place, or "
             "fit it again in a new run"
         ) from None
-    wanted = describe(tokenizer)
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise InputError(f"tokenizer file {path} has {key} {found.get(key)}, this run {value}")
+    for key, value in describe(tokenizer).items():
+        if saved.get(key) != value:
+            raise InputError(f"tokenizer file {path} has {key} {saved.get(key)}, this run {value}")
     try:
         tokenizer.load_state_dict(state)
     except RuntimeError:

@@ -86,7 +86,7 @@ def test_control_of_an_unknown_name_is_told_too():
 
 def test_offline_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="can not be downloaded"):
+    with pytest.raises(InputError, match="cannot be downloaded"):
         load_backbone("resnet18")
 
 
@@ -141,7 +141,7 @@ def test_a_folder_keeps_its_own_size_and_channels(folder):
 def test_broken_timm_folder_is_told(folder):
     _, path = folder
     (path / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(InputError, match=re.escape(f"{path} can not be opened by timm")):
+    with pytest.raises(InputError, match=re.escape(f"{path} cannot be opened by timm")):
         load_backbone(path)
 
 

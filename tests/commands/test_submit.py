@@ -73,7 +73,7 @@ def test_a_pipeline_is_a_list_of_commands_with_settings(study):
         ('"my images"]', '"x", "--slurm"]', r"--slurm belongs in \[jobs.knn.slurm\]"),
         ("ldae pretrain", "fit-tokenizer", r"\[pretrain\] command must be pretrain ... --run"),
         ("'my images'", "'my images", r"\[pretrain\] command: No closing quotation"),
-        ("[pretrain]", "[pretrain", "it is no TOML file"),
+        ("[pretrain]", "[pretrain", "it is not a TOML file"),
     ],
 )
 def test_an_error_names_the_file_and_the_key(old, new, message, study, capsys):

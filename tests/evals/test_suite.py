@@ -105,7 +105,7 @@ def test_controls_are_said_once(read):
         ("img_size = 16", "img_size = 0", r"\[\[backbones\]\] 1 img_size must be at least 1"),
         ("img_size = 16", "img = 0", r"\[\[backbones\]\] 1 has no setting 'img'"),
         ("[[backbones]]", "[backbones]", "backbones are a list of tables"),
-        ("[protocols.knn]", "[protocols", "it is no TOML file"),
+        ("[protocols.knn]", "[protocols", "it is not a TOML file"),
         (SUITE, "[data.a]\ntrain='digits'", r"there is no table \[protocols.NAME\]"),
         (SUITE, "data = 3", r"there is no table \[data.NAME\]"),
         (SUITE, "[data]\na = 3\n[protocols.knn]", r"\[data.a\] must be a table, not 3"),
