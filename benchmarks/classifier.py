@@ -1,10 +1,10 @@
-"""A small supervised classifier of a source's images, as a folder that timm opens.
+"""Train a small supervised classifier on a source's images, and write a folder that timm opens.
 
 python benchmarks/classifier.py --data SOURCE [--eval-data SOURCE] --out FOLDER
 
-Where no VGG16 weights can be had, its features are the perceptual network of the conv tokenizers, and
-it tells what class a sample seems to be of. A ResNet-10-T of a third of its width at output stride 8,
-for 32 x 32 images; AdamW, one cycle, random resized crops and flips.
+Without VGG16 weights, its features are the perceptual network of the conv tokenizers. It also
+judges the class of samples. The network is a ResNet-10-T of a third of its width at output stride
+8, for 32 x 32 images; the recipe is AdamW, one cycle, random resized crops and flips.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ldae.runs.environment import environment
 
 _BATCH, _LR, _DECAY = 128, 4e-3, 0.05
 _MODEL_ARGS = {"channels": (32, 64, 128, 256), "output_stride": 8}
-# Any normalisation would do: what matters is that everybody uses this one, which the folder records.
+# Any normalisation works, as long as all users of the folder read it there.
 _MEAN = _STD = (0.5, 0.5, 0.5)
 
 
@@ -35,40 +35,44 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
     device = device_for("auto")
-    train, evaluation = open_splits(asked.data, asked.eval_data)
-    args = _MODEL_ARGS | {"num_classes": len(train.classes)}
+    train, evaluation = open_splits(args.data, args.eval_data)
+    model_args = _MODEL_ARGS | {"num_classes": len(train.classes)}
     torch.manual_seed(0)
-    model = timm.create_model("resnet10t", **args).to(device, memory_format=torch.channels_last)
-    steps = asked.epochs * len(train) // _BATCH
+    model = timm.create_model("resnet10t", **model_args).to(
+        device, memory_format=torch.channels_last
+    )
+    steps = args.epochs * len(train) // _BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps, pct_start=0.2)
+    annealing = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _LR, total_steps=steps, pct_start=0.2
+    )
     batches = train_batches(
         train,
-        CropTransform(asked.img_size, 3, "random", flip=True),
+        CropTransform(args.img_size, 3, "random", flip=True),
         seed=0,
         start=0,
         stop=steps * _BATCH,
         batch_size=_BATCH,
-        workers=asked.workers,
+        workers=args.workers,
     )
     for step, batch in enumerate(batches):
-        logits = model(normalised(batch.images, device))
+        logits = model(normalise(batch.images, device))
         loss = F.cross_entropy(logits, batch.targets.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        annealing.step()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
 
-    top1 = accuracy(model.eval(), evaluation, asked.img_size, device)
+    top1 = accuracy(model.eval(), evaluation, args.img_size, device)
     print(f"top-1 {top1:.2f} on {evaluation.spec}")
     model.pretrained_cfg = model.pretrained_cfg | {
         "tag": "ldae_benchmark",
-        "input_size": (3, asked.img_size, asked.img_size),
+        "input_size": (3, args.img_size, args.img_size),
         "num_classes": len(train.classes),
         "mean": _MEAN,
         "std": _STD,
@@ -77,27 +81,27 @@ def main() -> None:
     }
     timm.models.save_for_hf(
         model.to("cpu", memory_format=torch.contiguous_format),  # safetensors takes no other
-        asked.out,
+        args.out,
         model_config={"label_names": train.classes},
-        model_args=args,
+        model_args=model_args,
         safe_serialization=True,
     )
     record = {"top1": top1, "data": train.spec, "eval_data": evaluation.spec}
-    record |= {"epochs": asked.epochs, "environment": environment(device)}
-    write_json(asked.out / "classifier.json", record)
+    record |= {"epochs": args.epochs, "environment": environment(device)}
+    write_json(args.out / "classifier.json", record)
 
 
-def normalised(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+def normalise(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return images.to(device).float() / 127.5 - 1
 
 
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, source, img_size: int, device: torch.device) -> float:
-    right = 0
+    correct = 0
     batches = eval_batches(source, CropTransform(img_size), range(len(source)), 256, workers=0)
     for images, labels, _ in batches:
-        right += int((model(normalised(images, device)).argmax(1).cpu() == labels).sum())
-    return 100 * right / len(source)
+        correct += int((model(normalise(images, device)).argmax(1).cpu() == labels).sum())
+    return 100 * correct / len(source)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-r"""Fine-tuning from a pre-trained backbone against the same network from scratch, both curves kept.
+"""Compare fine-tuning from a pre-trained backbone with the same network from scratch.
 
 python benchmarks/finetune.py BACKBONE --data SOURCE [--recipe NAME] [settings of ldae finetune]
 
-The two differ in --model.random-init alone: same recipe, epochs, seed, images and augmentation. Both
-are the commands that a user would type; they are printed, and the same command goes on where it
-stopped. --out gets the results and the metrics of both, with the curves side by side in finetune.json
-and finetune.md.
+The runs differ only in --model.random-init: recipe, epochs, seed, images and augmentation are the
+same. Their commands are printed. Run this command again to resume. The folder --out gets the
+results and the metrics of both runs, and both curves in finetune.json and finetune.md.
 """
 
 import argparse
@@ -28,16 +27,16 @@ def main() -> None:
     parser.add_argument("--recipe", default="ldae")
     parser.add_argument("--runs", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/finetune"))
-    asked, settings = parser.parse_known_args()
-    for name, own in _STARTS.items():
-        words = [asked.backbone, "--recipe", asked.recipe, *settings, *own]
-        command = ["ldae", "finetune", *words, "--run", str(asked.runs / name)]
+    args, settings = parser.parse_known_args()
+    for name, start in _STARTS.items():
+        words = [args.backbone, "--recipe", args.recipe, *settings, *start]
+        command = ["ldae", "finetune", *words, "--run", str(args.runs / name)]
         print("\n$", *command, flush=True)
         subprocess.run([sys.executable, "-m", *command], check=True)
-        (asked.out / name).mkdir(parents=True, exist_ok=True)
+        (args.out / name).mkdir(parents=True, exist_ok=True)
         for file in _COPIED:
-            shutil.copyfile(asked.runs / name / file, asked.out / name / file)
-    write_tables(asked.out)
+            shutil.copyfile(args.runs / name / file, args.out / name / file)
+    write_tables(args.out)
 
 
 def write_tables(out: Path) -> None:
@@ -47,8 +46,8 @@ def write_tables(out: Path) -> None:
     record = {"results": tops, "protocol": results["pretrained"]["protocol"], "curves": curves}
     write_json(out / "finetune.json", record | {"environment": environment()})
     lines = ["| epoch | from the backbone | from scratch |", "|---|---|---|"]
-    for one, other in zip(*curves.values(), strict=True):
-        lines.append(f"| {one['epoch']:.2f} | {one['top1']:.2f} | {other['top1']:.2f} |")
+    for start, scratch in zip(*curves.values(), strict=True):
+        lines.append(f"| {start['epoch']:.2f} | {start['top1']:.2f} | {scratch['top1']:.2f} |")
     last = [f"{tops[name]['top1']:.2f}" for name in _STARTS]
     lines.append(f"| end | {' | '.join(last)} |")
     write(out / "finetune.md", ("\n".join(lines) + "\n").encode())
@@ -56,7 +55,7 @@ def write_tables(out: Path) -> None:
 
 
 def curve(run: Path) -> list[dict]:
-    """What was measured on the evaluation split, and the loss there."""
+    """Return the metrics on the evaluation split, and the training loss at these points."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     kept = ("images", "epoch", "loss", "top1", "top5")
     return [{key: record[key] for key in kept} for record in records if "top1" in record]

@@ -1,9 +1,9 @@
-"""Training of conv tokenizers: images/s of a step and peak memory, with and without each term.
+"""Measure training steps of conv tokenizers: images/s and peak memory, without each loss term.
 
 python benchmarks/fit_tokenizer.py --data cifar10_train.zip --perceptual-net FOLDER
 
-Each row runs in a process of its own, so that its peak is its own, at the small scale unless --scale
-says otherwise. The adversary takes part from the first step.
+Each row runs in its own process, which gives its own peak memory. The scale is ``small`` unless
+--scale is given. The discriminator takes part from the first step.
 """
 
 import argparse
@@ -43,45 +43,45 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fit_tokenizer.json"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.row:
-        print(json.dumps(measure(asked)))
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(measure(args)))
         return
     results = {}
-    for row in asked.rows:
+    for row in args.rows:
         command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
-        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        results[row] = json.loads(told.splitlines()[-1])
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        results[row] = json.loads(output.splitlines()[-1])
         print(row, results[row], flush=True)
-    device = distributed.device_for(asked.device)
+    device = distributed.device_for(args.device)
     write_json(
-        asked.out,
+        args.out,
         {
             "what": "training steps of fit-tokenizer, data already loaded",
             "unit": "images/s, median of the rounds; peak MiB, of the process beyond its start on "
             "a CPU, of torch's allocator on a GPU",
             "rows": results,
-            "scale": asked.scale,
-            "perceptual_net": asked.perceptual_net,
-            "data": asked.data,
-            "steps": asked.steps,
-            "rounds": asked.rounds,
+            "scale": args.scale,
+            "perceptual_net": args.perceptual_net,
+            "data": args.data,
+            "steps": args.steps,
+            "rounds": args.rounds,
             "environment": environment(device),
         },
     )
 
 
-def measure(asked: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace) -> dict:
     changes = {
-        "data.source": asked.data,
-        "system.device": asked.device,
-        "tokenizer.perceptual_net": asked.perceptual_net,
+        "data.source": args.data,
+        "system.device": args.device,
+        "tokenizer.perceptual_net": args.perceptual_net,
         "tokenizer.adversarial_start": 0,
     }
-    if asked.batch_size:
-        changes["tokenizer.optim.batch_size"] = asked.batch_size
-    config = replace(ldae.config(asked.row, asked.scale), changes)
-    device = distributed.device_for(asked.device)
+    if args.batch_size:
+        changes["tokenizer.optim.batch_size"] = args.batch_size
+    config = replace(ldae.config(args.row, args.scale), changes)
+    device = distributed.device_for(args.device)
     source = open_source(config.data.source, "train")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fit = prepare(config, source, device, Path("nowhere"))
@@ -92,8 +92,8 @@ def measure(asked: argparse.Namespace) -> dict:
     loss = tokenizer_loss(fit)
     optimizer = adamw(loss, config.tokenizer.optim)
     seconds = [
-        seconds_a_step(loss, optimizer, batch, asked.steps, device)
-        for _ in range(asked.rounds + 1)  # the first round is burn-in
+        seconds_a_step(loss, optimizer, batch, args.steps, device)
+        for _ in range(args.rounds + 1)  # the first round is burn-in
     ][1:]
     speeds = [len(batch.images) / part for part in seconds]
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -1,9 +1,9 @@
-"""Whether a trained backbone is above its untrained control in a suite's table, by enough.
+"""Check that a trained backbone is far enough above its untrained control in a suite's table.
 
 python benchmarks/floors.py TABLE.json --backbone NAME --control NAME --above PROTOCOL=POINTS ...
 
-The floor of a protocol is the control's number and so many points; the number is the headline of the
-cell, which table.md shows. A backbone below one of its floors ends it with a status that is not 0.
+The floor of a protocol is the control's headline, the number in table.md, plus POINTS. The exit
+status is 1 when the backbone is below a floor.
 """
 
 import argparse
@@ -18,22 +18,19 @@ def main() -> None:
     parser.add_argument("--backbone", required=True, help="its name in the table")
     parser.add_argument("--control", required=True)
     parser.add_argument("--above", nargs="+", required=True, metavar="PROTOCOL=POINTS")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     below = 0
-    for floor in asked.above:
+    for floor in args.above:
         protocol, _, points = floor.partition("=")
-        control, found = (
-            headline(asked.table, name, protocol) for name in (asked.control, asked.backbone)
-        )
-        least = control + float(points)
-        below += found < least
-        state = "below" if found < least else "above"
-        print(f"{protocol}: {found:.2f}, {state} its floor of {least:.2f} (control {control:.2f})")
+        control = headline(args.table, args.control, protocol)
+        score, least = headline(args.table, args.backbone, protocol), control + float(points)
+        below += score < least
+        state = "below" if score < least else "above"
+        print(f"{protocol}: {score:.2f}, {state} its floor of {least:.2f} (control {control:.2f})")
     sys.exit(bool(below))
 
 
 def headline(table: Path, backbone: str, protocol: str) -> float:
-    """Return the headline of a cell."""
     for cell in json.loads(table.read_text())["cells"]:
         if (cell["backbone"], cell["protocol"]) == (backbone, protocol) and cell["results"]:
             return cell["results"][cell["headline"]]

@@ -1,10 +1,10 @@
-"""Whether guidance moves samples towards the classes that are asked for, as a classifier sees them.
+"""Measure with a classifier whether guidance moves samples towards the requested classes.
 
 python benchmarks/guidance.py --judge SPEC [--conditional RUN] [--unconditional RUN --guide SPEC]
 
-The judge, a timm classifier of the same classes, looks at samples of a class-conditional run under
-classifier-free guidance of several weights, and at samples of an unconditional run under the guidance
-of another classifier at several scales. Image n is asked to be of class n mod C.
+The judge is a timm classifier of the same classes. It classifies samples of a class-conditional run
+with classifier-free guidance of several weights, and samples of an unconditional run guided by
+another classifier at several scales. The class of image n is n mod C.
 """
 
 import argparse
@@ -34,46 +34,48 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/guidance.json"))
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
-    judge = load_classifier(asked.judge)
-    found: dict[str, dict[str, float]] = {}
-    if asked.conditional:
-        found["classifier-free, by weight"] = {
-            str(weight): judged(judge, asked.conditional, asked, guidance=weight)
+    judge = load_classifier(args.judge)
+    shares: dict[str, dict[str, float]] = {}
+    if args.conditional:
+        shares["classifier-free, by weight"] = {
+            str(weight): share_of_class(judge, args.conditional, args, guidance=weight)
             for weight in _WEIGHTS
         }
-    if asked.unconditional:
+    if args.unconditional:
         classes = tuple(str(n) for n in range(judge.num_classes))
-        found["classifier, by scale"] = {
-            str(scale): judged(
+        shares["classifier, by scale"] = {
+            str(scale): share_of_class(
                 judge,
-                asked.unconditional,
-                asked,
+                args.unconditional,
+                args,
                 labels=classes,
-                classifier=asked.guide,
+                classifier=args.guide,
                 classifier_scale=scale,
             )
             for scale in _SCALES
         }
-    record = {"images": asked.images, "steps": asked.steps, "judge": asked.judge}
-    record |= {"guide": asked.guide, "percent_of_the_class_asked_for": found}
-    write_json(asked.out, record | {"environment": environment()})
-    print(found)
+    record = {"images": args.images, "steps": args.steps, "judge": args.judge}
+    record |= {"guide": args.guide, "percent_of_the_class_asked_for": shares}
+    write_json(args.out, record | {"environment": environment()})
+    print(shares)
 
 
-def judged(judge: torch.nn.Module, run: Path, asked: argparse.Namespace, **how: object) -> float:
-    """The share of samples, in percent, that the judge takes for the class that was asked for."""
+def share_of_class(
+    judge: torch.nn.Module, run: Path, args: argparse.Namespace, **how: object
+) -> float:
+    """Return the percentage of samples that the judge assigns to the requested class."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "samples.npz"
-        sample(run, images=asked.images, out=out, how=Sampling(steps=asked.steps, **how))
+        sample(run, images=args.images, out=out, how=Sampling(steps=args.steps, **how))
         arrays = np.load(out)
         images, labels = arrays["arr_0"], torch.from_numpy(arrays["arr_1"])
     transform = preprocessing(judge)
     with torch.inference_mode():
         pixels = torch.from_numpy(images).movedim(-1, 1)
-        seen = [judge(transform.normalise(part)).argmax(1) for part in pixels.split(250)]
-    return 100 * (torch.cat(seen) == labels).float().mean().item()
+        classes = [judge(transform.normalise(part)).argmax(1) for part in pixels.split(250)]
+    return 100 * (torch.cat(classes) == labels).float().mean().item()
 
 
 if __name__ == "__main__":

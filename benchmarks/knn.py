@@ -1,10 +1,10 @@
-"""What exact k-NN costs: ours, a blocked torch matmul and topk, and scikit-learn's brute force.
+"""Compare exact k-NN: ours, a blocked torch matmul and topk, and scikit-learn's brute force.
 
 python benchmarks/knn.py [--train N] [--queries N] [--dim D] [--k K] [--threads N]
 
-Random unit features on the CPU. Each search runs in a process of its own, so that its peak memory is
-its own: what it holds above the features. Ours also runs on half of the queries, with which its
-memory should not shrink.
+The features are random unit vectors on the CPU. Each search runs in its own process, which gives
+its own peak memory above the features. Ours also runs on half of the queries; its memory should not
+depend on their number.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +29,9 @@ CPU = torch.device("cpu")
 
 def features(count: int, dim: int, seed: int) -> torch.Tensor:
     rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
-    return rows.div_(rows.norm(dim=1, keepdim=True))  # in place: the peak before is what is held
+    return rows.div_(
+        rows.norm(dim=1, keepdim=True)
+    )  # in place: the features are the peak before the search
 
 
 def ours(train: torch.Tensor, queries: torch.Tensor, k: int) -> Iterable[torch.Tensor]:
@@ -44,7 +45,7 @@ def blocked_torch(train: torch.Tensor, queries: torch.Tensor, k: int) -> Iterabl
 
 
 def scikit_learn(train: torch.Tensor, queries: torch.Tensor, k: int) -> Iterable[torch.Tensor]:
-    """By Euclidean distance, which orders unit vectors as the cosine does."""
+    # Euclidean distance orders unit vectors as the cosine does.
     from sklearn.neighbors import NearestNeighbors
 
     index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(train.numpy())
@@ -55,21 +56,21 @@ SEARCHES = {search.__name__: search for search in (ours, blocked_torch, scikit_l
 
 
 def measure(name: str, train: int, queries: int, dim: int, k: int, rounds: int) -> dict:
-    """Seconds of the fastest round, MiB of peak memory above the features, and a sum over what is found."""
-    bank, asked = features(train, dim, 0), features(queries, dim, 1)
+    """Return the seconds of the fastest round, the peak memory, and the sum of all indices."""
+    bank, vectors = features(train, dim, 0), features(queries, dim, 1)
 
-    def search(bank: torch.Tensor, asked: torch.Tensor) -> int:
-        return sum(int(numbers.sum()) for numbers in SEARCHES[name](bank, asked, k))
+    def search(bank: torch.Tensor, vectors: torch.Tensor) -> int:
+        return sum(int(indices.sum()) for indices in SEARCHES[name](bank, vectors, k))
 
-    search(bank[: 8 * k], asked[:8])  # imports, threads
+    search(bank[: 8 * k], vectors[:8])  # imports, threads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
-        found = search(bank, asked)
+        total = search(bank, vectors)
         seconds.append(time.perf_counter() - start)
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"seconds": round(min(seconds), 3), "mib": round(memory, 1), "sum_of_numbers": found}
+    return {"seconds": round(min(seconds), 3), "mib": round(memory, 1), "sum_of_numbers": total}
 
 
 def main() -> None:
@@ -81,42 +82,40 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/knn.json"))
-    parser.add_argument("--search", choices=SEARCHES, help="this one alone, here")
-    asked = parser.parse_args()
-    if asked.search:
-        sizes = (asked.train, asked.queries, asked.dim, asked.k, asked.rounds)
-        print(json.dumps(measure(asked.search, *sizes)))
+    parser.add_argument("--search", choices=SEARCHES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.search:
+        sizes = (args.train, args.queries, args.dim, args.k, args.rounds)
+        print(json.dumps(measure(args.search, *sizes)))
         return
 
-    def apart(search: str, queries: int) -> dict:
-        sizes = {**vars(asked), "queries": queries, "search": search}
+    def run_process(search: str, queries: int) -> dict:
+        sizes = {**vars(args), "queries": queries, "search": search}
         options = [f"--{name}={sizes[name]}" for name in ("train", "queries", "dim", "k", "rounds")]
         command = [sys.executable, __file__, *options, f"--search={search}"]
-        threads = {"OMP_NUM_THREADS": str(asked.threads)}
-        with tempfile.TemporaryFile("w+") as told:
-            subprocess.run(command, env=os.environ | threads, stdout=told, check=True)
-            told.seek(0)
-            return json.loads(told.read())
+        threads = {"OMP_NUM_THREADS": str(args.threads)}
+        done = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)
 
-    torch.set_num_threads(asked.threads)  # for the record
-    found = {name: apart(name, asked.queries) for name in SEARCHES}
-    half = apart("ours", asked.queries // 2)
-    sums = [one.pop("sum_of_numbers") for one in (*found.values(), half)][:-1]
+    torch.set_num_threads(args.threads)  # for the record
+    searches = {name: run_process(name, args.queries) for name in SEARCHES}
+    half = run_process("ours", args.queries // 2)
+    sums = [result.pop("sum_of_numbers") for result in (*searches.values(), half)][:-1]
     record = {
         "what": "exact k nearest neighbours of random features on the CPU",
-        **{name: getattr(asked, name) for name in ("train", "queries", "dim", "k", "threads")},
-        "searches": found,
+        **{name: getattr(args, name) for name in ("train", "queries", "dim", "k", "threads")},
+        "searches": searches,
         "ours_on_half_of_the_queries": half,
-        # Rounding decides between images that are nearly as similar.
+        # Rounding decides between images of nearly equal similarity.
         "relative_difference_of_what_is_found": (max(sums) - min(sums)) / min(sums),
         "ratios": {
-            f"{name} over ours": round(found[name]["seconds"] / found["ours"]["seconds"], 2)
+            f"{name} over ours": round(searches[name]["seconds"] / searches["ours"]["seconds"], 2)
             for name in ("blocked_torch", "scikit_learn")
         },
         "environment": environment(CPU),
     }
-    write_json(asked.out, record)
-    print(found, "half:", half, record["ratios"])
+    write_json(args.out, record)
+    print(searches, "half:", half, record["ratios"])
 
 
 if __name__ == "__main__":

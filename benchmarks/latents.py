@@ -1,8 +1,8 @@
-"""Latent scale and latent dimension of l-DAE at equal budget: one run and one linear probe each.
+"""Compare latent scales and dimensions of l-DAE: one run and one linear probe each, equal budgets.
 
-python benchmarks/latents.py --data cifar10_train.zip --eval-data cifar10_test.zip --runs runs/latents
+python benchmarks/latents.py --data SOURCE --eval-data SOURCE --runs runs/latents
 
-Goes on where it stopped, and writes the table to --out after every run.
+The table in --out is written after every run. Run this command again to resume.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10-latents.json"))
     parser.add_argument("--epochs", type=float, default=1.2)
     parser.add_argument("--blr", type=float, default=2e-3)
-    arguments = parser.parse_args()
+    args = parser.parse_args()
 
     setup = Setup(workers=0, precision="bf16")
     rows = []
@@ -39,25 +39,25 @@ def main() -> None:
         config = replace(
             ldae.config("l_dae", scale="demo"),
             {
-                "data.source": arguments.data,
-                "optim.epochs": arguments.epochs,
-                "optim.blr": arguments.blr,
+                "data.source": args.data,
+                "optim.epochs": args.epochs,
+                "optim.blr": args.blr,
                 "system.workers": 0,
             }
             | changes,
         )
-        run = arguments.runs / "-".join(str(value) for value in changes.values())
+        run = args.runs / "-".join(str(value) for value in changes.values())
         pretrain(config, run, "l_dae")
-        data = (arguments.data, arguments.eval_data)
+        data = (args.data, args.eval_data)
         result = linear(str(run), *data, protocol=CachedProtocol(epochs=20), setup=setup)["results"]
         rows.append(changes | {"top1": round(result["top1"], 2), "rate": result["learning_rate"]})
         print(f"{changes}: {result['top1']:.2f}", flush=True)
         write_json(
-            arguments.out,
+            args.out,
             {
                 "what": "l_dae, ViT of width 128 with 2 + 2 blocks, patch 4; linear probe, top-1",
-                "images_seen": round(arguments.epochs * 50_000),
-                "blr": arguments.blr,
+                "images_seen": round(args.epochs * 50_000),
+                "blr": args.blr,
                 "rows": rows,
                 "environment": environment(),
             },

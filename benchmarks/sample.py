@@ -1,10 +1,10 @@
-"""Images/s and peak memory of `ldae sample`, with and without classifier-free guidance.
+"""Measure images/s and peak memory of `ldae sample`, with and without classifier-free guidance.
 
 python benchmarks/sample.py [--row ROW] [--scale SCALE] [--device DEVICE] [--out FILE]
 
-The network is untrained, which changes no time. A class-conditional one of the row's size draws
-pictures as the verb does, decoding included, but writes none. Each case runs in a process of its own,
-in turn over the rounds, since the peak of a process never falls.
+A class-conditional, untrained network of the row's size samples and decodes as the command does,
+but writes no files. In every round each case runs in its own process, because the recorded peak
+memory of a process never falls.
 """
 
 import argparse
@@ -34,67 +34,67 @@ CASES = {"unguided": 1.0, "guided": 2.0}  # weight of classifier-free guidance
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--row", default="patch_pca", help="one that starts from pure noise")
+    parser.add_argument("--row", default="patch_pca", help="a row that starts from pure noise")
     parser.add_argument("--scale", default="small")
-    parser.add_argument("--steps", type=int, default=50, help="of DDIM")
+    parser.add_argument("--steps", type=int, default=50, help="steps of DDIM")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=2, help="counted in each round")
+    parser.add_argument("--batches", type=int, default=2, help="batches in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sample.json"))
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.case:
-        print(json.dumps(measure(asked)))
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(args)))
         return
 
     rounds: dict[str, list[dict]] = {case: [] for case in CASES}
-    for _ in range(asked.rounds):
-        for case, found in rounds.items():
+    for _ in range(args.rounds):
+        for case, results in rounds.items():
             command = [sys.executable, *sys.argv, "--case", case]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-        print({case: found[-1] for case, found in rounds.items()}, flush=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+        print({case: results[-1] for case, results in rounds.items()}, flush=True)
     medians = {
-        case: {key: round(statistics.median(r[key] for r in found), 2) for key in found[0]}
-        for case, found in rounds.items()
+        case: {key: round(statistics.median(r[key] for r in results), 2) for key in results[0]}
+        for case, results in rounds.items()
     }
     write_json(
-        asked.out,
+        args.out,
         {
-            "what": f"{asked.row} at scale {asked.scale}, DDIM of {asked.steps} steps, batch "
-            f"{asked.batch_size}, {asked.precision}; peak memory of the device, or what the process "
-            "grew by on a CPU",
+            "what": f"{args.row} at scale {args.scale}, DDIM of {args.steps} steps, batch "
+            f"{args.batch_size}, {args.precision}; peak memory of the device, or the growth of the "
+            "process on a CPU",
             "medians": medians,
             "rounds": rounds,
-            "environment": environment(device_for(asked.device)),
+            "environment": environment(device_for(args.device)),
         },
     )
 
 
-def measure(asked: argparse.Namespace) -> dict[str, float]:
-    """One case: images/s, and MiB at the peak beyond what the process held before the method."""
-    device = device_for(asked.device)
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Return images/s and the peak memory in MiB beyond the memory before the method was built."""
+    device = device_for(args.device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    config = replace(ldae.config(asked.row, asked.scale), {"model.class_conditional": True})
-    method = build(config, CLASSES, bf16=asked.precision == "bf16").to(device)
+    config = replace(ldae.config(args.row, args.scale), {"model.class_conditional": True})
+    method = build(config, CLASSES, bf16=args.precision == "bf16").to(device)
     method.eval().requires_grad_(False)
-    how = Sampling(steps=asked.steps, guidance=CASES[asked.case], precision=asked.precision)
+    how = Sampling(steps=args.steps, guidance=CASES[args.case], precision=args.precision)
     names = [str(number) for number in range(CLASSES)]
     draw = partial(pictures, method, choose(method, names, how), None)
-    numbers = torch.arange(asked.batch_size, device=device)
+    numbers = torch.arange(args.batch_size, device=device)
     warm = Sampling(steps=2, guidance=how.guidance, precision=how.precision)
     pictures(method, choose(method, names, warm), None, numbers)
     start = time.perf_counter()
-    for batch in range(asked.batches):
-        draw(numbers + batch * asked.batch_size)  # ends on the CPU: nothing is left in flight
+    for batch in range(args.batches):
+        draw(numbers + batch * args.batch_size)  # ends on the CPU, so nothing is in flight
     seconds = time.perf_counter() - start
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    speed = asked.batch_size * asked.batches / seconds
+    speed = args.batch_size * args.batches / seconds
     return {"images_per_second": round(speed, 3), "peak_mib": round(peak, 1)}
 
 

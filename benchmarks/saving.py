@@ -1,13 +1,14 @@
-"""How long a checkpoint takes, how long it stalls the training, and how long a run takes to start.
+"""Measure the time of a checkpoint, how long it stalls training, and the start of a run.
 
 python benchmarks/saving.py [--model NAME] [--device cpu] [--out FILE]
 
-The real loop trains on made-up images and saves now and then. A step's time is that between two
-records; a step is quiet when nothing was written meanwhile. The stall is what the step that begins a
-save takes longer than a quiet one: the copy of the state, which is all that the training waits for.
+The real loop trains on synthetic images and saves regularly. The time of a step is the time between
+two records. A step is quiet when no checkpoint was being written. The stall is the additional time
+of a step that begins a save: training waits only for the copy of the state.
 """
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -39,32 +40,32 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--saves", type=int, default=4)
-    parser.add_argument("--between", type=int, default=6, help="steps between two saves, about")
-    parser.add_argument("--no-start", action="store_true", help="leave out the starts")
+    parser.add_argument("--between", type=int, default=6, help="steps between saves, about")
+    parser.add_argument("--no-start", action="store_true", help="do not measure the starts of runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/saving.json"))
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
     config = replace(
         ldae.config("l_dae"),
         {
             "data.source": "scattered-digits:2000",
-            "data.img_size": asked.img_size,
-            "model.name": asked.model,
-            "model.depth": asked.depth,
+            "data.img_size": args.img_size,
+            "model.name": args.model,
+            "model.depth": args.depth,
             "tokenizer.fit_images": 500,
-            "optim.batch_size": asked.batch_size,
-            "system.workers": asked.workers,
-            "system.device": asked.device,
+            "optim.batch_size": args.batch_size,
+            "system.workers": args.workers,
+            "system.device": args.device,
             "system.log_every": 1,
         },
     )
-    device = distributed.device_for(asked.device)
-    steps, writes, record = saves(config, device, asked.saves, asked.between)
-    quiet, first, during = told_apart(steps, writes)
+    device = distributed.device_for(args.device)
+    steps, writes, record = saves(config, device, args.saves, args.between)
+    quiet, first, during = classify_steps(steps, writes)
     usual = statistics.median(quiet)
     record |= {
-        "what": f"{asked.model}, depth {asked.depth} + {asked.depth}, {asked.img_size} px, batch "
-        f"{asked.batch_size}, float32 weights and two moments",
+        "what": f"{args.model}, depth {args.depth} + {args.depth}, {args.img_size} px, batch "
+        f"{args.batch_size}, float32 weights and two moments",
         "step_seconds": round(usual, 4),
         "stall_seconds": [round(seconds - usual, 4) for seconds in first],
         "stall_in_steps_median": round(statistics.median(first) / usual - 1, 3),
@@ -74,14 +75,14 @@ def main() -> None:
         "write_seconds": [round(end - begin, 3) for begin, end in writes],
         "quiet_steps": len(quiet),
     }
-    if not asked.no_start:
+    if not args.no_start:
         record |= {"start": starts(config)}
-    write_json(asked.out, record | {"environment": environment(device)})
+    write_json(args.out, record | {"environment": environment(device)})
     print(record)
 
 
 def saves(config: Config, device: torch.device, count: int, between: int):
-    """Ends of steps, begins and ends of writes, and the size of the state and its reading."""
+    """Return the ends of steps, the (start, end) of writes, and the facts of a checkpoint."""
     source = open_source(config.data.source, "train")
     method, compiled = prepare(config, device, source)
     size = config.optim.batch_size
@@ -102,7 +103,7 @@ def saves(config: Config, device: torch.device, count: int, between: int):
 
     with tempfile.TemporaryDirectory() as folder:
 
-        def go_on(until: int, minutes: float) -> None:
+        def train(until: int, minutes: float) -> None:
             system = replace(config, {"system.save_minutes": minutes}).system
             Loop(
                 method,
@@ -117,10 +118,10 @@ def saves(config: Config, device: torch.device, count: int, between: int):
                 compiled=compiled,
             ).train()
 
-        go_on(between, 1e9)  # burns in, and tells the time of a step
+        train(between, 1e9)  # burn-in, and the time of a step
         step = (ends[-1] - ends[1]) / (len(ends) - 2)
         ends.clear(), writes.clear()
-        go_on(between * (count + 2), between * step / 60)
+        train(between * (count + 2), between * step / 60)
         (path,) = Checkpoints(Path(folder)).paths()
         begin = time.perf_counter()
         read(path)
@@ -128,13 +129,13 @@ def saves(config: Config, device: torch.device, count: int, between: int):
             "megabytes": round(path.stat().st_size / 1e6, 1),
             "read_and_checked_seconds": round(time.perf_counter() - begin, 3),
         }
-    return ends, writes[:-1], record  # the last one is waited for
+    return ends, writes[:-1], record  # the loop waits for the last write
 
 
-def told_apart(ends: list[float], writes: list[tuple[float, float]]):
-    """Seconds of quiet steps, of those that began a save, and of the others during a write."""
+def classify_steps(ends: list[float], writes: list[tuple[float, float]]):
+    """Return the seconds of quiet steps, steps that began a save, and others during a write."""
     quiet, first, during = [], [], []
-    for begin, end in zip(ends[1:], ends[2:]):  # the first step of a run is slow
+    for begin, end in itertools.pairwise(ends[1:]):  # the first step of a run is slow
         seconds = end - begin
         if any(begin <= start < end for start, _ in writes):
             first.append(seconds)
@@ -146,8 +147,8 @@ def told_apart(ends: list[float], writes: list[tuple[float, float]]):
 
 
 def starts(config: Config) -> dict[str, float]:
-    """Seconds from the command to its first step's line: of a new run, and of one that goes on."""
-    found = {}
+    """Return the seconds from the command to the line of its first step, new and resumed."""
+    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "start.yaml")
         file.write_text(tree.to_yaml(replace(config, {"system.save_minutes": 0.0})))
@@ -158,10 +159,10 @@ def starts(config: Config) -> dict[str, float]:
             for line in process.stdout:
                 if "images/s" in line:
                     break
-            found[f"{name}_seconds"] = round(time.perf_counter() - begin, 2)
-            process.terminate()  # saves, and ends
+            seconds[f"{name}_seconds"] = round(time.perf_counter() - begin, 2)
+            process.terminate()  # the run saves and ends
             process.communicate()
-    return found
+    return seconds
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Images/s of the whole run on one rank and on more, by the commands that a user types.
+"""Measure images/s of `ldae pretrain` on one rank and on several.
 
 python benchmarks/scaling.py [--ranks 1 2] [--scale small] [--device auto] [--out FILE]
 
-The batch is the same for all, so more ranks mean less work for each. On CPUs every rank has one
-thread. The runs take turns, round by round: a machine whose speed drifts drifts for all.
+The total batch is the same for all. On CPUs every rank has one thread. In every round all numbers
+of ranks run once, so that a drift of the machine's speed affects all of them.
 """
 
 import argparse
@@ -29,55 +29,55 @@ def main() -> None:
     parser.add_argument("--data", default="scattered-digits:2000")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--burn-in", type=int, default=3, help="of these steps")
+    parser.add_argument("--burn-in", type=int, default=3, help="steps to leave out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scaling.json"))
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
-    images = int(asked.data.partition(":")[2])
+    images = int(args.data.partition(":")[2])
     config = tree.replace(
-        ldae.config("l_dae", asked.scale),
+        ldae.config("l_dae", args.scale),
         {
-            "data.source": asked.data,
+            "data.source": args.data,
             "tokenizer.fit_images": 500,
-            "optim.batch_size": asked.batch_size,
-            "optim.epochs": asked.steps * asked.batch_size / images,
+            "optim.batch_size": args.batch_size,
+            "optim.epochs": args.steps * args.batch_size / images,
             "optim.warmup_epochs": 0.0,
-            "system.device": asked.device,
-            "system.fsdp": asked.fsdp,
+            "system.device": args.device,
+            "system.fsdp": args.fsdp,
             "system.workers": 0,
             "system.log_every": 1,
         },
     )
-    found: dict[int, list[float]] = {ranks: [] for ranks in asked.ranks}
+    speeds: dict[int, list[float]] = {ranks: [] for ranks in args.ranks}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "scaling.yaml")
         file.write_text(tree.to_yaml(config))
-        with progress(asked.rounds * len(found), "runs") as bar:
-            for number in range(asked.rounds):
-                for ranks, speeds in found.items():
-                    speeds.append(speed(file, Path(folder, f"{number}-{ranks}"), ranks, asked))
+        with progress(args.rounds * len(speeds), "runs") as bar:
+            for number in range(args.rounds):
+                for ranks, measured in speeds.items():
+                    measured.append(speed(file, Path(folder, f"{number}-{ranks}"), ranks, args))
                     bar.update()
-    medians = {ranks: statistics.median(speeds) for ranks, speeds in found.items()}
-    first = medians[asked.ranks[0]]
+    medians = {ranks: statistics.median(measured) for ranks, measured in speeds.items()}
+    first = medians[args.ranks[0]]
     record = {
         "what": f"{config.model.name}, depth {config.model.depth} + {config.model.depth}, batch "
-        f"{asked.batch_size} in all, images/s of {asked.steps} steps after {asked.burn_in}",
+        f"{args.batch_size} in all, images/s of {args.steps} steps after {args.burn_in}",
         "images_per_second": {
-            ranks: [round(one, 1) for one in part] for ranks, part in found.items()
+            ranks: [round(value, 1) for value in measured] for ranks, measured in speeds.items()
         },
-        "median": {ranks: round(one, 1) for ranks, one in medians.items()},
-        "times_as_fast": {ranks: round(one / first, 3) for ranks, one in medians.items()},
-        "fsdp": asked.fsdp,
-        "environment": environment(distributed.device_for(asked.device)),
+        "median": {ranks: round(value, 1) for ranks, value in medians.items()},
+        "times_as_fast": {ranks: round(value / first, 3) for ranks, value in medians.items()},
+        "fsdp": args.fsdp,
+        "environment": environment(distributed.device_for(args.device)),
     }
-    write_json(asked.out, record)
+    write_json(args.out, record)
     print(record["median"], record["times_as_fast"])
 
 
-def speed(file: Path, run: Path, ranks: int, asked: argparse.Namespace) -> float:
+def speed(file: Path, run: Path, ranks: int, args: argparse.Namespace) -> float:
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "--"]
     command = [sys.executable, "-m", *launcher, "ldae", "pretrain", str(file), "--run", str(run)]
     one_thread = {"OMP_NUM_THREADS": "1"}
@@ -85,7 +85,7 @@ def speed(file: Path, run: Path, ranks: int, asked: argparse.Namespace) -> float
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return statistics.median([one["images_per_second"] for one in records][asked.burn_in :])
+    return statistics.median([record["images_per_second"] for record in records][args.burn_in :])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Kill a small run again and again, at random moments, and compare what it ends with.
+"""Kill a small run many times at random moments, and compare its end with an undisturbed run.
 
 python benchmarks/soak.py [--kills 50] [--ranks 1] [--seed 0] [--out FILE]
 
-An undisturbed run is the reference. The other one is killed, by SIGKILL and by SIGTERM in turn: by
-turns at a moment after its first line of progress, while a checkpoint is being written, and before it
-has trained at all; then the same command goes on. After each kill every checkpoint that is there must
-be whole. In the end weights, average, moments and metrics must be those of the reference, bit for bit.
-The time that a kill costs is what the disturbed run took longer, over the number of kills: it is
-starting up again, and the steps since the last checkpoint.
+The run is killed by SIGKILL and by SIGTERM, in turn after its first line of progress, while it
+writes a checkpoint, and before it has trained; then the same command resumes it. After each kill
+every checkpoint must be readable. In the end weights, average, optimizer moments and metrics must
+equal the undisturbed run bit for bit. The cost of a kill is the additional time of the disturbed
+run over the number of kills: start-up, and the steps since the last checkpoint.
 """
 
 import argparse
@@ -58,65 +57,56 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps-a-kill", type=int, default=40, help="length of the run")
-    parser.add_argument(
-        "--save-steps", type=float, default=4, help="about, between two checkpoints"
-    )
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; none: new ones")
+    parser.add_argument("--save-steps", type=float, default=4, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, help="of the moments; by default a new one")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak.json"))
-    asked = parser.parse_args()
-    seed = random.randrange(2**32) if asked.seed is None else asked.seed
+    args = parser.parse_args()
+    seed = random.randrange(2**32) if args.seed is None else args.seed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            record = soak(Path(folder), asked, random.Random(seed))
+            record = soak(Path(folder), args, random.Random(seed))
         finally:
             for process in Run.processes:
                 if process.poll() is None:
                     send(signal.SIGKILL, process.pid)
-    record |= {"ranks": asked.ranks, "seed": seed, "environment": environment("cpu")}
-    write_json(asked.out, record)
-    print(
-        json.dumps(
-            {key: part for key, part in record.items() if key not in ("kills", "environment")}
-        )
-    )
+    record |= {"ranks": args.ranks, "seed": seed, "environment": environment("cpu")}
+    write_json(args.out, record)
+    print(json.dumps({key: record[key] for key in record if key not in ("kills", "environment")}))
     if not record["equal"] or record["damaged_checkpoints"] or record["left_over_files"]:
         sys.exit("the soak failed")
 
 
-def soak(folder: Path, asked: argparse.Namespace, moments: random.Random) -> dict:
+def soak(folder: Path, args: argparse.Namespace, moments: random.Random) -> dict:
     batch = SETTINGS["optim.batch_size"]
-    epochs = asked.kills * asked.steps_a_kill * batch / 500
+    epochs = args.kills * args.steps_a_kill * batch / 500
     config = tree.replace(ldae.config("l_dae", "demo"), SETTINGS | {"optim.epochs": epochs})
     file = folder / "soak.yaml"
     file.write_text(tree.to_yaml(tree.replace(config, {"system.save_minutes": 1e9})))
-    calm = Run(folder / "calm", file, asked.ranks)
-    undisturbed = calm.to_end()
-    steps = json.loads(calm.metrics()[-1])["images"] // batch
-    often = {"system.save_minutes": asked.save_steps * undisturbed / steps / 60}
+    undisturbed = Run(folder / "undisturbed", file, args.ranks)
+    seconds = undisturbed.to_end()
+    steps = json.loads(undisturbed.metrics()[-1])["images"] // batch
+    often = {"system.save_minutes": args.save_steps * seconds / steps / 60}
     file.write_text(tree.to_yaml(tree.replace(config, often)))
 
     kills, runs, damaged, left, equal, disturbed = [], 0, 0, [], True, 0.0
-    with progress(asked.kills, "kills") as bar:
-        while len(kills) < asked.kills:  # a run that comes to its end is followed by another
-            run, runs, started = (
-                Run(folder / str(runs), file, asked.ranks),
-                runs + 1,
-                time.monotonic(),
-            )
-            while len(kills) < asked.kills:
+    with progress(args.kills, "kills") as bar:
+        while len(kills) < args.kills:  # another run follows a run that ends
+            run, started = Run(folder / str(runs), file, args.ranks), time.monotonic()
+            runs += 1
+            while len(kills) < args.kills:
                 when = WHEN[len(kills) % len(WHEN)]
-                how = (signal.SIGKILL, signal.SIGTERM)[len(kills) // 2 % 2]
-                killed = run.killed(how, when, moments)
-                damaged += sum(not whole(path) for path in Checkpoints(run.folder).paths())
+                how = signal.Signals[HOW[len(kills) // 2 % 2]]
+                killed = run.kill(how, when, moments)
+                damaged += sum(not readable(path) for path in Checkpoints(run.folder).paths())
                 if killed is None:
                     break
                 kills.append(killed)
                 bar.update()
             run.to_end()
             disturbed += time.monotonic() - started
-            one, two = (Checkpoints(part.folder).load() for part in (calm, run))
-            equal &= same(one, two) and calm.told() == run.told()
+            states = (Checkpoints(part.folder).load() for part in (undisturbed, run))
+            equal &= same(*states) and undisturbed.losses() == run.losses()
             left += [
                 str(path.relative_to(folder))
                 for path in run.folder.rglob("*")
@@ -124,36 +114,32 @@ def soak(folder: Path, asked: argparse.Namespace, moments: random.Random) -> dic
             ]
     lost = {name: [kill["lost_images"] for kill in kills if kill["signal"] == name] for name in HOW}
     return {
-        "what": f"kills of a small pre-training of {steps} steps on a CPU, and the same command again",
+        "what": f"kills and resumptions of a small pre-training of {steps} steps on a CPU",
         "counted": len(kills),
         "during_a_save": sum(kill["during_a_save"] for kill in kills),
         "runs": runs,
         "equal": equal,
         "damaged_checkpoints": damaged,
         "left_over_files": left,
-        "undisturbed_seconds": round(undisturbed, 2),
-        "seconds_a_kill": round((disturbed - runs * undisturbed) / len(kills), 2),
+        "undisturbed_seconds": round(seconds, 2),
+        "seconds_a_kill": round((disturbed - runs * seconds) / len(kills), 2),
         "steps_lost_a_kill": {
-            name: round(statistics.mean(found) / batch, 2) for name, found in lost.items() if found
+            name: round(statistics.mean(images) / batch, 2)
+            for name, images in lost.items()
+            if images
         },
         "kills": kills,
     }
 
 
 class Run:
-    """A command, and the process that obeys it now."""
+    """A run, and the process that now executes its command."""
 
     processes: list[subprocess.Popen] = []  # of all runs
 
     def __init__(self, folder: Path, file: Path, ranks: int) -> None:
         self.folder, self.trained = folder, False
-        launcher = [
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            "-m",
-            "--",
-        ]
+        launcher = f"torch.distributed.run --standalone --nproc-per-node={ranks} -m --".split()
         self.command = [sys.executable, "-m", *(launcher if ranks > 1 else [])]
         self.command += ["ldae", "pretrain", str(file), "--run", str(folder)]
 
@@ -165,7 +151,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # Ctrl-C is of the soak
+            start_new_session=True,  # Ctrl-C stops only this script
         )
         self.processes.append(self.process)
         self.reader = threading.Thread(target=lambda: self.lines.extend(self._read()), daemon=True)
@@ -177,21 +163,21 @@ class Run:
             yield line
 
     def to_end(self) -> float:
-        """Seconds that it took."""
+        """Run to the end, and return the seconds."""
         started = time.monotonic()
         self.start()
         self.end(0)
         return time.monotonic() - started
 
     def end(self, *statuses: int) -> None:
-        """Raises: SystemExit with what the run said, when it ends in another way."""
+        """Wait for the end; exit with the output of the run when its status is none of these."""
         status = self.process.wait()
         self.reader.join(timeout=5)
         if status not in statuses:
             sys.exit(f"{' '.join(self.command)} ended with {status}:\n{''.join(self.lines)}")
 
-    def killed(self, how: signal.Signals, when: str, moments: random.Random) -> dict | None:
-        """Start, kill at a random moment, and tell what was lost; None if the run ended before."""
+    def kill(self, how: signal.Signals, when: str, moments: random.Random) -> dict | None:
+        """Start, kill at a random moment, and describe the kill; None if the run ended before."""
         self.trained = False
         self.start()
         if when == "starting":
@@ -207,17 +193,17 @@ class Run:
             self.end(0)
             return None
         send(how, self.process.pid)
-        # Before its own handler is there, a signal ends a process as it ends any; torchrun says 1.
+        # A signal before the handler is installed ends the process; torchrun then exits with 1.
         self.end(0, 1, -how, 128 + how)
-        told = [json.loads(line)["images"] for line in self.metrics()]
-        kept = Checkpoints(self.folder).load()
-        kept = kept["images_seen"] if kept else 0
+        seen = [json.loads(line)["images"] for line in self.metrics()]
+        checkpoint = Checkpoints(self.folder).load()
+        kept = checkpoint["images_seen"] if checkpoint else 0
         return {
             "signal": how.name,
             "when": when,
             "during_a_save": saves,
             "at_image": kept,
-            "lost_images": max(0, max(told, default=0) - kept) if self.trained else 0,
+            "lost_images": max(0, max(seen, default=0) - kept) if self.trained else 0,
         }
 
     def _until(self, happened) -> None:
@@ -225,7 +211,7 @@ class Run:
             time.sleep(0.0005)
 
     def _saves(self) -> bool:
-        """Whether a file is being written, and not the half of one that the kill before has left."""
+        """Return whether a checkpoint is being written, ignoring what an earlier kill left."""
         for path in (self.folder / "checkpoints").glob(f"*{PARTIAL}"):
             with suppress(FileNotFoundError):
                 if path.stat().st_mtime > self.started:
@@ -237,16 +223,16 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in lines if line.endswith("}")]
 
-    def told(self) -> list[tuple]:
+    def losses(self) -> list[tuple]:
         records = map(json.loads, self.metrics())
         return [(record["images"], record["loss"], record["lr"]) for record in records]
 
 
 def send(how: signal.Signals, process: int) -> None:
-    """To a process and all below it: torchrun's ranks are in sessions of their own, and outlive it."""
-    for one in list(family(process)):
+    """Send a signal to a process and its descendants: torchrun's ranks have their own sessions."""
+    for member in list(family(process)):
         with suppress(ProcessLookupError):
-            os.kill(one, how)
+            os.kill(member, how)
 
 
 def family(process: int) -> Iterator[int]:
@@ -257,7 +243,7 @@ def family(process: int) -> Iterator[int]:
                 yield from family(int(child))
 
 
-def whole(path: Path) -> bool:
+def readable(path: Path) -> bool:
     try:
         read(path)
     except Exception as error:
@@ -267,7 +253,7 @@ def whole(path: Path) -> bool:
 
 
 def same(one: object, other: object) -> bool:
-    """Bit for bit."""
+    """Return whether two states are equal bit for bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):

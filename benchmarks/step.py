@@ -1,10 +1,11 @@
-"""Images/s of the whole loop and of a training step, against a bare forward-backward.
+"""Measure images/s of the loop, of a training step and of a bare forward and backward pass.
 
 python benchmarks/step.py [--data SOURCE] [--out FILE]
 
-In one process and in turn: the network alone on fixed tokens, the step (tokenizer, noise, loss,
-AdamW) on a fixed batch, and the same with the other way of attention. Then the loop with its data and
-logging, after each of whose steps a bare step is timed: a machine whose speed drifts drifts for both.
+In every round of one process: the network on fixed tokens (bare), the step (tokenizer, noise, loss,
+AdamW) on a fixed batch, and the step with the other implementation of attention. Then the loop with
+its data and logging runs, and a step on the fixed batch is timed after each of its steps, so that a
+drift of the machine's speed affects both.
 """
 
 import argparse
@@ -41,23 +42,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="counted in each round")
-    parser.add_argument("--pairs", type=int, default=12, help="steps of the loop and bare in turn")
+    parser.add_argument("--steps", type=int, default=3, help="steps in each round")
+    parser.add_argument(
+        "--pairs", type=int, default=12, help="steps of the loop, each with one alone"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
     config = replace(
-        ldae.config("l_dae", asked.scale),
+        ldae.config("l_dae", args.scale),
         {
-            "data.source": asked.data,
-            "model.depth": asked.depth,
-            "optim.batch_size": asked.batch_size,
-            "system.workers": asked.workers,
+            "data.source": args.data,
+            "model.depth": args.depth,
+            "optim.batch_size": args.batch_size,
+            "system.workers": args.workers,
             "system.log_every": 1,
         },
     )
-    device = distributed.device_for(asked.device)
-    source = open_source(asked.data, "train")
+    device = distributed.device_for(args.device)
+    source = open_source(args.data, "train")
     method, compiled = prepare(config, device, source)
     batch = next(batches(config, source, device)(0))
     images, positions = batch.images.to(device), batch.positions.to(device)
@@ -80,27 +83,27 @@ def main() -> None:
 
     fused = not (method.bf16 and device.type == "cpu")
     speeds: dict[str, list[float]] = {}
-    for _ in range(asked.rounds):
+    for _ in range(args.rounds):
         for name, run in (("bare", bare), ("step", step)):
-            speed = asked.batch_size / seconds_a_call(run, asked.steps, device)
+            speed = args.batch_size / seconds_a_call(run, args.steps, device)
             speeds.setdefault(name, []).append(speed)
         if not compiled:
             method.denoiser.fuse_attention(not fused)
-            other = asked.batch_size / seconds_a_call(step, asked.steps, device)
+            other = args.batch_size / seconds_a_call(step, args.steps, device)
             speeds.setdefault("step_plain" if fused else "step_fused", []).append(other)
             method.denoiser.fuse_attention(fused)
         print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
-    pairs = in_turn(config, source, device, step, asked.pairs)
+    pairs = alternate(config, source, device, step, args.pairs)
     speeds["loop"], speeds["step_in_turn"] = (
-        [asked.batch_size / seconds for seconds in times] for times in zip(*pairs, strict=True)
+        [args.batch_size / seconds for seconds in times] for times in zip(*pairs, strict=True)
     )
 
     medians = {name: round(statistics.median(values), 2) for name, values in speeds.items()}
     write_json(
-        asked.out,
+        args.out,
         {
-            "what": f"{config.model.name}, depth {asked.depth} + {asked.depth}, "
-            f"{config.data.img_size} px, batch {asked.batch_size}",
+            "what": f"{config.model.name}, depth {args.depth} + {args.depth}, "
+            f"{config.data.img_size} px, batch {args.batch_size}",
             "unit": "images/s, median of the rounds",
             "medians": medians,
             "loop_over_step": round(statistics.median(step / loop for loop, step in pairs), 4),
@@ -108,15 +111,15 @@ def main() -> None:
             "rounds": {name: [round(v, 2) for v in values] for name, values in speeds.items()},
             "bf16": method.bf16,
             "compiled": compiled,
-            "data": asked.data,
-            "workers": asked.workers,
+            "data": args.data,
+            "workers": args.workers,
             "environment": environment(device),
         },
     )
 
 
 def prepare(config: Config, device: torch.device, source) -> tuple[LDAE, bool]:
-    """A method as the verb would build it, its tokenizer fitted on one batch."""
+    """Return a method as of ``ldae pretrain``, fitted on one batch, and whether it compiles."""
     bf16 = runs_in_bf16(config.system.precision, device)
     method = build(config, bf16=bf16)
     method.tokenizer.fit([next(batches(config, source, device)(0)).images])
@@ -137,7 +140,7 @@ def batches(config: Config, source, device: torch.device) -> Callable:
 
 
 def seconds_a_call(call: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Mean over ``steps`` calls after one call of burn-in."""
+    """Return the mean over ``steps`` calls, after one call of burn-in."""
     call()
     synchronize(device)
     start = time.perf_counter()
@@ -152,18 +155,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(
+def alternate(
     config: Config, source, device: torch.device, step: Callable[[], None], count: int
 ) -> list[tuple[float, float]]:
-    """Seconds of a step of the real loop and of a bare step right after it, after two of burn-in."""
+    """Return the seconds of each step of the loop and of a step alone after it, without burn-in."""
     method, compiled = prepare(config, device, source)
     size = config.optim.batch_size
     plan = Plan(epoch=len(source), total=(count + 2) * size, batch_size=size, micro_batches=1)
     pairs: list[tuple[float, float]] = []
 
     class Timed(Metrics):
-        """Written to after every step of the loop."""
-
         resumed = time.perf_counter()
 
         def write(self, record: dict) -> None:

@@ -1,9 +1,9 @@
-"""Streaming PCA of patches against scikit-learn's IncrementalPCA: time, peak memory, angle.
+"""Compare streaming PCA of patches with scikit-learn's IncrementalPCA: time, peak memory, angle.
 
 python benchmarks/tokenizer.py --small cifar10_train.zip --large imagenette224_train.zip
 
-Each fit runs in a process of its own on the same uint8 images, streamed from one file. The angle is
-the largest between a kept axis and the same axis of a full eigendecomposition in float64.
+Each fit runs in its own process on the same uint8 images, streamed from one file. The angle is the
+largest between a kept axis and the same axis of a full eigendecomposition in float64.
 """
 
 import argparse
@@ -40,47 +40,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tokenizer.json"))
     parser.add_argument("--fit", nargs=4, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.fit:
-        fit(*asked.fit)
+    args = parser.parse_args()
+    if args.fit:
+        fit(*args.fit)
         return
 
     results = {}
-    for dim, spec in ((48, asked.small), (768, asked.large)):
+    for dim, spec in ((48, args.small), (768, args.large)):
         with tempfile.TemporaryDirectory() as folder:
             images = Path(folder, "images.npy")
             count = save_images(spec, dim, images)
             rounds: dict[str, list[dict]] = {"streaming": [], "incremental": []}
-            for number in range(asked.rounds + 1):
+            for number in range(args.rounds + 1):
                 for method in rounds:
                     out = Path(folder, f"{method}.npy")
-                    command = [
-                        sys.executable,
-                        __file__,
-                        "--fit",
-                        method,
-                        str(dim),
-                        str(images),
-                        str(out),
-                    ]
-                    told = subprocess.run(
-                        command, check=True, capture_output=True, text=True
-                    ).stdout
+                    words = ["--fit", method, str(dim), str(images), str(out)]
+                    command = [sys.executable, __file__, *words]
+                    output = subprocess.check_output(command, text=True)
                     if number:  # the first round is burn-in
-                        rounds[method].append(json.loads(told))
-                    print(dim, method, told.strip(), flush=True)
+                        rounds[method].append(json.loads(output))
+                    print(dim, method, output.strip(), flush=True)
             reference = full_axes(dim, np.load(images, mmap_mode="r"))
-            rows = {
-                method: {
-                    key: round(statistics.median(r[key] for r in found), 4) for key in found[0]
+            rows = {}
+            for method, fits in rounds.items():
+                axes = np.load(Path(folder, f"{method}.npy"))
+                medians = {
+                    key: round(statistics.median(fit[key] for fit in fits), 4) for key in fits[0]
                 }
-                | {
-                    "largest_angle_rad": largest_angle(
-                        np.load(Path(folder, f"{method}.npy")), reference
-                    )
-                }
-                for method, found in rounds.items()
-            }
+                rows[method] = medians | {"largest_angle_rad": largest_angle(axes, reference)}
             results[f"D={dim}"] = rows | {
                 "images": count,
                 "patches": count * (SIZES[dim][0] // SIZES[dim][1]) ** 2,
@@ -90,7 +77,7 @@ def main() -> None:
                 ),
                 "data": spec,
             }
-    write_json(asked.out, results | {"rounds": asked.rounds, "environment": environment()})
+    write_json(args.out, results | {"rounds": args.rounds, "environment": environment()})
 
 
 def save_images(spec: str, dim: int, path: Path) -> int:
@@ -112,7 +99,7 @@ def patches_of(images: np.ndarray, patch: int) -> Iterator[np.ndarray]:
 
 
 def fit(method: str, dim: str, path: str, out: str) -> None:
-    """One fit in this process: prints seconds and peak memory beyond the start, saves the axes."""
+    """Fit in this process, print seconds and additional peak memory, and save the axes."""
     size, patch, kept, _ = SIZES[int(dim)]
     images = np.load(path, mmap_mode="r")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -128,10 +115,10 @@ def fit(method: str, dim: str, path: str, out: str) -> None:
         for block in patches_of(images, patch):
             waiting.append(block)
             if sum(map(len, waiting)) >= rows:
-                whole = np.concatenate(waiting)
-                for first in range(0, len(whole) - rows + 1, rows):
-                    pca.partial_fit(whole[first : first + rows])
-                waiting = [whole[len(whole) // rows * rows :]]
+                vectors = np.concatenate(waiting)
+                for first in range(0, len(vectors) - rows + 1, rows):
+                    pca.partial_fit(vectors[first : first + rows])
+                waiting = [vectors[len(vectors) // rows * rows :]]
         axes = pca.components_[:kept]
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -140,7 +127,7 @@ def fit(method: str, dim: str, path: str, out: str) -> None:
 
 
 def full_axes(dim: int, images: np.ndarray) -> np.ndarray:
-    """Kept axes of a full eigendecomposition: two passes in float64, by numpy."""
+    """Return the kept axes of a full eigendecomposition, by numpy in two passes in float64."""
     _, patch, kept, _ = SIZES[dim]
     total, count = np.zeros(dim), 0
     for block in patches_of(images, patch):
@@ -154,16 +141,13 @@ def full_axes(dim: int, images: np.ndarray) -> np.ndarray:
 
 
 def largest_angle(axes: np.ndarray, reference: np.ndarray) -> float:
-    """In radians, between axes of the same rank, whatever their signs."""
+    """Return the largest angle in radians between axes of the same rank, whatever their signs."""
     axes = axes.astype(np.float64)
     axes /= np.linalg.norm(axes, axis=1, keepdims=True)
-    cosines = np.abs((axes * reference).sum(1)).clip(max=1)
-    # Through the sine, which is exact where the cosine is 1 to rounding.
-    signs = np.sign((axes * reference).sum(1))[:, None]
-    sines = np.linalg.norm(axes * signs - reference, axis=1) / 2
-    return float(
-        np.where(cosines > 0.7, 2 * np.arcsin(np.clip(sines, 0, 1)), np.arccos(cosines)).max()
-    )
+    cosines = (axes * reference).sum(1, keepdims=True)
+    # Half of the chord is the sine of half the angle. It is exact where the cosine rounds to 1.
+    chords = np.linalg.norm(axes * np.sign(cosines) - reference, axis=1)
+    return float(2 * np.arcsin(chords.max() / 2))
 
 
 if __name__ == "__main__":
