@@ -50,13 +50,13 @@ TINY = {
 }
 
 
-# tokenizer.dim where 6 numbers are none that the tokenizer could have.
+# tokenizer.dim of tokenizers that cannot have 6 numbers.
 _DIMS = {"conv_vae": 8, "pixel": 192}
 
 
 @pytest.fixture(autouse=True)
 def no_cached_weights(monkeypatch, tmp_path_factory):
-    """What a machine has downloaded before does not change a test."""
+    """Hide earlier downloads of the machine from the tests."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch-home"))
 
 
@@ -88,8 +88,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def fitted(images):
-    """fitted(tokenizer): with the statistics of the images, or of other batches; of what gradients
-    train, the weights stay as they are."""
+    """fitted(tokenizer): fit it on the images or other batches, without training by gradients."""
 
     def fit(tokenizer: Tokenizer, batches=(images,)) -> Tokenizer:
         if tokenizer.trained:
@@ -148,8 +147,8 @@ def run(method, tiny, tmp_path):
 
 @pytest.fixture
 def on_ranks():
-    """on_ranks(function): call it as each of two ranks, in processes of their own, and return what
-    they raised, in words. One that does not end so many seconds after the first is killed, and None."""
+    """on_ranks(function): call it as each of two ranks, in separate processes, and return what they
+    raised, in words; None for a rank that runs ``seconds`` longer than the first and is killed."""
 
     def run(function, ranks: int = 2, seconds: float = 60) -> list[str | None]:
         with socket.socket() as free:
@@ -158,13 +157,13 @@ def on_ranks():
         launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         context = multiprocessing.get_context("fork")  # torch is imported already
 
-        def rank(number: int, told) -> None:
+        def rank(number: int, pipe) -> None:
             os.environ.update(launch, RANK=str(number), LOCAL_RANK=str(number))
             try:
                 function()
-                told.send("")
+                pipe.send("")
             except Exception as error:
-                told.send(f"{type(error).__name__}: {error}")
+                pipe.send(f"{type(error).__name__}: {error}")
 
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         processes = [context.Process(target=rank, args=(n, pipes[n][1])) for n in range(ranks)]
@@ -183,7 +182,7 @@ def on_ranks():
 
 
 class Pictures(Source):
-    """Noise around a grey level that tells the class."""
+    """Noise around a grey level that depends on the class."""
 
     def __init__(self, count: int, split: str = "train", classes: int = 3, seed: int = 0):
         rng = np.random.default_rng(seed)

@@ -7,9 +7,9 @@ from ldae import console, tree
 def test_a_dry_run_is_settings_and_then_facts_in_one_column():
     config = ldae.config("l_dae")
     facts = {"images": "64 in digits", "tokens per image": "16, each of 192 numbers"}
-    settings, told = console.describe(config, facts).split("\n\n")
+    settings, facts_shown = console.describe(config, facts).split("\n\n")
     assert tree.update(ldae.Config(), yaml.safe_load(settings)) == config
-    assert {line[:18].rstrip(): line[18:] for line in told.splitlines()} == facts
+    assert {line[:18].rstrip(): line[18:] for line in facts_shown.splitlines()} == facts
 
 
 def test_durations_are_shown_as_a_clock():

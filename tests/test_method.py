@@ -17,7 +17,7 @@ CLASSES = 5
 
 
 def levels(row: int, t: int) -> tuple[float, float]:
-    """gamma_t and sigma_t of the rows that run (paper, sections 4.1 to 4.4)."""
+    """Return gamma_t and sigma_t of a row (paper, sections 4.1 to 4.4)."""
     if row <= 4:  # DDPM: beta linear from 1e-4 to 0.02
         gamma2 = math.prod(1 - (1e-4 + (0.02 - 1e-4) * s / (T - 1)) for s in range(t + 1))
         return math.sqrt(gamma2), math.sqrt(1 - gamma2)
@@ -34,15 +34,15 @@ def draw(method, position, shape, stream=noise.NOISE):
 
 
 def clean_latents(row, method, x, patches, position):
-    """z_0 (N, d) of one normalised image: rows 1 to 6 draw it from a posterior."""
+    """Return z_0 (N, d) of one normalised image; rows 1 to 6 sample it from a posterior."""
     tokenizer, d = method.tokenizer, method.tokenizer.dim
     if row >= 8:
         axes, mean = tokenizer.basis[:d], tokenizer.patch_mean
         return torch.stack([tokenizer.scales * (axes @ (patch - mean)) for patch in patches])
     if row >= 6:
         weight, bias = tokenizer.encoder.weight, tokenizer.encoder.bias
-        found = torch.stack([weight @ patch + bias for patch in patches])
-        h, log_variance = found[:, :d], found[:, d:]
+        encoded = torch.stack([weight @ patch + bias for patch in patches])
+        h, log_variance = encoded[:, :d], encoded[:, d:]
     else:
         map_ = tokenizer.network.encode(x[None]).latent_dist
         h, log_variance = (
@@ -58,11 +58,11 @@ def clean_latents(row, method, x, patches, position):
 
 
 def reference_loss(row, method, images, positions, labels) -> float:
-    """One image, one token, one number at a time."""
+    """Compute the loss by loops over images, tokens and numbers."""
     tokenizer, p = method.tokenizer, method.tokenizer.patch_size
     d, full = tokenizer.dim, tokenizer.patch_dim
     steps = noise.timesteps(method.seed, positions, len(method.sigma))
-    withheld = noise.dropped_labels(method.seed, positions, 0.1)
+    dropped = noise.dropped_labels(method.seed, positions, 0.1)
     total = 0.0
     for number, (image, t, position) in enumerate(zip(images, steps, positions)):
         gamma, sigma = levels(row, int(t))
@@ -81,7 +81,7 @@ def reference_loss(row, method, images, positions, labels) -> float:
             return torch.stack([axes.T @ (token / tokenizer.scales) + mean for token in z])
 
         seen = image_of(z_t) if row >= 11 else z_t
-        label = torch.tensor([CLASSES if withheld[number] else int(labels[number])])
+        label = torch.tensor([CLASSES if dropped[number] else int(labels[number])])
         output = method.denoiser(seen[None], t[None], label if row == 1 else None)[0]
         for token in range(len(patches)):
             if row <= 8:
@@ -107,17 +107,17 @@ def test_the_loss_of_each_row_is_its_equation(row, scale, tiny, images, awake, f
     method = build(tiny(row, tokenizer__scale=scale), num_classes=CLASSES).double()
     fitted(method.tokenizer)
     awake(method.denoiser)
-    # The label of position 21 is withheld from row 1, those of the others are not.
+    # Row 1 drops the label of position 21 and keeps the others.
     positions, labels = torch.tensor([21, 3, 2**33 + 1]), torch.tensor([4, 0, 2])
     assert noise.dropped_labels(0, positions, 0.1).tolist() == [True, False, False]
     with torch.no_grad():
-        found = method(images[:3], positions, labels).item()
-        wanted = reference_loss(row, method, images[:3], positions, labels)
-    assert found == pytest.approx(wanted, rel=1e-6)
+        actual = method(images[:3], positions, labels).item()
+        expected = reference_loss(row, method, images[:3], positions, labels)
+    assert actual == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("row", ["dit", "patch_vae"])
-def test_the_posteriors_mean_can_be_asked_for(row, tiny, images, awake, fitted):
+def test_posterior_mean_encodes_the_mean(row, tiny, images, awake, fitted):
     drawn, mean = (build(tiny(row, tokenizer__posterior=how), 5) for how in ("sample", "mean"))
     for method in (drawn, mean):
         fitted(method.tokenizer)
@@ -128,7 +128,7 @@ def test_the_posteriors_mean_can_be_asked_for(row, tiny, images, awake, fitted):
 
 
 @pytest.mark.parametrize("row", ["vqvae", "vqgan", "dae"])
-def test_the_rows_beside_the_trajectory_have_a_loss_too(row, tiny, images, fitted):
+def test_rows_outside_the_trajectory_have_a_finite_loss(row, tiny, images, fitted):
     method = build(tiny(row))
     fitted(method.tokenizer)
     assert method(images, torch.arange(8)).isfinite()
@@ -136,8 +136,8 @@ def test_the_rows_beside_the_trajectory_have_a_loss_too(row, tiny, images, fitte
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("schedule", noise.SCHEDULES)
-def test_every_schedule_goes_with_every_target(schedule, target, tiny, images):
-    """But a target that is undefined at a level, which is refused by its name."""
+def test_every_schedule_works_with_every_target(schedule, target, tiny, images):
+    """Or the target is undefined at a level, and the refusal names it."""
     try:
         method = build(tiny(noise__schedule=schedule, objective__target=target))
     except InputError as error:
@@ -148,11 +148,15 @@ def test_every_schedule_goes_with_every_target(schedule, target, tiny, images):
     assert loss.isfinite() and loss > 0
 
 
-@pytest.mark.parametrize("shown", ["latent", "image"])
+@pytest.mark.parametrize("network_input", ["latent", "image"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_tokenizer_goes_with_what_it_is_enough_for(name, target, shown, tiny, images, fitted):
-    changes = {"tokenizer__name": name, "objective__target": target, "objective__input": shown}
+def test_every_tokenizer_works_or_is_refused(name, target, network_input, tiny, images, fitted):
+    changes = {
+        "tokenizer__name": name,
+        "objective__target": target,
+        "objective__input": network_input,
+    }
     try:
         method = build(tiny("l_dae", noise__schedule="ddpm", **changes))
     except InputError as error:
@@ -164,7 +168,7 @@ def test_every_tokenizer_goes_with_what_it_is_enough_for(name, target, shown, ti
         assert picture.shape == images.shape and picture.isfinite().all()
 
 
-def test_the_same_seed_is_the_same_network(tiny):
+def test_the_seed_determines_the_weights(tiny):
     one, same = build(tiny()), build(tiny())
     other = build(tiny(seed=1))
     weight = one.denoiser.embed.weight
@@ -183,7 +187,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_images(tiny, images, awake):
     torch.testing.assert_close(torch.stack(alone).mean(), together)
 
 
-def test_bfloat16_is_the_networks_arithmetic_alone(tiny, images, awake):
+def test_bf16_applies_only_to_the_network(tiny, images, awake):
     method = build(tiny(), bf16=True)
     method.tokenizer.fit([images])
     awake(method.denoiser)
@@ -198,8 +202,8 @@ def test_bfloat16_is_the_networks_arithmetic_alone(tiny, images, awake):
 
 @pytest.mark.parametrize("row", [8, 9, 12, 13])
 def test_a_perfect_network_denoises_perfectly(row, tiny, images, monkeypatch):
-    """With the row's target as the output, the picture is the image (its projection where the
-    target lies in the latent)."""
+    """When the output is the row's target, the picture is the image, or its projection for targets
+    in the latent space."""
     method = build(tiny(row)).double()
     method.tokenizer.fit([images])
     x = method.tokenizer.normalize(images)
@@ -214,8 +218,8 @@ def test_a_perfect_network_denoises_perfectly(row, tiny, images, monkeypatch):
 
     monkeypatch.setattr(method, "predict", perfect)
     clean, _, denoised = method.denoise_images(images, positions, 500)
-    wanted = x if row == 13 else projected
-    expected = method.tokenizer.denormalize(wanted).clamp(0, 1)
+    target = x if row == 13 else projected
+    expected = method.tokenizer.denormalize(target).clamp(0, 1)
     torch.testing.assert_close(denoised, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(clean, images.double() / 255, atol=1e-6, rtol=0)
 

@@ -23,11 +23,11 @@ def test_gamma2_and_sigma2_sum_to_one(name):
 
 @pytest.mark.parametrize("name", noise.SCHEDULES)
 def test_the_signal_to_noise_ratio_falls(name):
-    """From level to level, over as many levels as there are steps where the schedule takes them."""
+    """A schedule has ``steps`` levels, or one if it does not take ``steps``."""
     for steps in (7, 1000):
         gamma, sigma = schedule(name, steps)
-        wanted = steps if "steps" in signature(noise.SCHEDULES[name]).parameters else 1
-        assert gamma.shape == sigma.shape == (wanted,) and gamma.dtype == torch.float64
+        expected = steps if "steps" in signature(noise.SCHEDULES[name]).parameters else 1
+        assert gamma.shape == sigma.shape == (expected,) and gamma.dtype == torch.float64
         assert (gamma >= 0).all() and (sigma >= 0).all() and (gamma**2 + sigma**2 > 0).all()
         assert ((gamma / sigma).diff() < 0).all()
 
@@ -66,7 +66,7 @@ def test_a_process_without_input_scaling_is_the_vp_process_rescaled():
         ),
     ],
 )
-def test_philox_gives_the_known_answers_of_its_authors(counter, key, answer):
+def test_philox_gives_the_published_answers(counter, key, answer):
     words = noise.philox_rounds(tuple(torch.tensor([word]) for word in counter), tuple(key))
     assert [int(word) for word in words] == answer
 
@@ -74,23 +74,23 @@ def test_philox_gives_the_known_answers_of_its_authors(counter, key, answer):
 def test_noise_is_normal():
     draws = noise.normal(3, torch.arange(2000), (10, 10)).double()
     n = draws.numel()
-    for power, wanted, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs((draws**power).mean() - wanted) < 5 * math.sqrt(variance / n)
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((draws**power).mean() - expected) < 5 * math.sqrt(variance / n)
     flat = draws.flatten(1)
     assert abs((flat[:, :-1] * flat[:, 1:]).mean()) < 5 / math.sqrt(n)
     assert abs((flat[:-1] * flat[1:]).mean()) < 5 / math.sqrt(n)
 
 
-def test_noise_depends_on_the_seed_and_the_image_number_alone():
-    together = noise.normal(0, torch.arange(100), (7, 3))
-    alone = noise.normal(0, torch.tensor([42, 7]), (7, 3))
-    assert torch.equal(together[[42, 7]], alone)
-    assert not torch.equal(noise.normal(1, torch.tensor([42, 7]), (7, 3)), alone)
+def test_noise_depends_only_on_the_seed_and_the_position():
+    batch = noise.normal(0, torch.arange(100), (7, 3))
+    other_batch = noise.normal(0, torch.tensor([42, 7]), (7, 3))
+    assert torch.equal(batch[[42, 7]], other_batch)
+    assert not torch.equal(noise.normal(1, torch.tensor([42, 7]), (7, 3)), other_batch)
     far = torch.tensor([42 + 2**32])  # the high word counts: ImageNet x 1600 epochs is 2 billion
-    assert not torch.equal(noise.normal(0, far, (7, 3))[0], alone[0])
+    assert not torch.equal(noise.normal(0, far, (7, 3))[0], other_batch[0])
 
 
-def test_timesteps_are_uniform_and_labels_are_dropped_as_often_as_asked():
+def test_timesteps_are_uniform_and_labels_are_dropped_at_the_given_rate():
     positions = torch.arange(200_000)
     t = noise.timesteps(0, positions, 10)
     counts = torch.bincount(t, minlength=10).double()

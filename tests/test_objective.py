@@ -1,4 +1,4 @@
-"""Targets and weights against what their names say, number by number."""
+"""Targets and weights against numbers computed by hand."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def objective(tiny, target: str, weight: str = "uniform", sigma: torch.Tensor = 
 
 
 @pytest.mark.parametrize(
-    "weight, wanted",
+    "weight, expected",
     [
         ("uniform", [1.0, 1.0, 1.0]),
         ("gamma2", [1.0, 0.64, 0.09]),
@@ -26,11 +26,11 @@ def objective(tiny, target: str, weight: str = "uniform", sigma: torch.Tensor = 
         ("inverse", [1 / 1.01, 1 / 1.36, 1 / 1.81]),
     ],
 )
-def test_an_image_counts_by_the_weight_of_its_level(tiny, weight, wanted):
-    found = objective(tiny, "eps", weight)
-    for t, value in enumerate(wanted):
+def test_the_weight_of_the_level_scales_the_loss(tiny, weight, expected):
+    of_eps = objective(tiny, "eps", weight)
+    for t, value in enumerate(expected):
         error = torch.full((1, 16, 6), 2.0)
-        loss = found.loss(None, error, torch.tensor([t]))
+        loss = of_eps.loss(None, error, torch.tensor([t]))
         assert loss.item() == pytest.approx(4 * value)
 
 
@@ -50,7 +50,7 @@ def test_a_score_weighted_by_sigma2_has_the_loss_of_eps(tiny):
     torch.testing.assert_close(as_score, as_eps)
 
 
-def test_the_residual_of_the_image_counts_a_tenth_outside_of_the_kept_axes(tiny, images):
+def test_the_residual_outside_the_kept_axes_has_its_weight(tiny, images):
     method = build(tiny("l_dae"))
     method.tokenizer.fit([images])
     basis, d = method.tokenizer.basis, method.tokenizer.dim
@@ -61,8 +61,8 @@ def test_the_residual_of_the_image_counts_a_tenth_outside_of_the_kept_axes(tiny,
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_clean_gives_z_0_back_from_the_target(tiny, images, target):
-    """Exactly, where the target says what z_0 is: an image says it by its projection."""
+def test_clean_recovers_z_0_from_the_target(tiny, images, target):
+    """For an image, z_0 is its projection."""
     changes = {"noise__schedule": "cosine", "objective__target": target}
     method = build(tiny("l_dae", **changes)).double()
     method.tokenizer.fit([images])
@@ -72,8 +72,8 @@ def test_clean_gives_z_0_back_from_the_target(tiny, images, target):
     gamma, sigma = method.level(t)
     output = method.objective.target(method.tokenizer, x, z_0, eps, gamma, sigma)
     z_t = gamma * z_0 + sigma * eps
-    found = method.objective.clean(method.tokenizer, output, z_t, gamma, sigma)
-    torch.testing.assert_close(found, z_0, atol=1e-6, rtol=1e-6)
+    actual = method.objective.clean(method.tokenizer, output, z_t, gamma, sigma)
+    torch.testing.assert_close(actual, z_0, atol=1e-6, rtol=1e-6)
     if target == "image":
         assert torch.equal(output, patchify(x, method.tokenizer.patch_size))
 
@@ -96,6 +96,6 @@ def test_clean_gives_z_0_back_from_the_target(tiny, images, target):
         ),
     ],
 )
-def test_targets_that_do_not_fit_are_told(tiny, changes, sentence):
+def test_unsuitable_targets_are_refused(tiny, changes, sentence):
     with pytest.raises(InputError, match=sentence):
         build(tiny("l_dae", **changes))

@@ -1,4 +1,4 @@
-"""What a network may predict are linear maps of one another."""
+"""Prediction types are affine maps of one another."""
 
 from dataclasses import asdict
 
@@ -11,7 +11,7 @@ from ldae.settings import NoiseSettings
 
 
 def levels(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """gamma and sigma (T, 1) of a schedule, without the ends where one of them is 0."""
+    """Return gamma and sigma (T, 1) of a schedule, without levels at which one of them is 0."""
     gamma, sigma = noise.levels(**asdict(NoiseSettings(name, steps=100, max_sigma=3.0)))
     inside = (gamma > 0) & (sigma > 0)
     return gamma[inside, None], sigma[inside, None]
@@ -25,7 +25,7 @@ def corrupted(gamma: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, .
 
 @pytest.mark.parametrize("schedule", noise.SCHEDULES)
 @pytest.mark.parametrize("name", PREDICTIONS)
-def test_z_0_and_eps_come_back_from_every_prediction(name, schedule):
+def test_every_prediction_determines_z_0_and_eps(name, schedule):
     gamma, sigma = levels(schedule)
     z_0, eps, z_t = corrupted(gamma, sigma)
     target = PREDICTIONS[name].target(z_0, eps, gamma, sigma)
@@ -36,13 +36,13 @@ def test_z_0_and_eps_come_back_from_every_prediction(name, schedule):
 
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_z_0_is_affine_in_the_prediction(name):
-    """So that guidance, a line through two predictions, is the same line through their z_0."""
+    """Therefore guidance extrapolates predictions and their z_0 in the same way."""
     gamma, sigma = levels("cosine")
     p, q, z_t = corrupted(gamma, sigma)
     clean = PREDICTIONS[name].clean
-    found = clean(3 * p - 2 * q, z_t, gamma, sigma)
-    wanted = 3 * clean(p, z_t, gamma, sigma) - 2 * clean(q, z_t, gamma, sigma)
-    torch.testing.assert_close(found, wanted)
+    actual = clean(3 * p - 2 * q, z_t, gamma, sigma)
+    expected = 3 * clean(p, z_t, gamma, sigma) - 2 * clean(q, z_t, gamma, sigma)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_the_score_is_the_gradient_of_the_log_density():
@@ -54,13 +54,13 @@ def test_the_score_is_the_gradient_of_the_log_density():
 
 
 def test_v_and_the_velocity_are_the_time_derivatives_of_their_processes():
-    """v on the circle gamma = cos, sigma = sin; the velocity on the line gamma = 1 - s, sigma = s."""
+    """v for gamma = cos and sigma = sin; the velocity for gamma = 1 - s and sigma = s."""
     z_0, eps = torch.tensor([0.7], dtype=torch.float64), torch.tensor([-1.3], dtype=torch.float64)
     time = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
     (time.cos() * z_0 + time.sin() * eps).backward()
-    found = PREDICTIONS["v"].target(z_0, eps, time.cos(), time.sin())
-    torch.testing.assert_close(found, time.grad, check_dtype=True)
+    actual = PREDICTIONS["v"].target(z_0, eps, time.cos(), time.sin())
+    torch.testing.assert_close(actual, time.grad, check_dtype=True)
     time.grad = None
     ((1 - time) * z_0 + time * eps).backward()
-    found = PREDICTIONS["velocity"].target(z_0, eps, 1 - time, time)
-    torch.testing.assert_close(found, time.grad)
+    actual = PREDICTIONS["velocity"].target(z_0, eps, 1 - time, time)
+    torch.testing.assert_close(actual, time.grad)

@@ -19,14 +19,14 @@ from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS
 
 
-def test_a_saved_configuration_loads_as_it_was(tmp_path):
+def test_a_saved_configuration_loads_unchanged(tmp_path):
     config = ldae.config("patch_pca", scale="small")
     path = tmp_path / "config.yaml"
     path.write_text(kinds.to_yaml(config, "pretraining"))
     assert kinds.load(path, "pretraining") == config
 
 
-def test_a_file_may_be_only_a_difference(tmp_path):
+def test_a_file_may_hold_only_changes(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("tokenizer: {dim: 7}\noptim:\n  blr: 3e-4\n")
     loaded = kinds.load(path, "pretraining")
@@ -51,7 +51,7 @@ def test_a_file_may_be_only_a_difference(tmp_path):
         ("{", "not a YAML file"),
     ],
 )
-def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, sentence):
+def test_the_refusal_of_a_wrong_file_names_it(tmp_path, text, sentence):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=f"mine.yaml.*{sentence}"):
@@ -74,14 +74,14 @@ def test_a_wrong_file_is_told_in_a_sentence_that_names_it(tmp_path, text, senten
         ("seed", -1, "seed must be at least 0, not -1"),
     ],
 )
-def test_a_number_out_of_range_is_told(name, value, sentence):
+def test_a_number_out_of_range_is_refused(name, value, sentence):
     tree.check(Config())
     with pytest.raises(InputError, match=re.escape(sentence)):
         tree.check(tree.replace(Config(), {name: value}))
 
 
 def test_every_number_has_a_range():
-    """A setting without one would be wrong in silence, or a traceback."""
+    """Without a range a wrong number would pass silently or end in a traceback."""
     for name, value in tree.flatten(Config()).items():
         numbers = value if isinstance(value, tuple) else (value,)
         if name in ("data.mean", "data.std", "model.depth") or any(
@@ -92,17 +92,17 @@ def test_every_number_has_a_range():
                 tree.check(tree.replace(Config(), {name: wrong}))
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="nothing.yaml cannot be read"):
         kinds.load(tmp_path / "nothing.yaml", "pretraining")
 
 
-def test_every_setting_is_read_by_some_code():
+def test_every_setting_is_read():
     assert unread(Config()) == []
 
 
 def unread(config) -> list[str]:
-    """Return the settings that no code names, and no entry of a registry takes."""
+    """Return the settings that no code names and no entry of a registry takes."""
     package = Path(ldae.__file__).parent
     code = "\n".join(
         path.read_text() for path in package.rglob("*.py") if path.name != "settings.py"
@@ -118,11 +118,11 @@ def unread(config) -> list[str]:
 
 
 def taken(prefix: str, registry: dict) -> set[str]:
-    """The parameters of the entries of a registry, as names of settings."""
+    """Return the parameters of the entries of a registry, as names of settings."""
     return {prefix + name for entry in registry.values() for name in signature(entry).parameters}
 
 
-def test_what_an_entry_takes_is_a_setting():
+def test_the_parameters_of_entries_are_settings():
     known = tree.flatten(Config())
     assert taken("noise.", SCHEDULES) <= known.keys()
     sizes = {"tokenizer.img_size", "tokenizer.patch_size", "tokenizer.in_chans"}
@@ -155,13 +155,13 @@ def test_a_choice_takes_the_names_of_its_registry(config, name, registry, monkey
 
 
 def _attribute(name: str) -> str:
-    """``optim.blr`` as code reads it: the group's variable and the field."""
+    """Return a setting as code reads it: the variable of its group, and its field."""
     name = name.removeprefix("tokenizer.") if name.count(".") == 2 else name
     return name if "." in name else f"config.{name}"
 
 
 def test_settings_are_plain_values():
-    """What YAML and a checkpoint opened with weights_only can hold."""
+    """Of types that YAML and a checkpoint opened with weights_only can hold."""
     assert yaml.safe_load(tree.to_yaml(Config())) is not None
     for value in tree.flatten(Config()).values():
         assert isinstance(value, bool | int | float | str | tuple | None)

@@ -8,11 +8,11 @@ from ldae.settings import Config
 from ldae.tree import difference, flatten, replace
 
 
-def test_l_dae_at_the_papers_scale_is_the_defaults():
+def test_the_defaults_are_l_dae_at_the_papers_scale():
     assert ldae.config("l_dae", scale="paper") == Config()
 
 
-def test_each_row_changes_exactly_what_it_says():
+def test_each_row_differs_by_exactly_its_changes():
     for before, after in zip(trajectory.ROWS, trajectory.ROWS[1:]):
         changed = difference(ldae.config(before.name), ldae.config(after.name))
         assert {name: new for name, (_, new) in changed.items()} == after.changes
@@ -20,7 +20,7 @@ def test_each_row_changes_exactly_what_it_says():
         assert after.number == before.number + 1
 
 
-def test_rows_beside_the_trajectory_change_exactly_what_they_say():
+def test_rows_outside_the_trajectory_differ_by_exactly_their_changes():
     for row in trajectory.BESIDE:
         changed = difference(ldae.config(row.base), ldae.config(row.name))
         assert {name: new for name, (_, new) in changed.items()} == row.changes
@@ -36,7 +36,7 @@ def test_rows_1_3_and_4_differ_by_one_number_each():
     }
 
 
-# The table of the paper, written a second time from its text.
+# The numbers of the paper, copied a second time from its text.
 PUBLISHED = {
     1: (57.5, 11.6), 2: (62.5, 30.9), 3: (58.4, 54.3), 4: (59.0, 75.6), 5: (63.4, 93.2),
     6: (64.9, None), 7: (64.7, None), 8: (65.1, None), 9: (62.4, None), 10: (63.6, None),
@@ -59,12 +59,12 @@ def test_the_papers_recipe():
     assert ldae.config("no_adversarial").tokenizer.dim == 16
 
 
-def test_rows_go_by_name_and_by_number():
+def test_rows_have_a_name_and_a_number():
     assert trajectory.row(13) == trajectory.row("13") == trajectory.row("l_dae")
     assert trajectory.row("l_dae_single").number == 14
 
 
-def test_wrong_names_are_told_with_the_nearest():
+def test_the_refusal_of_a_wrong_name_has_the_nearest():
     with pytest.raises(InputError, match="'l_dea'.*'l_dae'"):
         ldae.config("l_dea")
     with pytest.raises(InputError, match="'huge'.*paper, small, demo"):
@@ -72,7 +72,7 @@ def test_wrong_names_are_told_with_the_nearest():
 
 
 @pytest.mark.parametrize("scale", trajectory.SCALES)
-def test_every_row_takes_every_scale(scale):
+def test_every_row_builds_at_every_scale(scale):
     for row in (*trajectory.ROWS, *trajectory.BESIDE):
         config = ldae.config(row.name, scale)
         assert config.objective == ldae.config(row.name).objective

@@ -1,4 +1,4 @@
-"""A backbone is a plain timm model wherever it comes from, and nothing fails to load in silence."""
+"""Every backbone is a plain timm model, and tensors that do not load are reported."""
 
 import argparse
 import re
@@ -31,7 +31,7 @@ def features(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def trained(seed: int = 7, **args) -> torch.nn.Module:
-    """Stands for a pre-trained network: random weights that are not those of the default seed."""
+    """Return a stand-in for a pre-trained network: random weights of another seed."""
     return load_backbone(VIT, random_init=True, img_size=SIZE, seed=seed, **args)
 
 
@@ -45,7 +45,7 @@ def test_timm_name_gives_one_vector_for_an_image(name):
     assert not model.training
 
 
-def test_random_init_depends_on_its_seed_alone():
+def test_random_init_depends_only_on_its_seed():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     same, again, other = (trained(seed) for seed in (0, 0, 1))
@@ -65,7 +65,7 @@ def test_preprocessing_describes_the_model_that_was_built(name, chans):
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "sentence"),
     [
         ("test_vitt", "the nearest is 'test_vit"),
         (f"{VIT}.nonsense", "no weights 'nonsense'"),
@@ -74,23 +74,23 @@ def test_preprocessing_describes_the_model_that_was_built(name, chans):
         ("coatnet_0_224", "timm has no weights for coatnet_0_224"),
     ],
 )
-def test_wrong_specs_are_told(spec, told):
-    with pytest.raises(InputError, match=re.escape(told)):
+def test_wrong_specs_are_refused(spec, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
         load_backbone(spec)
 
 
-def test_control_of_an_unknown_name_is_told_too():
+def test_the_control_of_an_unknown_name_is_refused():
     with pytest.raises(InputError, match="the nearest is 'test_vit"):
         load_backbone("test_vitt", random_init=True)
 
 
-def test_offline_is_told(monkeypatch):
+def test_a_failed_download_is_reported(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="cannot be downloaded"):
         load_backbone("resnet18")
 
 
-def test_folder_and_file_without_architecture_are_told(tmp_path):
+def test_folders_and_files_without_architecture_are_refused(tmp_path):
     with pytest.raises(InputError, match="neither a run nor the config.json of a timm model"):
         load_backbone(tmp_path)
     file = tmp_path / "weights.pth"
@@ -99,7 +99,7 @@ def test_folder_and_file_without_architecture_are_told(tmp_path):
         load_backbone(file)
 
 
-def test_pixels_are_the_pixels():
+def test_pixels_are_flattened():
     model = load_backbone("pixels:8", in_chans=2)
     x = images(2, 8)
     assert torch.equal(features(model, x), x.flatten(1))
@@ -138,7 +138,7 @@ def test_a_folder_keeps_its_own_size_and_channels(folder):
         load_backbone(path, in_chans=4)
 
 
-def test_broken_timm_folder_is_told(folder):
+def test_a_broken_timm_folder_is_refused(folder):
     _, path = folder
     (path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match=re.escape(f"{path} cannot be opened by timm")):
@@ -157,10 +157,10 @@ def test_run_folder_gives_the_exported_backbone_or_its_control(run, tmp_path):
     assert backbone_folder(folder) == folder
     exported, x = export(folder, tmp_path / "exported"), images()
     for how in ({}, {"random_init": True, "seed": 1}):
-        wanted = features(load_backbone(exported, **how), x)
-        assert torch.equal(features(load_backbone(folder, **how), x), wanted)
+        expected = features(load_backbone(exported, **how), x)
+        assert torch.equal(features(load_backbone(folder, **how), x), expected)
     other = load_backbone(folder, random_init=True, seed=2)
-    assert not torch.allclose(features(other, x), wanted)
+    assert not torch.allclose(features(other, x), expected)
 
 
 # Classifiers
@@ -176,7 +176,7 @@ def test_a_folder_opens_with_its_classifier(tmp_path):
     assert not opened.training and not any(p.requires_grad for p in opened.parameters())
 
 
-def test_what_has_no_classifier_is_told(folder, tmp_path):
+def test_backbones_without_classifier_are_refused(folder, tmp_path):
     model, path = folder
     model.reset_classifier(0)
     timm.models.save_for_hf(model, path, safe_serialization=True)
@@ -279,11 +279,11 @@ def test_control_of_a_file_does_not_read_it(tmp_path):
 
 
 class Code:
-    """A class that only the machine of whoever wrote the checkpoint has."""
+    """A class that exists only in the code that wrote the checkpoint."""
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "sentence"),
     [
         ({"model": {"conv1.weight": torch.zeros(3)}}, "nothing in FILE fits"),
         ({"epoch": 3}, "FILE holds no weights"),
@@ -292,13 +292,13 @@ class Code:
         (None, "there is no checkpoint file FILE"),
     ],
 )
-def test_useless_files_are_told(content, told, tmp_path):
+def test_useless_files_are_refused(content, sentence, tmp_path):
     file = tmp_path / "file.pth"
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content is not None:
         torch.save(content, file)
-    with pytest.raises(InputError, match=re.escape(told.replace("FILE", str(file)))):
+    with pytest.raises(InputError, match=re.escape(sentence.replace("FILE", str(file)))):
         load_backbone(f"{VIT}@{file}", img_size=SIZE)
 
 

@@ -1,4 +1,4 @@
-"""Laws of every denoiser, in which all parameters are random."""
+"""Laws of every denoiser, with random parameters."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def c(denoiser):
 
 @pytest.fixture
 def encode(denoiser, tokens, c):
-    """encode(kept, tokens): the features of kept tokens; skipped where all tokens are needed."""
+    """encode(kept, tokens): features of kept tokens; skipped if the denoiser needs all tokens."""
 
     def encode(kept, tokens=tokens):
         try:
@@ -57,7 +57,7 @@ def encode(denoiser, tokens, c):
         yield encode
 
 
-def test_tokens_become_tokens(denoiser, tokens):
+def test_the_output_has_the_shape_of_the_tokens(denoiser, tokens):
     assert denoiser.side**2 == N
     output = denoiser(tokens, torch.tensor([3, 500, 999]))
     assert output.shape == (B, N, denoiser.out_dim) and output.isfinite().all()
@@ -94,7 +94,7 @@ def test_the_encoder_is_a_part_of_the_parameters(denoiser):
     assert 0 < denoiser.encoder_size < whole
 
 
-def test_all_tokens_kept_in_order_is_the_encoder_bit_for_bit(denoiser, encode):
+def test_keeping_all_tokens_changes_no_bit(denoiser, encode):
     assert torch.equal(encode(torch.arange(N).expand(B, N)), encode(None))
 
 
@@ -115,7 +115,7 @@ def test_kept_features_come_in_the_order_of_kept(encode):
     torch.testing.assert_close(encode(kept[:, order]), encode(kept)[:, order])
 
 
-def test_attention_is_the_same_fused_or_not(denoiser, tokens):
+def test_fused_attention_gives_the_same_output(denoiser, tokens):
     t, outputs = torch.tensor([3, 500, 999]), []
     for fused in (False, True):
         denoiser.fuse_attention(fused)
@@ -133,8 +133,8 @@ def test_recomputed_activations_give_the_same_gradients(make, tokens):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_plain_vits_state_comes_back(denoiser, make, tokens, c):
-    """As it was at one condition, the encoder is now at all of them."""
+def test_load_plain_state_inverts_plain_state(denoiser, make, tokens, c):
+    """The encoder at one condition becomes the encoder at all conditions."""
     try:
         denoiser.plain_vit()
     except NoPlainViT as refused:
@@ -142,18 +142,18 @@ def test_a_plain_vits_state_comes_back(denoiser, make, tokens, c):
     other = make()
     with torch.no_grad():
         for image in range(B):
-            wanted = denoiser.encode(tokens[image : image + 1], c[image : image + 1])
+            expected = denoiser.encode(tokens[image : image + 1], c[image : image + 1])
             other.load_plain_state(denoiser.plain_state(c[image : image + 1]))
             for at in (0, 2):
-                found = other.encode(tokens[image : image + 1], c[at : at + 1])
-                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+                actual = other.encode(tokens[image : image + 1], c[at : at + 1])
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_backbone_has_the_encoders_features(name, method, images):
-    """Whether it is a timm ViT or a part of the run."""
+    """For a timm ViT, and for a part of the run."""
     trained = method(model__denoiser=name)
     x = trained.tokenizer.normalize(images)
     with torch.no_grad():
-        found, wanted = backbone_of(trained)(x), trained.features(x, 10)
-    assert found.shape == (len(images), trained.denoiser.width)
-    assert (found - wanted).norm() / wanted.norm() < 1e-5
+        actual, expected = backbone_of(trained)(x), trained.features(x, 10)
+    assert actual.shape == (len(images), trained.denoiser.width)
+    assert (actual - expected).norm() / expected.norm() < 1e-5

@@ -8,7 +8,7 @@ from ldae.models.vit import ViTShape, vit_shape
 
 
 def dit(out_dim: int = 6) -> DiT:
-    """16 tokens of 6 numbers, 2 + 2 blocks of width 16."""
+    """Return a DiT for 16 tokens of 6 numbers, with 2 + 2 blocks of width 16."""
     return DiT("vit_tiny_patch16_224", 2, 16, 2, side=4, in_dim=6, out_dim=out_dim)
 
 
@@ -23,7 +23,7 @@ def test_the_output_starts_at_zero():
     assert torch.equal(denoiser(torch.randn(2, 16, 6), torch.tensor([0, 9])), torch.zeros(2, 16, 5))
 
 
-def test_without_modulation_a_block_is_timms_plain_block():
+def test_a_block_without_modulation_is_timms_block():
     block = Block(16, 2, 4.0, 4)
     plain = PlainBlock(16, 2, qkv_bias=True, act_layer=lambda: torch.nn.GELU(approximate="tanh"))
     plain.attn.load_state_dict(block.attn.state_dict())
@@ -61,8 +61,8 @@ def test_kept_tokens_have_their_own_positions(awake):
         x = (denoiser.embed(tokens[image]) + denoiser.pos_embed)[numbers][None]
         for block in denoiser.encoder:
             x = block(x, c[image : image + 1])
-        found = denoiser.encode(tokens, c, kept)[image : image + 1]
-        torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+        actual = denoiser.encode(tokens, c, kept)[image : image + 1]
+        torch.testing.assert_close(actual, x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,6 @@ def test_shapes_come_from_timms_names(name, width, depth, heads):
         (("vit_tiny_patch16_224", None, 6, 3), "embed_dim 6 .* multiple of 4"),
     ],
 )
-def test_wrong_shapes_are_told(arguments, sentence):
+def test_wrong_shapes_are_refused(arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         vit_shape(*arguments)
