@@ -19,7 +19,7 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.sample import sample
 from ldae.files import write_json
 from ldae.runs.environment import environment
-from ldae.sampling.settings import Sampling
+from ldae.sampling.settings import SamplingSettings
 
 _WEIGHTS = (0.0, 1.0, 2.0, 4.0)
 _SCALES = (0.0, 1.0, 4.0, 16.0)
@@ -66,7 +66,7 @@ def judged(judge: torch.nn.Module, run: Path, asked: argparse.Namespace, **how: 
     """The share of samples, in percent, that the judge takes for the class that was asked for."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "samples.npz"
-        sample(run, images=asked.images, out=out, how=Sampling(steps=asked.steps, **how))
+        sample(run, images=asked.images, out=out, how=SamplingSettings(steps=asked.steps, **how))
         arrays = np.load(out)
         images, labels = arrays["arr_0"], torch.from_numpy(arrays["arr_1"])
     transform = preprocessing(judge)
