@@ -28,30 +28,33 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "patch_vae": PatchVAE,
     "conv_vae": ConvTokenizer,
 }
-"""The tokenizers by name. The parameters of a constructor are the settings that it reads."""
+"""The tokenizers by name. The parameters of a constructor name the settings that it reads."""
 
 
 def create(name: str, **settings: Any) -> Tokenizer:
-    """Return an unfitted tokenizer, which gets those of the settings that it takes.
+    """Return an unfitted tokenizer; settings that it does not read are ignored.
 
     Raises: InputError when its settings do not fit together.
     """
-    kind = TOKENIZERS[name]
-    return kind(**taken_by(kind, settings))
+    cls = TOKENIZERS[name]
+    return cls(**taken_by(cls, settings))
 
 
 def name_of(tokenizer: Tokenizer) -> str:
-    """Return the ``tokenizer.name`` that makes such a tokenizer."""
-    return next(name for name, kind in TOKENIZERS.items() if type(tokenizer) is kind)
+    """Return the ``tokenizer.name`` of a tokenizer."""
+    return next(name for name, cls in TOKENIZERS.items() if type(tokenizer) is cls)
 
 
 def describe(tokenizer: Tokenizer) -> dict:
-    """Return the name and the settings that make such a tokenizer."""
+    """Return the name and the settings of a tokenizer, from which ``create`` builds it again."""
     return {"name": name_of(tokenizer)} | taken_by(type(tokenizer), vars(tokenizer))
 
 
 def check_kind(kind: type[Tokenizer], tokenizer: Tokenizer, what: str) -> None:
-    """Raises: InputError when a tokenizer is not of the kind that ``what`` needs."""
+    """Check that a tokenizer is an instance of ``kind``, which the setting ``what`` needs.
+
+    Raises: InputError naming the tokenizers of that kind.
+    """
     if not isinstance(tokenizer, kind):
         names = [name for name, other in TOKENIZERS.items() if issubclass(other, kind)]
         raise InputError(
@@ -62,7 +65,7 @@ def check_kind(kind: type[Tokenizer], tokenizer: Tokenizer, what: str) -> None:
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write a fitted tokenizer as safetensors.
 
-    Raises: InputError when the disk does not take it.
+    Raises: InputError when the file cannot be written.
     """
     metadata = {"tokenizer": json.dumps(describe(tokenizer))}
     state = {name: value.cpu().contiguous() for name, value in tokenizer.state_dict().items()}
@@ -70,28 +73,29 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(tokenizer: Tokenizer, path: Path) -> None:
-    """Fill ``tokenizer`` from a file that ``save`` wrote.
+    """Load a file that ``save`` wrote into ``tokenizer``.
 
-    Raises: InputError when the file is missing or damaged, or fits another tokenizer.
+    Raises: InputError when the file is missing or damaged, or belongs to another tokenizer.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            found = json.loads(file.metadata()["tokenizer"])
+            written = json.loads(file.metadata()["tokenizer"])
         state = safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise InputError(f"there is no tokenizer file {path}") from None
     except (TypeError, KeyError, ValueError):
-        raise InputError(f"{path} is no file of a tokenizer that ldae wrote") from None
+        raise InputError(f"{path} is not a tokenizer file that ldae wrote") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"tokenizer file {path} is damaged ({first_line(error)}): put a copy in its place, or "
-            "fit it again in a new run"
+            f"tokenizer file {path} is damaged ({first_line(error)}): replace it by a copy, or fit "
+            "the tokenizer again in a new run"
         ) from None
-    wanted = describe(tokenizer)
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise InputError(f"tokenizer file {path} has {key} {found.get(key)}, this run {value}")
+    for key, value in describe(tokenizer).items():
+        if written.get(key) != value:
+            raise InputError(
+                f"tokenizer file {path} has {key} {written.get(key)}, this run {value}"
+            )
     try:
         tokenizer.load_state_dict(state)
     except RuntimeError:
-        raise InputError(f"tokenizer file {path} holds another network than this run's") from None
+        raise InputError(f"the network in tokenizer file {path} does not fit this run's") from None

@@ -253,7 +253,7 @@ def test_a_finished_fit_is_not_replaced_by_another(tiny, tmp_path):
     "name, sentence",
     [
         ("none.safetensors", "there is no tokenizer file .*none.safetensors"),
-        ("other.safetensors", "other.safetensors is no file of a tokenizer that ldae wrote"),
+        ("other.safetensors", "other.safetensors is not a tokenizer file that ldae wrote"),
         ("half.safetensors", "half.safetensors is damaged"),
         (".", "is damaged .*"),
     ],
