@@ -31,8 +31,8 @@ def conditional(method):
 
 
 def sampled(method, numbers=FEW, classes=CLASSES, **how):
-    chosen = resolve(method, classes, SamplingSettings(**{"steps": 4} | how))
-    return generate(method, chosen, None, numbers)
+    resolved = resolve(method, classes, SamplingSettings(**{"steps": 4} | how))
+    return generate(method, resolved, None, numbers)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,10 @@ def test_classes_of_run_and_classifier_are_matched_by_name(conditional, method, 
     classifier = Brightness()
     monkeypatch.setattr(generation, "load_classifier", lambda spec, in_chans: classifier)
     how = SamplingSettings(classifier="folder", labels=("dark", "bright"))
-    chosen = resolve(
+    resolved = resolve(
         method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"], how
     )
-    assert chosen.labels.tolist() == [1, 0] and chosen.targets.tolist() == [0, 1]
+    assert resolved.labels.tolist() == [1, 0] and resolved.targets.tolist() == [0, 1]
     with pytest.raises(InputError, match="'x' is none of the 2 classes of folder"):
         resolve(method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"],
                SamplingSettings(classifier="folder"))  # fmt: skip
@@ -213,10 +213,8 @@ def test_unknown_classes_are_refused(conditional):
         resolve(conditional, names, SamplingSettings(labels=("hors",)))
     with pytest.raises(InputError, match="'10' is none of the 10 classes"):
         resolve(conditional, names, SamplingSettings(labels=("10",)))
-    assert resolve(conditional, names, SamplingSettings(labels=("dog", "2"))).labels.tolist() == [
-        1,
-        2,
-    ]
+    resolved = resolve(conditional, names, SamplingSettings(labels=("dog", "2")))
+    assert resolved.labels.tolist() == [1, 2]
 
 
 def test_guidance_needs_a_run_trained_with_dropped_labels(method):
