@@ -72,7 +72,7 @@ def judged(judge: torch.nn.Module, run: Path, asked: argparse.Namespace, **how: 
     transform = preprocessing(judge)
     with torch.inference_mode():
         pixels = torch.from_numpy(images).movedim(-1, 1)
-        seen = [judge(transform.normalise(part)).argmax(1) for part in pixels.split(250)]
+        seen = [judge(transform.normalize(part)).argmax(1) for part in pixels.split(250)]
     return 100 * (torch.cat(seen) == labels).float().mean().item()
 
 

@@ -61,7 +61,7 @@ def slow_distance(model: torch.nn.Module, a: np.ndarray, b: np.ndarray) -> float
     for images in (a, b):
         prepared = torch.stack([transform(Image.fromarray(image), None) for image in images])
         with torch.inference_mode():
-            features.append(model(transform.normalise(prepared)).double().numpy())
+            features.append(model(transform.normalize(prepared)).double().numpy())
     return frechet(*features)
 
 

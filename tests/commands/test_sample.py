@@ -280,7 +280,7 @@ def test_a_saved_linear_probe_guides_to_its_classes(trained, tmp_path, capsys):
         with np.load(out) as file:
             assert file["arr_1"].tolist() == [3, 7] * 8
             pixels, labels = torch.tensor(file["arr_0"]).movedim(-1, 1), torch.tensor(file["arr_1"])
-        logits = classifier(transform.normalise(pixels)).log_softmax(-1)
+        logits = classifier(transform.normalize(pixels)).log_softmax(-1)
         agreement.append(float(logits.gather(1, labels[:, None]).mean()))
     assert agreement[1] > agreement[0] + 0.1
     argv = ["--classifier", probe, "--labels", "ten", "--device", "cpu"]
