@@ -19,7 +19,7 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.sample import sample
 from ldae.files import write_json
 from ldae.runs.environment import environment
-from ldae.sampling.settings import Sampling
+from ldae.sampling.settings import SamplingSettings
 
 _WEIGHTS = (0.0, 1.0, 2.0, 4.0)
 _SCALES = (0.0, 1.0, 4.0, 16.0)
@@ -68,13 +68,13 @@ def share_of_class(
     """Return the percentage of samples that the judge assigns to the requested class."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "samples.npz"
-        sample(run, images=args.images, out=out, how=Sampling(steps=args.steps, **how))
+        sample(run, images=args.images, out=out, how=SamplingSettings(steps=args.steps, **how))
         arrays = np.load(out)
         images, labels = arrays["arr_0"], torch.from_numpy(arrays["arr_1"])
     transform = preprocessing(judge)
     with torch.inference_mode():
         pixels = torch.from_numpy(images).movedim(-1, 1)
-        classes = [judge(transform.normalise(part)).argmax(1) for part in pixels.split(250)]
+        classes = [judge(transform.normalize(part)).argmax(1) for part in pixels.split(250)]
     return 100 * (torch.cat(classes) == labels).float().mean().item()
 
 

@@ -24,8 +24,8 @@ from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import build
 from ldae.runs.environment import environment
-from ldae.sampling.generation import choose, pictures
-from ldae.sampling.settings import Sampling
+from ldae.sampling.generation import generate, resolve
+from ldae.sampling.settings import SamplingSettings
 from ldae.tree import replace
 
 CLASSES = 10
@@ -80,12 +80,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     config = replace(ldae.config(args.row, args.scale), {"model.class_conditional": True})
     method = build(config, CLASSES, bf16=args.precision == "bf16").to(device)
     method.eval().requires_grad_(False)
-    how = Sampling(steps=args.steps, guidance=CASES[args.case], precision=args.precision)
+    how = SamplingSettings(steps=args.steps, guidance=CASES[args.case], precision=args.precision)
     names = [str(number) for number in range(CLASSES)]
-    draw = partial(pictures, method, choose(method, names, how), None)
+    draw = partial(generate, method, resolve(method, names, how), None)
     numbers = torch.arange(args.batch_size, device=device)
-    warm = Sampling(steps=2, guidance=how.guidance, precision=how.precision)
-    pictures(method, choose(method, names, warm), None, numbers)
+    warm = SamplingSettings(steps=2, guidance=how.guidance, precision=how.precision)
+    generate(method, resolve(method, names, warm), None, numbers)
     start = time.perf_counter()
     for batch in range(args.batches):
         draw(numbers + batch * args.batch_size)  # ends on the CPU, so nothing is in flight

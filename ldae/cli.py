@@ -299,7 +299,7 @@ def _call_with_recipe(verb: str, argv: Sequence[str], function: Callable) -> Non
     elif backbone is None or not chosen.recipe:
         raise InputError(f"say what and how: ldae {verb} BACKBONE --recipe NAME ... ({names})")
     else:
-        recipes.recipe(chosen.recipe)  # told before anything is opened
+        recipes.find_recipe(chosen.recipe)  # told before anything is opened
         size = chosen.size or recipes.default_size(backbone)
         base = replace(recipes.config(chosen.recipe, size), {"backbone": backbone})
     _call_with_settings(

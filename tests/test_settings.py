@@ -14,7 +14,7 @@ from ldae.noise import SCHEDULES
 from ldae.objective import TARGETS, WEIGHTS
 from ldae.runs import kinds
 from ldae.sampling.samplers import SAMPLERS
-from ldae.sampling.settings import Sampling
+from ldae.sampling.settings import SamplingSettings
 from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS
 
@@ -128,7 +128,7 @@ def test_the_parameters_of_entries_are_settings():
     sizes = {"tokenizer.img_size", "tokenizer.patch_size", "tokenizer.in_chans"}
     assert taken("tokenizer.", TOKENIZERS) - sizes <= known.keys()
     given = {"denoise", "z", "levels", "gamma", "sigma", "draw"}
-    assert taken("", SAMPLERS) - given <= tree.flatten(Sampling()).keys()
+    assert taken("", SAMPLERS) - given <= tree.flatten(SamplingSettings()).keys()
 
 
 CHOICES = [
@@ -137,7 +137,7 @@ CHOICES = [
     (Config(), "objective.target", TARGETS),
     (Config(), "objective.weight", WEIGHTS),
     (Config(), "tokenizer.name", TOKENIZERS),
-    (Sampling(), "sampler", SAMPLERS),
+    (SamplingSettings(), "sampler", SAMPLERS),
 ]
 
 

@@ -20,7 +20,7 @@ class EvalTransform:
     """timm's evaluation transform for one backbone, split at the 8-bit pixels.
 
     Called with a decoded image, it returns uint8 (C, H, W). When ``crop_pct`` is 1, an image of the
-    input size is copied unchanged. :meth:`normalise` completes the transform on the device.
+    input size is copied unchanged. :meth:`normalize` completes the transform on the device.
     """
 
     input_size: tuple[int, int, int]
@@ -42,7 +42,7 @@ class EvalTransform:
         parts = [resize(plane) for resize, plane in zip(self._resize_channel, planes, strict=True)]
         return torch.cat(parts)
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Convert uint8 images (B, C, H, W) to the float32 input of the backbone, same device."""
         mean = torch.tensor(self.mean, device=images.device)[:, None, None]
         std = torch.tensor(self.std, device=images.device)[:, None, None]

@@ -34,8 +34,8 @@ from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.kinds import kind_of, settings_of
 from ldae.sampling.album import read_record
-from ldae.sampling.generation import sampler
-from ldae.sampling.settings import Sampling, check_settings
+from ldae.sampling.generation import prepare_generation
+from ldae.sampling.settings import SamplingSettings, check_settings
 from ldae.tokenizers.moments import Moments
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
@@ -100,9 +100,13 @@ class SourceImages:
 class RunImages:
     """Samples of a run, which are drawn as they are needed and kept nowhere."""
 
-    def __init__(self, run: Path, count: int, how: Sampling, device: torch.device, workers: int):
+    def __init__(
+        self, run: Path, count: int, how: SamplingSettings, device: torch.device, workers: int
+    ):
         method, state = load_run(run)
-        self._create, _, self._record = sampler(run, method, state, how, device, workers=workers)
+        self._create, _, self._record = prepare_generation(
+            run, method, state, how, device, workers=workers
+        )
         self.spec, self.size, self._count = str(run), 2 * (method.tokenizer.img_size,), count
         self._device = device
 
@@ -137,7 +141,7 @@ def fid(
     /,
     *,
     setup: FIDSettings = FIDSettings(),
-    how: Sampling = Sampling(),
+    how: SamplingSettings = SamplingSettings(),
 ) -> dict:
     """The Frechet distance of images to a reference set, FID when the features are Inception's.
 
@@ -209,10 +213,14 @@ def _check_files(setup: FIDSettings) -> None:
         raise InputError(f"save_stats {setup.save_stats} must end in .npz")
 
 
-def _open_images(spec: str, setup: FIDSettings, how: Sampling, device: torch.device) -> Images:
+def _open_images(
+    spec: str, setup: FIDSettings, how: SamplingSettings, device: torch.device
+) -> Images:
     if kind_of(Path(spec)):
         return RunImages(Path(spec), setup.images or _SAMPLES, how, device, setup.workers)
-    given = [name for name, value in asdict(how).items() if value != getattr(Sampling(), name)]
+    given = [
+        name for name, value in asdict(how).items() if value != getattr(SamplingSettings(), name)
+    ]
     given += ["images"] if setup.images else []
     if given:
         raise InputError(f"{given[0]} is for samples of a run, and {spec} is no run folder")
@@ -317,7 +325,7 @@ def _record_of(reference: SourceImages | Statistics, spec: str) -> dict:
     return {"spec": spec, "images": reference.count, "features": features}
 
 
-def _path(images: str, reference: str, setup: FIDSettings, how: Sampling) -> Path:
+def _path(images: str, reference: str, setup: FIDSettings, how: SamplingSettings) -> Path:
     """Where the results go: what decides the distance is in the name, so that none is lost."""
     random = ["random-init"] if setup.random_init else []
     name = "-".join(["fid", file_name(reference), *random, *changes(setup, how)]) + ".json"

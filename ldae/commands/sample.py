@@ -25,8 +25,8 @@ from ldae.method import LDAE
 from ldae.plots.pictures import save_grid
 from ldae.runs import layout
 from ldae.sampling.album import Album, check_same_record, pack_npz
-from ldae.sampling.generation import Chosen, Create, sampler
-from ldae.sampling.settings import Sampling, check_settings
+from ldae.sampling.generation import Generate, ResolvedSettings, cycled, prepare_generation
+from ldae.sampling.settings import SamplingSettings, check_settings
 
 _COLUMNS = 8
 _NOT_FOLDERS = (".png", ".jpg", ".jpeg", ".npy", ".zip", ".tar")
@@ -42,7 +42,7 @@ def sample(
     batch_size: int = 64,
     workers: int = 4,
     device: str = "auto",
-    how: Sampling = Sampling(),
+    how: SamplingSettings = SamplingSettings(),
 ) -> Path:
     """Sample images from a run.
 
@@ -72,37 +72,41 @@ def sample(
         run = Path(run)
         method, state = load_run(run)
         _check_channels(method, out)
-        create, chosen, record = sampler(run, method, state, how, place, data, workers)
+        generate, resolved, record = prepare_generation(
+            run, method, state, how, place, data, workers
+        )
         if out is None:
             out = (
                 run
                 / layout.SAMPLES
-                / (_name(how, len(chosen.levels), state["images_seen"]) + ".png")
+                / (_name(how, len(resolved.levels), state["images_seen"]) + ".png")
             )
-            _draw_grid(create, chosen, images, batch_size, place, out)
+            _draw_grid(generate, resolved, images, batch_size, place, out)
         elif out.suffix == ".npz":
-            _write_npz(create, chosen, images, batch_size, place, record, out)
+            _write_npz(generate, resolved, images, batch_size, place, record, out)
         else:
-            _fill(Album(out, record), create, images, batch_size, place)
+            _fill(Album(out, record), generate, images, batch_size, place)
         if is_main():
             print(f"{images:,} samples of {run} at {state['images_seen']:,} images seen: {out}")
     return out
 
 
-def _fill(album: Album, create: Create, images: int, batch_size: int, device: torch.device) -> None:
+def _fill(
+    album: Album, generate: Generate, images: int, batch_size: int, device: torch.device
+) -> None:
     """Put what is missing of the first pictures into the album, each rank its share."""
     own = [n for n in range(rank(), images, world_size()) if not album.path(n).exists()]
     with console.progress(len(own), "samples") as bar:
         for batch in torch.tensor(own, dtype=torch.int64).split(batch_size) if own else ():
-            for number, picture in zip(batch.tolist(), create(batch.to(device)), strict=True):
+            for number, picture in zip(batch.tolist(), generate(batch.to(device)), strict=True):
                 album.save(number, picture)
             bar.update(len(batch))
     barrier()
 
 
 def _write_npz(
-    create: Create,
-    chosen: Chosen,
+    generate: Generate,
+    resolved: ResolvedSettings,
     images: int,
     batch_size: int,
     device: torch.device,
@@ -115,17 +119,17 @@ def _write_npz(
         check_same_record(out, record)
         return
     album = Album(out.with_name(out.name + files.PARTS), record, ".npy")
-    _fill(album, create, images, batch_size, device)
+    _fill(album, generate, images, batch_size, device)
     if is_main():
-        asked = chosen.targets if chosen.labels is None else chosen.labels
-        labels = None if asked is None else chosen.of(asked, torch.arange(images)).numpy()
+        asked = resolved.targets if resolved.labels is None else resolved.labels
+        labels = None if asked is None else cycled(asked, torch.arange(images)).numpy()
         pack_npz(album, images, labels, record, out)
     barrier()
 
 
 def _draw_grid(
-    create: Create,
-    chosen: Chosen,
+    generate: Generate,
+    resolved: ResolvedSettings,
     images: int,
     batch_size: int,
     device: torch.device,
@@ -136,11 +140,11 @@ def _draw_grid(
     found = []
     with console.progress(len(own), "samples") as bar:
         for batch in own.split(batch_size) if len(own) else ():
-            found.append(create(batch.to(device)))
+            found.append(generate(batch.to(device)))
             bar.update(len(batch))
     everything = _gather(found, own, images, device)
     if is_main():
-        asked = chosen.targets if chosen.labels is None else chosen.labels
+        asked = resolved.targets if resolved.labels is None else resolved.labels
         columns = len(asked) if asked is not None and 1 < len(asked) <= 2 * _COLUMNS else _COLUMNS
         columns = min(columns, images)
         blank = torch.ones_like(everything[:1]).expand(-images % columns, -1, -1, -1)
@@ -179,11 +183,11 @@ def _check_channels(method: LDAE, out: Path | None) -> None:
         raise InputError(f"a .png has 1 or 3 channels and this run {chans}: name an --out .npz")
 
 
-def _name(how: Sampling, steps: int, images_seen: int) -> str:
+def _name(how: SamplingSettings, steps: int, images_seen: int) -> str:
     """A file name that tells what decides the pictures."""
     parts = [how.sampler, str(steps)]
     for key, value in asdict(how).items():
-        if value != getattr(Sampling(), key) and key not in ("sampler", "steps"):
+        if value != getattr(SamplingSettings(), key) and key not in ("sampler", "steps"):
             values = "-".join(value) if isinstance(value, tuple) else value
             parts.append(f"{key}={Path(values).name if key == 'classifier' else values}")
     name = re.sub(r"[^\w.=]+", "-", "-".join([*parts, f"at={images_seen}"]))

@@ -92,7 +92,7 @@ def _verify(
     indices = range(min(_IMAGES_VERIFIED, len(source)))
     transform = preprocessing(opened)
     pixels, _, _ = next(iter(eval_batches(source, transform, indices, len(indices), workers=0)))
-    images = transform.normalise(pixels)
+    images = transform.normalize(pixels)
     wanted = heads(backbone(images))[:, 0]
     error = (opened(images) - wanted).abs().max() / wanted.abs().max()
     if not error < 1e-3:

@@ -105,7 +105,7 @@ class Encoder:
     @torch.inference_mode()
     def on_device(self, images: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
         """The features where the backbone is."""
-        images = self.transform.normalise(images.to(self.device, non_blocking=True))
+        images = self.transform.normalize(images.to(self.device, non_blocking=True))
         with self._arithmetic():
             parts = self.reader(images, indices)
         return torch.cat([part.float() for part in parts], 1)
@@ -130,7 +130,7 @@ class Encoder:
         """Of the features of each tap. Raises: InputError when the model gives a map."""
         blank = torch.zeros(1, *self.transform.input_size, dtype=torch.uint8, device=self.device)
         with torch.inference_mode(), self._arithmetic():
-            return self.reader.columns(self.transform.normalise(blank))
+            return self.reader.columns(self.transform.normalize(blank))
 
     @property
     def dim(self) -> int:

@@ -84,5 +84,5 @@ class InceptionTransform(CropTransform):
     def input_size(self) -> tuple[int, int, int]:
         return self.in_chans, self.img_size, self.img_size
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         return images

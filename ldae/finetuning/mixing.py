@@ -68,7 +68,7 @@ class Mixing:
         uint8 images (B, C, H, W) become normalised float32 images of the same shape. Labels, int64
         (B,), become soft targets, float32 (B, num_classes).
         """
-        images = self.transform.normalise(batch.images.to(self.device, non_blocking=True))
+        images = self.transform.normalize(batch.images.to(self.device, non_blocking=True))
         labels = batch.targets.to(self.device, non_blocking=True)
         groups = zip(*(part.split(self.augment.mix_images) for part in (images, labels)))
         starts = batch.positions[:: self.augment.mix_images].tolist()

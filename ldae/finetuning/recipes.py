@@ -58,8 +58,11 @@ RECIPES = (
 )  # fmt: skip
 
 
-def recipe(name: str) -> Recipe:
-    """Raises: InputError with the nearest name when there is none."""
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe of this name.
+
+    Raises: InputError with the nearest name when there is none.
+    """
     for candidate in RECIPES:
         if candidate.name == name:
             return candidate
@@ -72,7 +75,7 @@ def config(name: str = "mae", size: str = "B") -> FinetuneConfig:
 
     Raises: InputError when there is no such recipe or size.
     """
-    chosen = recipe(name)
+    chosen = find_recipe(name)
     if size not in chosen.sizes:
         raise InputError(f"there is no size {size!r}; there are {', '.join(chosen.sizes)}")
     head = {"recipe": chosen.name, "version": chosen.version, "size": size}
@@ -92,7 +95,7 @@ def default_size(spec: str) -> str:
 
 def changed_constants(used: FinetuneConfig) -> dict[str, tuple[Any, Any]]:
     """Return the constants that differ from the recipe: name -> (recipe's value, used value)."""
-    chosen = recipe(used.recipe)
+    chosen = find_recipe(used.recipe)
     constants = {*chosen.constants, *chosen.sizes[used.size]}
     changes = difference(config(used.recipe, used.size), used)
     return {name: values for name, values in changes.items() if name in constants}

@@ -160,7 +160,7 @@ def _train(fit: Fit, run: Path, row: str) -> None:
     if fit.plan:
         mean, std = fit.stats
         if mean:
-            tokenizer.set_pixels(torch.tensor(mean), torch.tensor(std))
+            tokenizer.set_pixel_stats(torch.tensor(mean), torch.tensor(std))
         elif not Checkpoints(run).paths():  # else they are in there
             tokenizer.fit_pixels(_first_images(fit))
         # Not compiled: the adversary's adaptive weight asks for gradients within the forward pass.

@@ -16,11 +16,11 @@ from ldae.method import LDAE
 from ldae.runs.kinds import settings_of
 from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
-from ldae.sampling.settings import Sampling
+from ldae.sampling.settings import SamplingSettings
 from ldae.sampling.start import LatentGaussian, load_or_fit_gaussian
 from ldae.tree import taken_by
 
-Create = Callable[[torch.Tensor], torch.Tensor]
+Generate = Callable[[torch.Tensor], torch.Tensor]
 """Numbers of samples, int64 (B,) on the device -> images, uint8 (B, C, H, W) on the CPU."""
 _STEPS = 50  # as in DDIM's tables, where the FID is within a few percent of 1000 steps
 
@@ -30,10 +30,10 @@ _MAX_SNR_OF_NOISE = 1e-2
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ResolvedSettings:
     """The settings of a sampling, resolved for one run."""
 
-    how: Sampling
+    settings: SamplingSettings
     levels: list[int]
     labels: torch.Tensor | None = None
     """Class labels, int64 (L,); sample n gets label n mod L. None for unconditional runs."""
@@ -43,59 +43,63 @@ class Chosen:
     transform: EvalTransform | None = None
     """Preprocessing of the classifier."""
 
-    def of(self, cycle: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the entries of ``labels`` or ``targets`` for the samples of these numbers."""
-        return cycle.to(numbers.device)[numbers % len(cycle)]
+
+def cycled(classes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the class at n mod L, of classes (L,), for each sample number n of ``numbers``."""
+    return classes.to(numbers.device)[numbers % len(classes)]
 
 
-def choose(method: LDAE, classes: list[str], how: Sampling) -> Chosen:
-    """Resolve the settings of a sampling for one run, which has these class names.
+def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> ResolvedSettings:
+    """Resolve the settings of a sampling for a run with these names of classes.
 
     Raises: InputError naming the setting that does not fit the run.
     """
     conditional = bool(method.denoiser.num_classes)
-    if how.guidance != 1 and not conditional:
+    if settings.guidance != 1 and not conditional:
         raise InputError("guidance needs a run with model.class_conditional; it is off in this run")
-    if how.guidance != 1 and not method.label_dropout:
+    if settings.guidance != 1 and not method.label_dropout:
         raise InputError(
             "guidance needs a run that was also trained without labels, but its "
             "model.label_dropout is 0"
         )
-    if how.labels and not (conditional or how.classifier):
+    if settings.labels and not (conditional or settings.classifier):
         raise InputError(
             "labels need a run with model.class_conditional, or a --classifier that guides"
         )
-    top = top_level(method)
-    levels = samplers.sub_sequence(top, how.steps or min(_STEPS, top + 1), how.spacing)
-    labels = torch.tensor(_find(how.labels, classes, "this run")) if conditional else None
-    if not how.classifier:
-        return Chosen(how, levels, labels)
+    top = highest_level(method)
+    levels = samplers.sub_sequence(top, settings.steps or min(_STEPS, top + 1), settings.spacing)
+    labels = None
+    if conditional:
+        labels = torch.tensor(_class_indices(settings.labels, classes, "this run"))
+    if not settings.classifier:
+        return ResolvedSettings(settings, levels, labels)
 
     in_chans = method.tokenizer.in_chans
-    classifier = load_classifier(how.classifier, 3 if in_chans == 1 else in_chans)
+    classifier = load_classifier(settings.classifier, 3 if in_chans == 1 else in_chans)
     transform = preprocessing(classifier)
     if in_chans not in (1, transform.input_size[0]):
         raise InputError(
-            f"classifier {how.classifier} takes {transform.input_size[0]} channels, but this run "
-            f"generates {in_chans}"
+            f"classifier {settings.classifier} takes {transform.input_size[0]} channels, but this "
+            f"run generates {in_chans}"
         )
     names = label_names(classifier)
     if not conditional:
-        targets = _find(how.labels, names or _numbers(classifier), how.classifier)
+        numbers = [str(number) for number in range(classifier.num_classes)]
+        targets = _class_indices(settings.labels, names or numbers, settings.classifier)
     elif names:
         requested = [classes[label] for label in labels]
-        targets = _find(requested, names, how.classifier, by_number=False)
+        targets = _class_indices(requested, names, settings.classifier, by_number=False)
     elif classifier.num_classes == len(classes):
         targets = labels.tolist()
     else:
         raise InputError(
-            f"classifier {how.classifier} has {classifier.num_classes} classes without names, but "
-            f"this run has {len(classes)}: they cannot be matched"
+            f"classifier {settings.classifier} has {classifier.num_classes} classes without names, "
+            f"but this run has {len(classes)}: they cannot be matched"
         )
-    return Chosen(how, levels, labels, classifier, torch.tensor(targets), transform)
+    return ResolvedSettings(settings, levels, labels, classifier, torch.tensor(targets), transform)
 
 
-def top_level(method: LDAE) -> int:
+def highest_level(method: LDAE) -> int:
     """Return the highest level at which z_0 follows from the network's prediction.
 
     At gamma_t = 0 it does not follow from the noise or the score.
@@ -108,14 +112,14 @@ def top_level(method: LDAE) -> int:
     return int(levels[-1])
 
 
-def drowned(method: LDAE, level: int) -> bool:
+def is_pure_noise(method: LDAE, level: int) -> bool:
     """Return whether z_t at this level is close enough to pure noise to start from noise."""
     return bool(method.gamma[level] ** 2 < _MAX_SNR_OF_NOISE * method.sigma[level] ** 2)
 
 
 @torch.no_grad()
-def pictures(
-    method: LDAE, chosen: Chosen, gaussian: LatentGaussian | None, numbers: torch.Tensor
+def generate(
+    method: LDAE, resolved: ResolvedSettings, gaussian: LatentGaussian | None, numbers: torch.Tensor
 ) -> torch.Tensor:
     """Generate the samples of these numbers, int64 (B,), as uint8 (B, C, H, W) on the CPU.
 
@@ -124,16 +128,16 @@ def pictures(
 
     Raises: InputError when a sample is not finite.
     """
-    how, tokenizer = chosen.how, method.tokenizer
+    settings, tokenizer = resolved.settings, method.tokenizer
     gamma, sigma = method.gamma.double().cpu(), method.sigma.double().cpu()
-    top, last = chosen.levels[0], torch.full_like(numbers, chosen.levels[-1])
-    labels = None if chosen.labels is None else chosen.of(chosen.labels, numbers)
+    top, last = resolved.levels[0], torch.full_like(numbers, resolved.levels[-1])
+    labels = None if resolved.labels is None else cycled(resolved.labels, numbers)
     plain = partial(method.denoise, labels=labels)
-    denoise = _guided(method, chosen, plain, gamma, sigma, numbers)
+    denoise = _guided(method, resolved, plain, gamma, sigma, numbers)
 
     def draw(step: int) -> torch.Tensor:
         shape = (tokenizer.num_tokens, tokenizer.dim)
-        return noise.normal(how.seed, numbers, shape, noise.SAMPLING + step).to(method.gamma)
+        return noise.normal(settings.seed, numbers, shape, noise.SAMPLING + step).to(method.gamma)
 
     start = draw(0)  # step k uses stream k
     if gaussian is None:
@@ -142,82 +146,85 @@ def pictures(
         z = gaussian.sample_noised(start, float(gamma[top]), float(sigma[top]))
     # With TF32 a sample would depend on the batch size.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        own = taken_by(SAMPLERS[how.sampler], asdict(how))
-        z = SAMPLERS[how.sampler](denoise, z, chosen.levels, gamma, sigma, draw, **own)
+        sampler = SAMPLERS[settings.sampler]
+        options = taken_by(sampler, asdict(settings))
+        z = sampler(denoise, z, resolved.levels, gamma, sigma, draw, **options)
         if denoise is plain:
-            seen = method.predict_image(z, last, labels)
+            images = method.predict_image(z, last, labels)
         else:
-            seen = method.decode(denoise(z, last))
+            images = method.decode(denoise(z, last))
             if method.objective.is_image:
                 # Guidance acts on z_0. The predicted image holds details beyond z_0: add them.
-                seen = seen + method.predict_image(z, last, labels) - method.decode(plain(z, last))
-    finite = seen.flatten(1).isfinite().all(1)
+                images = (
+                    images + method.predict_image(z, last, labels) - method.decode(plain(z, last))
+                )
+    finite = images.flatten(1).isfinite().all(1)
     if not finite.all():
-        raise InputError(f"sample {numbers[~finite][0]} in {how.precision} is not finite")
-    return (tokenizer.denormalize(seen).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        raise InputError(f"sample {numbers[~finite][0]} in {settings.precision} is not finite")
+    return (tokenizer.denormalize(images).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def _guided(
     method: LDAE,
-    chosen: Chosen,
+    resolved: ResolvedSettings,
     denoise: samplers.Denoise,
     gamma: torch.Tensor,
     sigma: torch.Tensor,
     numbers: torch.Tensor,
 ) -> samplers.Denoise:
     """Return the denoiser with the guidance that the settings ask for."""
-    how = chosen.how
-    if how.guidance != 1:
-        denoise = samplers.classifier_free(denoise, method.denoise, how.guidance)
-    if chosen.classifier is None:
+    settings = resolved.settings
+    if settings.guidance != 1:
+        denoise = samplers.classifier_free(denoise, method.denoise, settings.guidance)
+    if resolved.classifier is None:
         return denoise
-    classifier = chosen.classifier.to(numbers.device)
-    targets = chosen.of(chosen.targets, numbers)[:, None]
+    classifier = resolved.classifier.to(numbers.device)
+    targets = cycled(resolved.targets, numbers)[:, None]
 
     def log_likelihood(z_0: torch.Tensor) -> torch.Tensor:
-        seen = method.tokenizer.denormalize(method.decode(z_0))
-        logits = classifier(chosen.transform.transform_tensor(seen))
+        images = method.tokenizer.denormalize(method.decode(z_0))
+        logits = classifier(resolved.transform.transform_tensor(images))
         return logits.log_softmax(-1).gather(1, targets)[:, 0]
 
-    return samplers.classifier_guided(denoise, log_likelihood, how.classifier_scale, gamma, sigma)
+    return samplers.classifier_guided(
+        denoise, log_likelihood, settings.classifier_scale, gamma, sigma
+    )
 
 
-def _find(
-    asked: tuple[str, ...] | list[str], names: list[str], whose: str, by_number: bool = True
+def _class_indices(
+    requested: tuple[str, ...] | list[str], names: list[str], owner: str, by_number: bool = True
 ) -> list[int]:
-    """Return the indices of requested classes, given by name or number, or of all classes.
+    """Return the indices of the requested classes, or of all classes when none are requested.
 
-    ``whose`` names the owner of the classes in messages.
+    Args:
+        requested: names of classes, or with ``by_number`` also their indices.
+        owner: the run or the classifier that has these classes, for messages.
 
     Raises: InputError, with the nearest name, for a class that does not exist.
     """
-    found = []
-    for label in asked or names:
+    indices = []
+    for label in requested or names:
         if label in names:
-            found.append(names.index(label))
+            indices.append(names.index(label))
         elif by_number and label.isdecimal() and int(label) < len(names):
-            found.append(int(label))
+            indices.append(int(label))
         else:
             raise InputError(
-                f"{label!r} is none of the {len(names)} classes of {whose}; "
+                f"{label!r} is none of the {len(names)} classes of {owner}; "
                 f"the nearest is {nearest(label, names)!r}"
             )
-    return found
+    return indices
 
 
-def _numbers(classifier: nn.Module) -> list[str]:
-    return [str(number) for number in range(classifier.num_classes)]
-
-
-def sampler(
+def prepare_generation(
     run: Path,
     method: LDAE,
     state: dict,
-    how: Sampling,
+    settings: SamplingSettings,
     device: torch.device,
     data: str | None = None,
     workers: int = 4,
-) -> tuple[Create, Chosen, dict]:
+) -> tuple[Generate, ResolvedSettings, dict]:
     """Prepare the generation of samples from a run.
 
     Args:
@@ -231,18 +238,18 @@ def sampler(
 
     Raises: InputError for settings that do not fit the run.
     """
-    chosen = choose(method, state["describe"]["classes"], how)
+    resolved = resolve(method, state["describe"]["classes"], settings)
     method.to(device).requires_grad_(False)
-    method.bf16 = how.precision == "bf16"
+    method.bf16 = settings.precision == "bf16"
     gaussian = None
-    if not drowned(method, chosen.levels[0]):
+    if not is_pure_noise(method, resolved.levels[0]):
         config = settings_of(run, "pretraining")
         gaussian = load_or_fit_gaussian(run, config, method, device, data, workers)
-    record = asdict(how) | {
+    record = asdict(settings) | {
         "run": run.resolve().name,
         "weights": files.state_hash(method.state_dict()),
         "images_seen": state["images_seen"],
-        "steps": len(chosen.levels),
+        "steps": len(resolved.levels),
         "latents": gaussian.record if gaussian else None,
     }
-    return partial(pictures, method, chosen, gaussian), chosen, record
+    return partial(generate, method, resolved, gaussian), resolved, record

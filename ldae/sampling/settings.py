@@ -10,7 +10,7 @@ from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, Choice, check, check_used
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingSettings:
     """The settings that, with the weights of the run, determine sample n."""
 
     sampler: Annotated[str, Choice("ldae.sampling.samplers:SAMPLERS")] = "ddim"
@@ -35,7 +35,7 @@ class Sampling:
     """Precision of the network."""
 
 
-def check_settings(how: Sampling) -> None:
+def check_settings(how: SamplingSettings) -> None:
     """Check the settings of a sampling.
 
     Raises: InputError for a setting that is out of range, or that would have no effect.

@@ -28,7 +28,7 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "patch_vae": PatchVAE,
     "conv_vae": ConvTokenizer,
 }
-"""The tokenizers by name. The parameters of a constructor are the settings that it reads."""
+"""The tokenizers by name. The parameters of a constructor name the settings that it reads."""
 
 
 def create(name: str, **settings: Any) -> Tokenizer:
@@ -36,8 +36,8 @@ def create(name: str, **settings: Any) -> Tokenizer:
 
     Raises: InputError when the settings do not fit together.
     """
-    kind = TOKENIZERS[name]
-    return kind(**taken_by(kind, settings))
+    cls = TOKENIZERS[name]
+    return cls(**taken_by(cls, settings))
 
 
 def name_of(tokenizer: Tokenizer) -> str:
@@ -51,7 +51,10 @@ def describe(tokenizer: Tokenizer) -> dict:
 
 
 def check_kind(kind: type[Tokenizer], tokenizer: Tokenizer, what: str) -> None:
-    """Raise InputError when a tokenizer is not of the kind that ``what`` needs."""
+    """Check that a tokenizer is an instance of ``kind``, which the setting ``what`` needs.
+
+    Raises: InputError naming the tokenizers of that kind.
+    """
     if not isinstance(tokenizer, kind):
         names = [name for name, other in TOKENIZERS.items() if issubclass(other, kind)]
         raise InputError(
@@ -70,9 +73,9 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(tokenizer: Tokenizer, path: Path) -> None:
-    """Fill ``tokenizer`` from a file that ``save`` wrote.
+    """Load a file that ``save`` wrote into ``tokenizer``.
 
-    Raises: InputError when the file is missing or damaged, or fits another tokenizer.
+    Raises: InputError when the file is missing or damaged, or belongs to another tokenizer.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -84,8 +87,8 @@ def load(tokenizer: Tokenizer, path: Path) -> None:
         raise InputError(f"{path} is not a tokenizer file of ldae") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"tokenizer file {path} is damaged ({first_line(error)}): put a copy in its place, or "
-            "fit it again in a new run"
+            f"tokenizer file {path} is damaged ({first_line(error)}): replace it by a copy, or fit "
+            "the tokenizer again in a new run"
         ) from None
     for key, value in describe(tokenizer).items():
         if saved.get(key) != value:
@@ -93,4 +96,4 @@ def load(tokenizer: Tokenizer, path: Path) -> None:
     try:
         tokenizer.load_state_dict(state)
     except RuntimeError:
-        raise InputError(f"tokenizer file {path} holds another network than this run's") from None
+        raise InputError(f"the network in tokenizer file {path} does not fit this run's") from None

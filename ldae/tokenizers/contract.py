@@ -30,7 +30,7 @@ class Tokenizer(nn.Module):
     stochastic = False
     """Whether ``encode`` can sample from a posterior."""
     loss_weights: tuple[str, ...] = ()
-    """The settings that weigh a term of the loss beside the reconstruction."""
+    """Names of the settings that weigh the terms of the loss beside the reconstruction term."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def settings(cls) -> set[str]:
-        """Return the names of the settings that such a tokenizer reads."""
+        """Return the names of the settings that the tokenizer reads."""
         return {*inspect.signature(cls).parameters, *cls.loss_weights}
 
     def fit(
@@ -81,18 +81,22 @@ class Tokenizer(nn.Module):
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
     ) -> None:
-        """Choose all statistics from uint8 images (B, C, H, W).
+        """Set all statistics from uint8 images (B, C, H, W).
 
-        ``images`` can be iterated as often as the fit needs, and every pass gives the same batches
-        in the same order. Each rank passes its own share of the images, and all ranks get the same
-        tokenizer. Pixel statistics that are given are kept; otherwise they are the data's.
+        Each rank passes its own share of the images, and all ranks get the same tokenizer.
 
-        Raises: InputError when there are no images, or a channel never changes.
+        Args:
+            images: can be iterated as often as the fit needs; every pass gives the same batches in
+                the same order.
+            mean: mean of the pixels of each channel, in [0, 1]; empty: the mean of the images.
+            std: standard deviation of the pixels of each channel; empty: it is measured.
+
+        Raises: InputError when there are no images, or when a channel is constant.
         """
         raise NotImplementedError
 
     def summary(self) -> str:
-        """Return what is worth reporting of a fit, in a few words; "" when there is nothing."""
+        """Return a short report of the fit, or "" when there is nothing to report."""
         return ""
 
     @torch.no_grad()
@@ -108,11 +112,11 @@ class Tokenizer(nn.Module):
             pixels = batch.to(self.pixel_mean.device, torch.float32) - 128
             moments.update(pixels.movedim(1, -1).flatten(0, -2))
         moments.all_reduce()
-        check_any(moments)
+        check_not_empty(moments)
         variance = moments.covariance().diagonal().clamp(min=0)
-        self.set_pixels((moments.mean() + 128) / 255, variance.sqrt() / 255)
+        self.set_pixel_stats((moments.mean() + 128) / 255, variance.sqrt() / 255)
 
-    def set_pixels(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+    def set_pixel_stats(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Set the mean and standard deviation (C,) of the pixels, in [0, 1].
 
         Raises: InputError when a channel is constant.
@@ -148,13 +152,13 @@ class PatchTokenizer(Tokenizer):
         return unpatchify(self.inverse(latents), self.patch_size, self.in_chans)
 
 
-def latent_scales(scale: str, variances: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
+def latent_scales(scale: str, variances: torch.Tensor, raw_scale: float = 1.0) -> torch.Tensor:
     """Return the factors (dim,) that scale latents of these variances (dim,).
 
-    ``scale`` is as in ``Tokenizer``; for ``raw``, every factor is ``unit``.
+    ``scale`` is as in ``Tokenizer``; for ``raw``, every factor is ``raw_scale``.
     """
     if scale == "raw":
-        return torch.full_like(variances, unit)
+        return torch.full_like(variances, raw_scale)
     if scale == "global":
         return torch.full_like(variances, 1) / variances.mean().sqrt()
     # The floor keeps the rounding error of an axis without variance from being scaled up to noise.
@@ -162,7 +166,7 @@ def latent_scales(scale: str, variances: torch.Tensor, unit: float = 1.0) -> tor
     return variances.clamp(min=float(floor)).rsqrt()
 
 
-def check_any(moments: Moments) -> None:
+def check_not_empty(moments: Moments) -> None:
     """Check that the moments count at least one vector.
 
     Raises: InputError when they count none.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ldae.tokenizers.contract import Tokenizer, check_any, latent_scales
+from ldae.tokenizers.contract import Tokenizer, check_not_empty, latent_scales
 from ldae.tokenizers.moments import Moments
 
 # LDM's clamp of a posterior's log-variance, so that no variance underflows or overflows.
@@ -123,9 +123,9 @@ class TrainedTokenizer(Tokenizer):
                 spread = posterior.log_variance.exp()
             moments.update(torch.cat([posterior.mean, spread], -1).flatten(0, 1).double())
         moments.all_reduce()
-        check_any(moments)
+        check_not_empty(moments)
         mean, spread = moments.mean().chunk(2)
         variances = moments.covariance().diagonal()[: self.dim].clamp(min=0) + spread
-        shift, unit = self.raw_shift_and_scale()
+        shift, raw_scale = self.raw_shift_and_scale()
         self.latent_mean.copy_(torch.full_like(mean, shift) if self.scale == "raw" else mean)
-        self.scales.copy_(latent_scales(self.scale, variances, unit))
+        self.scales.copy_(latent_scales(self.scale, variances, raw_scale))

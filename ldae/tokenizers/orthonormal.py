@@ -6,7 +6,7 @@ import torch
 
 from ldae.errors import InputError
 from ldae.patches import patchify
-from ldae.tokenizers.contract import PatchTokenizer, check_any, latent_scales
+from ldae.tokenizers.contract import PatchTokenizer, check_not_empty, latent_scales
 from ldae.tokenizers.moments import Moments
 
 
@@ -43,41 +43,41 @@ class OrthonormalTokenizer(PatchTokenizer):
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
     ) -> None:
-        """Choose pixel statistics, axes and scales in one pass."""
+        """Set pixel statistics, axes and scales in one pass; see ``Tokenizer.fit``."""
         moments = Moments(self.patch_dim, self.basis.device)
         for batch in images:
-            # Whole numbers around 0, whose moments are exact: so are then the fits of any number of
-            # ranks the same, and faster than in float64.
+            # Moments of small integers are exact in float32. The fit is thus the same for every
+            # number of ranks, and faster than in float64.
             pixels = batch.to(self.basis.device, torch.float32) - 128
             moments.update(patchify(pixels, self.patch_size).flatten(0, 1))
         moments.all_reduce()
-        check_any(moments)
+        check_not_empty(moments)
 
-        # Moments of normalised patches follow from those of the pixels: one pass is enough.
+        # One pass is enough: moments of normalised patches follow from the moments of the pixels.
         chans = self.in_chans
-        centre, covariance = (moments.mean() + 128) / 255, moments.covariance() / 255**2
+        patch_mean, covariance = (moments.mean() + 128) / 255, moments.covariance() / 255**2
         if not mean:
-            mean = centre.reshape(chans, -1).mean(1)
-            power = (covariance.diagonal() + centre**2).reshape(chans, -1).mean(1)
+            mean = patch_mean.reshape(chans, -1).mean(1)
+            power = (covariance.diagonal() + patch_mean**2).reshape(chans, -1).mean(1)
             std = (power - mean**2).clamp(min=0).sqrt()
         mean, std = (torch.as_tensor(part).to(moments.sum) for part in (mean, std))
-        self.set_pixels(mean, std)
+        self.set_pixel_stats(mean, std)
         per_patch = self.patch_dim // chans
         shift, gain = mean.repeat_interleave(per_patch), 1 / std.repeat_interleave(per_patch)
         covariance = gain[:, None] * covariance * gain
 
         basis = self.axes(covariance)
         variances = (basis @ covariance * basis).sum(1).clamp(min=0)
-        self.patch_mean.copy_((centre - shift) * gain)
+        self.patch_mean.copy_((patch_mean - shift) * gain)
         self.basis.copy_(basis)
         self.variances.copy_(variances)
-        self.scales.copy_(latent_scales(self.scale, variances[: self.dim], self.unit()))
+        self.scales.copy_(latent_scales(self.scale, variances[: self.dim], self.raw_scale()))
 
     def summary(self) -> str:
-        kept = self.variances[: self.dim].sum() / self.variances.sum()
-        return f"{self.dim} of {self.patch_dim} axes keep {kept:.1%} of the variance"
+        share = self.variances[: self.dim].sum() / self.variances.sum()
+        return f"{self.dim} of {self.patch_dim} axes keep {share:.1%} of the variance"
 
-    def unit(self) -> float:
+    def raw_scale(self) -> float:
         """Return the factor of a coordinate when ``scale`` is ``raw``."""
         return 1.0
 
@@ -124,7 +124,7 @@ class PixelTokenizer(OrthonormalTokenizer):
             )
         self.factor = patch_size // sizes[dim]
 
-    def unit(self) -> float:
+    def raw_scale(self) -> float:
         return 1 / self.factor  # f x f pixels of value v have the coordinate f v
 
     def axes(self, covariance: torch.Tensor) -> torch.Tensor:

@@ -322,7 +322,7 @@ def test_transform_then_normalise_is_timms_transform(size, crop_mode, mode, chan
     expected = create_transform(**resolve_model_data_config(model), is_training=False)(image)
     pixels = transform(image, RNG)
     assert pixels.dtype == torch.uint8
-    assert torch.equal(transform.normalise(pixels[None])[0], expected)
+    assert torch.equal(transform.normalize(pixels[None])[0], expected)
 
 
 def test_channels_of_an_array_are_transformed_one_by_one():

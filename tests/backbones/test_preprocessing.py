@@ -19,7 +19,7 @@ def test_transform_of_tensors_matches_timms_transform_of_images(side, crop_pct, 
     axis = np.linspace(0, 3, 32)
     waves = np.stack([np.sin(axis[:, None] + k * axis) for k in (0, 1, 2)], -1)
     image = Image.fromarray((127 + 100 * waves).astype(np.uint8))
-    expected = transform.normalise(transform(image, np.random.default_rng(0))[None])
+    expected = transform.normalize(transform(image, np.random.default_rng(0))[None])
     tensor = torch.from_numpy(np.array(image)).movedim(-1, 0)[None] / 255
     actual = transform.transform_tensor(tensor)
     assert actual.shape == expected.shape

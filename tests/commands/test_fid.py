@@ -21,7 +21,7 @@ from ldae.commands.fid import FIDSettings, RunImages, fid
 from ldae.commands.sample import sample
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
-from ldae.sampling.settings import Sampling
+from ldae.sampling.settings import SamplingSettings
 
 DIM = 64  # of test_vit's features
 SETUP = FIDSettings(features="test_vit", random_init=True, img_size=32, workers=0, device="cpu")
@@ -61,7 +61,7 @@ def slow_distance(model: torch.nn.Module, a: np.ndarray, b: np.ndarray) -> float
     for images in (a, b):
         prepared = torch.stack([transform(Image.fromarray(image), None) for image in images])
         with torch.inference_mode():
-            features.append(model(transform.normalise(prepared)).double().numpy())
+            features.append(model(transform.normalize(prepared)).double().numpy())
     return frechet(*features)
 
 
@@ -239,7 +239,7 @@ def run(tiny, sets):
 
 
 def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
-    how = Sampling(steps=3, seed=5)
+    how = SamplingSettings(steps=3, seed=5)
     setup = replace(SETUP, images=70, batch_size=16)
     record = fid(run, setup=setup, how=how)
     assert record["reference"]["spec"] == "scattered-digits:64"  # what the run was trained on
@@ -262,7 +262,7 @@ def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
 
 def test_ranks_draw_each_sample_once(run, monkeypatch):
     encoder = Encoder(load_backbone("pixels:4"), torch.device("cpu"))
-    samples = RunImages(Path(run), 11, Sampling(steps=2), encoder.device, workers=0)
+    samples = RunImages(Path(run), 11, SamplingSettings(steps=2), encoder.device, workers=0)
     parts = []
     for world_size, rank in ((1, 0), (2, 0), (2, 1)):
         monkeypatch.setattr("ldae.commands.fid.world_size", lambda: world_size)
@@ -278,11 +278,11 @@ def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
     with pytest.raises(InputError, match="has 10 images, fewer than the 2,048 dimensions"):
         fid(run, setup=FIDSettings(images=10, weights=Path("not-there.pth")))  # before it is opened
     with pytest.raises(InputError, match="guidance needs a run with model.class_conditional"):
-        fid(run, setup=SETUP, how=Sampling(guidance=2))
+        fid(run, setup=SETUP, how=SamplingSettings(guidance=2))
     with pytest.raises(InputError, match="eta is a setting of ddim"):
-        fid(run, setup=SETUP, how=Sampling("heun", eta=1))
+        fid(run, setup=SETUP, how=SamplingSettings("heun", eta=1))
     with pytest.raises(InputError, match="steps is for samples of a run, and a is no run folder"):
-        fid("a", "b", setup=SETUP, how=Sampling(steps=3))
+        fid("a", "b", setup=SETUP, how=SamplingSettings(steps=3))
     with pytest.raises(InputError, match="images is for samples of a run"):
         fid("a", "b", setup=replace(SETUP, images=70))
     with pytest.raises(

@@ -114,7 +114,7 @@ def test_it_learns_and_leaves_what_it_says(tiny, exported, tmp_path, capsys):
     rng = np.random.default_rng(0)
     images = torch.stack([transform(source.image(i), rng) for i in range(len(source))])
     with torch.no_grad():
-        found = opened(transform.normalise(images)).argmax(1)
+        found = opened(transform.normalize(images)).argmax(1)
     right = (found == torch.from_numpy(source.labels)).double().mean()
     assert on_disk["results"]["top1"] == pytest.approx(100 * right.item())
     assert load_backbone(run).num_classes == 0  # what evaluators grade

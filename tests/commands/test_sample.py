@@ -24,7 +24,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.layout import LATENTS
 from ldae.sampling import album
 from ldae.sampling.album import Album
-from ldae.sampling.settings import Sampling
+from ldae.sampling.settings import SamplingSettings
 from ldae.sampling.start import LatentGaussian
 
 FEW = {"steps": 6}
@@ -62,7 +62,7 @@ def run(trained):
 
 
 def draw(run, out, images=10, batch_size=64, **how):
-    how = Sampling(**FEW | how)
+    how = SamplingSettings(**FEW | how)
     return sample(run, images, out, batch_size=batch_size, workers=0, device="cpu", how=how)
 
 
@@ -90,12 +90,12 @@ import sys
 from pathlib import Path
 import torch
 from ldae.distributed import process_group
-from ldae.sampling.settings import Sampling
+from ldae.sampling.settings import SamplingSettings
 from ldae.commands.sample import sample
 run, out = map(Path, sys.argv[1:])
 with process_group(torch.device("cpu")):
     for place in (out / "folder", out / "one.npz", None):
-        sample(run, 7, place, batch_size=2, workers=0, device="cpu", how=Sampling(steps=6))
+        sample(run, 7, place, batch_size=2, workers=0, device="cpu", how=SamplingSettings(steps=6))
 """
 
 
@@ -280,7 +280,7 @@ def test_a_saved_linear_probe_guides_to_its_classes(trained, tmp_path, capsys):
         with np.load(out) as file:
             assert file["arr_1"].tolist() == [3, 7] * 8
             pixels, labels = torch.tensor(file["arr_0"]).movedim(-1, 1), torch.tensor(file["arr_1"])
-        logits = classifier(transform.normalise(pixels)).log_softmax(-1)
+        logits = classifier(transform.normalize(pixels)).log_softmax(-1)
         agreement.append(float(logits.gather(1, labels[:, None]).mean()))
     assert agreement[1] > agreement[0] + 0.1
     argv = ["--classifier", probe, "--labels", "ten", "--device", "cpu"]

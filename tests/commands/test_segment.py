@@ -107,7 +107,7 @@ def test_token_map_of_pixels_is_their_patches_where_they_lie():
 def test_token_map_is_that_of_the_model():
     encoder = encoder_of("test_vit", random_init=True, img_size=32)
     images = torch.randint(256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    tokens = encoder.model.forward_features(encoder.transform.normalise(images))[:, 1:]
+    tokens = encoder.model.forward_features(encoder.transform.normalize(images))[:, 1:]
     torch.testing.assert_close(encoder(images).view(2, -1, 64), tokens, rtol=1e-4, atol=1e-5)
     assert encoder.reader.shape[2] == 64
 

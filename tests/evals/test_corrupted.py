@@ -46,7 +46,7 @@ def test_the_corruption_is_that_of_the_crop(pictures):
     wanted = corrupt(clean.permute(1, 2, 0).numpy(), "contrast", 5, 0)
     found = made(source.image(0), np.random.default_rng(0))
     assert (found.permute(1, 2, 0).numpy() == wanted).all() and found.dtype == torch.uint8
-    assert torch.equal(made.normalise(found[None]), EvalTransform(**big).normalise(found[None]))
+    assert torch.equal(made.normalize(found[None]), EvalTransform(**big).normalize(found[None]))
 
 
 def test_the_album_shows_the_clean_image_first(pictures):

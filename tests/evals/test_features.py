@@ -46,7 +46,7 @@ def test_features_are_the_backbones_in_the_order_of_the_source(vit, pictures):
     transform = preprocessing(vit)
     pixels = torch.stack([transform(source.image(i), np.random.default_rng(0)) for i in range(5)])
     with torch.inference_mode():
-        assert torch.equal(found.features, vit(transform.normalise(pixels)))
+        assert torch.equal(found.features, vit(transform.normalize(pixels)))
     assert found.labels.tolist() == source.labels.tolist()
     assert found.names == [source.name(i) for i in range(5)]
     assert found.features.dtype == torch.float32

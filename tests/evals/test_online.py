@@ -71,7 +71,7 @@ def slow_probe(model, source, protocol) -> tuple[torch.nn.BatchNorm1d, torch.nn.
     linear.double()
     moments = [np.zeros((3, 64)), np.zeros(3)]
     transform = CropTransform(16, 3, "random", flip=True, area=(0.08, 1.0), clip=True)
-    normalise = preprocessing(model).normalise
+    normalize = preprocessing(model).normalize
     count = len(source)
     updates = math.ceil(protocol.epochs * count / protocol.total_batch)
     for update in range(updates):
@@ -87,7 +87,7 @@ def slow_probe(model, source, protocol) -> tuple[torch.nn.BatchNorm1d, torch.nn.
                 for i, n in zip(chosen, positions, strict=True)
             ])  # fmt: skip
             with torch.no_grad():
-                features = model(normalise(images)).double()
+                features = model(normalize(images)).double()
             labels = torch.tensor(source.labels[chosen])
             loss = F.cross_entropy(linear(norm(features)), labels, reduction="sum")
             (loss / protocol.total_batch).backward()

@@ -46,7 +46,7 @@ def test_peak_learning_rate_matches_the_paper():
 @pytest.mark.parametrize("name", [recipe.name for recipe in recipes.RECIPES])
 def test_recipes_state_every_constant(name):
     """Otherwise a change of a default would change a recipe without a new version."""
-    stated = recipes.recipe(name)
+    stated = recipes.find_recipe(name)
     for size, constants_of_size in stated.sizes.items():
         constants = {
             key

@@ -7,8 +7,8 @@ from ldae import noise, trajectory
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.sampling import generation
-from ldae.sampling.generation import choose, drowned, pictures, top_level
-from ldae.sampling.settings import Sampling
+from ldae.sampling.generation import generate, highest_level, is_pure_noise, resolve
+from ldae.sampling.settings import SamplingSettings
 
 CLASSES = [str(digit) for digit in range(10)]
 FEW = torch.arange(4)
@@ -31,8 +31,8 @@ def conditional(method):
 
 
 def sampled(method, numbers=FEW, classes=CLASSES, **how):
-    chosen = choose(method, classes, Sampling(**{"steps": 4} | how))
-    return pictures(method, chosen, None, numbers)
+    resolved = resolve(method, classes, SamplingSettings(**{"steps": 4} | how))
+    return generate(method, resolved, None, numbers)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def sampled(method, numbers=FEW, classes=CLASSES, **how):
 )  # fmt: skip
 def test_sampling_starts_at_the_highest_level_that_determines_z_0(method, target, schedule, top):
     config = {"objective__target": target, "noise__schedule": schedule}
-    assert top_level(method("patch_pca", **config)) == top
+    assert highest_level(method("patch_pca", **config)) == top
 
 
 @pytest.mark.parametrize("row", [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)])
@@ -55,7 +55,7 @@ def test_rows_with_pure_noise_at_the_top_start_from_noise(method, row):
     made = method(row, 10 if row == "dit" else 0)
     entry = trajectory.row(row)
     expected = (entry.number or 14) <= 9 or row.startswith("vq")
-    assert drowned(made, top_level(made)) == expected
+    assert is_pure_noise(made, highest_level(made)) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_rows_with_pure_noise_at_the_top_start_from_noise(method, row):
 )
 def test_schedule_decides_whether_sampling_starts_from_noise(method, schedule, expected):
     made = method("predict_latent", noise__schedule=schedule)
-    assert drowned(made, top_level(made)) == expected
+    assert is_pure_noise(made, highest_level(made)) == expected
     wide = method("predict_latent", noise__schedule="geometric", noise__max_sigma=50.0)
-    assert drowned(wide, top_level(wide))
+    assert is_pure_noise(wide, highest_level(wide))
 
 
 def test_one_step_is_the_prediction_from_noise(method):
@@ -76,8 +76,8 @@ def test_one_step_is_the_prediction_from_noise(method):
     t = torch.zeros(4, dtype=torch.int64)
     seen = made.tokenizer.denormalize(made.predict_image(made.sigma[0] * start, t))
     assert torch.equal(actual, (seen.clamp(0, 1) * 255).round().byte())
-    assert len(choose(made, [], Sampling()).levels) == 1
-    assert len(choose(method("l_dae"), [], Sampling()).levels) == 50
+    assert len(resolve(made, [], SamplingSettings()).levels) == 1
+    assert len(resolve(method("l_dae"), [], SamplingSettings()).levels) == 50
 
 
 def test_sample_n_has_class_n_mod_their_count(conditional):
@@ -165,27 +165,27 @@ def test_classifier_guides_to_the_requested_class(row, method, monkeypatch):
 def test_classes_of_run_and_classifier_are_matched_by_name(conditional, method, monkeypatch):
     classifier = Brightness()
     monkeypatch.setattr(generation, "load_classifier", lambda spec, in_chans: classifier)
-    how = Sampling(classifier="folder", labels=("dark", "bright"))
-    chosen = choose(
+    how = SamplingSettings(classifier="folder", labels=("dark", "bright"))
+    resolved = resolve(
         method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"], how
     )
-    assert chosen.labels.tolist() == [1, 0] and chosen.targets.tolist() == [0, 1]
+    assert resolved.labels.tolist() == [1, 0] and resolved.targets.tolist() == [0, 1]
     with pytest.raises(InputError, match="'x' is none of the 2 classes of folder"):
-        choose(method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"],
-               Sampling(classifier="folder"))  # fmt: skip
+        resolve(method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"],
+               SamplingSettings(classifier="folder"))  # fmt: skip
     with pytest.raises(InputError, match="'0' is none of the 2 classes of folder"):
         # The class named "0" is not the first class of the classifier.
-        choose(method("patch_pca", 2, model__class_conditional=True), ["0", "1"],
-               Sampling(classifier="folder"))  # fmt: skip
+        resolve(method("patch_pca", 2, model__class_conditional=True), ["0", "1"],
+               SamplingSettings(classifier="folder"))  # fmt: skip
     with pytest.raises(InputError, match="'blue' is none of the 2 classes of folder; the nearest"):
-        choose(method(), [], Sampling(classifier="folder", labels=("blue",)))
+        resolve(method(), [], SamplingSettings(classifier="folder", labels=("blue",)))
     classifier.pretrained_cfg = Brightness.pretrained_cfg | {"label_names": None}
-    assert choose(method(), [], Sampling(classifier="folder")).targets.tolist() == [0, 1]
+    assert resolve(method(), [], SamplingSettings(classifier="folder")).targets.tolist() == [0, 1]
     with pytest.raises(InputError, match="has 2 classes without names, but this run has 10"):
-        choose(conditional, CLASSES, Sampling(classifier="folder"))
+        resolve(conditional, CLASSES, SamplingSettings(classifier="folder"))
     with pytest.raises(InputError, match="takes 3 channels, but this run generates 4"):
         narrow = build_with_channels(method, 4)
-        choose(narrow, [], Sampling(classifier="folder"))
+        resolve(narrow, [], SamplingSettings(classifier="folder"))
 
 
 def build_with_channels(method, chans):
@@ -204,22 +204,23 @@ def build_with_channels(method, chans):
 )
 def test_settings_that_do_not_fit_the_run_are_refused(method, how, message):
     with pytest.raises(InputError, match=message):
-        choose(method(), CLASSES, Sampling(**how))
+        resolve(method(), CLASSES, SamplingSettings(**how))
 
 
 def test_unknown_classes_are_refused(conditional):
     names = ["cat", "dog", "horse", *CLASSES[3:]]
     with pytest.raises(InputError, match="'hors' is none of the 10 classes .* nearest is 'horse'"):
-        choose(conditional, names, Sampling(labels=("hors",)))
+        resolve(conditional, names, SamplingSettings(labels=("hors",)))
     with pytest.raises(InputError, match="'10' is none of the 10 classes"):
-        choose(conditional, names, Sampling(labels=("10",)))
-    assert choose(conditional, names, Sampling(labels=("dog", "2"))).labels.tolist() == [1, 2]
+        resolve(conditional, names, SamplingSettings(labels=("10",)))
+    resolved = resolve(conditional, names, SamplingSettings(labels=("dog", "2")))
+    assert resolved.labels.tolist() == [1, 2]
 
 
 def test_guidance_needs_a_run_trained_with_dropped_labels(method):
     never = method("patch_pca", 10, model__class_conditional=True, model__label_dropout=0.0)
     with pytest.raises(InputError, match="model.label_dropout is 0"):
-        choose(never, CLASSES, Sampling(guidance=2.0))
+        resolve(never, CLASSES, SamplingSettings(guidance=2.0))
 
 
 def test_samples_that_are_not_finite_are_refused(method):

@@ -18,7 +18,7 @@ GAUSSIAN = ((1.0, 0.4, 0.36),)
 SCHEDULES = [
     name for name, schedule in noise.SCHEDULES.items() if "steps" in signature(schedule).parameters
 ]
-# Where the defaults are not what the laws below are about.
+# Settings of a schedule for which the defaults do not suit the tests below.
 SETTINGS = {"geometric": {"max_sigma": 50.0}}
 SAMPLERS = {name: (sampler, {}) for name, sampler in samplers.SAMPLERS.items()} | {
     "ddim-half": (samplers.ddim, {"eta": 0.5})
@@ -67,7 +67,7 @@ def test_samplers_reach_the_moments_and_weights_of_a_mixture(schedule, name):
     levels = samplers.sub_sequence(999, 200)
     shape = (6000, 1, 1)
     sampler, how = SAMPLERS[name]
-    if gamma[-1] ** 2 > 1e-2 * sigma[-1] ** 2:  # the top level is no pure noise
+    if gamma[-1] ** 2 > 1e-2 * sigma[-1] ** 2:  # the top level is not pure noise
         z = start(MIXTURE, gamma[-1], sigma[-1], shape)
     else:
         z = sigma[-1] * draws(shape, seed=1)(0)

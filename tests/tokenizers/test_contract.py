@@ -1,4 +1,4 @@
-"""The laws of every tokenizer of the registry."""
+"""Laws for every tokenizer of the registry."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from ldae.method import build_tokenizer
 from ldae.patches import patchify
 from ldae.tokenizers import TOKENIZERS, PatchTokenizer
 
-GIVEN = [name for name, kind in TOKENIZERS.items() if not kind.trained]
+UNTRAINED = [name for name, kind in TOKENIZERS.items() if not kind.trained]
 PATCH_WISE = [name for name, kind in TOKENIZERS.items() if issubclass(kind, PatchTokenizer)]
 
 
 @pytest.fixture
-def made(tiny):
-    """made(name, scale): an unfitted tokenizer of 16 patches of 8 x 8, in float64."""
+def unfitted(tiny):
+    """unfitted(name, scale): a float64 tokenizer of 16 patches of 8 x 8 pixels, not fitted."""
 
     def make(name, scale="per-axis", **changes):
         config = tiny(tokenizer__name=name, tokenizer__scale=scale, **changes)
@@ -27,8 +27,8 @@ def made(tiny):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_images_become_tokens_and_images_again(name, made, fitted, images):
-    tokenizer = fitted(made(name))
+def test_images_become_tokens_and_images_again(name, unfitted, fitted, images):
+    tokenizer = fitted(unfitted(name))
     x = tokenizer.normalize(images)
     assert_close(tokenizer.denormalize(x), images / 255.0, check_dtype=False)
     z = tokenizer.encode(x)
@@ -38,9 +38,9 @@ def test_images_become_tokens_and_images_again(name, made, fitted, images):
 
 @pytest.mark.parametrize("scale", ["raw", "global", "per-axis"])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_scales(name, scale, made, fitted, images):
-    """Draws have the variance that the scale asks for; raw latents are as they come."""
-    tokenizer = fitted(made(name, scale), images.split([3, 1, 4]))
+def test_latents_have_the_variance_of_their_scale(name, scale, unfitted, fitted, images):
+    """Samples have the variance of their scale; raw latents are unchanged."""
+    tokenizer = fitted(unfitted(name, scale), images.split([3, 1, 4]))
     x = tokenizer.normalize(images)
     z = tokenizer.encode(x)
     spread = z.flatten(0, 1).var(0, unbiased=False)
@@ -57,64 +57,64 @@ def test_scales(name, scale, made, fitted, images):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_streaming_in_any_batches_fits_the_same(name, made, fitted, images):
-    whole = fitted(made(name)).state_dict()
-    stream = fitted(made(name), images.split([3, 1, 4])).state_dict()
-    for part, value in whole.items():
+def test_fit_does_not_depend_on_the_batches(name, unfitted, fitted, images):
+    expected = fitted(unfitted(name)).state_dict()
+    stream = fitted(unfitted(name), images.split([3, 1, 4])).state_dict()
+    for part, value in expected.items():
         assert_close(stream[part], value)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_two_ranks_fit_what_one_fits(name, made, fitted, images, on_ranks):
-    whole = fitted(made(name)).state_dict()
+def test_two_ranks_fit_the_same_as_one(name, unfitted, fitted, images, on_ranks):
+    expected = fitted(unfitted(name)).state_dict()
 
     def work():
         with process_group(torch.device("cpu")):
-            own = fitted(made(name), [images[rank() :: 2]]).state_dict()
-            for part, value in whole.items():
-                assert_close(own[part], value)
+            actual = fitted(unfitted(name), [images[rank() :: 2]]).state_dict()
+            for part, value in expected.items():
+                assert_close(actual[part], value)
 
     assert on_ranks(work) == ["", ""]
 
 
-@pytest.mark.parametrize("name", GIVEN)
-def test_given_pixel_statistics_are_kept(name, made, images):
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_given_pixel_statistics_are_kept(name, unfitted, images):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)
-    tokenizer = made(name)
+    tokenizer = unfitted(name)
     tokenizer.fit([images], mean, std)
-    for found, wanted in ((tokenizer.pixel_mean, mean), (tokenizer.pixel_std, std)):
-        assert_close(found, torch.tensor(wanted).double())
+    for actual, expected in ((tokenizer.pixel_mean, mean), (tokenizer.pixel_std, std)):
+        assert_close(actual, torch.tensor(expected).double())
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_nothing_to_fit_on_is_told(name, made, fitted):
+def test_fitting_on_no_or_constant_images_is_refused(name, unfitted, fitted):
     with pytest.raises(InputError, match="no image"):
-        fitted(made(name), [])
+        fitted(unfitted(name), [])
     with pytest.raises(InputError, match="channel 0 is the same"):
-        fitted(made(name), [torch.full((2, 3, 32, 32), 7, dtype=torch.uint8)])
+        fitted(unfitted(name), [torch.full((2, 3, 32, 32), 7, dtype=torch.uint8)])
 
 
 @pytest.mark.parametrize("name", PATCH_WISE)
-def test_a_patch_is_mapped_affinely_and_by_itself(name, made, fitted, images):
-    """What the export folds, and what lets a network see and predict images."""
-    tokenizer = fitted(made(name))
+def test_project_and_inverse_are_affine_and_equal_encode_and_decode(name, unfitted, fitted, images):
+    """The export relies on it, and so do networks that take or predict images."""
+    tokenizer = fitted(unfitted(name))
     x = tokenizer.normalize(images)
     z = tokenizer.project(patchify(x, 8))
     assert_close(tokenizer.encode(x), z)
     assert_close(patchify(tokenizer.decode(z), 8), tokenizer.inverse(z), rtol=0, atol=1e-12)
     a, b = torch.randn(2, 5, 192, dtype=torch.double)
     c, d = torch.randn(2, 5, tokenizer.dim, dtype=torch.double)
-    for affine, (one, other) in ((tokenizer.project, (a, b)), (tokenizer.inverse, (c, d))):
-        middle = 0.3 * affine(one) + 0.7 * affine(other)
-        assert_close(affine(0.3 * one + 0.7 * other), middle)
+    for affine, (p, q) in ((tokenizer.project, (a, b)), (tokenizer.inverse, (c, d))):
+        middle = 0.3 * affine(p) + 0.7 * affine(q)
+        assert_close(affine(0.3 * p + 0.7 * q), middle)
     if not tokenizer.trained:
         assert_close(tokenizer.project(tokenizer.inverse(c)), c)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_saved_tokenizer_loads_as_it_was(name, made, fitted, images, tmp_path):
+def test_saved_tokenizer_loads_unchanged(name, unfitted, fitted, images, tmp_path):
     path = tmp_path / "tokenizer.safetensors"
-    saved = fitted(made(name))
+    saved = fitted(unfitted(name))
     tokenizers.save(saved, path)
     described = tokenizers.describe(saved)
     loaded = tokenizers.create(**described).double()
@@ -123,7 +123,7 @@ def test_a_saved_tokenizer_loads_as_it_was(name, made, fitted, images, tmp_path)
     x = saved.normalize(images)
     assert torch.equal(loaded.decode(loaded.encode(x)), saved.decode(saved.encode(x)))
     with pytest.raises(InputError, match="tokenizer.safetensors has img_size 32, this run 64"):
-        tokenizers.load(made(name, data__img_size=64), path)
+        tokenizers.load(unfitted(name, data__img_size=64), path)
     for other in set(TOKENIZERS) - {name}:
         with pytest.raises(InputError, match=f"has name {name}, this run {other}"):
-            tokenizers.load(made(other), path)
+            tokenizers.load(unfitted(other), path)

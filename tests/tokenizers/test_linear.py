@@ -15,7 +15,7 @@ def make_tokenizer(kind, images, scale="per-axis", dim=6):
     return tokenizer
 
 
-def test_a_draw_is_the_mean_plus_std_eps_in_the_networks_units(images):
+def test_encode_with_eps_is_mean_plus_std_eps_in_the_networks_units(images):
     tokenizer = make_tokenizer(PatchVAE, images)
     tokenizer.fit_latents([images])
     x = tokenizer.normalize(images)
@@ -37,13 +37,12 @@ def test_log_variance_is_clamped(images):
     with torch.no_grad():
         tokenizer.encoder.bias[6:9], tokenizer.encoder.bias[9:] = 1e4, -1e4
     log_variance = tokenizer.posterior(tokenizer.normalize(images)).log_variance
-    assert log_variance[..., :3].unique().tolist() == [20] and log_variance[
-        ..., 3:
-    ].unique().tolist() == [-30]
+    assert log_variance[..., :3].unique().tolist() == [20]
+    assert log_variance[..., 3:].unique().tolist() == [-30]
 
 
-def test_the_linear_autoencoder_reaches_the_error_of_principal_axes(images):
-    """Its optimum is their span (Baldi and Hornik 1989)."""
+def test_linear_autoencoder_reaches_the_error_of_pca(images):
+    """Its optimum spans the principal axes (Baldi and Hornik 1989)."""
     pca = PatchPCA(32, 8, 3, 6, "raw").double()
     pca.fit([images])
     tokenizer = make_tokenizer(PatchAE, images)

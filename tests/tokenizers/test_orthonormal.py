@@ -87,7 +87,7 @@ def test_fewer_pixels_downsample_the_image(images):
     torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), enlarged)
 
 
-def test_a_file_that_does_not_fit_is_told(images, tmp_path):
+def test_damaged_file_or_file_of_another_tokenizer_is_refused(images, tmp_path):
     path = tmp_path / "tokenizer.safetensors"
     saved = fitted(images)
     tokenizers.save(saved, path)
