@@ -22,7 +22,7 @@ from ldae.backbones.open import load_backbone
 from ldae.commands.linear import CachedProtocol, LDAEProtocol
 from ldae.data.open import open_source
 from ldae.distributed import device_for
-from ldae.evals.features import Encoder, own_rows
+from ldae.evals.features import Encoder, extract_share
 from ldae.evals.heads import Head, train_heads
 from ldae.evals.online import train_online
 from ldae.evals.taps import Tap
@@ -68,7 +68,7 @@ def main() -> None:
             found.append(time.perf_counter() - start)
         return statistics.median(found[-rounds:])
 
-    train = own_rows(encoder, source, *how)
+    train = extract_share(encoder, source, *how)
     if asked.classes:
         train = train._replace(labels=torch.arange(len(source)) % asked.classes)
     classes = int(train.labels.max()) + 1
@@ -77,7 +77,7 @@ def main() -> None:
         train_heads(train, wanted, classes, protocol, device)
 
     found = {
-        "extraction": seconds(lambda: own_rows(encoder, source, *how), 1),
+        "extraction": seconds(lambda: extract_share(encoder, source, *how), 1),
         "one head": seconds(lambda: learn(heads[:1]), asked.rounds),
         "heads together": seconds(lambda: learn(heads), asked.rounds),
         "heads one by one": seconds(lambda: [learn([head]) for head in heads], 1),
