@@ -22,7 +22,7 @@ from ldae.backbones.open import load_backbone
 from ldae.commands.linear import CachedProtocol, LDAEProtocol
 from ldae.data.open import open_source
 from ldae.distributed import device_for
-from ldae.evals.features import Encoder, own_rows
+from ldae.evals.features import Encoder, extract_share
 from ldae.evals.heads import Head, train_heads
 from ldae.evals.online import train_online
 from ldae.evals.taps import Tap
@@ -73,7 +73,7 @@ def main() -> None:
             times.append(time.perf_counter() - start)
         return statistics.median(times[-rounds:])
 
-    train = own_rows(encoder, source, *loading)
+    train = extract_share(encoder, source, *loading)
     if args.classes:
         train = train._replace(labels=torch.arange(len(source)) % args.classes)
     classes = int(train.labels.max()) + 1
@@ -82,7 +82,7 @@ def main() -> None:
         train_heads(train, heads, classes, protocol, device)
 
     measured = {
-        "extraction": seconds(lambda: own_rows(encoder, source, *loading), 1),
+        "extraction": seconds(lambda: extract_share(encoder, source, *loading), 1),
         "one head": seconds(lambda: learn(heads[:1]), args.rounds),
         "heads together": seconds(lambda: learn(heads), args.rounds),
         "heads one by one": seconds(lambda: [learn([head]) for head in heads], 1),

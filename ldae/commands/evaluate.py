@@ -1,4 +1,4 @@
-"""``ldae evaluate``: a table of backbones by protocols on data sets, as a suite file says."""
+"""``ldae evaluate``: run the evaluations of a suite file into one table."""
 
 import functools
 import itertools
@@ -12,10 +12,11 @@ from typing import Annotated
 import tyro
 
 from ldae.cli import graders
+from ldae.console import print_main
 from ldae.distributed import barrier, device_for, is_main, process_group
 from ldae.errors import InputError, LostRank, first_line
 from ldae.evals.evaluation import Setup, changes, open_backbone, open_classifier
-from ldae.evals.features import extracted_once
+from ldae.evals.features import cache_features
 from ldae.evals.suite import Cell, read_suite
 from ldae.evals.table import write_table
 from ldae.files import check_writable, state_hash, write_json
@@ -31,21 +32,21 @@ def evaluate(
 ) -> dict:
     """Run many evaluations into one table: every backbone by every protocol on every data set.
 
-    A suite file names the protocols, each of which is one of the commands that grade (`ldae knn`,
-    `ldae linear`, ...) with its settings. The folder of --out gets table.md, table.json and table.csv,
-    and the results.json of each cell. The same command again goes on: a cell is skipped if its results
-    were made by the same settings and the same weights. If a cell fails, the others go on. Features
+    A suite file names protocols; each is a command that grades (`ldae knn`, `ldae linear`, ...)
+    with its settings. The folder of --out gets table.md, table.json, table.csv and the results.json
+    of each cell. To continue, run the same command again: a cell is skipped if its results were
+    made with the same settings and weights. If a cell fails, the others are still run. Features
     that several protocols need are extracted once.
 
     Args:
-        backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], beside those
-            of the suite.
+        backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], in
+            addition to the backbones of the suite.
         suite: file of [data.NAME] with train and eval, [protocols.NAME] with verb and its settings,
             and [[backbones]] with spec, name, random_init.
 
-    Returns: what table.json holds.
+    Returns: the content of table.json.
 
-    Raises: InputError for a suite that does not fit, and at the end when a cell has failed.
+    Raises: InputError for a suite that cannot be run, and at the end when a cell has failed.
     """
     if setup.out is None:
         raise InputError("say where the table goes: --out DIR")
@@ -55,40 +56,37 @@ def evaluate(
     failures: dict[Path, str] = {}
     with process_group(device_for(setup.device)):
         done = [cell for cell in cells if _is_finished(cell, fingerprint)]
-        barrier()  # all ranks have looked before the first writes
+        barrier()  # so that all ranks have read before the first one writes
         numbered = enumerate(cells, 1)
         for _, group in itertools.groupby(numbered, lambda pair: (pair[1].opened, pair[1].data)):
-            with extracted_once():
+            with cache_features():
                 for number, cell in group:
-                    skipped = cell in done
-                    if is_main():
-                        state = ", finished before" if skipped else ""
-                        print(f"cell {number} of {len(cells)}: {cell}{state}", flush=True)
-                    if not skipped:
-                        _try(cell, fingerprint, done, failures)
+                    state = ", finished before" if cell in done else ""
+                    print_main(f"cell {number} of {len(cells)}: {cell}{state}")
+                    if cell not in done:
+                        _run(cell, fingerprint, done, failures)
                         write_table(setup.out, cells, done, failures)
         table = write_table(setup.out, cells, done, failures)
-    if is_main():
-        print(f"{len(done)} of {len(cells)} cells; {setup.out / 'table.md'}")
+    print_main(f"{len(done)} of {len(cells)} cells; {setup.out / 'table.md'}")
     if failures:
         raise InputError(
-            f"{len(failures)} of {len(cells)} cells failed, see {setup.out / 'table.md'}; the same "
-            "command tries them again"
+            f"{len(failures)} of {len(cells)} cells failed, see {setup.out / 'table.md'}; run the "
+            "same command to try them again"
         )
     return table
 
 
-def _try(
+def _run(
     cell: Cell, fingerprint: functools.cache, done: list[Cell], failures: dict[Path, str]
 ) -> None:
-    """Fill a cell, or record why it failed, so that the other cells are not lost."""
+    """Run a cell, or record why it failed, so that the other cells are not lost."""
     try:
-        asked = _asked(cell, fingerprint)
+        key = _key(cell, fingerprint)
         record = cell.run()
-        if is_main():  # again, with the cell's key: without it the cell does not count as finished
-            write_json(cell.results, record | {"suite": asked})
+        if is_main():  # rewritten with the key, without which the cell does not count as finished
+            write_json(cell.results, record | {"suite": key})
         done.append(cell)
-    except (Interrupted, LostRank):  # the command was asked to end, or cannot go on
+    except (Interrupted, LostRank):  # the whole command has to end
         raise
     except Exception as error:
         failures[cell.results] = _sentence(error)
@@ -96,23 +94,23 @@ def _try(
 
 
 def _is_finished(cell: Cell, fingerprint: functools.cache) -> bool:
-    """Return whether results.json is there and was made by these settings and weights."""
+    """Return whether results.json exists and was made with these settings and weights."""
     try:
         record = json.loads(cell.results.read_text(encoding="utf-8"))
-        made_by = record["suite"]
-        if made_by != _asked(cell, lambda *_: made_by["weights"]):  # before the weights are read
+        key = record["suite"]
+        if key != _key(cell, lambda *_: key["weights"]):  # before the weights are read
             return False
-        return isinstance(record["results"], dict) and made_by == _asked(cell, fingerprint)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return isinstance(record["results"], dict) and key == _key(cell, fingerprint)
+    except (OSError, ValueError, TypeError, KeyError):
         return False
-    except InputError:  # the backbone cannot be opened, which the cell itself will report
+    except InputError:  # the backbone cannot be opened, which running the cell will report
         return False
 
 
-def _asked(cell: Cell, fingerprint: functools.cache) -> dict:
-    """Return the cell's key, which is everything that decides its numbers, in JSON's types."""
+def _key(cell: Cell, fingerprint: functools.cache) -> dict:
+    """Return everything that decides the numbers of a cell, in JSON's types."""
     setup = cell.setup
-    asked = {
+    key = {
         "verb": cell.column.grader.name,
         "backbone": cell.spec,
         "random_init": setup.random_init,
@@ -122,15 +120,12 @@ def _asked(cell: Cell, fingerprint: functools.cache) -> dict:
         "settings": cell.column.settings,
         "setup": changes(replace(setup, random_init=False)),
     }
-    return json.loads(json.dumps(asked))
+    return json.loads(json.dumps(key))
 
 
-def _fingerprint(spec: str, setup: Setup, whole: bool) -> str:
-    """Return the sha256 of the weights, with the classifier if ``whole``.
-
-    A run folder's name does not say how far the run has come.
-    """
-    load = open_classifier if whole else open_backbone
+def _fingerprint(spec: str, setup: Setup, with_head: bool) -> str:
+    """Return the sha256 of the weights, which differ as a run goes on under the same name."""
+    load = open_classifier if with_head else open_backbone
     return state_hash(load(spec, setup).state_dict())
 
 

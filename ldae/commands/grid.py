@@ -1,4 +1,4 @@
-"""``ldae grid``: probe a run at every t and after every block, as the paper's appendix does."""
+"""``ldae grid``: probe a run at every t and after every block, as in the paper's appendix."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from ldae.data.source import Source
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec, open_evaluation
-from ldae.evals.features import Encoder, Features, known_labels, names, own_rows
+from ldae.evals.features import Encoder, Features, extract_share, image_names, known_labels
 from ldae.evals.heads import SweepProtocol, grade_heads, sweep, train_heads
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Tap
@@ -29,16 +29,16 @@ Input = Literal["clean", "noisy"]
 
 @dataclass(frozen=True)
 class GridProtocol(SweepProtocol):
-    """A sweep of linear heads in every cell, on averaged tokens."""
+    """A sweep of linear heads on averaged tokens, in every cell."""
 
     weight_decays: Fixed[tuple[float, ...]] = SweepProtocol.weight_decays
     total_batch: Fixed[int] = SweepProtocol.total_batch
     name: Fixed[str] = "grid"
     version: Fixed[int] = 1
     timesteps: tuple[int, ...] = (0, 10, 20, 40, 80)  # the paper's
-    """The fixed t; of the default ones those that the run has."""
+    """Timesteps to probe at; of the default ones those that the run has."""
     leading: tuple[int, ...] = ()
-    """Numbers of leading blocks, of encoder and decoder, that are called the encoder; none: all."""
+    """Numbers of leading blocks, of encoder and decoder, to probe after; by default all."""
     inputs: tuple[Input, ...] = ("clean",)
     """clean: z_0, or gamma_t z_0 where the row scales its input; noisy: z_t."""
 
@@ -59,14 +59,14 @@ def grid(
     """Probe a run's averaged tokens at every t and after every block.
 
     One pass of the network for each t gives the features of all blocks. In each cell the learning
-    rate is chosen on a tenth of train, and the head of that rate, trained on all of train, is
-    graded. results.json, grid.md and grid.png hold the accuracy of every cell.
+    rate is chosen on a held-out tenth of train, and a head of that rate, trained on all of train,
+    is graded. results.json, grid.md and grid.png hold the accuracy of every cell.
 
     Args:
         run: a run folder.
 
-    Returns: what results.json holds; its results are every cell, and top-1 and top-5 of the one that
-    is best on the tenth of train.
+    Returns: the content of results.json; its results are all cells, and top-1 and top-5 of the cell
+    that is best on the held-out tenth.
 
     Raises: InputError when there is no such run, t or block, and for data that cannot be graded.
     """
@@ -75,18 +75,14 @@ def grid(
     method, _ = load_run(Path(run))
     steps, blocks = len(method.sigma), method.denoiser.stages
     if protocol.timesteps == GridProtocol.timesteps:
-        own = tuple(t for t in protocol.timesteps if t < steps)
-        protocol = replace(protocol, timesteps=own)
-    for what, values, allowed in (
-        ("timesteps", protocol.timesteps, range(steps)),
-        ("leading", protocol.leading, range(1, blocks + 1)),
-    ):
-        for value in values:
+        protocol = replace(protocol, timesteps=tuple(t for t in protocol.timesteps if t < steps))
+    for name, allowed in (("timesteps", range(steps)), ("leading", range(1, blocks + 1))):
+        for value in getattr(protocol, name):
             if value not in allowed:
-                raise InputError(f"{what} {value}: {run} has {what} {allowed[0]} to {allowed[-1]}")
+                raise InputError(f"{name} {value}: {run} has {name} {allowed[0]} to {allowed[-1]}")
     with open_evaluation("grid", str(run), data, eval_data, protocol, setup) as evaluation:
         labels = known_labels(evaluation.train)
-        held = held_out(names(evaluation.train), labels, evaluation.protocol.held_out)
+        held = held_out(image_names(evaluation.train), labels, evaluation.protocol.held_out)
         cells = list(_cells(evaluation, method, held, int(labels.max()) + 1))
         best = max(cells, key=lambda cell: cell["held_out_top1"])
         folder = evaluation.folder
@@ -97,9 +93,10 @@ def grid(
 
 
 class BlockReader:
-    """The averaged tokens after each of the ``leading`` blocks of a run's network, at a fixed t.
+    """A reader of a run's averaged tokens at a fixed t, after each of the ``leading`` blocks.
 
-    ``leading`` are ascending numbers from 1 on. ``first`` is added to an image's index for the number that its noise is drawn by.
+    ``leading`` are ascending numbers, from 1 on. The noise of an image is drawn by its index plus
+    ``first``.
     """
 
     def __init__(
@@ -117,8 +114,9 @@ class BlockReader:
             shape = (self.method.tokenizer.num_tokens, self.method.tokenizer.dim)
             eps = noise.normal(self.seed, numbers, shape)
         taps = self.method.denoiser.taps(*self.method.input_at(images, self.t, eps))
-        wanted = zip(range(1, max(self.leading) + 1), taps)  # in this order: no block too many
-        return [tokens.mean(1) for number, tokens in wanted if number in self.leading]
+        # In this order zip ends before it computes the next block.
+        numbered = zip(range(1, max(self.leading) + 1), taps)
+        return [tokens.mean(1) for number, tokens in numbered if number in self.leading]
 
     def columns(self, image: torch.Tensor) -> dict[Tap, slice]:
         columns, first = {}, 0
@@ -133,10 +131,10 @@ def _cells(
 ) -> Iterator[dict]:
     protocol = evaluation.protocol
     leading = protocol.leading or tuple(range(1, method.denoiser.stages + 1))
-    for given in protocol.inputs:
+    for kind in protocol.inputs:
         for t in protocol.timesteps:
-            found = _probe(evaluation, method, held, classes, t, leading, given == "noisy")
-            yield from ({"input": given, "t": t} | cell for cell in found)
+            for cell in _probe(evaluation, method, held, classes, t, leading, kind == "noisy"):
+                yield {"input": kind, "t": t} | cell
 
 
 def _probe(
@@ -148,22 +146,22 @@ def _probe(
     leading: tuple[int, ...],
     noisy: bool,
 ) -> Iterator[dict]:
-    """Yield the cells of one t, in the order of blocks."""
+    """Yield the cells of one t, in the order of the blocks."""
     protocol, setup, device = evaluation.protocol, evaluation.setup, evaluation.device
 
     def features(source: Source, first: int) -> Features:
         reader = BlockReader(method, t, leading, noisy, protocol.seed, first)
         encoder = Encoder(method, device, setup.precision, evaluation.transform, reader)
-        return own_rows(encoder, source, setup.batch_size, setup.workers)
+        return extract_share(encoder, source, setup.batch_size, setup.workers)
 
     train, test = features(evaluation.train, 0), features(evaluation.eval, len(evaluation.train))
     taps = tuple(train.columns)
     swept = sweep(train, held, classes, protocol.heads_of(taps), protocol, device)
     best = {tap: max((h for h in swept if h.tap == tap), key=swept.get) for tap in taps}
     trained = train_heads(train, list(best.values()), classes, protocol, device)
-    tops = grade_heads(trained, test, device)
+    graded = grade_heads(trained, test, device)
     for tap, head in best.items():
-        top1, top5 = tops[tap][0].tolist()
+        top1, top5 = graded[tap][0].tolist()
         yield {
             "leading": tap.block + 1,
             "learning_rate": head.learning_rate,
@@ -174,51 +172,45 @@ def _probe(
 
 
 def table(cells: list[dict], best: dict) -> str:
-    """Top-1 of every cell as Markdown, a table for each input, the chosen cell in bold."""
+    """Return top-1 of every cell as Markdown: a table for each input, the best cell in bold."""
     text = ""
-    for given in dict.fromkeys(cell["input"] for cell in cells):
-        own = [cell for cell in cells if cell["input"] == given]
-        leading = list(dict.fromkeys(cell["leading"] for cell in own))
-        text += f"Top-1 in percent, {given} input\n\n"
+    for kind, steps, leading, by_place in _tables(cells):
+        text += f"Top-1 in percent, {kind} input\n\n"
         text += f"| t \\ leading blocks | {' | '.join(map(str, leading))} |\n"
         text += "|---" * (len(leading) + 1) + "|\n"
-        for t in dict.fromkeys(cell["t"] for cell in own):
-            row = [
-                f"**{cell['top1']:.2f}**" if cell is best else f"{cell['top1']:.2f}"
-                for cell in own
-                if cell["t"] == t
-            ]
-            text += f"| {t} | {' | '.join(row)} |\n"
+        for t in steps:
+            row = (by_place[t, number] for number in leading)
+            top1 = (f"**{c['top1']:.2f}**" if c is best else f"{c['top1']:.2f}" for c in row)
+            text += f"| {t} | {' | '.join(top1)} |\n"
         text += "\n"
     return text + (
-        f"In bold the cell that is best on the held-out tenth of train, with "
-        f"{best['held_out_top1']:.2f} there: its number is the honest one. The highest of a table was "
-        "chosen on what it reports. Each cell's learning rate was chosen on that tenth too; "
-        f"{layout.RESULTS} holds it, and the accuracy there.\n"
+        f"The bold cell is best on the held-out tenth of train, {best['held_out_top1']:.2f} there. "
+        "Report its accuracy: the highest of a table would be chosen on the images that it is "
+        "measured on. Each cell's learning rate was chosen on the held-out tenth too; "
+        f"{layout.RESULTS} has it, and the accuracy there.\n"
     )
 
 
 def heat_maps(cells: list[dict], best: dict) -> list[HeatMap]:
-    """One for each input."""
-    maps = []
-    for given in dict.fromkeys(cell["input"] for cell in cells):
-        own = {(c["t"], c["leading"]): c for c in cells if c["input"] == given}
-        steps, leading = (list(dict.fromkeys(key[axis] for key in own)) for axis in (0, 1))
-        maps.append(
-            HeatMap(
-                title=f"Top-1 in percent, {given} input; framed: best on the held-out tenth of train",
-                rows=[f"t = {t}" for t in steps],
-                columns=[str(number) for number in leading],
-                column_label="leading blocks",
-                values=[[own[t, number]["top1"] for number in leading] for t in steps],
-                framed=next(
-                    (
-                        (steps.index(t), leading.index(number))
-                        for (t, number), cell in own.items()
-                        if cell is best
-                    ),
-                    None,
-                ),
-            )
+    """Return a heat map of top-1 for each input, with the best cell framed."""
+    return [
+        HeatMap(
+            title=f"Top-1 in percent, {kind} input; framed: best on the held-out tenth of train",
+            rows=[f"t = {t}" for t in steps],
+            columns=[str(number) for number in leading],
+            column_label="leading blocks",
+            values=[[by_place[t, number]["top1"] for number in leading] for t in steps],
+            framed=(steps.index(best["t"]), leading.index(best["leading"]))
+            if kind == best["input"]
+            else None,
         )
-    return maps
+        for kind, steps, leading, by_place in _tables(cells)
+    ]
+
+
+def _tables(cells: list[dict]) -> Iterator[tuple[str, list[int], list[int], dict]]:
+    """Yield for each input its timesteps, its leading blocks and its cells by both."""
+    for kind in dict.fromkeys(cell["input"] for cell in cells):
+        by_place = {(c["t"], c["leading"]): c for c in cells if c["input"] == kind}
+        steps, leading = (list(dict.fromkeys(place[i] for place in by_place)) for i in (0, 1))
+        yield kind, steps, leading, by_place

@@ -6,9 +6,9 @@ import torch
 
 from ldae.errors import InputError
 from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
-from ldae.evals.features import known_labels, names
+from ldae.evals.features import image_names, known_labels
 from ldae.evals.neighbours import KNNProtocol, check_enough, knn_accuracy
-from ldae.evals.subsets import check_shots, few_shot
+from ldae.evals.subsets import check_shots, grade_draws
 
 
 def knn(
@@ -22,7 +22,7 @@ def knn(
 ) -> dict:
     """Grade a backbone by its nearest neighbours, without any training.
 
-    Returns: what results.json holds; its results are top-1 and top-5 in percent for every k.
+    Returns: the content of results.json; its results are top-1 and top-5 in percent for every k.
 
     Raises: InputError for a backbone or data that cannot be graded.
     """
@@ -34,7 +34,7 @@ def knn(
         if others:
             evaluation = replace(evaluation, eval=evaluation.train)
         protocol, labels = evaluation.protocol, known_labels(evaluation.train)
-        check_shots(protocol, labels, evaluation.train.classes)  # before the work, not after
+        check_shots(protocol, labels, evaluation.train.classes)  # before features are extracted
         for images in (len(labels), *(n * len(labels.unique()) for n in protocol.shots)):
             check_enough(max(protocol.k), images, others)
         train, test = evaluation.features()
@@ -42,5 +42,5 @@ def knn(
         def grade(chosen: torch.Tensor | None = None) -> dict[str, float]:
             return knn_accuracy(train, test, protocol, evaluation.device, chosen)
 
-        results = grade() | few_shot(protocol, names(evaluation.train), labels, grade)
+        results = grade() | grade_draws(protocol, image_names(evaluation.train), labels, grade)
         return evaluation.write(results, train.features.shape[1])

@@ -1,4 +1,4 @@
-"""``ldae linear``: a linear classifier on frozen features, by three protocols of the field."""
+"""``ldae linear``: grade a backbone by a linear classifier on its frozen features."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from ldae.evals.evaluation import (
     SourceSpec,
     open_evaluation,
 )
-from ldae.evals.features import Features, known_labels, names, own_rows
+from ldae.evals.features import Features, extract_share, image_names, known_labels
 from ldae.evals.heads import Head, Heads, SweepProtocol, grade_heads, sweep, train_heads
-from ldae.evals.online import OnlineProtocol, check_sizes, forget, train_online
+from ldae.evals.online import OnlineProtocol, check_batch_sizes, remove_training, train_online
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Pool, Tap, TapReader
 from ldae.tree import POSITIVE
@@ -29,17 +29,17 @@ from ldae.tree import POSITIVE
 class CachedProtocol(SweepProtocol):
     """The best of many heads on features that are extracted once.
 
-    Every head is trained on nine tenths of train; the one that is best on the last tenth is trained
-    again, on all of train.
+    Every head is trained on nine tenths of train. The best on the held-out tenth is trained again,
+    on all of train.
     """
 
     name: Fixed[str] = "cached"
     version: Fixed[int] = 2
-    """1 was without weight decays, blocks and pools; its numbers are those of 2 without them."""
+    """Version 1 had no weight decays, blocks and pools; without these, 2 gives the same numbers."""
     blocks: tuple[int, ...] = ()
     """Numbers of blocks or stages, from the end if negative, instead of the model's own output."""
     pools: tuple[Pool, ...] | None = None
-    """Poolings, each at each block; by default the model's own, or avg where there are blocks."""
+    """Poolings, tried at each block; by default the model's own, or avg if blocks are given."""
 
     def __post_init__(self) -> None:
         if self.pools is None:
@@ -52,7 +52,7 @@ class CachedProtocol(SweepProtocol):
 
     @property
     def heads(self) -> list[Head]:
-        """Every candidate."""
+        """Every candidate of the sweep."""
         return self.heads_of(self.taps)
 
 
@@ -93,33 +93,33 @@ def linear(
     """Grade a backbone by a linear classifier on its frozen features.
 
     Args:
-        save: folder to write the classifier to, backbone and head, as timm opens it.
+        save: folder for the classifier, backbone and head, as timm opens it.
 
-    Returns: what results.json holds; its results are top-1 and top-5 in percent after the last
-    epoch, and of a sweep the chosen head and the top-1 of each on the tenth of train.
+    Returns: the content of results.json; its results are top-1 and top-5 in percent after the last
+    epoch, and for a sweep the chosen head and the held-out top-1 of every head.
 
     Raises: InputError for a backbone or data that cannot be graded.
     """
     cached = isinstance(protocol, CachedProtocol)
     task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_online)
     with open_evaluation(task, backbone, data, eval_data, protocol, setup) as evaluation:
-        if save:  # before the work, not after
+        if save:  # checked before the training
             if protocol.taps != (Tap(),):
-                raise InputError("--save takes the model's own output, not blocks or other pools")
+                raise InputError("--save needs the model's own output, not blocks or other pools")
             check_savable(evaluation.model, save)
         heads, results, dim = grade(evaluation)
         record = evaluation.write(results, dim)
         if save:
             classes = evaluation.train.classes
             save_classifier(evaluation.model, heads, classes, save, evaluation.eval)
-        forget(evaluation.folder)
+        remove_training(evaluation.folder)
         return record
 
 
 def _sweep(evaluation: Evaluation) -> tuple[Heads, dict, int]:
     """Return the chosen head, its results and the width of its features."""
     protocol, labels = evaluation.protocol, known_labels(evaluation.train)
-    held = held_out(names(evaluation.train), labels, protocol.held_out)
+    held = held_out(image_names(evaluation.train), labels, protocol.held_out)
     reader = TapReader(evaluation.model, protocol.taps)
     train, test = evaluation.features(evaluation.encoder(reader))
     classes = int(labels.max()) + 1
@@ -128,12 +128,12 @@ def _sweep(evaluation: Evaluation) -> tuple[Heads, dict, int]:
 
 
 def _train_online(evaluation: Evaluation) -> tuple[Heads, dict, int]:
-    """Return the head of a protocol that augments images, its results and the width of its features."""
+    """Return the head trained on augmented images, its results and the width of its features."""
     protocol, encoder = evaluation.protocol, evaluation.encoder()
     how = (evaluation.setup.batch_size, evaluation.setup.workers)
-    check_sizes(encoder, len(evaluation.train), protocol)
+    check_batch_sizes(encoder, len(evaluation.train), protocol)
     heads, record = train_online(encoder, evaluation.train, protocol, *how, evaluation.folder)
-    test = own_rows(encoder, evaluation.eval, *how)
+    test = extract_share(encoder, evaluation.eval, *how)
     top1, top5 = grade_heads({Tap(): heads}, test, evaluation.device)[Tap()][0].tolist()
     return heads, {"top1": top1, "top5": top5, **record}, encoder.dim
 
@@ -148,7 +148,7 @@ def linear_probe(
 ) -> tuple[Heads, dict]:
     """Return the chosen head, trained on all of ``train``, and its results on ``test`` in percent.
 
-    Both are this rank's share. Of all train images those that are ``held`` out (N,) choose the head.
+    Both are this rank's share. ``held`` (N,) marks which of all train images choose the head.
     """
     swept = sweep(train, held, classes, protocol.heads, protocol, device)
     best = max(swept, key=swept.get)
@@ -158,5 +158,5 @@ def linear_probe(
         "top1": top1,
         "top5": top5,
         **best.record(),
-        "sweep": [head.record() | {"held_out_top1": found} for head, found in swept.items()],
+        "sweep": [head.record() | {"held_out_top1": top1} for head, top1 in swept.items()],
     }

@@ -1,4 +1,4 @@
-"""``ldae retrieve``: images of the query's class should come first among all, by cosine."""
+"""``ldae retrieve``: grade a backbone by retrieval of images of the query's class."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -11,7 +11,7 @@ from ldae.distributed import all_reduce_sum
 from ldae.errors import InputError
 from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Features, gather_rows, known_labels
-from ldae.evals.heads import images_of
+from ldae.evals.heads import count_images
 from ldae.evals.neighbours import PAIRS_AT_ONCE, Bank, check_enough
 from ldae.evals.protocol import Protocol
 from ldae.tree import COUNT
@@ -19,7 +19,7 @@ from ldae.tree import COUNT
 
 @dataclass(frozen=True)
 class RetrievalProtocol(Protocol):
-    """Each evaluation image puts the train images in order, by cosine."""
+    """Each evaluation image ranks the train images by cosine."""
 
     name: Fixed[str] = "retrieval"
     version: Fixed[int] = 1
@@ -43,10 +43,10 @@ def retrieve(
     protocol: RetrievalProtocol = RetrievalProtocol(),
     setup: Setup = Setup(),
 ) -> dict:
-    """Grade a backbone by retrieval: images of the same class should come first.
+    """Grade a backbone by retrieval: images of the query's class should rank first, by cosine.
 
-    Returns: what results.json holds; its results are, in percent, the mean over queries of the
-    average precision over the whole order, and recall at every k.
+    Returns: the content of results.json; its results are, in percent, the mean average precision
+    over the full ranking, and recall at every k.
 
     Raises: InputError for a backbone or data that cannot be graded.
     """
@@ -55,7 +55,7 @@ def retrieve(
     with open_evaluation("retrieve", backbone, data, eval_data, protocol, setup) as evaluation:
         if others:
             evaluation = replace(evaluation, train=evaluation.eval)
-        check_enough(max(protocol.k), len(evaluation.train), others)  # before the work
+        check_enough(max(protocol.k), len(evaluation.train), others)
         _check_findable(evaluation.train, evaluation.eval, others)
         train, test = evaluation.features()
         results = retrieval(train, test, protocol, evaluation.device)
@@ -70,34 +70,33 @@ def retrieval(
 ) -> dict[str, float]:
     """Return mean average precision and recall at every k, in percent.
 
-    ``train`` and ``test`` are this rank's share, and the same where each image searches the others. The
-    class of every query must be in ``train``.
+    ``train`` and ``test`` are this rank's share; with leave-one-out they are the same. The class of
+    every query must be in ``train``.
     """
-    images, queries = (images_of(share, device) for share in (train, test))
+    images, queries = (count_images(share, device) for share in (train, test))
     labels = gather_rows(train.labels, images, device)
     bank = Bank(train, device)
-    all_of_them = images - protocol.leave_one_out
-    positions = torch.arange(1, all_of_them + 1, dtype=torch.float64)
+    others = protocol.leave_one_out
+    positions = torch.arange(1, images - others + 1, dtype=torch.float64)
     sums = torch.zeros(1 + len(protocol.k), dtype=torch.float64)
     chunk = max(PAIRS_AT_ONCE // images, 1)
-    for found in bank.nearest(test, all_of_them, others=protocol.leave_one_out, chunk=chunk):
-        right = labels[found.numbers] == test.labels[found.queries, None]  # (B, N)
+    for nearest in bank.nearest(test, images - others, others=others, chunk=chunk):
+        right = labels[nearest.indices] == test.labels[nearest.queries, None]  # (B, N)
         precision = right.cumsum(1) / positions
         sums[0] += ((precision * right).sum(1) / right.sum(1)).sum()
-        for place, k in enumerate(protocol.k, 1):
-            sums[place] += right[:, :k].any(1).sum()
-    shares = (100 * all_reduce_sum(sums.to(device)) / queries).tolist()
-    return dict(zip(protocol.headlines, shares, strict=True))
+        for i, k in enumerate(protocol.k, 1):
+            sums[i] += right[:, :k].any(1).sum()
+    percent = (100 * all_reduce_sum(sums.to(device)) / queries).tolist()
+    return dict(zip(protocol.headlines, percent, strict=True))
 
 
 def _check_findable(train: Source, test: Source, others: bool) -> None:
-    """Raises: InputError, naming the class, when a query has none of its class to find."""
-    wanted, there = known_labels(test), known_labels(train)
-    counts = torch.bincount(there, minlength=int(wanted.max()) + 1)
-    for label in wanted.unique().tolist():
+    """Raises: InputError, naming the class, when a query has no image of its class to find."""
+    queries = known_labels(test)
+    counts = torch.bincount(known_labels(train), minlength=int(queries.max()) + 1)
+    for label in queries.unique().tolist():
         if counts[label] <= others:
             name = repr(test.classes[label]) if test.classes else label
             raise InputError(
-                f"class {name} of {test.spec} has no image to be found in "
-                f"{train.spec} ({train.split})"
+                f"class {name} of {test.spec} has no image to find in {train.spec} ({train.split})"
             )

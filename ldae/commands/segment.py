@@ -15,9 +15,9 @@ from ldae.evals.dense import (
     SegmentProtocol,
     TokenMaps,
     grade_map_head,
+    iou_metrics,
     label_maps,
-    own_label_rows,
-    rates,
+    load_label_share,
     train_map_head,
 )
 from ldae.evals.evaluation import (
@@ -28,7 +28,7 @@ from ldae.evals.evaluation import (
     SourceSpec,
     open_evaluation,
 )
-from ldae.evals.features import Encoder, own_features
+from ldae.evals.features import Encoder, encode_share
 from ldae.evals.taps import TokenMapReader
 from ldae.tree import COUNT
 
@@ -47,17 +47,18 @@ def segment(
 ) -> dict:
     """Grade a backbone's token map by a linear head that classifies every pixel.
 
-    The data is a folder, .zip or .tar with images/ and labels/ beside each other, whose files have
-    equal stems; label maps are grey or palette .png of the numbers of classes, 255 where nothing is
-    known. train/ and val/ may lie above or below the two. scattered-digits has label maps too.
+    The data is a folder, .zip or .tar with images/ and labels/ beside each other; an image and its
+    label map have the same stem. Label maps are grey or palette .png files of class numbers, with
+    255 for unlabelled pixels. train/ and val/ may lie above or below the two. scattered-digits has
+    label maps too.
 
-    The token maps of train are held once, in memory or from 2 GiB on in a file below TMPDIR.
+    The token maps of train are held in memory, or from 2 GiB on in a file below TMPDIR.
 
     Args:
         classes: number of classes; by default one more than the highest label of train.
 
-    Returns: what results.json holds; its results are, in percent, the mean IoU over the classes in
-    the labels or the predictions, the accuracy over pixels and the IoU of each class.
+    Returns: the content of results.json; its results are, in percent, the mean IoU over the classes
+    in the labels or the predictions, the accuracy over pixels and the IoU of each class.
 
     Raises: InputError for a backbone or data that cannot be graded.
     """
@@ -70,7 +71,7 @@ def segment(
         evaluation, protocol = replace(evaluation, transform=squashed), evaluation.protocol
         reader = TokenMapReader(evaluation.model, protocol.pixel_patch)
         encoder = evaluation.encoder(reader)
-        _ = encoder.columns  # refuses a backbone without a map, before the work
+        _ = encoder.columns  # refuses a backbone without a map, before labels are read
         classes = _count_classes(evaluation, classes)
         splits = (evaluation.train, evaluation.eval)
         results = segmentation(encoder, *splits, classes, protocol, setup)
@@ -87,55 +88,55 @@ def segmentation(
 ) -> dict:
     """Return mean IoU, pixel accuracy and the IoU of each class, in percent.
 
-    The encoder reads token maps; of ``setup``, batch size and workers are used.
+    The encoder reads token maps. Only batch size and workers are used from ``setup``.
     """
     how = (setup.batch_size, setup.workers)
-    tokens, size = own_features(encoder, train, *how), encoder.transform.input_size[1:]
-    labels = own_label_rows(train, size, _MAPS_AT_ONCE, setup.workers)
+    tokens, size = encode_share(encoder, train, *how), encoder.transform.input_size[1:]
+    labels = load_label_share(train, size, _MAPS_AT_ONCE, setup.workers)
     maps = TokenMaps(tokens, labels, encoder.reader.shape, size)
     heads = train_map_head(maps, len(train), classes, protocol, encoder.device)
     if not all(value.isfinite().all() for value in heads.parameters()):
         raise InputError(
-            f"the head has diverged at learning_rate {protocol.learning_rate:g}: ask for a lower one"
+            f"the head diverged at learning_rate {protocol.learning_rate:g}: ask for a lower rate"
         )
-    return rates(grade_map_head(heads, encoder, maps.shape, test, *how))
+    return iou_metrics(grade_map_head(heads, encoder, maps.shape, test, *how))
 
 
-def _count_classes(evaluation: Evaluation, wanted: int | None) -> int:
-    """Count the classes, reading every label map, so that a wrong one is refused before the work.
+def _count_classes(evaluation: Evaluation, classes: int | None) -> int:
+    """Read every label map, and return the number of classes, ``classes`` if it is given.
 
-    Raises: InputError for a label that is not one of the ``wanted`` classes, and for one class only.
+    Raises: InputError for a label that is not one of the classes, and for one class only.
     """
     for source in (evaluation.train, evaluation.eval):
-        there = _labels(evaluation, source, wanted)
-        if not there.any():
+        present = _labels(evaluation, source, classes)
+        if not present.any():
             raise InputError(f"{source.spec} ({source.split}) has no labelled pixel")
-        if source is evaluation.train and there.sum() < 2:
+        if source is evaluation.train and present.sum() < 2:
             raise InputError(f"the label maps of {source.spec} are of one class only")
-        if wanted is None:
-            wanted = int(there.nonzero().max()) + 1
-    return wanted
+        if classes is None:
+            classes = int(present.nonzero().max()) + 1
+    return classes
 
 
 def _labels(evaluation: Evaluation, source: MapSource, classes: int | None) -> torch.Tensor:
-    """Return which labels the label maps of ``source`` hold, bool (255,).
+    """Return which labels occur in the label maps of ``source``, bool (255,).
 
     Raises: InputError, naming the image, for a label that is no class.
     """
-    there = torch.zeros(IGNORED, dtype=torch.int64)
+    counts = torch.zeros(IGNORED, dtype=torch.int64)
     with progress(len(range(rank(), len(source), world_size())), f"labels of {source.spec}") as bar:
         maps = label_maps(source, _present, _MAPS_AT_ONCE, evaluation.setup.workers)
-        for found, indices in maps:
-            for row, label in found[:, classes:].nonzero()[:1].tolist() if classes else ():
+        for present, indices in maps:
+            for row, label in present[:, classes:].nonzero()[:1].tolist() if classes else ():
                 raise InputError(
                     f"the label map of {source.where(int(indices[row]))} holds {classes + label}, "
                     f"and there are the classes 0 to {classes - 1}"
                 )
-            there += found.sum(0)
-            bar.update(len(found))
-    return all_reduce_sum(there.to(evaluation.device)).cpu() > 0
+            counts += present.sum(0)
+            bar.update(len(present))
+    return all_reduce_sum(counts.to(evaluation.device)).cpu() > 0
 
 
 def _present(labels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """Return which labels a map holds, uint8 (255,)."""
+    """Return which labels occur in a label map, uint8 (255,)."""
     return torch.from_numpy(np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED] > 0).byte()

@@ -1,4 +1,4 @@
-"""``ldae validate``: a classifier's accuracy, by class map, real labels, or under corruptions."""
+"""``ldae validate``: measure a classifier's accuracy, also by real labels or under corruptions."""
 
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -7,14 +7,21 @@ import tyro
 from tyro.conf import Fixed
 
 from ldae.backbones.preprocessing import EvalTransform
+from ldae.console import print_main
 from ldae.data.corruptions import NAMES, SEVERITIES, constants, resolve_names
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
-from ldae.evals.class_maps import Targets, real_targets, targets_of
-from ldae.evals.corrupted import Cells, CorruptedTransform, album, means, table
+from ldae.evals.class_maps import Targets, label_targets, real_label_targets
+from ldae.evals.corrupted import (
+    Cells,
+    CorruptedTransform,
+    corruption_pictures,
+    corruption_table,
+    mean_by_corruption,
+)
 from ldae.evals.evaluation import Evaluation, Setup, open_classifier, open_evaluation
 from ldae.evals.features import Encoder
 from ldae.evals.protocol import Protocol
@@ -30,26 +37,26 @@ class ValidationProtocol(Protocol):
     name: Fixed[str] = "validation"
     version: Fixed[int] = 1
     class_map: str | None = None
-    """imagenet-a, imagenet-r, imagenet-sketch, imagenet-v2, or a text file with FOLDER CLASS on each
-    line. CLASS is a name or number of the classifier's, and is left out when it is the folder's name.
-    The map's classes alone compete. By default classes are matched by name or number, and all
+    """imagenet-a, imagenet-r, imagenet-sketch, imagenet-v2, or a text file of lines FOLDER CLASS.
+    CLASS is a name or number of a class of the classifier, and may be left out if it equals FOLDER.
+    Only the map's classes compete. By default classes are matched by name or number, and all
     compete."""
     real_labels: bool = False
     """The images are ImageNet's validation set, graded by its reassessed labels."""
     corruption: tuple[str, ...] = ()
-    """Names of ImageNet-C's, or all."""
+    """Names of ImageNet-C's corruptions, or all."""
     severity: tuple[int, ...] = SEVERITIES
     """Severities of the corruptions, 1 to 5."""
     seed: Fixed[int] = 0
-    """Of the corruptions."""
+    """Seed of the corruptions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.class_map and self.real_labels:
-            raise InputError("real labels are of all of ImageNet's classes: leave --class-map out")
+            raise InputError("real labels need all of ImageNet's classes: leave --class-map out")
         self._set("severity", tuple(sorted(set(self.severity))))
         if not self.corruption and self.severity != SEVERITIES:
-            raise InputError("--severity is of corruptions: say which by --corruption")
+            raise InputError("--severity needs corruptions: name them with --corruption")
         for severity in self.severity:
             constants(NAMES[0], severity, 224)  # raises for an unknown severity
         names = resolve_names(self.corruption)
@@ -70,16 +77,16 @@ def validate(
 ) -> dict:
     """Measure the accuracy of a classifier on labelled images, and under corruptions of them.
 
-    Nothing is learned: the classes are those that the classifier knows. With corruptions, beside
-    results.json: corruptions.md, their table, and corruptions.png, the first image clean and corrupted.
-    The mean error over them is not divided by that of AlexNet.
+    Nothing is learned. With corruptions there are corruptions.md, a table, and corruptions.png, the
+    first image clean and corrupted, beside results.json. The mean corruption error is not divided
+    by AlexNet's error.
 
     Args:
         classifier: a folder of `ldae linear --save` or `ldae finetune`, a timm name or NAME@FILE.
-        data: the images, of which the evaluation split counts; all of them where there are no splits.
+        data: the images; their evaluation split counts, or all images if there are no splits.
 
-    Returns: what results.json holds; its results are top-1 and top-5 in percent, and those under
-    each corruption at each severity.
+    Returns: the content of results.json; its results are top-1 and top-5 in percent, clean and
+    under each corruption at each severity.
 
     Raises: InputError for a classifier or data that cannot be graded.
     """
@@ -89,9 +96,9 @@ def validate(
     with open_evaluation("validate", *opened) as evaluation:
         protocol, model = evaluation.protocol, evaluation.model
         if protocol.real_labels:
-            targets = real_targets(evaluation.eval, model, classifier)
+            targets = real_label_targets(evaluation.eval, model, classifier)
         else:
-            targets = targets_of(evaluation.eval, model, classifier, protocol.class_map)
+            targets = label_targets(evaluation.eval, model, classifier, protocol.class_map)
         results = _accuracy(evaluation, targets, evaluation.transform)
         results |= {"counted_images": len(targets.images)}
         if protocol.corruption:
@@ -100,9 +107,15 @@ def validate(
             results,
             model.num_features,
             len(targets.compared),
-            matched_by=targets.matched_by,  # names, numbers or order
+            matched_by=targets.matched_by,
             compared_classes=len(targets.compared),
-            constants=_constants(protocol, min(evaluation.transform.input_size[1:])),
+            constants={
+                name: {
+                    severity: constants(name, severity, min(evaluation.transform.input_size[1:]))
+                    for severity in protocol.severity
+                }
+                for name in resolve_names(protocol.corruption)
+            },
         )
 
 
@@ -110,16 +123,8 @@ def _evaluation_split(data: str, _: None) -> tuple[None, Source]:
     return None, open_source(data, "eval")
 
 
-def _constants(protocol: ValidationProtocol, side: int) -> dict[str, dict[int, dict[str, float]]]:
-    """Return the constants of each corruption at each severity, for images of ``side`` pixels."""
-    return {
-        name: {severity: constants(name, severity, side) for severity in protocol.severity}
-        for name in resolve_names(protocol.corruption)
-    }
-
-
 def _corrupted(evaluation: Evaluation, targets: Targets, clean: float) -> dict:
-    """Return the results under corruptions; write their table and a picture of them."""
+    """Return the results under corruptions, and write their table and pictures."""
     protocol, transform, folder = evaluation.protocol, evaluation.transform, evaluation.folder
     transforms = {
         name: {
@@ -133,7 +138,7 @@ def _corrupted(evaluation: Evaluation, targets: Targets, clean: float) -> dict:
     if is_main():
         rows = [list(row.values()) for row in transforms.values()]
         first = int(targets.images[0])
-        pictures = album(evaluation.eval, first, transform, rows)
+        pictures = corruption_pictures(evaluation.eval, first, transform, rows)
         save_grid(pictures, folder / layout.CORRUPTIONS_PICTURE)
     cells: Cells = {}
     for name, row in transforms.items():
@@ -141,14 +146,13 @@ def _corrupted(evaluation: Evaluation, targets: Targets, clean: float) -> dict:
             severity: _accuracy(evaluation, targets, corrupted)
             for severity, corrupted in row.items()
         }
-        if is_main():
-            numbers = ", ".join(f"{cell['top1']:.2f}" for cell in cells[name].values())
-            print(f"{name}: top-1 {numbers}", flush=True)
-    shown = table(cells, clean)
+        numbers = ", ".join(f"{cell['top1']:.2f}" for cell in cells[name].values())
+        print_main(f"{name}: top-1 {numbers}")
     if is_main():
-        write(folder / layout.CORRUPTIONS_TABLE, shown.encode())
-        print(shown, end="")
-    by_corruption = means(cells)
+        table = corruption_table(cells, clean)
+        write(folder / layout.CORRUPTIONS_TABLE, table.encode())
+        print(table, end="")
+    by_corruption = mean_by_corruption(cells)
     mean = sum(by_corruption.values()) / len(by_corruption)
     return {
         "top1_corrupted": mean,
@@ -161,7 +165,7 @@ def _corrupted(evaluation: Evaluation, targets: Targets, clean: float) -> dict:
 def _accuracy(
     evaluation: Evaluation, targets: Targets, transform: EvalTransform
 ) -> dict[str, float]:
-    """Measure top-1 and top-5, with each image that counts once over all ranks.
+    """Return top-1 and top-5 in percent of the images that count, over all ranks.
 
     Raises: InputError when a logit is not finite.
     """

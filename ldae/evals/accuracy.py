@@ -6,35 +6,36 @@ import torch
 
 from ldae.distributed import all_reduce_sum
 
-NOWHERE = 2**31 - 1
+UNRANKED = 2**31 - 1
 
 
-def ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many classes are placed before the true one: (B, C) scores and (B,) labels -> (B,).
+def label_ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Count the classes that rank before the true class: scores (B, C), labels (B,) -> (B,).
 
-    Of equal scores the smaller class comes first, so the result is the same on every device.
-    ``NOWHERE``, where no top-n reaches, when the true class has no score or one that is not a
-    number: an unseen class is never found, a diverged classifier never right.
+    Of equal scores the smaller class comes first, so the result is the same on every device. The
+    rank is ``UNRANKED``, which is no top-n, when the true class has no score or its score is NaN:
+    an unseen class is never found, and a diverged classifier is never right.
     """
     classes = scores.shape[1]
     true = scores.gather(1, labels.clamp(max=classes - 1)[:, None])
-    earlier = torch.arange(classes, device=scores.device) < labels[:, None]
-    before = (scores > true) | (scores == true) & earlier
+    smaller = torch.arange(classes, device=scores.device) < labels[:, None]
+    before = (scores > true) | (scores == true) & smaller
     scored = (labels < classes) & ~true[:, 0].isnan()
-    return torch.where(scored, before.sum(1), NOWHERE)
+    return torch.where(scored, before.sum(1), UNRANKED)
 
 
-def top(ranks: torch.Tensor, n: int) -> float:
-    """The share of ranks below ``n``, in percent."""
-    return 100 * int((ranks < n).sum()) / len(ranks)
+def top_n(label_ranks: torch.Tensor, n: int) -> float:
+    """Return the share of ranks below ``n``, in percent."""
+    return 100 * int((label_ranks < n).sum()) / len(label_ranks)
 
 
-def best_ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``ranks`` of whichever right class comes first; labels (B, m) are filled up by -1."""
-    found = [
-        torch.where(column < 0, NOWHERE, ranks(scores, column.clamp(min=0))) for column in labels.T
+def best_label_ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the rank (B,) of the first of several right classes; labels (B, m), padded with -1."""
+    columns = [
+        torch.where(column < 0, UNRANKED, label_ranks(scores, column.clamp(min=0)))
+        for column in labels.T
     ]
-    return torch.stack(found).amin(0)
+    return torch.stack(columns).amin(0)
 
 
 def top1_top5(
@@ -43,15 +44,16 @@ def top1_top5(
     images: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Top-1 and top-5 in percent of ``images`` over all ranks.
+    """Return top-1 and top-5 over all ranks, in percent of ``images``.
 
-    ``batches`` are this rank's logits (B, C) and the indices (B,) of their images; ``labels`` (N, m)
-    are the right classes of every image, as ``best_ranks`` takes them; ``device`` is where the ranks
-    exchange.
+    Args:
+        batches: this rank's logits (B, C) and the indices (B,) of their images.
+        labels: right classes of every image, (N, m), padded with -1.
+        device: where the ranks exchange their counts.
     """
-    right = torch.zeros(2, dtype=torch.int64)
+    hits = torch.zeros(2, dtype=torch.int64)
     for logits, indices in batches:
-        placed = best_ranks(logits, labels[indices])
-        right += torch.stack([(placed < n).sum() for n in (1, 5)])
-    top1, top5 = (100 * all_reduce_sum(right.to(device)).cpu() / images).tolist()
+        placed = best_label_ranks(logits, labels[indices])
+        hits += torch.stack([(placed < n).sum() for n in (1, 5)])
+    top1, top5 = (100 * all_reduce_sum(hits.to(device)).cpu() / images).tolist()
     return {"top1": top1, "top5": top5}

@@ -1,4 +1,4 @@
-"""Which output of a classifier each class of a source is, and which outputs are compared."""
+"""Class maps: which output of a classifier each class of a source is, and which outputs compete."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.evals.features import known_labels
 
-# Subsets of ImageNet, by their lists of synsets in timm. Folders are synsets; those of V2, numbers.
+# timm's lists of the synsets of ImageNet's subsets. Folders are named by synset, in V2 by number.
 CLASS_MAPS = {
     "imagenet-a": "imagenet_a_synsets.txt",
     "imagenet-r": "imagenet_r_synsets.txt",
@@ -26,136 +26,136 @@ CLASS_MAPS = {
     "imagenet-v2": "imagenet_synsets.txt",
 }
 
-_SYNSETS = "imagenet_synsets.txt"
-_REAL_LABELS = "imagenet_real_labels.json"
 _VAL_NAME = re.compile(r"(?:^|/)ILSVRC2012_val_(\d{8})\.\w+$")
 
 
 class Targets(NamedTuple):
-    """What is right for each image of a source."""
+    """The right classes of each image of a source."""
 
     labels: torch.Tensor
-    """int64 (N, m): places among ``compared``, any of which is right; -1 fills up."""
+    """int64 (N, m): positions in ``compared``, any of which is right, padded with -1."""
     images: np.ndarray
-    """int64: the indices of the images that count."""
+    """int64: indices of the images that count."""
     compared: torch.Tensor
     """int64 (K,), ascending: the classifier's outputs that compete."""
     matched_by: str
-    """names, numbers, or order: how classes were found among the outputs."""
+    """How classes were matched with outputs: names, numbers or order."""
 
 
-def targets_of(
+def label_targets(
     source: Source, model: nn.Module, spec: str, class_map: str | None = None
 ) -> Targets:
-    """One right class for each image of ``source``, as its labels say.
+    """Return the class of each image of ``source`` as its label gives it.
 
-    Without a map, classes are outputs by name, else by number, else by order where the classifier has
-    no names and as many outputs; all of them compete. A map says which class each folder is, and only
-    its classes compete. ``spec`` is what messages call the classifier.
+    Without a map, a class is an output of the same name, else of the same number. If the classifier
+    has no names and as many outputs, classes are matched by order. All outputs compete. A map says
+    which class each folder is, and only the map's classes compete. Errors call the classifier
+    ``spec``.
 
-    Raises: InputError, naming the class or the file, when classes can not be matched.
+    Raises: InputError, naming the class or the file, when classes cannot be matched.
     """
     labels = known_labels(source)
     folders = source.classes or [str(label) for label in range(int(labels.max()) + 1)]
     if class_map is None:
-        places, matched_by = _match(folders, source, model, spec)
-        return _targets(labels, places, range(model.num_classes), matched_by)
+        outputs, matched_by = _match_folders(folders, source, model, spec)
+        return _single_label_targets(labels, outputs, range(model.num_classes), matched_by)
     entries = _read_map(class_map)
-    unknown = [folder for folder in folders if _plain(folder) not in entries]
-    if unknown:
-        raise InputError(f"class {unknown[0]!r} of {source.spec} is not in class map {class_map}")
-    outputs, matched_by = _outputs(entries.values(), model)
     for folder in folders:
-        if (name := entries[_plain(folder)]) not in outputs:
+        if _plain(folder) not in entries:
+            raise InputError(f"class {folder!r} of {source.spec} is not in class map {class_map}")
+    found, matched_by = _match_names(entries.values(), model)
+    names = [entries[_plain(folder)] for folder in folders]
+    for name in names:
+        if name not in found:
             raise InputError(
                 f"class {name!r} of class map {class_map} is none of the {model.num_classes} "
                 f"classes of {spec}"
             )
-    places = [outputs[entries[_plain(folder)]] for folder in folders]
-    return _targets(labels, places, outputs.values(), matched_by)
+    outputs = [found[name] for name in names]
+    return _single_label_targets(labels, outputs, found.values(), matched_by)
 
 
-def real_targets(source: Source, model: nn.Module, spec: str) -> Targets:
-    """The right classes of images of ImageNet's validation set after all, by their file names.
+def real_label_targets(source: Source, model: nn.Module, spec: str) -> Targets:
+    """Return the reassessed labels of ImageNet's validation images, found by their file names.
 
-    Images that no class was found right for do not count. ImageNet's 1000 classes compete.
+    Images without a reassessed label do not count. ImageNet's 1000 classes compete.
 
     Source: Beyer et al. 2020, Are we done with ImageNet?
 
-    Raises: InputError for a file of another name, and a classifier that has not all of the classes.
+    Raises: InputError for a file of another name, and for a classifier that lacks a class.
     """
-    synsets = _lines(_SYNSETS)
-    outputs, matched_by = _outputs(synsets, model)
+    synsets = _timm_text("imagenet_synsets.txt").split()
+    outputs, matched_by = _match_names(synsets, model)
     if len(outputs) < len(synsets):
         raise InputError(
-            f"{spec} knows {len(outputs)} of ImageNet's {len(synsets)} classes; real labels need all"
+            f"{spec} knows {len(outputs)} of ImageNet's {len(synsets)} classes; real labels "
+            "need all"
         )
-    known = json.loads(_content(_REAL_LABELS))
-    right = [known[_number(source, i, len(known))] for i in range(len(source))]
+    real_labels = json.loads(_timm_text("imagenet_real_labels.json"))
+    right = [real_labels[_val_number(source, i, len(real_labels))] for i in range(len(source))]
     compared = torch.tensor(sorted(outputs.values()))
-    place = torch.searchsorted(compared, torch.tensor([outputs[name] for name in synsets]))
+    position = torch.searchsorted(compared, torch.tensor([outputs[name] for name in synsets]))
     labels = torch.full((len(right), max(1, *map(len, right))), -1)
     for row, classes in zip(labels, right):
-        row[: len(classes)] = place[classes]
+        row[: len(classes)] = position[classes]
     images = np.flatnonzero([bool(classes) for classes in right])
     if not len(images):
         raise InputError(f"none of the images of {source.spec} has a real label")
     return Targets(labels, images, compared, matched_by)
 
 
-def _targets(
+def _single_label_targets(
     labels: torch.Tensor, outputs: list[int], compared: Iterable[int], matched_by: str
 ) -> Targets:
-    """``outputs`` are those of each class that ``labels`` (N,) name."""
+    """Return targets for ``labels`` (N,), given the output of each class."""
     compared = torch.tensor(sorted(set(compared)))
-    places = torch.searchsorted(compared, torch.tensor(outputs))
-    return Targets(places[labels][:, None], np.arange(len(labels)), compared, matched_by)
+    positions = torch.searchsorted(compared, torch.tensor(outputs))
+    return Targets(positions[labels][:, None], np.arange(len(labels)), compared, matched_by)
 
 
-def _match(
+def _match_folders(
     folders: list[str], source: Source, model: nn.Module, spec: str
 ) -> tuple[list[int], str]:
-    """The output of each folder, and how it was found."""
+    """Return the output of each folder, and how folders were matched."""
     plain = [_plain(folder) for folder in folders]
-    outputs, matched_by = _outputs(plain, model)
-    unknown = [folder for folder in folders if _plain(folder) not in outputs]
-    if not unknown:
+    outputs, matched_by = _match_names(plain, model)
+    unmatched = [folder for folder in folders if _plain(folder) not in outputs]
+    if not unmatched:
         return [outputs[name] for name in plain], matched_by
     if len(folders) == model.num_classes and not label_names(model):
         return list(range(len(folders))), "order"
     raise InputError(
-        f"class {unknown[0]!r} of {source.spec} is none of the {model.num_classes} classes of "
+        f"class {unmatched[0]!r} of {source.spec} is none of the {model.num_classes} classes of "
         f"{spec}: say which one by --class-map FILE"
     )
 
 
-def _outputs(names: Iterable[str], model: nn.Module) -> tuple[dict[str, int], str]:
-    """The outputs of those names that the classifier has, in the naming that has most of them."""
+def _match_names(names: Iterable[str], model: nn.Module) -> tuple[dict[str, int], str]:
+    """Return name -> output, by the naming of outputs that matches most names, and its kind."""
     namings = [(label_names(model), "names")]
     if subset := infer_imagenet_subset(model):
         namings.append((ImageNetInfo(subset).label_names(), "names"))
     namings.append(([str(number) for number in range(model.num_classes)], "numbers"))
-    names = list(names)
-    found = []
+    names, matches = list(names), []
     for naming, kind in namings:
-        count = Counter(naming)  # a name of two outputs, as ImageNet's crane, is none
+        count = Counter(naming)  # a name of two outputs, as ImageNet's crane, matches none
         outputs = {name: i for i, name in enumerate(naming) if count[name] == 1}
-        found.append(({name: outputs[name] for name in names if name in outputs}, kind))
-    return max(found, key=lambda pair: len(pair[0]))
+        matches.append(({name: outputs[name] for name in names if name in outputs}, kind))
+    return max(matches, key=lambda match: len(match[0]))
 
 
 def _plain(folder: str) -> str:
-    """A number without leading zeros, for 007 is 7."""
+    """Strip leading zeros from a number, so that 007 is 7."""
     return str(int(folder)) if folder.isdecimal() else folder
 
 
 def _read_map(class_map: str) -> dict[str, str]:
-    """Folder -> name or number of a class.
+    """Return folder -> class name or number, from a built-in map or a text file.
 
-    Raises: InputError when there is no such map, or a line of the file is none.
+    Raises: InputError when there is no such map, and for a line that cannot be read.
     """
     if class_map in CLASS_MAPS:
-        names = _lines(CLASS_MAPS[class_map])
+        names = _timm_text(CLASS_MAPS[class_map]).split()
         entries = {name: name for name in names}
         if class_map == "imagenet-v2":
             entries |= {str(number): name for number, name in enumerate(names)}
@@ -181,20 +181,16 @@ def _read_map(class_map: str) -> dict[str, str]:
     return entries
 
 
-def _number(source: Source, i: int, count: int) -> int:
-    """The number, from 0, of a validation image of ImageNet."""
-    found = _VAL_NAME.search(source.name(i))
-    if not found or not 1 <= int(found[1]) <= count:
+def _val_number(source: Source, i: int, count: int) -> int:
+    """Return the number, from 0, in the file name of an ImageNet validation image."""
+    match = _VAL_NAME.search(source.name(i))
+    if not match or not 1 <= int(match[1]) <= count:
         raise InputError(
             f"{source.where(i)} is not named ILSVRC2012_val_00000001 to {count:08d}, by which real "
             "labels are found"
         )
-    return int(found[1]) - 1
+    return int(match[1]) - 1
 
 
-def _lines(name: str) -> list[str]:
-    return _content(name).split()
-
-
-def _content(name: str) -> str:
+def _timm_text(name: str) -> str:
     return (files("timm.data") / "_info" / name).read_text(encoding="utf-8")

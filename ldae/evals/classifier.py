@@ -23,7 +23,7 @@ _IMAGES_VERIFIED = 64
 def fold_batchnorm(
     norm: nn.BatchNorm1d, weight: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight (C, D) and bias (C,) that do what ``norm`` in eval mode and the given ones do."""
+    """Fold ``norm``, in eval mode, into the weight (C, D) and bias (C,) of the layer behind it."""
     scaled = weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     shifted = bias.double() - scaled @ norm.running_mean.double()
     return scaled.to(weight.dtype), shifted.to(bias.dtype)
@@ -34,13 +34,13 @@ def save_classifier(
 ) -> None:
     """Write ``backbone`` and the first of ``heads`` as one timm classifier, on the main rank.
 
-    The folder appears under its name once timm has read it back and its logits of the first images
-    of ``source`` are those of backbone and head.
+    The folder appears once timm has read it back and its logits of the first images of ``source``
+    agree with those of backbone and head.
 
     Raises: InputError when ``backbone`` takes no plain linear head, or the logits differ.
     """
     if is_main():
-        # On the CPU, where float32 is float32; the caller's stay where they are.
+        # Copies on the CPU, which computes float32 exactly; the caller's stay where they are.
         backbone, heads = copy.deepcopy(backbone).cpu(), copy.deepcopy(heads).cpu()
         model = _with_head(backbone, heads)
         write_timm_folder(
@@ -54,7 +54,10 @@ def save_classifier(
 
 
 def check_savable(backbone: nn.Module, folder: Path) -> None:
-    """Raises: InputError when ``backbone`` is no timm model, or ``folder`` exists or can not be."""
+    """Check that a classifier on ``backbone`` can be saved as ``folder``.
+
+    Raises: InputError when ``backbone`` is no timm model, or ``folder`` exists or is not writable.
+    """
     if folder.exists():
         raise InputError(f"{folder} exists already; save to another folder")
     check_writable(folder)
@@ -73,10 +76,10 @@ def _with_head(backbone: nn.Module, heads: Heads) -> nn.Module:
     if not isinstance(head, nn.Linear) or head.weight.shape != weight.shape:
         raise InputError(
             f"{model.pretrained_cfg['architecture']} ends in more than a linear layer on its "
-            "features: its classifier can not be saved"
+            "features: its classifier cannot be saved"
         )
     head.load_state_dict({"weight": weight, "bias": bias})
-    # Else timm records these of the weights that the backbone came from.
+    # Without these, timm would record the values of the backbone's own pretrained weights.
     model.pretrained_cfg = backbone.pretrained_cfg | {
         "tag": "linear",
         "num_classes": len(bias),
@@ -93,8 +96,8 @@ def _verify(
     transform = preprocessing(opened)
     pixels, _, _ = next(iter(eval_batches(source, transform, indices, len(indices), workers=0)))
     images = transform.normalize(pixels)
-    wanted = heads(backbone(images))[:, 0]
-    error = (opened(images) - wanted).abs().max() / wanted.abs().max()
+    expected = heads(backbone(images))[:, 0]
+    error = (opened(images) - expected).abs().max() / expected.abs().max()
     if not error < 1e-3:
         raise InputError(
             f"not saved: the logits of {folder} differ from those of the probe by {error:.1e}"

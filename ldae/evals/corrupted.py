@@ -1,4 +1,4 @@
-"""Corrupted copies of any images, made after the crop, as they are graded; their table and picture."""
+"""Images corrupted after the crop, as they are graded; a table and pictures of the results."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ Cells = dict[str, dict[int, dict[str, float]]]
 
 @dataclass(frozen=True)
 class CorruptedTransform(EvalTransform):
-    """The evaluation transform, then a corruption of the uint8 crop (C, H, W).
+    """The evaluation transform, followed by a corruption of the uint8 crop (C, H, W).
 
-    It is a function of the image and its index in the source, by ``rng``, and of ``seed``.
+    The result depends on the image, its index, from which ``rng`` is made, and ``seed``.
     """
 
     corruption: str
@@ -32,40 +32,38 @@ class CorruptedTransform(EvalTransform):
         return torch.from_numpy(np.ascontiguousarray(corrupted.transpose(2, 0, 1)))
 
 
-def album(
+def corruption_pictures(
     source: Source,
     index: int,
     transform: EvalTransform,
     transforms: list[list[CorruptedTransform]],
 ) -> list[torch.Tensor]:
-    """Rows of pictures (n, C, H, W) in [0, 1]: one image, clean and then as each of a row sees it."""
+    """Return rows of pictures (n, C, H, W) in [0, 1]: one image clean, then by each of a row."""
     image = source.image(index)
 
-    def seen(by: EvalTransform) -> torch.Tensor:
+    def picture(by: EvalTransform) -> torch.Tensor:
         return by(image, np.random.default_rng(index)) / 255
 
-    clean = seen(transform)
-    return [torch.stack([clean, *(seen(one) for one in row)]) for row in transforms]
+    return [torch.stack([picture(by) for by in (transform, *row)]) for row in transforms]
 
 
-def means(cells: Cells) -> dict[str, float]:
-    """The mean top-1 of each corruption over its severities."""
+def mean_by_corruption(cells: Cells) -> dict[str, float]:
+    """Return the mean top-1 of each corruption over its severities."""
     return {name: float(np.mean([c["top1"] for c in row.values()])) for name, row in cells.items()}
 
 
-def table(cells: Cells, clean: float) -> str:
-    """Top-1 in percent as Markdown: a row for each corruption, a column for each severity."""
+def corruption_table(cells: Cells, clean: float) -> str:
+    """Write top-1 in percent as Markdown, with a row a corruption and a column a severity."""
     severities = list(next(iter(cells.values())))
-    head = ["top-1", *(f"severity {severity}" for severity in severities), "mean"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    lines.append(["clean", *[""] * len(severities), f"{clean:.2f}"])
-    mean = means(cells)
-    for name, row in cells.items():
-        numbers = [*(cell["top1"] for cell in row.values()), mean[name]]
-        lines.append([name, *(f"{number:.2f}" for number in numbers)])
-    columns = [
-        np.mean([row[severity]["top1"] for row in cells.values()]) for severity in severities
+    means = mean_by_corruption(cells)
+    rows = {
+        name: [*(cell["top1"] for cell in row.values()), means[name]] for name, row in cells.items()
+    }
+    rows["mean"] = list(np.mean(list(rows.values()), axis=0))
+    lines = [
+        ["top-1", *(f"severity {severity}" for severity in severities), "mean"],
+        ["---", *["---:"] * (len(severities) + 1)],
+        ["clean", *[""] * len(severities), f"{clean:.2f}"],
+        *([name, *(f"{number:.2f}" for number in row)] for name, row in rows.items()),
     ]
-    numbers = [*columns, np.mean(list(mean.values()))]
-    lines.append(["mean", *(f"{number:.2f}" for number in numbers)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

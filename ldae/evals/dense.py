@@ -1,5 +1,6 @@
-"""A linear head on token maps: trained on maps that were extracted once, graded pixel by pixel."""
+"""A linear head on token maps: trained on maps extracted once, graded pixel by pixel."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -14,54 +15,53 @@ from ldae.console import progress
 from ldae.data.loader import Transform, eval_batches
 from ldae.data.source import IGNORED, MapSource, Source
 from ldae.distributed import all_reduce_sum, rank, world_size
-from ldae.evals.features import Encoder, new_rows
+from ldae.evals.features import Encoder, allocate_rows
 from ldae.evals.heads import Heads
 from ldae.evals.protocol import Protocol
 from ldae.train.optim import lr_at, set_lr
 from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE
 
 
-def confusion(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> torch.Tensor:
-    """How many pixels of each class (row) were taken for each (column), int64 (classes, classes).
+def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> torch.Tensor:
+    """Count the pixels by their class (row) and predicted class (column), int64 (classes, classes).
 
-    Both are maps of classes of one shape; pixels that ``labels`` ignores are not counted.
+    Both arguments are class maps of one shape; pixels that ``labels`` ignores are not counted.
     """
     known = labels != IGNORED
     pairs = labels[known].long() * classes + predicted[known]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def rates(matrix: torch.Tensor) -> dict:
-    """Mean IoU, pixel accuracy and the IoU of each class, in percent, of a confusion matrix.
+def iou_metrics(matrix: torch.Tensor) -> dict:
+    """Return mean IoU, pixel accuracy and the IoU of each class in percent.
 
-    The mean is over the classes of the labels or the predictions; of the others the IoU is None.
+    The mean is over the classes that occur in the labels or the predictions. The IoU of the other
+    classes is None.
     """
     matrix = matrix.cpu().double()
     right = matrix.diagonal()
     union = matrix.sum(0) + matrix.sum(1) - right
-    there = union > 0
-    each = 100 * right / union
+    iou = 100 * right / union  # NaN for a class that does not occur
     return {
-        "miou": each[there].mean().item(),
+        "miou": iou[union > 0].mean().item(),
         "pixel_accuracy": (100 * right.sum() / matrix.sum()).item(),
-        "classes_counted": int(there.sum()),
-        "iou": [
-            value if counted else None for value, counted in zip(each.tolist(), there.tolist())
-        ],
+        "classes_counted": int((union > 0).sum()),
+        "iou": [None if math.isnan(value) else value for value in iou.tolist()],
     }
 
 
-# What one piece of up-sampled logits holds at most. It decides no number.
-_NUMBERS_AT_ONCE = 2**25
+# At most so many up-sampled logits at once, to bound memory; the numbers do not depend on it.
+_LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
 class SegmentProtocol(Protocol):
     """BatchNorm and a 1x1 convolution on the tokens of the last block, trained by AdamW.
 
-    Source: the linear head of DINOv2, eval/segmentation: batch 16, the share of warm-up. Other than
-    there, images are neither cropped nor augmented, the steps are a quarter, the rate falls by a cosine
-    and BatchNorm has no affine, which the convolution behind it can express.
+    Source: the linear head of DINOv2, eval/segmentation, for the batch of 16 and the share of
+    warm-up. In contrast to DINOv2, images are neither cropped nor augmented, there are a quarter of
+    the steps, the rate falls by a cosine, and BatchNorm has no affine, which the convolution behind
+    it can express.
     """
 
     name: Fixed[str] = "linear"
@@ -69,29 +69,29 @@ class SegmentProtocol(Protocol):
     steps: Annotated[int, COUNT] = 10_000
     """Steps of the head's training."""
     total_batch: Annotated[int, COUNT] = 16
-    """Images of one step, and of BatchNorm's statistics."""
+    """Images of one step and of BatchNorm's statistics."""
     learning_rate: Annotated[float, POSITIVE] = 1e-3
-    """The highest learning rate, after the warm-up."""
+    """Peak learning rate, after the warm-up."""
     warmup: Annotated[Fixed[float], DECAY] = 0.0375
-    """Share of the steps, of linear warm-up, before a half-cosine to 0."""
+    """Linear warm-up as a share of the steps, before a half-cosine to 0."""
     optimizer: Fixed[str] = "adamw"
     betas: Fixed[tuple[float, float]] = (0.9, 0.999)
     weight_decay: Annotated[Fixed[float], NOT_NEGATIVE] = 1e-4
-    """Of weight and bias."""
+    """Decay of weight and bias."""
     batchnorm_eps: Fixed[float] = 1e-5
     init_std: Fixed[float] = 0.01
     tokens: Fixed[str] = "last block, behind the final norm"
     pixel_patch: Fixed[int] = 4
-    """Side of the patches of raw pixels that stand for tokens, in pixels."""
+    """Side in pixels of the patches that are the tokens of raw pixels."""
     resize: Fixed[str] = "squash"
-    """Images, and in training label maps (nearest), are stretched to the network's input."""
+    """Images are stretched to the network's input, and so are label maps in training (nearest)."""
     augmentation: Fixed[str] = "none"
     upsampling: Fixed[str] = "bilinear"
-    """Of logits: in training to the network's input, in evaluation to each label map's own size."""
+    """Logits are up-sampled to the network's input in training, else to each label map's size."""
     ignored: Fixed[int] = IGNORED
     mean_over: Fixed[str] = "classes in the labels or predictions of evaluation"
     seed: Fixed[int] = 0
-    """Of the initial weights and of the order of the images."""
+    """Seed of the initial weights and of the order of the images."""
 
     @property
     def headlines(self) -> tuple[str, ...]:
@@ -99,12 +99,12 @@ class SegmentProtocol(Protocol):
 
 
 class TokenMaps(NamedTuple):
-    """What a head learns from: this rank's share of the images."""
+    """Token maps and label maps of this rank's share of the images."""
 
     tokens: torch.Tensor
     """float32 (N, h * w * D)."""
     labels: torch.Tensor
-    """uint8 (N, H * W), of the size of the network's input."""
+    """uint8 (N, H * W), at the size of the network's input."""
     shape: tuple[int, int, int]
     """h, w, D."""
     size: tuple[int, int]
@@ -112,8 +112,8 @@ class TokenMaps(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """A label map at H x W pixels, each that of the nearest pixel: uint8 (H * W,)."""
+class ResizeNearest:
+    """A transform of a label map to H x W pixels by nearest neighbour: uint8 (H * W,)."""
 
     size: tuple[int, int]
 
@@ -123,13 +123,13 @@ class Nearest:
         return torch.from_numpy(np.asarray(resized).copy()).flatten()
 
 
-def whole(labels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """A label map as it is, uint8 (H, W)."""
+def unchanged(labels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    """Return a label map as it is, uint8 (H, W)."""
     return torch.from_numpy(np.ascontiguousarray(labels))
 
 
 class _Maps(Source):
-    """The label maps of a source, in the place of its images."""
+    """A source that has the label maps of another one as its images."""
 
     def __init__(self, source: MapSource) -> None:
         super().__init__(source.spec, source.split, None, None)
@@ -143,54 +143,54 @@ class _Maps(Source):
 def label_maps(
     source: MapSource, transform: Transform, batch_size: int, workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's label maps, as ``transform`` makes them of (H, W), and their indices, in batches."""
-    own = np.arange(rank(), len(source), world_size())
-    for maps, _, indices in eval_batches(_Maps(source), transform, own, batch_size, workers):
+    """Yield this rank's label maps, transformed from (H, W), and their indices, in batches."""
+    share = np.arange(rank(), len(source), world_size())
+    for maps, _, indices in eval_batches(_Maps(source), transform, share, batch_size, workers):
         yield maps, indices
 
 
-def own_label_rows(
+def load_label_share(
     source: MapSource, size: tuple[int, int], batch_size: int, workers: int
 ) -> torch.Tensor:
-    """This rank's label maps at H x W pixels, uint8 (N, H * W)."""
+    """Return this rank's label maps at H x W pixels, uint8 (N, H * W)."""
     count = len(range(rank(), len(source), world_size()))
-    found = new_rows(count, size[0] * size[1], torch.uint8)
-    for maps, indices in label_maps(source, Nearest(size), batch_size, workers):
-        found[indices // world_size()] = maps
-    return found
+    rows = allocate_rows(count, size[0] * size[1], torch.uint8)
+    for maps, indices in label_maps(source, ResizeNearest(size), batch_size, workers):
+        rows[indices // world_size()] = maps
+    return rows
 
 
 def train_map_head(
     train: TokenMaps, images: int, classes: int, protocol: SegmentProtocol, device: torch.device
 ) -> Heads:
-    """The head after the last step; ``images`` are those of all ranks, in shares as they come.
+    """Train a head on the shares of all ranks, ``images`` together; return it after the last step.
 
-    The loss is the mean cross-entropy over the labelled pixels of a batch, whose logits are
-    up-sampled to the label maps. A last batch that is short is left out, as ``train_heads`` does.
+    The logits of a batch are up-sampled to the label maps, and the loss is the mean cross-entropy
+    over the labelled pixels. A short last batch is left out, as in ``train_heads``.
     """
     height, width, dim = train.shape
     heads = Heads(1, dim, classes, protocol).to(device)
     optimizer = torch.optim.AdamW(
         heads.parameters(), lr=0.0, betas=protocol.betas, weight_decay=protocol.weight_decay
     )
-    piece = max(_NUMBERS_AT_ONCE // (classes * train.size[0] * train.size[1]), 1)
+    piece = max(_LOGITS_AT_ONCE // (classes * train.size[0] * train.size[1]), 1)
     warmup = round(protocol.warmup * protocol.steps)
     with progress(protocol.steps, "head") as bar:
         for step, batch in zip(range(protocol.steps), _batches(images, protocol)):
-            own = batch[batch % world_size() == rank()] // world_size()
-            tokens = train.tokens[own].to(device).view(-1, dim)
+            share = batch[batch % world_size() == rank()] // world_size()
+            tokens = train.tokens[share].to(device).view(-1, dim)
             normed = heads.normalise_batch(tokens, len(batch) * height * width)
             normed = normed.view(-1, height, width, dim)
-            labels = train.labels[own].to(device).view(-1, *train.size).long()
+            labels = train.labels[share].to(device).view(-1, *train.size).long()
             pixels = all_reduce_sum((labels != IGNORED).sum()).clamp(min=1)
             optimizer.zero_grad()
-            for part, wanted in zip(normed.split(piece), labels.split(piece)):
-                logits = upsampled(map_logits(heads, part), train.size)
-                loss = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+            for tokens, targets in zip(normed.split(piece), labels.split(piece)):
+                logits = upsample(map_logits(heads, tokens), train.size)
+                loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
                 (loss / pixels).backward()
-            for value in heads.parameters():
-                slope = torch.zeros_like(value) if value.grad is None else value.grad
-                value.grad = all_reduce_sum(slope)
+            for value in heads.parameters():  # a rank without images has no gradient
+                gradient = torch.zeros_like(value) if value.grad is None else value.grad
+                value.grad = all_reduce_sum(gradient)
             rate = lr_at(step, peak=protocol.learning_rate, warmup=warmup, total=protocol.steps)
             set_lr(optimizer, rate)
             optimizer.step()
@@ -199,7 +199,7 @@ def train_map_head(
 
 
 def _batches(images: int, protocol: SegmentProtocol) -> Iterator[torch.Tensor]:
-    """Numbers of images without end, each once an epoch."""
+    """Yield batches of image indices without end, each image at most once an epoch."""
     generator = torch.Generator().manual_seed(protocol.seed)
     while True:
         order = torch.randperm(images, generator=generator).split(protocol.total_batch)
@@ -207,25 +207,25 @@ def _batches(images: int, protocol: SegmentProtocol) -> Iterator[torch.Tensor]:
 
 
 def map_logits(heads: Heads, normed: torch.Tensor) -> torch.Tensor:
-    """(B, h, w, D) behind BatchNorm -> (B, classes, h, w)."""
+    """Apply the head to tokens behind BatchNorm: (B, h, w, D) -> (B, classes, h, w)."""
     return heads.logits(normed.flatten(0, 2))[:, 0].unflatten(0, normed.shape[:3]).movedim(-1, 1)
 
 
-def upsampled(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, classes, h, w) -> (B, classes, H, W); pixels are areas, so that their centres agree."""
+def upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize (B, classes, h, w) -> (B, classes, H, W), with pixels as areas, not as points."""
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 def predict(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The class of every pixel, int64 (H, W), by the up-sampled logits of one image (classes, h, w).
+    """Return the class of every pixel, int64 (H, W), from the logits of an image (classes, h, w).
 
-    Of equal logits the smaller class wins. Classes are up-sampled some at a time, as memory allows.
+    Of equal logits the smaller class wins. Classes are up-sampled in parts, to bound memory.
     """
     best = logits.new_full(size, -torch.inf)
     predicted = torch.zeros(size, dtype=torch.int64, device=logits.device)
     first = 0
-    for part in logits.split(max(_NUMBERS_AT_ONCE // (size[0] * size[1]), 1)):
-        value, number = upsampled(part[None], size)[0].max(0)
+    for part in logits.split(max(_LOGITS_AT_ONCE // (size[0] * size[1]), 1)):
+        value, number = upsample(part[None], size)[0].max(0)
         better = value > best
         best, predicted = best.where(~better, value), predicted.where(~better, number + first)
         first += len(part)
@@ -241,16 +241,16 @@ def grade_map_head(
     batch_size: int,
     workers: int,
 ) -> torch.Tensor:
-    """The confusion matrix over all label maps of ``source`` at their own sizes, of all ranks.
+    """Return the confusion matrix over all label maps of ``source``, at their own sizes.
 
-    Each labelled pixel counts once; nothing is kept of an image that was graded.
+    Each labelled pixel counts once over all ranks. Nothing is kept of an image once it is graded.
     """
     classes, device = heads.bias.shape[1], encoder.device
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    maps = label_maps(source, whole, 1, workers)  # one at a time: their sizes differ
+    maps = label_maps(source, unchanged, 1, workers)  # one at a time: their sizes differ
     for rows, _ in encoder.share(source, batch_size, workers):
         normed = heads.norm(rows.to(device).view(-1, shape[2])).view(-1, *shape)
         for logits, (labels, _) in zip(map_logits(heads, normed), maps):
             labels = labels[0].to(device)
-            matrix += confusion(labels, predict(logits, labels.shape), classes)
+            matrix += confusion_matrix(labels, predict(logits, labels.shape), classes)
     return all_reduce_sum(matrix)

@@ -1,4 +1,4 @@
-"""One evaluation: a backbone, two splits, a protocol and a setup, opened; and its results.json."""
+"""An evaluation: a backbone, two splits, a protocol and a setup, opened; and its results.json."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from ldae.data.open import open_splits
 from ldae.data.source import Source
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
-from ldae.evals.features import Encoder, Features, Precision, known_labels, own_rows
+from ldae.evals.features import Encoder, Features, Precision, extract_share, known_labels
 from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Reader
 from ldae.files import check_writable, write_json
@@ -27,11 +27,11 @@ from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
-# Settings that do not decide the numbers, or that a folder's name has in words.
+# Settings that do not change the numbers, or that a folder's name has in words.
 _NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
 
 _BACKBONE = "A run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE]."
-_DATA = "Labelled images, whose train split is learned from or searched."
+_DATA = "Labelled images; the train split is learned from or searched."
 _EVAL_DATA = "Images to grade on; by default the evaluation split of --data."
 
 BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE", help=_BACKBONE)]
@@ -41,34 +41,31 @@ EvalSourceSpec = Annotated[str | None, tyro.conf.arg(metavar="SOURCE", help=_EVA
 
 @dataclass(frozen=True)
 class Setup:
-    """How a backbone is opened and run, for every evaluation."""
+    """The settings that open and run a backbone, in every evaluation."""
 
     random_init: bool = False
     """Grade the untrained control: the same architecture with timm's random weights."""
     in_chans: Annotated[int, COUNT] = 3
-    """Channels of a timm name."""
+    """Input channels, of a timm name."""
     img_size: Annotated[int | None, COUNT] = None
-    """Side of the images of a timm name, in pixels."""
+    """Side of the input images in pixels, of a timm name."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the random weights and of the protocol."""
     out: Path | None = None
     """Folder of results.json; by default beside the backbone, or below evals/."""
     batch_size: Annotated[int, COUNT] = 256
-    """Images at a time through the backbone; it does not change the numbers."""
+    """Images per forward pass of the backbone; the numbers do not depend on it."""
     workers: Annotated[int, NOT_NEGATIVE] = 4
     """Processes that decode images."""
     precision: Precision = "fp32"
-    """Of the backbone's arithmetic."""
+    """Precision of the backbone's arithmetic."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A backbone with everything that decides its grade: two labelled splits, a protocol, a setup.
-
-    ``ldae evaluate`` makes many of these, into one table; ``ldae validate`` makes one of a classifier.
-    """
+    """A backbone and all that decides its grade: two labelled splits, a protocol and a setup."""
 
     task: str
     spec: str
@@ -77,21 +74,21 @@ class Evaluation:
     setup: Setup
     model: nn.Module
     train: Source | None
-    """None where nothing is learned or searched."""
+    """None for a grader that neither learns nor searches."""
     eval: Source
     device: torch.device
     transform: EvalTransform
-    """Of the images: the preprocessing of the backbone, unless the task changes it."""
+    """The preprocessing of the backbone, unless the task changes it."""
 
     def encoder(self, reader: Reader | None = None) -> Encoder:
-        """Return the backbone on its device, whose own output is read unless a reader is given."""
+        """Return the backbone on its device, read by ``reader`` or else for its own output."""
         return Encoder(self.model, self.device, self.setup.precision, self.transform, reader)
 
     def features(self, encoder: Encoder | None = None) -> tuple[Features, Features]:
-        """Extract this rank's share of the features of the train split and of the evaluation split."""
+        """Extract this rank's share of the features of the train and the evaluation split."""
         encoder, how = encoder or self.encoder(), (self.setup.batch_size, self.setup.workers)
-        train = own_rows(encoder, self.train, *how)
-        return train, train if self.eval is self.train else own_rows(encoder, self.eval, *how)
+        train = extract_share(encoder, self.train, *how)
+        return train, train if self.eval is self.train else extract_share(encoder, self.eval, *how)
 
     def write(self, results: dict, dim: int, classes: int | None = None, **follows: object) -> dict:
         """Write ``results.json``, print the headlines on one line, and return the record.
@@ -99,8 +96,8 @@ class Evaluation:
         Args:
             results: the numbers, accuracies in percent.
             dim: width of the features.
-            classes: number of classes; by default that of train's labels, which limits top-5.
-            follows: entries of the protocol's record that follow from the protocol and the backbone.
+            classes: number of classes; by default counted in the train labels, and limits top-5.
+            follows: entries of the protocol's record that are derived from protocol and backbone.
         """
         constants = asdict(self.protocol) | follows | {"precision": self.setup.precision}
         if classes is None:
@@ -141,7 +138,7 @@ class Evaluation:
 
     @property
     def folder(self) -> Path:
-        """The folder of results.json, named by what decides the numbers so that no result is lost."""
+        """The folder of results.json, named by all that decides the numbers: no result is lost."""
         if self.setup.out:
             return self.setup.out
         data = (self.train or self.eval).spec
@@ -150,33 +147,25 @@ class Evaluation:
             parts += ["on", file_name(self.eval.spec)]
         if self.setup.random_init:
             parts.append("random-init")
-        found = home_of(self.spec) / "-".join(
-            dict.fromkeys(parts + changes(self.protocol, self.setup))
-        )
-        if self._is_of_other_data(found / layout.RESULTS):  # of the same name elsewhere
-            places = f"{(self.train or self.eval).spec}\0{self.eval.spec}"
-            digest = hashlib.sha256(places.encode()).hexdigest()[:8]
-            found = found.with_name(f"{found.name}-{digest}")
-        return found
-
-    def _is_of_other_data(self, path: Path) -> bool:
+        name = "-".join(dict.fromkeys(parts + changes(self.protocol, self.setup)))
+        folder = results_home(self.spec) / name
+        # Data of the same name from elsewhere may have its results there.
         with suppress(OSError, ValueError, TypeError, KeyError):
-            data = json.loads(path.read_text(encoding="utf-8"))["data"]
-            return (data["spec"], data["eval_spec"]) != (
-                (self.train or self.eval).spec,
-                self.eval.spec,
-            )
-        return False
+            graded = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))["data"]
+            if (graded["spec"], graded["eval_spec"]) != (data, self.eval.spec):
+                digest = hashlib.sha256(f"{data}\0{self.eval.spec}".encode()).hexdigest()[:8]
+                return folder.with_name(f"{name}-{digest}")
+        return folder
 
 
-def home_of(spec: str) -> Path:
+def results_home(spec: str) -> Path:
     """Return the default folder for a backbone's evaluation results."""
     folder = backbone_folder(spec)
     return folder / layout.EVALS if folder else Path(layout.EVALS, file_name(spec))
 
 
 def changes(*settings: Any) -> list[str]:
-    """List the settings that decide a number and are not at their defaults, as ``name=value``."""
+    """List ``name=value`` of the settings that change the numbers and are not at their defaults."""
     parts = []
     for part in settings:
         for key, value in asdict(part).items():
@@ -187,12 +176,12 @@ def changes(*settings: Any) -> list[str]:
 
 
 def _word(value: object) -> str:
-    """``value`` in a name; numbers keep their sign."""
+    """Return a value as part of a folder's name; numbers keep their sign."""
     return str(value) if isinstance(value, int | float) else file_name(str(value))
 
 
 def file_name(spec: str) -> str:
-    """The last part of a path that exists, else all of ``spec``, as a name for a folder."""
+    """Return a folder name for ``spec``: the last part of an existing path, else the whole spec."""
     path = Path(spec)
     return re.sub(r"[^\w.=+]+", "-", path.resolve().name if path.exists() else spec).strip("-")
 
@@ -208,9 +197,9 @@ def labelled_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
     """
     train, test = open_splits(data, eval_data)
     for source in (train, test):
-        known_labels(source)  # before anything that takes time
+        known_labels(source)
     if len(known_labels(train).unique()) < 2:
-        raise InputError(f"{train.spec} has one class only, which any backbone tells apart")
+        raise InputError(f"{train.spec} has one class only, which every backbone gets right")
     return train, test
 
 
@@ -241,19 +230,19 @@ def open_evaluation(
     splits: Splits = labelled_splits,
     load: Load = open_backbone,
 ) -> Iterator[Evaluation]:
-    """Join the process group, if one was launched, and open an evaluation by its names.
+    """Join the process group, if one was launched, and open an evaluation.
 
-    The seed of the setup becomes that of the protocol.
+    The seed of the setup becomes the seed of the protocol.
 
     Raises: InputError for a setting out of its range, and as ``splits`` and ``load`` do.
     """
     check(setup)
     if hasattr(protocol, "seed"):
         protocol = replace(protocol, seed=setup.seed)
-    check_writable(setup.out or home_of(spec))
+    check_writable(setup.out or results_home(spec))
     device = device_for(setup.device)
     with process_group(device):
         train, test = splits(data, eval_data)
         model = load(spec, setup)
-        own = preprocessing(model)
-        yield Evaluation(task, str(spec), protocol, setup, model, train, test, device, own)
+        transform = preprocessing(model)
+        yield Evaluation(task, str(spec), protocol, setup, model, train, test, device, transform)

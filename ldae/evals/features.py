@@ -1,4 +1,4 @@
-"""The features of a source under a backbone, each image once, at any batch size and world size."""
+"""Extract features of a source, each image once, at any batch size and world size."""
 
 import os
 import tempfile
@@ -20,33 +20,36 @@ from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.taps import Reader, Tap, TapReader
 
-# One set of features of 256 x 256 ImageNet is 2 to 5 GB, and a node runs up to eight ranks. Pages of
-# a mapped file are the system's to drop, those of memory are not.
-IN_MEMORY = 2 * 2**30
-"""Bytes of one set of features that are held in memory."""
+Precision = Literal["fp32", "bf16", "fp16"]
+
+# Features of ImageNet at 256 x 256 take 2 to 5 GB, and a node runs up to eight ranks. The system
+# can drop pages of a mapped file, but not pages of memory.
+MAX_BYTES_IN_MEMORY = 2 * 2**30
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_ROWS_PER_EXCHANGE = 65_536
+_cache: ContextVar[dict[tuple, torch.Tensor]] = ContextVar("features by all that decides them")
 
 
-def new_rows(count: int, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Room for features (count, dim), zero; in a file from ``IN_MEMORY`` on.
+def allocate_rows(count: int, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return zeros (count, dim); from ``MAX_BYTES_IN_MEMORY`` on they are mapped from a file.
 
-    The file has no name. It lies where ``TMPDIR`` says, and is gone with the tensor or the process.
+    The file has no name. It lies below ``TMPDIR`` and is gone with the tensor or the process.
 
     Raises: InputError when the disk has no room for it.
     """
     size = dtype.itemsize * count * dim
-    if size < IN_MEMORY:
+    if size < MAX_BYTES_IN_MEMORY:
         return torch.zeros(count, dim, dtype=dtype)
     folder = tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            # Reserved now: a page of a mapped file that finds the disk full kills the process.
+            # Reserve the blocks now: writing to a mapped page on a full disk kills the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
-            return torch.from_numpy(
-                np.memmap(file, torch.empty(0, dtype=dtype).numpy().dtype, "r+", shape=(count, dim))
-            )
+            numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype
+            return torch.from_numpy(np.memmap(file, numpy_dtype, "r+", shape=(count, dim)))
     except OSError as error:
         raise InputError(
             f"{folder} has no room for features of {size / 2**30:.1f} GiB ({error.strerror}): "
@@ -54,22 +57,16 @@ def new_rows(count: int, dim: int, dtype: torch.dtype = torch.float32) -> torch.
         ) from None
 
 
-def rows_on(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``rows`` on the device, if they are few enough to be held there, else where they are."""
-    return rows.to(device) if rows.nbytes < IN_MEMORY else rows
-
-
-Precision = Literal["fp32", "bf16", "fp16"]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_ROWS_PER_EXCHANGE = 65_536
-_extracted: ContextVar[dict[tuple, torch.Tensor]] = ContextVar("features by what decides them")
+def move_if_small(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move ``rows`` to the device if they take less than ``MAX_BYTES_IN_MEMORY``."""
+    return rows.to(device) if rows.nbytes < MAX_BYTES_IN_MEMORY else rows
 
 
 class Features(NamedTuple):
-    """What a probe learns from, in the order of the source, on the CPU."""
+    """Features, labels and names of images, in the order of the source, on the CPU."""
 
     features: torch.Tensor
-    """float32 (N, D): those of all taps, side by side."""
+    """float32 (N, D): the features of all taps, side by side."""
     labels: torch.Tensor
     """int64 (N,)."""
     names: list[str]
@@ -81,9 +78,12 @@ class Features(NamedTuple):
 class Encoder:
     """A backbone on a device: uint8 (B, C, H, W) -> float32 features (B, D) on the CPU.
 
-    ``precision`` is that of the backbone's arithmetic; in fp32 no TF32 is used, so that the batch
-    size changes features by less than 1e-5 of their size. ``transform`` is the model's own
-    preprocessing unless it is given, and ``reader`` reads the model's own output.
+    In fp32 no TF32 is used, so that the batch size changes features by less than 1e-5 relative.
+
+    Args:
+        precision: of the backbone's arithmetic.
+        transform: by default the model's own preprocessing.
+        reader: by default reads the model's own output.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Encoder:
         self.reader = reader or TapReader(self.model, (Tap(),))
 
     def __call__(self, images: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
-        """``indices`` (B,) are those of the images in their source, for who draws noise by them."""
+        """Return features; a reader that adds noise draws it by ``indices`` (B,) in the source."""
         return self.on_device(images, indices).cpu()
 
     @torch.inference_mode()
     def on_device(self, images: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
-        """The features where the backbone is."""
+        """Return features on the device of the backbone."""
         images = self.transform.normalize(images.to(self.device, non_blocking=True))
         with self._arithmetic():
             parts = self.reader(images, indices)
@@ -116,9 +116,9 @@ class Encoder:
         where: Callable[[int], str],
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The features of a batch; ``where`` names the image of a row.
+        """Return the features of a batch.
 
-        Raises: InputError when one is not finite, naming the image.
+        Raises: InputError when a row is not finite, naming its image as ``where`` does.
         """
         rows = self(images, indices)
         for row in (~rows.isfinite().all(1)).nonzero()[:1, 0].tolist():
@@ -127,29 +127,29 @@ class Encoder:
 
     @cached_property
     def columns(self) -> dict[Tap, slice]:
-        """Of the features of each tap. Raises: InputError when the model gives a map."""
+        """The columns of each tap. Raises: InputError when the model outputs a map."""
         blank = torch.zeros(1, *self.transform.input_size, dtype=torch.uint8, device=self.device)
         with torch.inference_mode(), self._arithmetic():
             return self.reader.columns(self.transform.normalize(blank))
 
     @property
     def dim(self) -> int:
-        """D. Raises: InputError when the model gives a map and not a vector."""
+        """D. Raises: InputError when the model outputs a map."""
         return max(span.stop for span in self.columns.values())
 
     def share(
         self, source: Source, batch_size: int, workers: int, images: np.ndarray | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The features of this rank's images of ``source``, by index, and the indices, in batches.
+        """Yield this rank's share of the features of ``source`` and their indices, in batches.
 
         ``images`` are the indices that the ranks share, by default all.
 
         Raises: InputError as ``checked`` does.
         """
         images = np.arange(len(source)) if images is None else images
-        own = images[rank() :: world_size()]
-        batches = eval_batches(source, self.transform, own, batch_size, workers)
-        with progress(len(own), source.spec) as bar:
+        share = images[rank() :: world_size()]
+        batches = eval_batches(source, self.transform, share, batch_size, workers)
+        with progress(len(share), source.spec) as bar:
             for pixels, _, indices in batches:
                 rows = self.checked(pixels, lambda row: source.where(int(indices[row])), indices)
                 yield rows, indices
@@ -164,74 +164,76 @@ class Encoder:
 
 
 @contextmanager
-def extracted_once() -> Iterator[None]:
-    """Within it, ``own_rows`` extracts the features of one backbone from a source once.
+def cache_features() -> Iterator[None]:
+    """Let ``extract_share`` compute the features of a source under one backbone once.
 
-    For evaluators of it that follow each other: neither its weights nor the images change
-    meanwhile, and nobody writes into the features.
+    It is for graders of one backbone in a row: the weights and the images must not change within,
+    and features must not be written to.
     """
-    before = _extracted.set({})
+    before = _cache.set({})
     try:
         yield
     finally:
-        _extracted.reset(before)
+        _cache.reset(before)
 
 
-def own_rows(encoder: Encoder, source: Source, batch_size: int = 256, workers: int = 0) -> Features:
-    """The features of this rank's share of ``source``: images rank, rank + world size, and so on.
+def extract_share(
+    encoder: Encoder, source: Source, batch_size: int = 256, workers: int = 0
+) -> Features:
+    """Return the features of this rank's share of ``source``: images rank, rank + world size, ...
 
     Raises: InputError when the source has no labels, and as ``Encoder`` does.
     """
     labels = known_labels(source)[rank() :: world_size()]
-    own_names = [source.name(i) for i in range(rank(), len(source), world_size())]
+    names = [source.name(i) for i in range(rank(), len(source), world_size())]
     taps = encoder.reader.taps if isinstance(encoder.reader, TapReader) else None
     key = (source.spec, source.split, encoder.transform, encoder.precision, taps)
-    extracted = _extracted.get({}) if taps else {}
-    if key not in extracted:
-        extracted[key] = own_features(encoder, source, batch_size, workers)
-    return Features(extracted[key], labels, own_names, encoder.columns)
+    cache = _cache.get({}) if taps else {}
+    if key not in cache:
+        cache[key] = encode_share(encoder, source, batch_size, workers)
+    return Features(cache[key], labels, names, encoder.columns)
 
 
-def own_features(encoder: Encoder, source: Source, batch_size: int, workers: int) -> torch.Tensor:
-    """What ``own_rows`` finds of images that need no labels: float32 (N, D)."""
-    features = new_rows(len(range(rank(), len(source), world_size())), encoder.dim)
+def encode_share(encoder: Encoder, source: Source, batch_size: int, workers: int) -> torch.Tensor:
+    """Return this rank's share of the features, float32 (N, D); the source needs no labels."""
+    features = allocate_rows(len(range(rank(), len(source), world_size())), encoder.dim)
     for rows, indices in encoder.share(source, batch_size, workers):
         features[indices // world_size()] = rows
     return features
 
 
-def all_rows(own: Features, source: Source, device: torch.device) -> Features:
-    """The features of every rank's share, on every rank; ``device`` is where the ranks exchange."""
+def gather_features(share: Features, source: Source, device: torch.device) -> Features:
+    """Join the shares of all ranks on every rank; the ranks exchange on ``device``."""
     if world_size() == 1:
-        return own
-    features = gather_rows(own.features, len(source), device)
-    return Features(features, known_labels(source), names(source), own.columns)
+        return share
+    features = gather_rows(share.features, len(source), device)
+    return Features(features, known_labels(source), image_names(source), share.columns)
 
 
-def gather_rows(own: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
-    """What the ranks hold of ``count`` rows, row r of a rank being row r * world size + rank."""
+def gather_rows(share: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+    """Join ``count`` rows of all ranks, where row r of a rank is row r * world size + rank."""
     if world_size() == 1:
-        return own
-    found = new_rows(count, own.shape[1]) if own.ndim == 2 else own.new_zeros(count)
-    # In blocks: the device may be small. The other ranks' rows are zero here: the sum is exact.
+        return share
+    joined = allocate_rows(count, share.shape[1]) if share.ndim == 2 else share.new_zeros(count)
+    # In blocks, because the device may be small. A sum with the other ranks' zeros is exact.
     for first in range(0, count, _ROWS_PER_EXCHANGE * world_size()):
-        block = found[first : first + _ROWS_PER_EXCHANGE * world_size()]
-        mine = own[first // world_size() :][: len(range(rank(), len(block), world_size()))]
+        block = joined[first : first + _ROWS_PER_EXCHANGE * world_size()]
+        rows = share[first // world_size() :][: len(range(rank(), len(block), world_size()))]
         sent = torch.zeros_like(block, device=device)
-        sent[rank() :: world_size()] = mine.to(device)
+        sent[rank() :: world_size()] = rows.to(device)
         block.copy_(all_reduce_sum(sent))
-    return found
+    return joined
 
 
 def known_labels(source: Source) -> torch.Tensor:
-    """The labels of a source, int64 (N,).
+    """Return the labels of a source, int64 (N,).
 
-    Raises: InputError when it has none.
+    Raises: InputError when the source has none.
     """
     if source.labels is None:
         raise InputError(f"{source.spec} ({source.split}) has no labels, which evaluation needs")
     return torch.from_numpy(np.asarray(source.labels, np.int64))
 
 
-def names(source: Source) -> list[str]:
+def image_names(source: Source) -> list[str]:
     return [source.name(i) for i in range(len(source))]

@@ -1,4 +1,4 @@
-"""A linear head trained on the features of images that are augmented anew in every epoch."""
+"""A linear head trained on frozen features of images that are augmented anew in every epoch."""
 
 import math
 import shutil
@@ -32,12 +32,12 @@ from ldae.train.loop import Loop, Plan
 from ldae.train.optim import peak_lr
 from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE
 
-_LOG_IMAGES = 2**14  # between two lines of progress
+_LOG_IMAGES = 2**14  # images between two lines of progress
 
 
 @dataclass(frozen=True)
 class OnlineProtocol(Protocol):
-    """The constants of a probe on augmented images. Source: MAE, main_linprobe.py and FINETUNE.md."""
+    """The constants of a probe on augmented images. Source: MAE, main_linprobe.py, FINETUNE.md."""
 
     name: Fixed[str]
     blr: Annotated[float, POSITIVE]
@@ -46,27 +46,28 @@ class OnlineProtocol(Protocol):
     """Optimizer of the head."""
     version: Fixed[int] = 1
     epochs: Annotated[int, COUNT] = 90
-    """Passes over the images of train."""
+    """Passes over the train images."""
     warmup_epochs: Annotated[int, NOT_NEGATIVE] = 10
-    """Passes of linear warm-up, before a half-cosine to 0 in every update."""
+    """Epochs of linear warm-up, before a half-cosine to 0. Both change in every update."""
     total_batch: Annotated[int, COUNT] = 16_384
     """Images of one update, over all devices."""
     batchnorm_batch: Fixed[int] = 512
-    """Images of BatchNorm's statistics, as MAE ran it on 32 GPUs; the running ones see each in turn."""
+    """Images of BatchNorm's statistics, as in MAE's run on 32 GPUs. The running statistics follow
+    one such group after the other."""
     momentum: Fixed[float] = 0.9
-    """Of lars and sgd."""
+    """Momentum of lars and sgd."""
     trust_coefficient: Fixed[float] = 0.001
-    """Of lars, for the weight; the bias is not adapted."""
+    """Trust coefficient of lars, for the weight; the bias is not adapted."""
     betas: Fixed[tuple[float, float]] = (0.9, 0.999)
-    """Of adamw."""
+    """Betas of adamw."""
     weight_decay: Fixed[float] = 0.0
     crop_area: Fixed[tuple[float, float]] = (0.08, 1.0)
-    """Part of an image that a crop keeps; a crop too wide or too high is cut, not drawn again."""
+    """Share of an image that a crop keeps. A crop too wide or too high is cut, not drawn again."""
     flip: Fixed[bool] = True
     batchnorm_eps: Fixed[float] = 1e-6
     init_std: Fixed[float] = 0.01
     seed: Fixed[int] = 0
-    """Of the initial weights, the order of the images and their augmentation."""
+    """Seed of the initial weights, of the order of the images and of their augmentation."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -80,8 +81,8 @@ class OnlineProtocol(Protocol):
             )
 
 
-class Sizes(NamedTuple):
-    """How a run over so many images is divided."""
+class BatchSizes(NamedTuple):
+    """The division of a training into updates, and of an update into groups for BatchNorm."""
 
     group: int
     """Images of BatchNorm's statistics."""
@@ -98,48 +99,47 @@ class Sizes(NamedTuple):
     def shares(self) -> int:
         """Equal parts of an update's groups, of which rank r computes part r % shares.
 
-        Where there are fewer parts than ranks, several ranks compute the same one, which does not
-        change the mean gradient.
+        With fewer parts than ranks, several ranks compute the same part, and the mean gradient is
+        the same.
         """
         return math.gcd(self.groups, world_size())
 
 
-def sizes(images: int, protocol: OnlineProtocol) -> Sizes:
-    """Return the protocol's own sizes, or the largest whole groups that a smaller set fills.
+def sizes(images: int, protocol: OnlineProtocol) -> BatchSizes:
+    """Return the protocol's sizes, or the largest whole groups that fit a smaller set of images.
 
-    Raises: InputError for a batch that is no whole number of groups.
+    Raises: InputError when the batch is not a multiple of the group.
     """
     group = min(protocol.batchnorm_batch, protocol.total_batch)
     if protocol.total_batch % group:
         raise InputError(
-            f"total_batch {protocol.total_batch} is no whole number of BatchNorm's batches of "
-            f"{group}"
+            f"total_batch {protocol.total_batch} is not a multiple of BatchNorm's batch of {group}"
         )
     group = min(group, images)
     groups = min(protocol.total_batch // group, images // group)
     updates = -(-protocol.epochs * images // (group * groups))
-    return Sizes(group, groups, updates)
+    return BatchSizes(group, groups, updates)
 
 
-def check_sizes(encoder: Encoder, images: int, protocol: OnlineProtocol) -> None:
-    """Report a batch that a small set cannot fill.
+def check_batch_sizes(encoder: Encoder, images: int, protocol: OnlineProtocol) -> None:
+    """Report when the train images do not fill a batch.
 
-    Raises: InputError as ``sizes`` does, and for a backbone whose images are not squares.
+    Raises: InputError as ``sizes`` does, and for a backbone of images that are not square.
     """
     _, height, width = encoder.transform.input_size
     if height != width:
         raise InputError(f"the protocol {protocol.name} crops squares, not {width} x {height}")
-    found = sizes(images, protocol)
-    if found.batch < protocol.total_batch:
+    division = sizes(images, protocol)
+    if division.batch < protocol.total_batch:
         print_main(
             f"{protocol.name}: {images:,} train images are fewer than a batch of "
-            f"{protocol.total_batch:,}; it is {found.batch:,} here, {found.groups} of "
-            f"BatchNorm's batches of {found.group}"
+            f"{protocol.total_batch:,}; a batch is {division.batch:,} here, {division.groups} of "
+            f"BatchNorm's batches of {division.group}"
         )
 
 
 class _Probe(Heads):
-    """One head behind a frozen encoder, which is not part of the state. A batch is one group."""
+    """A head behind a frozen encoder, which is not part of the state. A micro-batch is a group."""
 
     def __init__(
         self,
@@ -174,12 +174,12 @@ class _Probe(Heads):
         return F.cross_entropy(logits[:, 0], labels)
 
     def after_step(self) -> None:
-        """Move the running statistics by those of each group, in the order of the groups."""
-        own, self.statistics = torch.stack(self.statistics), []  #                (groups, 2, D)
-        dealt = own.new_zeros(len(own), self.sizes.shares, *own.shape[1:])
+        """Update the running statistics with the statistics of each group, in order."""
+        share, self.statistics = torch.stack(self.statistics), []  #              (groups, 2, D)
+        every = share.new_zeros(len(share), self.sizes.shares, *share.shape[1:])
         if rank() < self.sizes.shares:
-            dealt[:, rank()] = own
-        for mean, var in all_reduce_sum(dealt).flatten(0, 1):
+            every[:, rank()] = share
+        for mean, var in all_reduce_sum(every).flatten(0, 1):
             self.track(mean, var, self.sizes.group)
 
 
@@ -191,23 +191,23 @@ def train_online(
     workers: int,
     folder: Path,
 ) -> tuple[Heads, dict]:
-    """Train a head as the protocol says, in ``folder``.
+    """Train a head by the protocol; ``folder`` holds checkpoints and metrics meanwhile.
 
-    BatchNorm sees one group of the endless training order after the other, whatever the number of
-    ranks and ``batch_size``, the images that go through the backbone at once.
+    BatchNorm sees one group of the training order after the other, for any number of ranks and any
+    ``batch_size``, the number of images that go through the backbone at once.
 
-    The folder holds the checkpoints and the metrics of the training until ``forget``. The same call
-    again resumes, bit for bit on as many ranks. Checkpoints of another protocol, backbone or source
-    are removed.
+    The same call again resumes, bit for bit on as many ranks, until ``remove_training``.
+    Checkpoints of another protocol, backbone or source are removed.
 
-    Returns: the head, and for the results the learning rate and the sizes it was trained with.
+    Returns: the head; and its learning rate, sizes and images seen, for the results.
 
     Raises: InputError when features or the loss are not finite; Interrupted when a signal asked to
         stop.
     """
-    found, device = sizes(len(source), protocol), encoder.device
-    plan = Plan(len(source), found.updates * found.batch, found.batch, found.groups // found.shares)
-    optim = OptimSettings(found.batch, protocol.blr, protocol.epochs, protocol.warmup_epochs)
+    division, device = sizes(len(source), protocol), encoder.device
+    batch, micro_batches = division.batch, division.groups // division.shares
+    plan = Plan(len(source), division.updates * batch, batch, micro_batches)
+    optim = OptimSettings(batch, protocol.blr, protocol.epochs, protocol.warmup_epochs)
     classes = int(known_labels(source).max()) + 1
     probe = _Probe(encoder, source, protocol, classes, batch_size).to(device)
     describe = {
@@ -229,8 +229,8 @@ def train_online(
             stop=plan.total,
             batch_size=plan.batch_size,
             micro_batches=plan.micro_batches,
-            rank=rank() % found.shares,
-            world_size=found.shares,
+            rank=rank() % division.shares,
+            world_size=division.shares,
             workers=workers,
             pin_memory=device.type == "cuda",
         )
@@ -238,14 +238,14 @@ def train_online(
     with locked(folder):
         checkpoints = Checkpoints(folder, keep=1)
         if checkpoints.describe() not in (None, describe):
-            forget(folder)
-        barrier()  # no rank loads what another one removes
+            remove_training(folder)
+        barrier()  # so that no rank loads a checkpoint that another one removes
         trained = Loop(
             probe,
             batches_from,
             plan,
             optim,
-            ExecutionSettings(log_every=max(1, _LOG_IMAGES // found.batch)),
+            ExecutionSettings(log_every=max(1, _LOG_IMAGES // batch)),
             device=device,
             checkpoints=checkpoints,
             open_metrics=lambda seen: Metrics(checkpoints.folder, seen),
@@ -254,12 +254,16 @@ def train_online(
         ).train()
     heads = Heads(1, encoder.dim, classes, protocol).to(device)
     heads.load_state_dict(trained.state_dict())
-    record = {"learning_rate": peak_lr(optim), "batch": found.batch, "batchnorm_batch": found.group}
-    return heads.eval(), record | {"images_seen": plan.total}
+    return heads.eval(), {
+        "learning_rate": peak_lr(optim),
+        "batch": batch,
+        "batchnorm_batch": division.group,
+        "images_seen": plan.total,
+    }
 
 
-def forget(folder: Path) -> None:
-    """Remove what a training kept in ``folder``, once the result is written."""
+def remove_training(folder: Path) -> None:
+    """Remove a training's checkpoints and metrics from ``folder``, once the result is written."""
     if is_main():
         shutil.rmtree(Checkpoints(folder).folder, ignore_errors=True)
 
@@ -267,9 +271,9 @@ def forget(folder: Path) -> None:
 def optimizer_of(heads: Heads, protocol: OnlineProtocol) -> torch.optim.Optimizer:
     """Return the optimizer of the head; the loop sets the learning rate before each step.
 
-    timm's LARS is MAE's, which multiplies by the learning rate after the momentum. For that, the
-    trust ratio is asked for in spite of a decay of 0, for the weight alone, and no epsilon is added
-    to its denominator.
+    timm's LARS equals MAE's, which multiplies by the learning rate after the momentum, with two
+    settings: ``always_adapt`` for the weight alone, because the decay is 0, and no epsilon in the
+    denominator of the trust ratio.
     """
     decay = {"weight_decay": protocol.weight_decay}
     if protocol.optimizer == "lars":

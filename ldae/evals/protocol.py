@@ -1,4 +1,4 @@
-"""What a grader is: a command that grades by a protocol, and the fields of the protocol are its flags."""
+"""Graders and protocols: a grader is a command, and the fields of its protocol are its flags."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
@@ -17,11 +17,11 @@ from ldae.tree import check
 class Protocol:
     """Every constant that decides the numbers of an evaluation.
 
-    A constant is written once, as a field: its default, its range and, below it, the help of its flag.
-    Every field is a flag of the command unless it is ``Fixed``, which Python alone can change. A field
-    ``seed`` is set by the seed of the setup. Lists become tuples.
+    A constant is written once, as a field: its default, its range and, below it, the help of its
+    flag. Every field is a flag of the command unless it is ``Fixed``; only Python can change those.
+    The seed of the setup sets a field ``seed``. Lists become tuples.
 
-    Raises: InputError for a value out of its range, and for an empty list if the default is not empty.
+    Raises: InputError for a value out of range, and for an empty list if the default is not empty.
     """
 
     def __post_init__(self) -> None:
@@ -33,12 +33,12 @@ class Protocol:
         check(self)
 
     def _set(self, name: str, value: object) -> None:
-        """Set a field of this frozen object while it is made."""
+        """Set a field of this frozen object while it is initialised."""
         object.__setattr__(self, name, value)
 
     @property
     def headlines(self) -> tuple[str, ...]:
-        """Names of the results in percent that a command prints; a suite's table shows the first."""
+        """Names of the results that a command prints; a suite's table shows the first."""
         return ("top1", "top5")
 
 
@@ -59,17 +59,17 @@ class Grader:
     name: str
     function: Callable[..., dict]
     """Takes (backbone or classifier, data[, eval_data], *, protocol, setup[, options]), and returns
-    what results.json holds. The type of its ``protocol`` is that of its protocols."""
+    the content of results.json. The type of ``protocol`` names the protocols."""
 
     @property
     def protocols(self) -> dict[str, type[Protocol]]:
         """The protocols by name; the first one is the default."""
-        found = get_type_hints(self.function)["protocol"]
-        return {kind.name: kind for kind in get_args(found) or (found,)}
+        hint = get_type_hints(self.function)["protocol"]
+        return {kind.name: kind for kind in get_args(hint) or (hint,)}
 
     @property
     def options(self) -> dict[str, Any]:
-        """The types of the keywords beside protocol and setup, by name."""
+        """The types of the keywords other than protocol and setup, by name."""
         types, parameters = get_type_hints(self.function), signature(self.function).parameters
         keywords = [name for name, part in parameters.items() if part.kind is part.KEYWORD_ONLY]
         return {name: types[name] for name in keywords if name not in ("protocol", "setup")}
@@ -78,16 +78,16 @@ class Grader:
         return parameter in signature(self.function).parameters
 
     def choose(self, name: str | None, given: Iterable[str]) -> type[Protocol]:
-        """Return the protocol of a name, by default the first, for the flags that are ``given``.
+        """Return the protocol of this name, by default the first, and check the flags ``given``.
 
-        Raises: InputError for another name, and for a flag that only other protocols have.
+        Raises: InputError for an unknown name, and for a flag that only other protocols have.
         """
         protocols = self.protocols
         name = name or next(iter(protocols))
         if name not in protocols:
             raise unknown(f"{self.name} has no protocol", name, protocols)
-        own, every = flags(protocols[name]), {f for kind in protocols.values() for f in flags(kind)}
+        known = {flag for kind in protocols.values() for flag in flags(kind)}
         for flag in given:
-            if flag in every.difference(own):
-                raise InputError(f"{flag} is no setting of the protocol {name} of {self.name}")
+            if flag in known.difference(flags(protocols[name])):
+                raise InputError(f"the protocol {name} of {self.name} has no setting {flag}")
         return protocols[name]

@@ -1,4 +1,4 @@
-"""Parts of train: the held-out part that chooses, and few-shot draws."""
+"""Subsets of the train images: held-out images, and few-shot draws."""
 
 import os
 import statistics
@@ -16,33 +16,33 @@ from ldae.tree import COUNT
 
 
 def held_out(names: list[str], labels: torch.Tensor, one_in: int) -> torch.Tensor:
-    """Which images choose, bool (N,), one in so many: a pure function of each image's name.
+    """Return which images are held out, bool (N,): one in so many, by the hash of its name alone.
 
-    Raises: InputError when there are none, or none of a class that is left to learn from.
+    Raises: InputError when no class has images in both parts.
     """
     digests = (blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
     held = torch.tensor([int.from_bytes(digest, "big") % one_in == 0 for digest in digests])
     if not torch.isin(labels[held], labels[~held]).any():
         raise InputError(
-            f"{len(names)} train images of {len(labels.unique())} classes are too few to hold "
-            f"one in {one_in} out: no class has images in both parts"
+            f"{len(names)} train images of {len(labels.unique())} classes are too few to hold out "
+            f"one in {one_in}: no class has images in both parts"
         )
     return held
 
 
 @dataclass(frozen=True)
-class DrawsProtocol(Protocol):
-    """The constants of what is learned from few images."""
+class FewShotProtocol(Protocol):
+    """The constants of few-shot grading."""
 
     shots: Annotated[tuple[int, ...], COUNT] = ()
-    """Numbers of train images of each class, each graded beside all of train."""
+    """Numbers of train images a class; each is graded in addition to all train images."""
     draws: Annotated[int, COUNT] = 5
     """Draws of each number of shots, by --seed; their mean and standard deviation are reported."""
     seed: Fixed[int] = 0
 
     @property
     def accuracies(self) -> tuple[str, ...]:
-        """Names of the accuracies that are reported of all of train and of each draw."""
+        """Names of the accuracies that are reported for all train images and for each draw."""
         return ("top1", "top5")
 
     @property
@@ -51,15 +51,13 @@ class DrawsProtocol(Protocol):
         return (*self.accuracies, *(f"{name}{end}" for name in few for end in ("", "_std")))
 
 
-def drawn(
+def draw_images(
     names: list[str], labels: torch.Tensor, shots: int, number: int, seed: int
 ) -> torch.Tensor:
-    """Which images are in draw ``number``, bool (N,): ``shots`` of every class.
+    """Return which images are in draw ``number``, bool (N,): ``shots`` of every class.
 
-    A pure function of the seed, the number and the names of a class's images, whatever their order;
-    the images of fewer shots are among those of more.
-
-    Raises: InputError when a class has fewer images.
+    The draw depends on the seed, the number and the names of a class's images, not on their order.
+    A draw of fewer shots is a part of a draw of more.
     """
     key = f"{seed}/{number}".encode()
     digests = [blake2b(os.fsencode(name), digest_size=16, key=key).digest() for name in names]
@@ -71,8 +69,8 @@ def drawn(
     return chosen
 
 
-def check_shots(protocol: DrawsProtocol, labels: torch.Tensor, classes: list[str] | None) -> None:
-    """Raises: InputError, naming the class, when one has fewer train images than are drawn."""
+def check_shots(protocol: FewShotProtocol, labels: torch.Tensor, classes: list[str] | None) -> None:
+    """Raises: InputError, naming the class, when a class has too few train images for the draws."""
     for label, count in enumerate(torch.bincount(labels).tolist()):
         if 0 < count < max(protocol.shots, default=0):
             name = repr(classes[label]) if classes else label
@@ -81,27 +79,27 @@ def check_shots(protocol: DrawsProtocol, labels: torch.Tensor, classes: list[str
             )
 
 
-def few_shot(
-    protocol: DrawsProtocol,
+def grade_draws(
+    protocol: FewShotProtocol,
     names: list[str],
     labels: torch.Tensor,
     grade: Callable[[torch.Tensor], dict[str, float]],
 ) -> dict:
-    """The mean and the spread over draws of what ``grade`` finds for the images of a draw.
+    """Grade every draw, and return the mean and the standard deviation over the draws.
 
-    Returns: for ``top1``, say: ``top1_5shot``, ``top1_5shot_std``, and each draw's in ``draws``.
+    Returns: for a result ``top1`` of ``grade`` and 5 shots: ``top1_5shot``, ``top1_5shot_std``, and
+    the values of all draws in ``draws``.
     """
     results: dict = {}
-    every: dict[str, list[float]] = {}
+    draws: dict[str, list[float]] = {}
     for shots in protocol.shots:
-        found = [
-            grade(drawn(names, labels, shots, number, protocol.seed))
+        graded = [
+            grade(draw_images(names, labels, shots, number, protocol.seed))
             for number in range(protocol.draws)
         ]
-        for name in found[0]:
-            values = [one[name] for one in found]
-            results[f"{name}_{shots}shot"] = statistics.fmean(values)
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            results[f"{name}_{shots}shot_std"] = spread
-            every[f"{name}_{shots}shot"] = values
-    return results | ({"draws": every} if every else {})
+        for key in graded[0]:
+            name, values = f"{key}_{shots}shot", [grades[key] for grades in graded]
+            results[name] = statistics.fmean(values)
+            results[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+            draws[name] = values
+    return results | ({"draws": draws} if draws else {})

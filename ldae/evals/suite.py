@@ -1,4 +1,4 @@
-"""A suite file: backbones, data sets and protocols, whose every combination is a cell of a table."""
+"""Suite files: every combination of backbone, data set and protocol is a cell of a table."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from ldae.tree import check, check_known, convert, read_toml
 
 
 def _without_files(types: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the settings that name a file to write, which would be one cell's alone."""
+    """Leave out the settings that name a file to write: cells would overwrite each other's."""
     return {name: t for name, t in types.items() if Path not in (t, *get_args(t))}
 
 
@@ -29,9 +29,9 @@ class Column(NamedTuple):
     grader: Grader
     protocol: Protocol
     options: dict[str, Any]
-    """Keywords of the grader beside protocol and setup."""
+    """Keywords of the grader other than protocol and setup."""
     settings: dict[str, Any]
-    """The settings of protocol and options as the suite gives them."""
+    """The settings of protocol and options as given in the suite."""
     data: tuple[str, ...]
     """Names of the data sets."""
     changes: dict[str, Any]
@@ -40,7 +40,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One backbone by one column on one data set; the names are the suite's."""
+    """One backbone graded by one column on one data set, by their names in the suite."""
 
     backbone: str
     data: str
@@ -55,21 +55,20 @@ class Cell:
 
     @property
     def opened(self) -> tuple[str, Setup]:
-        """What opens the network, with defaults for the settings that do not decide its weights."""
-        own = self.setup
-        return self.spec, Setup(
-            random_init=own.random_init, in_chans=own.in_chans, img_size=own.img_size, seed=own.seed
-        )
+        """The spec and the settings that decide the weights, with defaults for the others."""
+        setup = self.setup
+        names = ("random_init", "in_chans", "img_size", "seed")
+        return self.spec, Setup(**{name: getattr(setup, name) for name in names})
 
     @property
     def takes_classifier(self) -> bool:
-        """Whether the grader takes the whole network and not only what is before its head."""
+        """Whether the grader takes a network with its head, not only a backbone."""
         return self.column.grader.takes("classifier")
 
     def run(self) -> dict:
-        """Grade the backbone, and return what results.json holds.
+        """Grade the backbone, and return the content of results.json.
 
-        A grader without eval_data grades the images of eval where there are some.
+        A grader without eval_data grades the images of eval, or of train if there is no eval.
 
         Raises: InputError, as the grader does.
         """
@@ -87,20 +86,21 @@ class Cell:
 def read_suite(
     path: Path, specs: tuple[str, ...], setup: Setup, graders: dict[str, Grader]
 ) -> list[Cell]:
-    """Return the cells of a suite by backbone, data set and protocol: ``specs``, then its own backbones.
+    """Return the cells of a suite by backbone, data set and protocol.
 
-    ``setup`` has what the suite does not say otherwise; each cell's ``out`` is a folder below its.
+    The backbones of ``specs`` come before those of the file. ``setup`` holds unless the suite gives
+    another value; the ``out`` of a cell is a folder below the ``out`` of ``setup``.
 
-    Raises: InputError, naming the file and the key, for a key that is not known, a value of another
-        type or out of its range, and settings that do not go together.
+    Raises: InputError, naming the file and the key, for an unknown key, a value of another type or
+        out of range, and contradicting settings.
     """
-    with _at(f"suite {path}"):
+    with _place(f"suite {path}"):
         return _cells(read_toml(path), specs, setup, graders)
 
 
 @contextmanager
-def _at(where: str) -> Iterator[None]:
-    """Put the place in the file before the sentence of a refusal."""
+def _place(where: str) -> Iterator[None]:
+    """Prefix an InputError with its place in the file."""
     try:
         yield
     except InputError as error:
@@ -120,8 +120,8 @@ def _cells(
         for name, table in _tables(suite, "protocols").items()
     ]
     cells: dict[Path, Cell] = {}
-    for name, spec, own in backbones:
-        random = "-random-init" if own.random_init else ""
+    for name, spec, backbone_setup in backbones:
+        random = "-random-init" if backbone_setup.random_init else ""
         name = name or f"{file_name(spec)}{random}"
         for data_name, (train, test) in data.items():
             for column in columns:
@@ -130,11 +130,11 @@ def _cells(
                 out = setup.out / name / data_name / column.name
                 if out in cells:
                     raise InputError(
-                        f"two backbones are called {name}: give one a name of its own, in [[backbones]]"
+                        f"two backbones are called {name}: give one another name, in [[backbones]]"
                     )
-                its = replace(own, **column.changes, out=out)
-                check(its, f"[protocols.{column.name}] ")
-                cells[out] = Cell(name, data_name, column, spec, train, test, its)
+                cell_setup = replace(backbone_setup, **column.changes, out=out)
+                check(cell_setup, f"[protocols.{column.name}] ")
+                cells[out] = Cell(name, data_name, column, spec, train, test, cell_setup)
     return list(cells.values())
 
 
@@ -142,23 +142,23 @@ def _backbones(suite: dict, setup: Setup) -> list[tuple[str | None, str, Setup]]
     entries = suite.get("backbones", [])
     if not isinstance(entries, list):
         raise InputError("backbones are a list of tables, each under [[backbones]]")
-    found = []
+    backbones = []
     for number, table in enumerate(entries, 1):
         where = f"[[backbones]] {number}"
-        given = _take(where, table, {"name": str, "spec": str, **_SETUP})
+        given = _values(where, table, {"name": str, "spec": str, **_SETUP})
         name, spec = given.pop("name", None), given.pop("spec", None)
         if spec is None:
             raise InputError(f"{where} has no spec")
         if name is not None:
             _check_name(where, name)
-        own = replace(setup, **{"random_init": False} | given)
-        check(own, f"{where} ")
-        found.append((name, spec, own))
-    return found
+        backbone_setup = replace(setup, **{"random_init": False} | given)
+        check(backbone_setup, f"{where} ")
+        backbones.append((name, spec, backbone_setup))
+    return backbones
 
 
 def _data(name: str, table: object) -> tuple[str, str | None]:
-    given = _take(f"[data.{name}]", table, {"train": str, "eval": str})
+    given = _values(f"[data.{name}]", table, {"train": str, "eval": str})
     if "train" not in given:
         raise InputError(f"[data.{name}] has no train")
     return given["train"], given.get("eval")
@@ -172,12 +172,12 @@ def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, 
         raise InputError(f"{where} has the verb {verb!r}, and there are {', '.join(graders)}")
     grader = graders[verb]
     choice = {"protocol": str} if len(grader.protocols) > 1 else {}
-    with _at(where):
+    with _place(where):
         kind = grader.choose(table.get("protocol") if choice else None, table)
-    own, options, setup = flags(kind), _without_files(grader.options), dict(_SETUP)
-    del setup["random_init"]  # which belongs to a backbone, not to how it is graded
-    types = {"verb": str, "data": tuple[str, ...]} | choice | own | options | setup
-    given = _take(where, table, types)
+    constants, options, setup = flags(kind), _without_files(grader.options), dict(_SETUP)
+    del setup["random_init"]  # a property of the backbone, not of its grading
+    types = {"verb": str, "data": tuple[str, ...]} | choice | constants | options | setup
+    given = _values(where, table, types)
     on = given.get("data", data)
     for unknown in set(on).difference(data):
         raise InputError(f"{where} names the data {unknown!r}, and there are {', '.join(data)}")
@@ -185,19 +185,19 @@ def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, 
     def part(names: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in given.items() if key in names}
 
-    with _at(where):
-        protocol = kind(**part(own))
-    settings = part(choice | own | options)
+    with _place(where):
+        protocol = kind(**part(constants))
+    settings = part(choice | constants | options)
     return Column(name, grader, protocol, part(options), settings, on, part(setup))
 
 
 def _tables(suite: dict, key: str) -> dict[str, object]:
-    found = suite.get(key)
-    if not isinstance(found, dict) or not found:
+    tables = suite.get(key)
+    if not isinstance(tables, dict) or not tables:
         raise InputError(f"there is no table [{key}.NAME]")
-    for name in found:
+    for name in tables:
         _check_name(f"[{key}.{name}]", name)
-    return found
+    return tables
 
 
 def _check_name(where: str, name: str) -> None:
@@ -205,11 +205,11 @@ def _check_name(where: str, name: str) -> None:
         raise InputError(f"{where}: {name!r} cannot be a folder's name; use letters, digits and -")
 
 
-def _take(where: str, table: object, types: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a table, as these types. Raises: InputError for another key or type."""
+def _values(where: str, table: object, types: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a table in these types. Raises: InputError for another key or type."""
     _check_table(where, table)
     check_known(where, table, types)
-    with _at(where):
+    with _place(where):
         return {key: convert(key, value, types[key]) for key, value in table.items()}
 
 

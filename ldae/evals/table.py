@@ -13,10 +13,10 @@ from ldae.files import write, write_json
 def write_table(
     folder: Path, cells: list[Cell], done: list[Cell], failures: dict[Path, str]
 ) -> dict:
-    """Write table.md, table.json and table.csv into ``folder``, and return what table.json holds.
+    """Write table.md, table.json and table.csv into ``folder``; return the content of table.json.
 
-    The numbers are those of the results.json of the cells ``done``; ``failures`` has, by that path, the
-    reasons of the cells that failed.
+    The numbers come from results.json of the cells ``done``. ``failures`` maps the path of a failed
+    cell's results to the reason.
     """
     entries = [_entry(folder, cell, cell in done, failures.get(cell.results)) for cell in cells]
     if is_main():
@@ -28,7 +28,7 @@ def write_table(
 
 def _entry(folder: Path, cell: Cell, done: bool, failure: str | None) -> dict:
     results = None
-    if done and is_main():  # who wrote it
+    if done and is_main():  # other ranks may not see the file yet
         results = json.loads(cell.results.read_text(encoding="utf-8"))["results"]
     return {
         "backbone": cell.backbone,
@@ -66,10 +66,11 @@ def _csv(entries: list[dict]) -> str:
 
 
 def _markdown(entries: list[dict]) -> str:
-    """Write a line for each backbone on each data set, and a column for each protocol's headline."""
+    """Write a line a backbone on a data set, and a column for the headline of each protocol."""
     heads = {entry["protocol"]: f"{entry['protocol']}: {entry['headline']}" for entry in entries}
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for entry in sorted(entries, key=lambda entry: _first_seen(entries, entry)):
+    data = list(dict.fromkeys(entry["data"] for entry in entries))  # in the order of the suite
+    for entry in sorted(entries, key=lambda entry: data.index(entry["data"])):
         row = rows.setdefault((entry["data"], entry["backbone"]), {})
         protocol = entry["protocol"]
         row[protocol] = "failed" if entry["error"] else "to do"
@@ -81,14 +82,9 @@ def _markdown(entries: list[dict]) -> str:
         *([*names, *(row.get(name, "") for name in heads)] for names, row in rows.items()),
     ]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    told = [f"- {_name(entry)}: {entry['error']}\n" for entry in entries if entry["error"]]
-    return text + ("\nFailed:\n\n" + "".join(told) if told else "")
-
-
-def _first_seen(entries: list[dict], entry: dict) -> int:
-    """Return the place of a data set in the suite: backbones are compared on one data set."""
-    return list(dict.fromkeys(other["data"] for other in entries)).index(entry["data"])
-
-
-def _name(entry: dict) -> str:
-    return f"{entry['protocol']} of {entry['backbone']} on {entry['data']}"
+    failed = [
+        f"- {entry['protocol']} of {entry['backbone']} on {entry['data']}: {entry['error']}\n"
+        for entry in entries
+        if entry["error"]
+    ]
+    return text + ("\nFailed:\n\n" + "".join(failed) if failed else "")

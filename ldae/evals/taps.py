@@ -1,4 +1,4 @@
-"""Where in a backbone features are taken: blocks and poolings, several in one pass, or its token map."""
+"""Taps of a backbone: features of several blocks and poolings in one pass, or its token map."""
 
 import inspect
 import math
@@ -22,9 +22,9 @@ class Tap:
     block: int | None = None
     """Number of a transformer block or a stage, from the end if negative; None: the last."""
     pool: Pool = "default"
-    """What the model itself does; the mean of the patch tokens; the class token; both, side by side.
+    """avg: the mean of the patch tokens; cls: the class token; cls+avg: both, side by side.
 
-    default is the model's own output, and is therefore for the last block alone.
+    default is the model's own output, and therefore only for the last block.
     """
 
     def __str__(self) -> str:
@@ -34,27 +34,27 @@ class Tap:
 
 
 class Reader(Protocol):
-    """What reads features off a backbone: normalised (B, C, H, W) -> parts (B, D_i)."""
+    """A reader of features from a backbone: normalised (B, C, H, W) -> parts (B, D_i)."""
 
     def __call__(
         self, images: torch.Tensor, indices: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """``indices`` (B,) are those of the images in their source, for who draws noise by them."""
+        """Return the parts. A reader that adds noise draws it by ``indices`` (B,) in the source."""
 
     def columns(self, image: torch.Tensor) -> dict[Tap, slice]:
-        """The columns of each tap, when the parts are put side by side; ``image`` is any one."""
+        """Return the columns of each tap in the concatenated parts, from any normalised image."""
 
 
 class TapReader:
     """Several taps of a backbone in one pass of it: normalised (B, C, H, W) -> parts (B, D_i).
 
-    A part is the vector of one block and one pooling. Those of a block are neighbours, the class
-    token before the mean, so that the columns of cls+avg are those of both.
+    A part is the vector of one block and one pooling. The parts of a block are adjacent, the class
+    token before the mean, so that cls+avg is one range of columns.
 
-    Blocks are seen through the model's final norm, where it is one for all blocks (DINOv2,
-    eval/linear.py): those of a plain ViT otherwise differ by orders of magnitude between tokens.
+    Outputs of blocks go through the model's final norm, if it has one for all blocks (DINOv2,
+    eval/linear.py). Without it the tokens of a plain ViT differ by orders of magnitude.
 
-    Raises: InputError, naming the model, for a block or a class token that it has not.
+    Raises: InputError, naming the model, when it lacks a block or a class token.
     """
 
     def __init__(self, model: nn.Module, taps: tuple[Tap, ...]) -> None:
@@ -84,11 +84,11 @@ class TapReader:
             intermediates_only=not own_output,
             **options,
         )
-        final, found = given if own_output else (None, given)
+        final, maps = given if own_output else (None, given)
         vectors = {}
         if own_output:
             vectors[None, "default"] = self.model.forward_head(final)
-        for block, tokens in zip(self._blocks, found, strict=True):
+        for block, tokens in zip(self._blocks, maps, strict=True):
             grid, prefix = tokens if isinstance(tokens, tuple) else (tokens, None)
             vectors[block, "avg"] = grid.mean((2, 3))
             if self._takes_prefix:
@@ -96,15 +96,16 @@ class TapReader:
         return [vectors[part] for part in self.parts]
 
     def columns(self, image: torch.Tensor) -> dict[Tap, slice]:
-        """The columns of each tap, when the parts are put side by side.
+        """Return the columns of each tap in the concatenated parts.
 
-        ``image`` is any normalised one, (1, C, H, W).
+        ``image`` is any normalised image, (1, C, H, W).
 
-        Raises: InputError when the model gives a map and not a vector, or not what it says.
+        Raises: InputError when the model outputs a map, lacks what it declares, or changes its
+            output when blocks are read.
         """
         try:
             vectors = self(image)
-        except (AssertionError, TypeError) as error:  # which timm raises for what a model has not
+        except (AssertionError, TypeError) as error:  # timm's errors for what a model lacks
             if not self._blocks:
                 raise
             raise InputError(f"{self.name} does not give its blocks: {first_line(error)}") from None
@@ -112,19 +113,19 @@ class TapReader:
         for part, vector in zip(self.parts, vectors, strict=True):
             if vector.ndim != 2:
                 raise InputError(
-                    f"{self.name} gives a map of shape {tuple(vector.shape[1:])} and not one "
-                    "vector for an image: it has no global pooling"
+                    f"{self.name} gives a map of shape {tuple(vector.shape[1:])} for an image, not "
+                    "a vector: it has no global pooling"
                 )
             slices[part] = slice(first, first := first + vector.shape[1])
         if self._blocks and self.parts[0][0] is None:
-            alone = self.model(image)
-            if (vectors[0] - alone).norm() > 1e-3 * alone.norm():
+            output = self.model(image)
+            if (vectors[0] - output).norm() > 1e-3 * output.norm():
                 raise InputError(
-                    f"{self.name} gives another output beside its blocks than alone: take its "
+                    f"{self.name} gives another output when its blocks are read too: take its "
                     "blocks without the pooling default"
                 )
-        ends = {tap: [slices[part] for part in self._parts(tap)] for tap in self.taps}
-        return {tap: slice(spans[0].start, spans[-1].stop) for tap, spans in ends.items()}
+        spans = {tap: [slices[part] for part in self._parts(tap)] for tap in self.taps}
+        return {tap: slice(parts[0].start, parts[-1].stop) for tap, parts in spans.items()}
 
     def _parts(self, tap: Tap) -> list[Part]:
         if tap == Tap():
@@ -135,7 +136,7 @@ class TapReader:
             )
         blocks = len(getattr(self.model, "feature_info", ()))
         if not blocks or not hasattr(self.model, "forward_intermediates"):
-            raise InputError(f"{self.name} gives its output alone, not {tap}: it is no timm model")
+            raise InputError(f"{self.name} gives only its output, not {tap}: it is no timm model")
         block = -1 if tap.block is None else tap.block
         if not -blocks <= block < blocks:
             raise InputError(f"{self.name} has blocks 0 to {blocks - 1}, and no block {block}")
@@ -145,19 +146,17 @@ class TapReader:
         return [(block % blocks, pool) for pool in pools]
 
     def _has_class_token(self) -> bool:
-        """Whether each of its blocks gives one."""
-        given = inspect.signature(self.model.forward_intermediates).parameters
-        return (
-            "return_prefix_tokens" in given and getattr(self.model, "cls_token", None) is not None
-        )
+        options = inspect.signature(self.model.forward_intermediates).parameters
+        has_token = getattr(self.model, "cls_token", None) is not None
+        return has_token and "return_prefix_tokens" in options
 
 
 class TokenMapReader:
-    """The map after the last block, behind the model's final norm: (B, C, H, W) -> [(B, h * w * D)].
+    """A reader of the token map behind the model's final norm: (B, C, H, W) -> [(B, h * w * D)].
 
-    Tokens come row by row. Of raw pixels they are patches of ``pixel_patch`` pixels a side.
+    Tokens come row by row. The tokens of raw pixels are patches of ``pixel_patch`` pixels a side.
 
-    Raises: InputError, naming the model, for one that is of neither kind.
+    Raises: InputError, naming the model, when it is neither a timm model nor raw pixels.
     """
 
     def __init__(self, model: nn.Module, pixel_patch: int) -> None:
@@ -168,7 +167,8 @@ class TokenMapReader:
         self._pixels = self.name == "pixels"
         if self._pixels and config["input_size"][1] % pixel_patch:
             raise InputError(
-                f"pixels:{config['input_size'][1]} can not be cut into patches of {pixel_patch} pixels"
+                f"pixels:{config['input_size'][1]} cannot be cut into patches of {pixel_patch} "
+                "pixels"
             )
         if not self._pixels and not hasattr(model, "forward_intermediates"):
             raise InputError(f"{self.name} gives no token map: it is no timm model that has one")
@@ -179,7 +179,7 @@ class TokenMapReader:
         return [self.tokens(images).flatten(1)]
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, h, w, D)."""
+        """Return the tokens, (B, h, w, D)."""
         if self._pixels:
             rows = images.shape[2] // self._patch
             return patchify(images, self._patch).unflatten(1, (rows, -1))
@@ -189,12 +189,12 @@ class TokenMapReader:
         return grid.permute(0, 2, 3, 1)
 
     def columns(self, image: torch.Tensor) -> dict[Tap, slice]:
-        """All of them are the last block's; from now on ``shape`` is known.
+        """Set ``shape``, and return all columns as the last block's.
 
-        Raises: InputError when the model gives no map.
+        Raises: InputError when the model outputs no map.
         """
         try:
             self.shape = tuple(self.tokens(image).shape[1:])
-        except (AssertionError, TypeError, ValueError) as error:  # of timm, for what is not there
+        except (AssertionError, TypeError, ValueError) as error:  # timm's, for what a model lacks
             raise InputError(f"{self.name} gives no token map: {first_line(error)}") from None
         return {Tap(): slice(0, math.prod(self.shape))}

@@ -14,7 +14,7 @@ _ONLINE_K = 20
 def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, ...]:
     if not config.system.knn_every:
         return ()
-    from ldae.evals.features import Encoder, known_labels, own_rows
+    from ldae.evals.features import Encoder, extract_share, known_labels
     from ldae.evals.neighbours import KNNProtocol, check_enough, knn_accuracy
 
     splits = open_splits(config.data.source, config.data.eval_source or None)
@@ -25,7 +25,7 @@ def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, 
     def online_knn(method: LDAE) -> dict[str, float]:
         encoder = Encoder(backbone_of(method), device)
         train_set, test_set = (
-            own_rows(encoder, split, workers=config.system.workers) for split in splits
+            extract_share(encoder, split, workers=config.system.workers) for split in splits
         )
         return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
 

@@ -9,7 +9,7 @@ from ldae.backbones.open import load_backbone
 from ldae.backbones.run import backbone_of, load_run
 from ldae.commands.export import export
 from ldae.errors import InputError
-from ldae.evals.features import extract
+from ldae.evals.features import Encoder, extract_share
 from ldae.models.contract import NoPlainViT
 from ldae.models.dit import DiT
 
@@ -115,7 +115,10 @@ def test_an_encoder_that_is_no_vit_is_graded_but_not_exported(
     backbone, x = load_backbone(folder), normalised(trained, images)
     with torch.no_grad():
         assert torch.equal(backbone(x), trained.features(x, 10))
-    assert extract(backbone, pictures(5), device=torch.device("cpu")).features.shape == (5, 32)
+    assert extract_share(Encoder(backbone, torch.device("cpu")), pictures(5)).features.shape == (
+        5,
+        32,
+    )
     for refused in (
         lambda: export(folder, tmp_path / "out"),
         lambda: load_backbone(folder, random_init=True),

@@ -1,4 +1,4 @@
-"""The table is what the cells' files hold; cells are made once, and fail alone."""
+"""The table holds the results of the cells' files; a cell is run once, and fails alone."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def setup(tmp_path):
 
 @pytest.fixture
 def called(monkeypatch):
-    """The cells that were computed, by a verb that is quick; ``stops`` is what it raises instead."""
+    """The cells that a fake command computed; ``stops`` holds what it raises instead."""
     made = []
 
     def grader(kind):
@@ -71,7 +71,7 @@ def called(monkeypatch):
 
 
 def numbers(folder) -> tuple[dict, dict, str]:
-    """By cell and metric, of table.json and table.csv; and the text of table.md."""
+    """Return table.json and table.csv by cell and metric, and the text of table.md."""
     entries = json.loads((folder / "table.json").read_text())["cells"]
     first = {
         (one["backbone"], one["data"], one["protocol"], metric): value
@@ -86,7 +86,7 @@ def numbers(folder) -> tuple[dict, dict, str]:
     return first, second, (folder / "table.md").read_text()
 
 
-def test_table_is_what_the_cells_files_hold(suite, setup, capsys):
+def test_the_table_holds_the_results_of_the_cells_files(suite, setup, capsys):
     table = evaluate(("pixels:8", "pixels:4"), suite=suite, setup=setup)
     by_json, by_csv, text = numbers(setup.out)
     assert table == json.loads((setup.out / "table.json").read_text())
@@ -107,19 +107,19 @@ def test_table_is_what_the_cells_files_hold(suite, setup, capsys):
     assert [line[:2] for line in lines[2:]] == [
         [data, backbone] for data in ("digits", "same") for backbone in ("pixels-8", "pixels-4")
     ]
-    told = capsys.readouterr().out
-    assert "cell 1 of 6: knn of pixels-8 on digits\n" in told and "cell 6 of 6" in told
+    printed = capsys.readouterr().out
+    assert "cell 1 of 6: knn of pixels-8 on digits\n" in printed and "cell 6 of 6" in printed
 
 
-def test_cells_of_a_backbone_and_a_data_set_share_what_is_extracted(suite, setup, monkeypatch):
-    """And have the numbers that each verb has alone."""
-    extracted, original = [], features.own_features
+def test_cells_of_a_backbone_and_a_data_set_share_features(suite, setup, monkeypatch):
+    """The numbers equal those of each command by itself."""
+    extracted, original = [], features.encode_share
 
-    def own_features(encoder, source, *how):
+    def encode_share(encoder, source, *how):
         extracted.append(source.split)
         return original(encoder, source, *how)
 
-    monkeypatch.setattr(features, "own_features", own_features)
+    monkeypatch.setattr(features, "encode_share", encode_share)
     table = evaluate(("pixels:8", "pixels:4"), suite=suite, setup=setup)
     assert len(extracted) == 2 * 2 * 2  # backbones, data sets, splits; and not by protocols
     protocol, own = RetrievalProtocol(k=(1,)), replace(setup, out=setup.out / "alone")
@@ -127,7 +127,7 @@ def test_cells_of_a_backbone_and_a_data_set_share_what_is_extracted(suite, setup
     assert table["cells"][-1]["results"] == alone["results"] and len(extracted) == 10
 
 
-def test_finished_cells_are_skipped_and_changed_ones_made_again(suite, setup, called, capsys):
+def test_finished_cells_are_skipped_and_changed_cells_run_again(suite, setup, called, capsys):
     first = evaluate(("pixels:8",), suite=suite, setup=setup)
     assert len(called.made) == 3
     assert evaluate(("pixels:8",), suite=suite, setup=setup) == first and len(called.made) == 3
@@ -178,7 +178,7 @@ def test_a_cell_fails_alone(suite, setup, called, capsys):
     assert "Failed" not in (setup.out / "table.md").read_text()
 
 
-def test_a_backbone_that_can_not_be_opened_fails_alone(suite, setup, called):
+def test_a_backbone_that_cannot_be_opened_fails_alone(suite, setup, called):
     with pytest.raises(InputError, match="3 of 6 cells failed"):
         evaluate(("no_such_model", "pixels:8"), suite=suite, setup=setup)
     cells = json.loads((setup.out / "table.json").read_text())["cells"]
@@ -186,8 +186,8 @@ def test_a_backbone_that_can_not_be_opened_fails_alone(suite, setup, called):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted(15, "it is saved")])
-def test_after_an_interrupt_the_same_command_goes_on(stop, suite, setup, called):
-    """By a verb that is ended, or that ends itself once it has saved."""
+def test_after_an_interrupt_the_same_command_continues(stop, suite, setup, called):
+    """The command is killed, or ends itself once it has saved."""
     called.stops["pixels-8/same/knn"] = stop
     with pytest.raises(type(stop)):
         evaluate(("pixels:8",), suite=suite, setup=setup)
@@ -198,8 +198,8 @@ def test_after_an_interrupt_the_same_command_goes_on(stop, suite, setup, called)
     assert called.made[2:] == ["pixels-8/same/knn", "pixels-8/same/retrieve"]
 
 
-def test_results_that_were_cut_short_are_made_again(suite, setup, called):
-    """A verb had written its results, and the suite not yet what they are results of."""
+def test_results_that_were_cut_short_are_computed_again(suite, setup, called):
+    """The grader had written its results, but the suite had not added the cell's key."""
     evaluate(("pixels:8",), suite=suite, setup=setup)
     path = setup.out / "pixels-8" / "digits" / "knn" / "results.json"
     record = json.loads(path.read_text())
@@ -209,13 +209,13 @@ def test_results_that_were_cut_short_are_made_again(suite, setup, called):
     assert called.made[3:] == ["pixels-8/digits/knn"] * 3
 
 
-def test_out_must_be_said(suite):
+def test_out_is_required(suite):
     with pytest.raises(InputError, match="say where the table goes: --out DIR"):
         evaluate(("pixels:8",), suite=suite)
 
 
 def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypatch):
-    """By a verb that learns from none; another head on the same backbone is another cell."""
+    """The grader learns from no images. Another head on the same backbone is another cell."""
     given = []
 
     def validate(classifier, /, data, *, protocol: ValidationProtocol, setup: Setup):
@@ -241,7 +241,7 @@ def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypat
     assert given[-1] == ("somewhere", "x", True)
 
 
-def test_a_lost_rank_is_no_cells_fault(suite, setup, called):
+def test_a_lost_rank_does_not_count_as_a_failed_cell(suite, setup, called):
     called.stops["pixels-8/same/knn"] = LostRank("rank 0 lost the other ranks")
     with pytest.raises(LostRank):
         evaluate(("pixels:8",), suite=suite, setup=setup)

@@ -12,7 +12,7 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.grid import BlockReader, GridProtocol, grid, table
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
-from ldae.evals.features import Encoder, own_rows
+from ldae.evals.features import Encoder, extract_share
 from ldae.evals.taps import Tap
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def run(run):
 
 @pytest.mark.parametrize("row", ["l_dae", "patch_pca", "dit"])
 @pytest.mark.parametrize("noisy", [False, True])
-def test_blocks_are_those_that_hooks_see(row, noisy, method, images):
+def test_blocks_equal_what_hooks_see(row, noisy, method, images):
     trained = method(row)
     seen = []
     for block in (*trained.denoiser.encoder, *trained.denoiser.decoder):
@@ -44,11 +44,11 @@ def test_blocks_are_those_that_hooks_see(row, noisy, method, images):
         torch.testing.assert_close(vector, seen[number])
 
 
-def test_the_encoders_last_block_is_the_backbone(method, pictures):
-    """At the exported t, with clean input, unfolded equals folded."""
+def test_the_encoders_last_block_equals_the_backbone(method, pictures):
+    """Unfolded equals folded at the exported t, with clean input."""
     trained, source = method(), pictures(5)
     backbone = fold(trained)
-    rows = own_rows(
+    rows = extract_share(
         Encoder(
             trained,
             CPU,
@@ -58,18 +58,18 @@ def test_the_encoders_last_block_is_the_backbone(method, pictures):
         ),
         source,
     )
-    wanted = own_rows(Encoder(backbone, CPU), source)
+    wanted = extract_share(Encoder(backbone, CPU), source)
     torch.testing.assert_close(rows.features, wanted.features, rtol=1e-4, atol=1e-4)
     assert rows.columns == {Tap(1, "avg"): slice(0, 32)}
 
 
-def test_noise_belongs_to_images_and_not_to_batches(method, pictures):
+def test_noise_depends_on_images_and_not_on_batches(method, pictures):
     trained, source = method(), pictures(7)
     transform = preprocessing(fold(trained))
 
     def found(batch_size, seed=0):
         reader = BlockReader(trained, 400, (1, 2), True, seed, 0)
-        return own_rows(
+        return extract_share(
             Encoder(trained, CPU, "fp32", transform, reader), source, batch_size
         ).features
 
@@ -77,7 +77,7 @@ def test_noise_belongs_to_images_and_not_to_batches(method, pictures):
     assert not torch.allclose(found(7), found(7, seed=1), atol=1e-2)
 
 
-def test_verb_writes_a_table_a_picture_and_every_cell(run, tmp_path, capsys):
+def test_the_command_writes_a_table_a_picture_and_every_cell(run, tmp_path, capsys):
     setup = Setup(workers=0, device="cpu", out=tmp_path / "out")
     protocol = GridProtocol(
         timesteps=(0, 40),
@@ -97,7 +97,7 @@ def test_verb_writes_a_table_a_picture_and_every_cell(run, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
     written = (tmp_path / "out" / "grid.md").read_text()
     assert written.count("**") == 2 and f"**{results['top1']:.2f}**" in written
-    assert "chosen on what it reports" in written
+    assert "chosen on the images that it is measured on" in written
     assert Image.open(tmp_path / "out" / "grid.png").width > 200
 
 
@@ -117,25 +117,25 @@ def test_table_has_a_row_for_each_t():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"timesteps": (1000,)}, "timesteps 1000: .* has timesteps 0 to 999"),
         ({"leading": (5,)}, "leading 5: .* has leading 1 to 4"),
     ],
 )
-def test_what_a_run_has_not_is_told_before_the_work(run, given, told, monkeypatch):
+def test_what_a_run_lacks_is_refused_before_the_work(run, given, message, monkeypatch):
     monkeypatch.setattr("ldae.commands.grid.open_evaluation", None)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         grid(run, "digits", protocol=GridProtocol(**given))
     with pytest.raises(InputError, match="an untrained network has no t"):
         grid(run, "digits", setup=Setup(random_init=True))
 
 
-def test_inputs_must_be_some():
+def test_inputs_must_not_be_empty():
     with pytest.raises(InputError, match="inputs must name at least one"):
         GridProtocol(inputs=())
 
 
-def test_another_folder_is_told(tmp_path):
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not a run folder"):
         grid(tmp_path, "digits")

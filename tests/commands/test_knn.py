@@ -15,7 +15,7 @@ from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import Features
 from ldae.evals.neighbours import Bank, KNNProtocol, knn_accuracy, vote
-from ldae.evals.subsets import drawn, few_shot
+from ldae.evals.subsets import draw_images, grade_draws
 
 SETUP = Setup(in_chans=1, workers=0, device="cpu")
 
@@ -30,7 +30,7 @@ def cloud(count: int, classes: int, seed: int, dim: int = 5) -> Features:
 def slow_knn(
     train: Features, evaluation: Features, k: int, temperature: float, others: bool = False
 ) -> tuple:
-    """DINO's eval_knn.py as its paper says it, one image and one neighbour at a time."""
+    """Vote as in DINO's eval_knn.py, one image and one neighbour at a time."""
     classes = int(train.labels.max()) + 1
     unit = train.features.double() / train.features.double().norm(dim=1, keepdim=True)
     labels = train.labels.tolist()
@@ -57,7 +57,7 @@ def search(request, monkeypatch):
 
 @pytest.mark.parametrize(("classes", "dim"), [(3, 3), (9, 12)])
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_knn_is_brute_force_for_every_k(search, classes, dim, temperature):
+def test_knn_equals_brute_force_for_every_k(search, classes, dim, temperature):
     train, evaluation = cloud(150, classes, 0, dim), cloud(60, classes, 1, dim)
     ks = (1, 3, 20, 150)
     found = knn_accuracy(train, evaluation, KNNProtocol(k=ks, temperature=temperature))
@@ -68,13 +68,13 @@ def test_knn_is_brute_force_for_every_k(search, classes, dim, temperature):
     assert 100 / classes < found["top1_k20"] < 100  # the clouds overlap, so the test can fail
 
 
-def test_leave_one_out_is_brute_force_with_duplicates(search):
-    """Every image is there twice, under labels that differ, and as near to a query as itself."""
+def test_leave_one_out_equals_brute_force_with_duplicates(search):
+    """Every image occurs twice, with different labels, and is as near to a query as itself."""
     train = cloud(150, 4, 0)
     train = train._replace(features=train.features[:75].repeat(2, 1))
     ks = (1, 3, 9, 149)
     found = knn_accuracy(train, train, KNNProtocol(k=ks, leave_one_out=True))
-    for k in ks:  # odd, as rounding decides which of two equals would be the last
+    for k in ks:  # odd, because rounding decides which of two equals is the last
         top1, top5 = slow_knn(train, train, k, 0.07, others=True)
         assert found[f"top1_k{k}"] == pytest.approx(top1)
         assert found[f"top5_k{k}"] == pytest.approx(top5)
@@ -84,22 +84,24 @@ def test_leave_one_out_is_brute_force_with_duplicates(search):
 def test_leave_one_out_needs_another_image():
     train = cloud(20, 2, 0)
     knn_accuracy(train, train, KNNProtocol(k=(19,), leave_one_out=True))
-    with pytest.raises(InputError, match="k = 20 is more .* 20 images, of which one asks"):
+    with pytest.raises(
+        InputError, match="k = 20 is more .* there are 20, one of which is the query"
+    ):
         knn_accuracy(train, train, KNNProtocol(k=(20,), leave_one_out=True))
 
 
-def test_few_shot_is_knn_of_the_drawn_images_alone(search):
+def test_few_shot_equals_knn_of_the_drawn_images(search):
     train, evaluation = cloud(150, 4, 0), cloud(60, 4, 1)
     protocol = KNNProtocol(k=(3, 10), shots=(5, 10), draws=3, seed=7)
 
     def grade(chosen):
         return knn_accuracy(train, evaluation, protocol, chosen=chosen)
 
-    found = few_shot(protocol, train.names, train.labels, grade)
+    found = grade_draws(protocol, train.names, train.labels, grade)
     for shots in (5, 10):
         tops = []
         for number in range(3):
-            chosen = drawn(train.names, train.labels, shots, number, 7).nonzero()[:, 0]
+            chosen = draw_images(train.names, train.labels, shots, number, 7).nonzero()[:, 0]
             few = Features(train.features[chosen], train.labels[chosen], [])
             assert len(chosen) == 4 * shots
             tops.append(slow_knn(few, evaluation, 10, 0.07)[0])
@@ -122,13 +124,13 @@ def test_an_image_is_its_own_nearest_neighbour():
     assert knn_accuracy(train, train, KNNProtocol(k=(1,)))["top1_k1"] == 100
 
 
-def test_classes_that_are_not_in_train_are_mistakes():
+def test_classes_that_are_not_in_train_count_as_errors():
     train, evaluation = cloud(40, 2, 0), cloud(10, 2, 1)
     unseen = evaluation._replace(labels=torch.full((10,), 5))
     assert knn_accuracy(train, unseen, KNNProtocol(k=(10,)))["top5_k10"] == 0
 
 
-def test_more_neighbours_than_images_are_told():
+def test_more_neighbours_than_images_are_refused():
     with pytest.raises(InputError, match="k = 200 is more neighbours than images: there are 150"):
         knn_accuracy(cloud(150, 3, 0), cloud(5, 3, 1))
 
@@ -136,12 +138,12 @@ def test_more_neighbours_than_images_are_told():
 @pytest.mark.parametrize(
     "wrong", [{"k": ()}, {"k": (0, 10)}, {"temperature": 0.0}, {"shots": (0,)}, {"draws": 0}]
 )
-def test_wrong_protocols_are_told(wrong):
+def test_wrong_protocols_are_refused(wrong):
     with pytest.raises(InputError, match="must"):
         KNNProtocol(**wrong)
 
 
-def test_verb_writes_what_it_returns(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_what_it_returns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     record = knn("pixels:8", "digits", protocol=KNNProtocol(k=(1, 20)), setup=SETUP)
     written = tmp_path / "evals" / "pixels-8" / "knn-digits-k=1-20-in_chans=1" / "results.json"
@@ -150,11 +152,11 @@ def test_verb_writes_what_it_returns(tmp_path, monkeypatch, capsys):
     assert record["protocol"]["k"] == (1, 20)
     assert record["backbone"]["dim"] == 64
     assert record["data"]["classes"] == 10
-    assert record["results"]["top1_k20"] > 95  # of pixels on sklearn's digits
+    assert record["results"]["top1_k20"] > 95  # raw pixels of sklearn's digits
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_control_does_not_overwrite(tmp_path, monkeypatch):
+def test_the_control_does_not_overwrite(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     control = replace(SETUP, img_size=16, random_init=True)
     knn("test_vit", "digits", protocol=KNNProtocol(k=(5,)), setup=control)
@@ -179,7 +181,7 @@ def test_results_of_other_data_of_the_same_name_are_kept(tmp_path, monkeypatch):
     assert [(one["spec"], one["classes"]) for one in data] == [("x/set", 2), ("y/set", 3)]
 
 
-def test_verb_draws_and_leaves_one_out(tmp_path, monkeypatch):
+def test_the_command_draws_and_leaves_one_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     protocol = KNNProtocol(k=(5,), shots=(1, 10), draws=2, leave_one_out=True)
     record = knn("pixels:8", "digits", protocol=protocol, setup=SETUP)
@@ -193,17 +195,19 @@ def test_verb_draws_and_leaves_one_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"k": (5000,)}, "k = 5000 is more neighbours than images: there are 1,348"),
-        ({"k": (1348,), "leave_one_out": True}, "1,348 images, of which one asks"),
-        ({"k": (11,), "shots": (1, 5)}, "k = 11 .* there are 10 images"),
+        ({"k": (1348,), "leave_one_out": True}, "there are 1,348, one of which is the query"),
+        ({"k": (11,), "shots": (1, 5)}, "k = 11 .* there are 10$"),
         ({"k": (5,), "shots": (500,)}, r"class '\w+' has \d+ train images, fewer than 500 shots"),
     ],
 )
-def test_too_few_images_are_told_before_the_work(given, told, monkeypatch):
-    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)  # calling it would be a TypeError
-    with pytest.raises(InputError, match=told):
+def test_too_few_images_are_refused_before_extraction(given, message, monkeypatch):
+    monkeypatch.setattr(
+        "ldae.evals.evaluation.extract_share", None
+    )  # calling it would be a TypeError
+    with pytest.raises(InputError, match=message):
         knn("pixels:8", "digits", protocol=KNNProtocol(**given), setup=SETUP)
 
 

@@ -1,4 +1,4 @@
-"""The sweep chooses on train and reports the last epoch; a verb's protocol is what it says."""
+"""The sweep chooses on train and reports the last epoch; each protocol does what it says."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def probe(train, evaluation, protocol=SHORT):
     return linear_probe(train, evaluation, held, 4, protocol)
 
 
-def test_same_seed_same_result_other_seed_another(cloud):
+def test_the_result_depends_on_the_seed_only(cloud):
     train, evaluation = cloud(300, 0), cloud(50, 1)
     first, again, other = (
         probe(train, evaluation, protocol)[0].weight
@@ -40,7 +40,7 @@ def test_same_seed_same_result_other_seed_another(cloud):
     assert not torch.equal(first, other)
 
 
-def test_head_is_chosen_on_train_only(cloud):
+def test_the_head_is_chosen_on_train_only(cloud):
     train, evaluation = cloud(300, 0), cloud(90, 1)
     _, honest = probe(train, evaluation)
     _, permuted = probe(train, evaluation._replace(labels=evaluation.labels.roll(1)))
@@ -49,8 +49,8 @@ def test_head_is_chosen_on_train_only(cloud):
     assert permuted["top1"] < honest["top1"]
 
 
-def test_chosen_head_is_the_best_on_the_held_out_tenth_and_retrained_on_all(cloud):
-    """Of two taps, of which one has seen nothing of the classes."""
+def test_the_chosen_head_is_best_on_the_held_out_tenth_and_trained_again_on_all(cloud):
+    """One of two taps has no information about the classes."""
     split = {Tap(0, "avg"): slice(0, 4), Tap(1, "avg"): slice(4, 8)}
     train, evaluation = (cloud(*size)._replace(columns=split) for size in ((300, 0), (90, 1)))
     protocol = replace(SHORT, blocks=(0, 1), pools=("avg",))
@@ -71,18 +71,18 @@ def test_chosen_head_is_the_best_on_the_held_out_tenth_and_retrained_on_all(clou
     "wrong",
     [{"learning_rates": ()}, {"learning_rates": (0.1, 0.0)}, {"epochs": 0}, {"pools": ()}],
 )
-def test_wrong_protocols_are_told(wrong):
+def test_wrong_protocols_are_refused(wrong):
     with pytest.raises(InputError, match="must"):
         CachedProtocol(**wrong)
 
 
-def test_rates_are_those_of_the_papers():
+def test_rates_are_the_papers():
     mae, paper = MAEProtocol(), LDAEProtocol()
     assert mae.blr * mae.total_batch / 256 == pytest.approx(6.4)
     assert paper.blr * paper.total_batch / 256 == pytest.approx(6.4e-3)
 
 
-def test_verb_writes_and_saves(tmp_path, monkeypatch):
+def test_the_command_writes_and_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = linear(
         "test_vit",
@@ -107,7 +107,7 @@ def test_verb_writes_and_saves(tmp_path, monkeypatch):
     ).is_file()
 
 
-def test_verb_sweeps_blocks_and_pools(tmp_path, monkeypatch):
+def test_the_command_sweeps_blocks_and_pools(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     taps = CachedProtocol(epochs=1, blocks=(0, -1), pools=("avg", "cls+avg"))
     record = linear("test_vit", "digits", protocol=taps, setup=CONTROL)
@@ -118,11 +118,11 @@ def test_verb_sweeps_blocks_and_pools(tmp_path, monkeypatch):
     blocks = CachedProtocol(epochs=1, blocks=(0, -1))
     of_blocks = linear("test_vit", "digits", protocol=blocks, setup=CONTROL)
     assert of_blocks["protocol"]["pools"] == ("avg",)
-    with pytest.raises(InputError, match="--save takes the model's own output"):
+    with pytest.raises(InputError, match="--save needs the model's own output"):
         linear("test_vit", "digits", protocol=taps, save=tmp_path / "out", setup=CONTROL)
 
 
-def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
+def test_the_command_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     protocol = LDAEProtocol(epochs=2, warmup_epochs=1, optimizer="adamw")
     record = linear("test_vit", "digits", protocol=protocol, save=tmp_path / "out", setup=CONTROL)
@@ -133,17 +133,17 @@ def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
     results = record["results"]
     assert (results["batch"], results["batchnorm_batch"]) == (1024, 512)
     assert results["learning_rate"] == pytest.approx(1e-4 * 1024 / 256)
-    told = capsys.readouterr().out
-    assert "1,348 train images are fewer than a batch of 16,384; it is 1,024 here" in told
+    printed = capsys.readouterr().out
+    assert "1,348 train images are fewer than a batch of 16,384; a batch is 1,024 here" in printed
     again = linear(str(tmp_path / "out"), "digits", protocol=ONE_EPOCH, setup=SETUP)
     assert again["backbone"]["params"] == record["backbone"]["params"]
 
 
 @pytest.mark.parametrize(
-    ("protocol", "given", "told"),
+    ("protocol", "given", "message"),
     [
         (MAEProtocol, {"epochs": 5}, "warmup_epochs must be fewer than epochs: 10 of 5"),
-        (MAEProtocol, {"total_batch": 700}, "total_batch 700 is no whole number"),
+        (MAEProtocol, {"total_batch": 700}, "total_batch 700 is not a multiple"),
         (
             CachedProtocol,
             {"blocks": (1,), "pools": ("default",)},
@@ -156,10 +156,10 @@ def test_verb_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsys):
         ),
     ],
 )
-def test_settings_that_do_not_fit_are_told_before_the_work(protocol, given, told, monkeypatch):
-    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
+def test_wrong_settings_are_refused_before_extraction(protocol, given, message, monkeypatch):
+    monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
     monkeypatch.setattr("ldae.commands.linear.train_online", None)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         linear("test_vit", "digits", protocol=protocol(**given), setup=CONTROL)
 
 
@@ -167,36 +167,36 @@ def test_settings_that_do_not_fit_are_told_before_the_work(protocol, given, told
     "given",
     [{"save": Path(__file__, "out")}, {"setup": replace(CONTROL, out=Path(__file__, "out"))}],
 )
-def test_folders_that_can_not_be_written_are_told_before_the_work(given, monkeypatch):
-    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
+def test_folders_that_cannot_be_written_are_refused_before_extraction(given, monkeypatch):
+    monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
     with pytest.raises(InputError, match="cannot be written"):
         linear("test_vit", "digits", **{"setup": CONTROL} | given)
 
 
-def test_flags_of_another_protocol_are_told(capsys):
+def test_flags_of_another_protocol_are_refused(capsys):
     argv = ["linear", "test_vit", "--data", "digits"]
-    for given, told in (
+    for given, message in (
         (
             ["--protocol", "mae", "--learning-rates", "1"],
-            "learning_rates is no setting of the protocol mae",
+            "the protocol mae of linear has no setting learning_rates",
         ),
-        (["--protocol=ldae", "--pools=avg"], "pools is no setting of the protocol ldae"),
-        (["--optimizer", "sgd"], "optimizer is no setting of the protocol cached"),
+        (["--protocol=ldae", "--pools=avg"], "the protocol ldae of linear has no setting pools"),
+        (["--optimizer", "sgd"], "the protocol cached of linear has no setting optimizer"),
         (["--protocol", "mea"], "linear has no protocol 'mea'; the nearest is 'mae'"),
     ):
         assert cli.main([*argv, *given]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert re.search(told, line)
+        assert re.search(message, line)
 
 
-def test_few_updates_are_told(cloud, capsys):
-    for total_batch, told in ((50, True), (5, False)):
+def test_few_updates_are_reported(cloud, capsys):
+    for total_batch, reported in ((50, True), (5, False)):
         protocol = CachedProtocol(epochs=3, total_batch=total_batch)
         linear_probe(cloud(150, 0), cloud(20, 1), torch.arange(150) % 10 == 0, 4, protocol)
-        assert ("updates are few" in capsys.readouterr().out) == told
+        assert ("updates are few" in capsys.readouterr().out) == reported
 
 
-def test_classifier_of_pixels_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
+def test_a_classifier_of_pixels_is_refused_before_extraction(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
     with pytest.raises(InputError, match="raw pixels are none"):
         linear("pixels:8", "digits", save=tmp_path / "out", setup=SETUP)

@@ -1,4 +1,4 @@
-"""The classifier is scikit-learn's as anyone calls it, and C is chosen on train."""
+"""The classifier is scikit-learn's, called plainly, and C is chosen on train."""
 
 import json
 import warnings
@@ -8,18 +8,18 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from ldae.commands.logreg import LogregProtocol, fit, logistic_regression, logreg, tops
+from ldae.commands.logreg import LogregProtocol, fit, grade, logistic_regression, logreg
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import Features
-from ldae.evals.subsets import drawn, held_out
+from ldae.evals.subsets import draw_images, held_out
 
 SETUP = Setup(in_chans=1, workers=0, device="cpu")
 SHORT = LogregProtocol(C=(1e-6, 1e-3, 0.1, 10.0))
 
 
 def by_hand(train: Features, chosen: torch.Tensor, graded: Features, C: float) -> float:
-    """Top-1 in percent."""
+    """Return top-1 in percent."""
     model = LogisticRegression(C=C, max_iter=1000, tol=1e-12)
     model.fit(np.float64(train.features[chosen]), train.labels[chosen].numpy())
     return 100 * model.score(np.float64(graded.features), graded.labels.numpy())
@@ -36,7 +36,7 @@ def test_grid_is_dinov2s():
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_it_is_scikit_learn_called_by_hand(cloud, classes):
+def test_it_equals_scikit_learn_called_by_hand(cloud, classes):
     train, evaluation = cloud(300, 0, classes), cloud(90, 1, classes)
     held = held_out(train.names, train.labels, 10)
     found = logistic_regression(train, evaluation, ~held, held, SHORT)
@@ -46,7 +46,7 @@ def test_it_is_scikit_learn_called_by_hand(cloud, classes):
     whole = torch.ones(300, dtype=torch.bool)
     assert found["top1"] == pytest.approx(by_hand(train, whole, evaluation, found["C"]))
     assert 100 / classes < found["top1"] < 100  # so that the test can fail
-    few = drawn(train.names, train.labels, 5, 0, 0)
+    few = draw_images(train.names, train.labels, 5, 0, 0)
     found = logistic_regression(train, evaluation, few, held & ~few, SHORT, refitted=few)
     wanted = [by_hand(train, few, part(train, held & ~few), C) for C in SHORT.C]
     assert [one["held_out_top1"] for one in found["sweep"]] == pytest.approx(wanted)
@@ -64,7 +64,7 @@ def test_C_is_chosen_on_train_only(cloud):
     assert permuted["top1"] < honest["top1"]
 
 
-def test_fits_that_do_not_converge_are_recorded_and_silent(cloud):
+def test_fits_that_do_not_converge_are_recorded_silently(cloud):
     train = cloud(300, 0)
     held = held_out(train.names, train.labels, 10)
     with warnings.catch_warnings():
@@ -76,19 +76,19 @@ def test_fits_that_do_not_converge_are_recorded_and_silent(cloud):
     assert [one["converged"] for one in found["sweep"]] == [True, False]
 
 
-def test_classes_without_train_images_are_mistakes_and_top5_counts_five(cloud):
+def test_classes_without_train_images_count_as_errors_and_top5_counts_five(cloud):
     train = cloud(300, 0, classes=8)
     seen = train.labels % 4 != 1
     model, _ = fit(np.float64(train.features[seen]), train.labels[seen].numpy(), 1.0, SHORT)
     unseen = part(train, ~seen)
-    assert tops(model, unseen) == (0, 0)
+    assert grade(model, unseen) == (0, 0)
     scores = model.decision_function(np.float64(train.features[seen]))
     first = np.argsort(-scores, axis=1)[:, :5]
     five = (model.classes_[first] == train.labels[seen].numpy()[:, None]).any(1).mean()
-    assert tops(model, part(train, seen))[1] == pytest.approx(100 * five)
+    assert grade(model, part(train, seen))[1] == pytest.approx(100 * five)
 
 
-def test_what_can_not_be_learned_is_told(cloud):
+def test_unlearnable_labels_are_refused(cloud):
     train = cloud(20, 0)
     none, one = torch.zeros(20, dtype=torch.bool), train.labels == 0
     with pytest.raises(InputError, match="none of 20 train images are left to choose C by"):
@@ -97,7 +97,7 @@ def test_what_can_not_be_learned_is_told(cloud):
         logistic_regression(train, train, one, ~one, SHORT)
 
 
-def test_verb_writes(tmp_path, monkeypatch):
+def test_the_command_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     protocol = LogregProtocol(C=(1e-3, 1.0), shots=(5,), draws=2)
     record = logreg("pixels:4", "digits", protocol=protocol, setup=SETUP)
@@ -109,8 +109,8 @@ def test_verb_writes(tmp_path, monkeypatch):
     assert (protocol["name"], protocol["normalisation"]) == ("dinov2", "none")
 
 
-def test_too_few_images_are_told_before_the_work(monkeypatch):
-    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
+def test_too_few_images_are_refused_before_extraction(monkeypatch):
+    monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
     with pytest.raises(InputError, match="fewer than 500 shots"):
         logreg("pixels:8", "digits", protocol=LogregProtocol(shots=(500,)), setup=SETUP)
     with pytest.raises(InputError, match="C must be above 0, not 0"):

@@ -13,7 +13,7 @@ SETUP = Setup(in_chans=1, workers=0, device="cpu")
 
 
 def slow_retrieval(train: Features, queries: Features, ks: tuple, others: bool) -> dict:
-    """One query and one image at a time."""
+    """Rank for one query and one image at a time."""
     precisions, found = [], {k: 0 for k in ks}
     for number in range(len(queries.labels)):
         query = queries.features[number].double()
@@ -37,7 +37,7 @@ def slow_retrieval(train: Features, queries: Features, ks: tuple, others: bool) 
 
 @pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize("pairs", [1, 1000, 2**21])
-def test_retrieval_is_its_definition(cloud, others, pairs, monkeypatch):
+def test_retrieval_follows_its_definition(cloud, others, pairs, monkeypatch):
     monkeypatch.setattr("ldae.commands.retrieve.PAIRS_AT_ONCE", pairs)
     monkeypatch.setattr("ldae.evals.neighbours.PAIRS_AT_ONCE", pairs)
     evaluation = cloud(40, 1)
@@ -48,21 +48,21 @@ def test_retrieval_is_its_definition(cloud, others, pairs, monkeypatch):
     assert found["recall_at_1"] < found["recall_at_3"] < 100  # so that the test can fail
 
 
-def test_verb_writes(tmp_path, monkeypatch, capsys):
+def test_the_command_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     record = retrieve("pixels:8", "digits", setup=SETUP)
     written = tmp_path / "evals" / "pixels-8" / "retrieve-digits-in_chans=1" / "results.json"
     assert json.loads(written.read_text()) == json.loads(json.dumps(record))
-    told = capsys.readouterr().out
-    assert "mean_average_precision" in told and "recall_at_10" in told
+    printed = capsys.readouterr().out
+    assert "mean_average_precision" in printed and "recall_at_10" in printed
     assert 50 < record["results"]["mean_average_precision"] < record["results"]["recall_at_1"]
     protocol = RetrievalProtocol(k=(1,), leave_one_out=True)
     within = retrieve("pixels:8", "digits", protocol=protocol, setup=SETUP)
     assert within["data"]["train_images"] == within["data"]["eval_images"] == 449
 
 
-def test_queries_without_anything_to_find_are_told_before_the_work(pictures, monkeypatch):
-    monkeypatch.setattr("ldae.evals.evaluation.own_rows", None)
+def test_queries_with_nothing_to_find_are_refused_before_extraction(pictures, monkeypatch):
+    monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
     train, evaluation = pictures(6, classes=2), pictures(4, "eval", classes=3)
     monkeypatch.setattr("ldae.evals.evaluation.open_splits", lambda *given: (train, evaluation))
     with pytest.raises(InputError, match=r"class 'class-2' of pictures has no image .* \(train\)"):
@@ -74,7 +74,7 @@ def test_queries_without_anything_to_find_are_told_before_the_work(pictures, mon
         retrieve("pixels:8", "pictures", protocol=RetrievalProtocol(k=(7,)), setup=SETUP)
 
 
-def test_wrong_protocols_are_told():
+def test_wrong_protocols_are_refused():
     for wrong in ({"k": ()}, {"k": (0,)}):
         with pytest.raises(InputError, match="k must"):
             RetrievalProtocol(**wrong)

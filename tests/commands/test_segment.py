@@ -1,4 +1,4 @@
-"""The verb grades token maps; batches do not matter, and what is wrong is told before the work."""
+"""Token maps are graded in any batches, and wrong label maps are refused early."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ def encoder_of(spec: str, patch: int = 4, **options) -> Encoder:
     return encoder
 
 
-def test_images_that_are_their_label_maps_are_told_perfectly():
+def test_images_that_show_their_label_maps_are_segmented_perfectly():
     encoder, (train, evaluation) = encoder_of("pixels:8", 1), (Flags(20, "train"), Flags(9, "eval"))
     found = segmentation(encoder, train, evaluation, 3, SHORT, SETUP)
     assert found["miou"] == found["pixel_accuracy"] == 100 and found["iou"] == [100] * 3
@@ -60,7 +60,7 @@ def test_images_that_are_their_label_maps_are_told_perfectly():
     assert above["classes_counted"] == 3 and above["miou"] == 100
 
 
-def test_a_head_that_diverged_is_told():
+def test_a_diverged_head_is_reported():
     encoder, wild = encoder_of("pixels:8", 1), replace(SHORT, learning_rate=1e30)
     with pytest.raises(InputError, match="diverged at learning_rate 1e[+]30"):
         segmentation(encoder, Flags(20, "train"), Flags(9, "eval"), 3, wild, SETUP)
@@ -96,7 +96,7 @@ def test_batch_size_does_not_matter(spec, options, exact):
     assert found == pytest.approx([found[0]] * 3, abs=0 if exact else 0.5) and 20 < found[0] < 99
 
 
-def test_token_map_of_pixels_is_their_patches_where_they_lie():
+def test_the_token_map_of_pixels_is_their_patches_in_place():
     encoder = encoder_of("pixels:8", 4)
     image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     image[0, :, :4, 4:] = 255
@@ -104,7 +104,7 @@ def test_token_map_of_pixels_is_their_patches_where_they_lie():
     assert encoder(image).view(2, 2, 48)[..., 0].tolist() == [[-1, 1], [-1, -1]]
 
 
-def test_token_map_is_that_of_the_model():
+def test_the_token_map_is_the_models():
     encoder = encoder_of("test_vit", random_init=True, img_size=32)
     images = torch.randint(256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     tokens = encoder.model.forward_features(encoder.transform.normalize(images))[:, 1:]
@@ -112,7 +112,7 @@ def test_token_map_is_that_of_the_model():
     assert encoder.reader.shape[2] == 64
 
 
-def test_verb_writes(tmp_path, monkeypatch, capsys):
+def test_the_command_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = ("scattered-digits:40", few(tmp_path))
     record = segment("pixels:32", *data, protocol=SegmentProtocol(steps=5), setup=SETUP)
@@ -146,20 +146,20 @@ def few(folder, highest: int = 10, size: int = 20) -> str:
 
 
 @pytest.mark.parametrize(
-    ("highest", "size", "given", "told"),
+    ("highest", "size", "given", "message"),
     [
         (11, 20, {}, "few/images/a.png holds 11, and there are the classes 0 to 10"),
         (10, 20, {"classes": 8}, "scattered-digits:40/train/0.* holds .*, .* classes 0 to 7"),
         (10, 21, {}, "images/a.png is 30 x 21 pixels, but its label map labels/a.png is 30 x 20"),
         (10, 20, {"classes": 1}, "classes must be 2 to 255, not 1"),
-        (10, 20, {"backbone": "pixels:30"}, "pixels:30 can not be cut into patches of 4"),
+        (10, 20, {"backbone": "pixels:30"}, "pixels:30 cannot be cut into patches of 4"),
     ],
 )
-def test_wrong_label_maps_are_told_before_the_work(
-    highest, size, given, told, tmp_path, monkeypatch
+def test_wrong_label_maps_are_refused_before_extraction(
+    highest, size, given, message, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ldae.commands.segment.own_features", None)
-    with pytest.raises(InputError, match=told):
+    monkeypatch.setattr("ldae.commands.segment.encode_share", None)
+    with pytest.raises(InputError, match=message):
         segment(
             given.pop("backbone", "pixels:32"),
             "scattered-digits:40",
@@ -169,15 +169,17 @@ def test_wrong_label_maps_are_told_before_the_work(
         )
 
 
-@pytest.mark.parametrize(("value", "told"), [(0, "of one class only"), (255, "no labelled pixel")])
-def test_label_maps_of_nothing_are_told(value, told, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "message"), [(0, "of one class only"), (255, "no labelled pixel")]
+)
+def test_label_maps_of_nothing_are_refused(value, message, tmp_path):
     blank = few(tmp_path)
     for path in (tmp_path / "few" / "labels").iterdir():
         Image.new("L", (30, 20), value).save(path)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         segment("pixels:32", blank, eval_data=blank, setup=SETUP)
 
 
-def test_wrong_protocols_are_told():
+def test_wrong_protocols_are_refused():
     with pytest.raises(InputError, match="steps must be at least 1"):
         SegmentProtocol(steps=0)

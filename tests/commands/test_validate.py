@@ -1,4 +1,4 @@
-"""A classifier that knows the truth has 100 % on the layout of every set, and in no other order."""
+"""A classifier that is always right has 100 % on the folder layout of every data set."""
 
 import json
 from importlib.resources import files
@@ -79,7 +79,7 @@ def top1(data: str, setup: Setup = SETUP, **how) -> float:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_truth_has_100_percent_on_every_layout(name, layout, tmp_path):
+def test_a_perfect_classifier_has_100_percent_on_every_layout(name, layout, tmp_path):
     folders = LAYOUTS[name]
     data = layout(folders)
     assert top1(data, class_map=name) == 100
@@ -90,7 +90,7 @@ def test_the_truth_has_100_percent_on_every_layout(name, layout, tmp_path):
     assert top1(data, class_map=str(wrong)) == 0
 
 
-def test_real_labels_accept_any_of_them(tmp_path):
+def test_any_of_the_real_labels_is_right(tmp_path):
     """Labels of images 1 to 5: none, {970, 795}, {230, 231}, {809}, {516, 850}."""
     (tmp_path / "val").mkdir()
     for number, written in ((1, 0), (2, 795), (3, 230), (4, 806), (5, 8)):
@@ -102,7 +102,7 @@ def test_real_labels_accept_any_of_them(tmp_path):
 
 
 def test_restricted_logits_equal_a_slow_reference(layout, oracle, monkeypatch):
-    """The classes of the set compete with each other alone, and ImageNet's with all."""
+    """The classes of a map compete among themselves only; without a map all classes compete."""
     weight = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_every_image_counts_once_in_any_batch(layout):
     assert found == {50.0}
 
 
-def test_corruptions_are_tabled_recorded_and_shown(layout, tmp_path, capsys):
+def test_corruptions_are_recorded_with_table_and_pictures(layout, tmp_path, capsys):
     data = layout({"0": 0, "255": 255})
     all_of_them = ValidationProtocol(corruption=("all",), severity=(1, 5))
     record = validate("oracle", data, protocol=all_of_them, setup=SETUP)
@@ -157,15 +157,15 @@ def test_corruptions_are_tabled_recorded_and_shown(layout, tmp_path, capsys):
     assert ValidationProtocol(corruption=NAMES, severity=(5, 1)) == all_of_them
 
 
-def test_wrong_settings_are_told_before_anything_is_opened():
+def test_wrong_settings_are_refused_before_anything_is_opened():
     with pytest.raises(InputError, match="random weights"):
         validate("no-such-classifier", "no-such-set", setup=Setup(random_init=True))
-    for how, told in (
+    for how, message in (
         ({"corruption": ("fogg",)}, "nearest is 'fog'"),
         ({"corruption": ("fog",), "severity": (0,)}, "severity must be 1, 2, 3, 4 or 5, not 0"),
         ({"corruption": ("fog",), "severity": ()}, "severity must name at least one"),
-        ({"severity": (1,)}, "say which by --corruption"),
+        ({"severity": (1,)}, "name them with --corruption"),
         ({"real_labels": True, "class_map": "imagenet-a"}, "leave --class-map out"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             ValidationProtocol(**how)

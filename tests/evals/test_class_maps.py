@@ -1,4 +1,4 @@
-"""Classes are found by name or number, never by the order of the folders' names."""
+"""Classes are matched by name or number, never by the order of the folders' names."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from torch import nn
 
 from ldae.data.source import Source
 from ldae.errors import InputError
-from ldae.evals.class_maps import real_targets, targets_of
+from ldae.evals.class_maps import label_targets, real_label_targets
 
 SYNSETS = ImageNetInfo().label_names()
 
 
 class Named(Source):
-    """Images of which the names, or the classes, are all that matters."""
+    """A source that has only names and classes."""
 
     def __init__(self, classes=None, names=None):
         labels = None if classes is None else np.arange(len(classes))
@@ -35,8 +35,8 @@ def classifier(outputs: int = 1000, names: list[str] | None = None) -> nn.Module
 
 
 def found(source: Source, model: nn.Module, class_map: str | None = None) -> tuple[list[int], str]:
-    """The output of each class of the source, and how it was found."""
-    targets = targets_of(source, model, "MODEL", class_map)
+    """Return the output of each class of the source, and how it was matched."""
+    targets = label_targets(source, model, "MODEL", class_map)
     return targets.compared[targets.labels[:, 0]].tolist(), targets.matched_by
 
 
@@ -54,11 +54,11 @@ def test_numbers_are_outputs_by_number_and_not_by_order():
         outputs, matched_by = found(source, classifier(), class_map)
         assert outputs == [int(name) for name in source.classes]
     assert found(Named(["0002", "0010"]), classifier(20)) == ([2, 10], "numbers")
-    # Of V2, numbers are of ImageNet's classes, wherever the classifier has these.
+    # The numbers of V2 are ImageNet's classes, at any outputs of the classifier.
     assert found(Named(["0", "2"]), classifier(1000, SYNSETS[::-1]), "imagenet-v2")[0] == [999, 997]
 
 
-def test_names_that_the_classifier_recorded_win():
+def test_names_recorded_with_the_classifier_come_first():
     model = classifier(3, ["2", "1", "0"])
     assert found(Named(["0", "1", "2"]), model) == ([2, 1, 0], "names")
 
@@ -73,42 +73,42 @@ def test_names_that_the_classifier_recorded_win():
     ],
 )
 def test_a_map_restricts_to_its_classes(class_map, folders, wanted, count):
-    targets = targets_of(Named(folders), classifier(), "MODEL", class_map)
+    targets = label_targets(Named(folders), classifier(), "MODEL", class_map)
     assert len(targets.compared) == count and (targets.compared.diff() > 0).all()
     assert targets.compared[targets.labels[:, 0]].tolist() == wanted
 
 
-def test_a_classifier_of_some_classes_competes_in_those_that_it_has():
+def test_a_classifier_with_some_of_a_maps_classes_competes_in_these():
     model = classifier(3, ["n01531178", "n02119789", "n01498041"])
-    targets = targets_of(Named(["n01498041", "n01531178"]), model, "MODEL", "imagenet-a")
+    targets = label_targets(Named(["n01498041", "n01531178"]), model, "MODEL", "imagenet-a")
     assert targets.compared.tolist() == [0, 2] and targets.labels.tolist() == [[1], [0]]
     with pytest.raises(InputError, match="'n01534433' .* none of the 3 classes of MODEL"):
-        targets_of(Named(["n01498041", "n01534433"]), model, "MODEL", "imagenet-a")
+        label_targets(Named(["n01498041", "n01534433"]), model, "MODEL", "imagenet-a")
 
 
-def test_a_map_of_ones_own(tmp_path):
+def test_a_map_can_be_a_file(tmp_path):
     file = tmp_path / "map.txt"
     file.write_text("Hund dog\nKatze cat\n\n7\t0\n")
     model = classifier(4, ["cow", "cat", "dog", "horse"])
     with pytest.raises(InputError, match="class '0' of class map .* none of the 4 classes"):
         found(Named(["007", "Hund", "Katze"]), model, str(file))
     file.write_text("Hund dog\nKatze cat\n\nhorse\n")
-    targets = targets_of(Named(["Hund", "Katze", "horse"]), model, "MODEL", str(file))
+    targets = label_targets(Named(["Hund", "Katze", "horse"]), model, "MODEL", str(file))
     assert targets.compared.tolist() == [1, 2, 3] and targets.labels.tolist() == [[1], [0], [2]]
     file.write_text("Hund 2\n007\t0\n")
     assert found(Named(["7", "Hund"]), classifier(4), str(file)) == ([0, 2], "numbers")
 
 
-def test_wrong_maps_are_told(tmp_path):
+def test_wrong_maps_are_refused(tmp_path):
     file = tmp_path / "map.txt"
-    for content, told in (
+    for content, message in (
         ("a b c\n", "line 1 of class map"),
         ("a 1\na 2\n", "line 2 of class map"),
         ("\n", "is empty"),
         ("b 1\n", "class 'a' of SET is not in class map"),
     ):
         file.write_text(content)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             found(Named(["a"]), classifier(), str(file))
     with pytest.raises(InputError, match="neither imagenet-a, .* nor a text file"):
         found(Named(["a"]), classifier(), "imagenet-z")
@@ -123,25 +123,25 @@ def test_order_is_the_last_resort_and_for_classifiers_without_names():
         found(Named(["1000"]), classifier())
 
 
-def test_real_labels_go_by_the_number_in_the_files_name():
+def test_real_labels_are_found_by_the_number_in_the_file_name():
     """Beyer et al.: the first image has no label, the second two, the third two."""
     names = [f"n01440764/ILSVRC2012_val_{n:08d}.JPEG" for n in (3, 1, 2, 4)]
-    targets = real_targets(Named(names=names), classifier(), "MODEL")
+    targets = real_label_targets(Named(names=names), classifier(), "MODEL")
     assert targets.images.tolist() == [0, 2, 3]
     sets = [set(row.tolist()) - {-1} for row in targets.labels]
     assert sets == [{230, 231}, set(), {795, 970}, {809}]
-    reverse = real_targets(Named(names=names), classifier(1000, SYNSETS[::-1]), "MODEL")
+    reverse = real_label_targets(Named(names=names), classifier(1000, SYNSETS[::-1]), "MODEL")
     assert set(reverse.labels[0].tolist()) == {999 - 230, 999 - 231}
-    more = real_targets(Named(names=names), classifier(1001, ["other", *SYNSETS]), "MODEL")
+    more = real_label_targets(Named(names=names), classifier(1001, ["other", *SYNSETS]), "MODEL")
     assert more.compared.equal(torch.arange(1, 1001)) and more.labels[0].tolist() == [230, 231]
 
 
-def test_what_real_labels_are_not_for_is_told():
+def test_images_and_classifiers_without_real_labels_are_refused():
     with pytest.raises(InputError, match="SET/cat.jpg is not named ILSVRC2012_val_00000001"):
-        real_targets(Named(names=["cat.jpg"]), classifier(), "MODEL")
+        real_label_targets(Named(names=["cat.jpg"]), classifier(), "MODEL")
     with pytest.raises(InputError, match="SET/ILSVRC2012_val_00050001.JPEG is not named"):
-        real_targets(Named(names=["ILSVRC2012_val_00050001.JPEG"]), classifier(), "MODEL")
+        real_label_targets(Named(names=["ILSVRC2012_val_00050001.JPEG"]), classifier(), "MODEL")
     with pytest.raises(InputError, match="MODEL knows 0 of ImageNet's 1000 classes"):
-        real_targets(Named(names=["ILSVRC2012_val_00000002.JPEG"]), classifier(10), "MODEL")
+        real_label_targets(Named(names=["ILSVRC2012_val_00000002.JPEG"]), classifier(10), "MODEL")
     with pytest.raises(InputError, match="none of the images of SET has a real label"):
-        real_targets(Named(names=["ILSVRC2012_val_00000001.JPEG"]), classifier(), "MODEL")
+        real_label_targets(Named(names=["ILSVRC2012_val_00000001.JPEG"]), classifier(), "MODEL")

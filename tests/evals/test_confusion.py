@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ldae.evals.dense import confusion, rates
+from ldae.evals.dense import confusion_matrix, iou_metrics
 
 
 def slow_rates(labels, predicted, classes: int) -> tuple[float, float, list]:
-    """By sets of pixels."""
+    """Compute IoU from sets of pixels."""
     known = [(int(l), int(p)) for l, p in zip(labels.ravel(), predicted.ravel()) if l != 255]
     each = []
     for c in range(classes):
@@ -28,9 +28,9 @@ def maps(seed: int, labelled=(0, 1, 3, 255), said=(0, 1, 2, 3)):
 
 
 @pytest.mark.parametrize("classes", [6, 9])
-def test_rates_are_their_definition(classes):
+def test_metrics_follow_their_definition(classes):
     labels, predicted = maps(0)
-    found = rates(confusion(labels, predicted, classes))
+    found = iou_metrics(confusion_matrix(labels, predicted, classes))
     miou, accuracy, each = slow_rates(labels, predicted, classes)
     assert found["miou"] == pytest.approx(miou) and 20 < miou < 80
     assert found["pixel_accuracy"] == pytest.approx(accuracy)
@@ -38,17 +38,17 @@ def test_rates_are_their_definition(classes):
     assert found["classes_counted"] == sum(one is not None for one in each) < classes
 
 
-def test_of_parts_it_is_the_sum():
+def test_confusion_matrices_of_parts_add_up():
     labels, predicted = maps(1)
-    parts = sum(confusion(l, p, 6) for l, p in zip(labels, predicted))
-    assert torch.equal(parts, confusion(labels, predicted, 6)) and parts.dtype == torch.int64
+    parts = sum(confusion_matrix(l, p, 6) for l, p in zip(labels, predicted))
+    assert torch.equal(parts, confusion_matrix(labels, predicted, 6)) and parts.dtype == torch.int64
 
 
-def test_a_perfect_predictor_has_100_and_ignored_pixels_never_count():
+def test_a_perfect_prediction_has_100_and_ignored_pixels_never_count():
     labels, _ = maps(2)
     wrong = torch.where(labels == 255, 1, labels.long())
-    found = rates(confusion(labels, wrong, 4))
+    found = iou_metrics(confusion_matrix(labels, wrong, 4))
     assert (found["miou"], found["pixel_accuracy"], found["classes_counted"]) == (100, 100, 3)
     for filled in (0, 2, 3):  # 2 is in no label
         changed = torch.where(labels == 255, filled, labels.long())
-        assert torch.equal(confusion(labels, changed, 4), confusion(labels, wrong, 4))
+        assert torch.equal(confusion_matrix(labels, changed, 4), confusion_matrix(labels, wrong, 4))

@@ -1,4 +1,4 @@
-"""Corrupted copies are the same in any batch, order and process; the table shows every cell."""
+"""Corruptions are the same in any batch, order and process; the table shows every cell."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,12 @@ import torch
 from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.corruptions import corrupt
 from ldae.data.loader import eval_batches
-from ldae.evals.corrupted import CorruptedTransform, album, means, table
+from ldae.evals.corrupted import (
+    CorruptedTransform,
+    corruption_pictures,
+    corruption_table,
+    mean_by_corruption,
+)
 
 PLAIN = {
     "input_size": (3, 16, 16), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
@@ -24,7 +29,7 @@ def seen(source, transform, indices, batch_size, workers=0) -> dict[int, torch.T
     return {int(i): x for images, _, numbers in batches for i, x in zip(numbers, images)}
 
 
-def test_copies_do_not_depend_on_batch_order_or_process(pictures):
+def test_corruptions_do_not_depend_on_batch_order_or_process(pictures):
     source = pictures(23)
     wanted = seen(source, corrupted(), range(23), 23)
     order = np.random.default_rng(0).permutation(23)
@@ -38,7 +43,7 @@ def test_copies_do_not_depend_on_batch_order_or_process(pictures):
     assert not seen(source, corrupted(seed=1), [5], 1)[5].equal(wanted[5])
 
 
-def test_the_corruption_is_that_of_the_crop(pictures):
+def test_the_crop_is_corrupted(pictures):
     source = pictures(1)
     big = PLAIN | {"input_size": (3, 8, 8)}
     clean = EvalTransform(**big)(source.image(0), np.random.default_rng(0))
@@ -49,9 +54,9 @@ def test_the_corruption_is_that_of_the_crop(pictures):
     assert torch.equal(made.normalize(found[None]), EvalTransform(**big).normalize(found[None]))
 
 
-def test_the_album_shows_the_clean_image_first(pictures):
+def test_pictures_show_the_clean_image_first(pictures):
     source = pictures(3)
-    rows = album(
+    rows = corruption_pictures(
         source,
         2,
         EvalTransform(**PLAIN),
@@ -69,8 +74,8 @@ def test_the_table_shows_every_cell_and_the_means():
         "fog": {1: {"top1": 80.0, "top5": 1.0}, 5: {"top1": 40.0, "top5": 1.0}},
         "snow": {1: {"top1": 60.0, "top5": 1.0}, 5: {"top1": 21.0, "top5": 1.0}},
     }
-    assert means(cells) == pytest.approx({"fog": 60, "snow": 40.5})
-    assert table(cells, 91.234).splitlines() == [
+    assert mean_by_corruption(cells) == pytest.approx({"fog": 60, "snow": 40.5})
+    assert corruption_table(cells, 91.234).splitlines() == [
         "| top-1 | severity 1 | severity 5 | mean |",
         "| --- | ---: | ---: | ---: |",
         "| clean |  |  | 91.23 |",

@@ -13,7 +13,7 @@ from torch import nn
 from ldae.backbones.preprocessing import EvalTransform
 from ldae.commands.segment import SegmentProtocol
 from ldae.evals import dense
-from ldae.evals.dense import Nearest, TokenMaps, _batches, predict, train_map_head
+from ldae.evals.dense import ResizeNearest, TokenMaps, _batches, predict, train_map_head
 
 CPU = torch.device("cpu")
 SHORT = SegmentProtocol(steps=7, total_batch=4, learning_rate=0.05, warmup=0.3)
@@ -28,7 +28,7 @@ def token_maps(images: int = 10, classes: int = 3) -> TokenMaps:
 
 
 def slow_head(train: TokenMaps, classes: int, protocol: SegmentProtocol) -> nn.Sequential:
-    """By PyTorch's own layers, optimizer and mean over the pixels."""
+    """Train the head by PyTorch's layers, optimizer and mean over the pixels."""
     start = train_map_head(train, 10, classes, replace(protocol, learning_rate=1e-30), CPU)
     norm, conv = nn.BatchNorm2d(5, affine=False), nn.Conv2d(5, classes, 1)
     with torch.no_grad():
@@ -50,18 +50,18 @@ def slow_head(train: TokenMaps, classes: int, protocol: SegmentProtocol) -> nn.S
 
 
 @pytest.mark.parametrize("numbers", [1, 2**25])
-def test_head_is_what_pytorch_trains_in_pieces_or_whole(numbers, monkeypatch):
-    monkeypatch.setattr(dense, "_NUMBERS_AT_ONCE", numbers)
+def test_head_equals_pytorchs_in_pieces_and_at_once(numbers, monkeypatch):
+    monkeypatch.setattr(dense, "_LOGITS_AT_ONCE", numbers)
     train = token_maps()
     found, (norm, conv) = train_map_head(train, 10, 3, SHORT, CPU), slow_head(train, 3, SHORT)
-    assert conv.weight.abs().max() > 0.05  # it has learned
+    assert conv.weight.abs().max() > 0.05  # the head has learned
     torch.testing.assert_close(found.weight[0], conv.weight[:, :, 0, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.bias[0], conv.bias, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.norm.running_mean, norm.running_mean)
     torch.testing.assert_close(found.norm.running_var, norm.running_var)
 
 
-def test_ignored_pixels_teach_nothing():
+def test_nothing_is_learned_from_ignored_pixels():
     train = token_maps()
     unknown = train._replace(labels=torch.full_like(train.labels, 255))
     still = replace(SHORT, weight_decay=0.0)
@@ -69,25 +69,25 @@ def test_ignored_pixels_teach_nothing():
     assert torch.equal(train_map_head(unknown, 10, 3, still, CPU).weight, start.weight)
 
 
-def test_prediction_in_pieces_is_that_of_all_classes(monkeypatch):
+def test_prediction_in_pieces_equals_prediction_at_once(monkeypatch):
     logits = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(0))
     logits[5] = logits[2]  # equal logits: the smaller class
-    whole = F.interpolate(logits[None], (13, 11), mode="bilinear")[0].argmax(0)
-    assert 2 in whole and 5 not in whole
+    expected = F.interpolate(logits[None], (13, 11), mode="bilinear")[0].argmax(0)
+    assert 2 in expected and 5 not in expected
     for numbers in (1, 2 * 13 * 11, 2**25):
-        monkeypatch.setattr(dense, "_NUMBERS_AT_ONCE", numbers)
-        assert torch.equal(predict(logits, (13, 11)), whole)
+        monkeypatch.setattr(dense, "_LOGITS_AT_ONCE", numbers)
+        assert torch.equal(predict(logits, (13, 11)), expected)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (61, 47)])
-def test_an_image_that_is_its_label_map_stays_it(size):
-    """Of any other shape than the network's input, by two libraries' ways to resize."""
+def test_an_image_stays_aligned_with_its_label_map(size):
+    """Images of another shape than the input, resized by two libraries, stay aligned."""
     coarse = RNG.integers(0, 5, (8, 8))
     rows, columns = (np.arange(side) * 8 // side for side in size)
     labels = coarse[rows][:, columns].astype(np.uint8)
     transform = EvalTransform((3, 32, 32), "bicubic", 1.0, "squash", (0.5,) * 3, (0.5,) * 3)
     image = transform(Image.fromarray(labels * 50).convert("RGB"), RNG)[0].numpy() / 50
-    nearest = Nearest((32, 32))(labels, RNG).view(32, 32).numpy()
+    nearest = ResizeNearest((32, 32))(labels, RNG).view(32, 32).numpy()
 
     def agreement(down: int, right: int) -> float:
         moved = np.roll(nearest, (down, right), (0, 1))

@@ -1,4 +1,4 @@
-"""Features belong to images: not to batches, orders or ranks."""
+"""Features depend on images, not on batches, order or ranks."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ from ldae.data.digits import ScatteredDigits
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.errors import InputError
-from ldae.evals.features import Encoder, all_rows, extracted_once, own_rows
+from ldae.evals.features import Encoder, Features, cache_features, extract_share, gather_features
 from ldae.evals.heads import grade_heads, train_heads
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy
 from ldae.evals.online import train_online
@@ -35,9 +35,9 @@ def vit():
     return load_backbone("test_vit", random_init=True, img_size=16)
 
 
-def extract(model, source, batch_size=256, precision="fp32", taps=(Tap(),)):
+def extract(model, source, batch_size=256, precision="fp32", taps=(Tap(),)) -> Features:
     encoder = Encoder(model, CPU, precision, reader=TapReader(model, taps))
-    return own_rows(encoder, source, batch_size)
+    return extract_share(encoder, source, batch_size)
 
 
 def test_features_are_the_backbones_in_the_order_of_the_source(vit, pictures):
@@ -70,7 +70,7 @@ def test_order_of_the_source_does_not_matter(vit, pictures):
     assert torch.equal(found.labels, wanted.labels[order])
 
 
-def test_features_are_extracted_once_where_it_is_said_and_as_they_were_asked_for(vit, pictures):
+def test_cached_features_are_extracted_once_for_each_way_to_extract_them(vit, pictures):
     source, other = pictures(3), pictures(3)
     other.split = "eval"
 
@@ -84,14 +84,14 @@ def test_features_are_extracted_once_where_it_is_said_and_as_they_were_asked_for
 
     (alone, places), (_, others) = kept(), kept()
     assert set(places).isdisjoint(others)
-    with extracted_once():
+    with cache_features():
         (found, places), (_, again) = kept(), kept()
         assert len(set(places)) == 4 and places == again
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
     assert set(kept()[1]).isdisjoint(places)
 
 
-def test_taps_are_columns_and_the_output_is_what_it_is_alone(vit, pictures):
+def test_taps_are_columns_and_do_not_change_the_output(vit, pictures):
     found = extract(vit, pictures(5), taps=TAPS)
     assert found.features.shape == (5, 3 * 64)
     alone = extract(vit, pictures(5))
@@ -100,9 +100,9 @@ def test_taps_are_columns_and_the_output_is_what_it_is_alone(vit, pictures):
     assert torch.equal(both[:, :64], cls) and not torch.equal(both[:, 64:], cls)
 
 
-def test_features_in_a_file_are_those_in_memory(vit, pictures, monkeypatch):
+def test_features_in_a_file_equal_features_in_memory(vit, pictures, monkeypatch):
     wanted = extract(vit, pictures(11), taps=TAPS)
-    monkeypatch.setattr("ldae.evals.features.IN_MEMORY", 0)
+    monkeypatch.setattr("ldae.evals.features.MAX_BYTES_IN_MEMORY", 0)
     found = extract(vit, pictures(11), taps=TAPS)
     assert torch.equal(found.features, wanted.features)
 
@@ -114,14 +114,14 @@ def test_low_precision_is_close_and_not_equal(vit, pictures):
     assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
-def test_unlabelled_source_is_told(vit, pictures):
+def test_an_unlabelled_source_is_refused(vit, pictures):
     source = pictures(3)
     source.labels = None
     with pytest.raises(InputError, match=r"pictures \(train\) has no labels"):
         extract(vit, source)
 
 
-def test_first_image_with_features_that_are_not_finite_is_named(pictures):
+def test_the_first_image_with_features_that_are_not_finite_is_named(pictures):
     class Fragile(torch.nn.Flatten):
         def forward(self, x):
             return super().forward(torch.where(x == 1, torch.nan, x))  # 1 is a white pixel
@@ -134,7 +134,7 @@ def test_first_image_with_features_that_are_not_finite_is_named(pictures):
         extract(model, source, batch_size=2)
 
 
-def test_map_is_refused(pictures):
+def test_a_map_is_refused(pictures):
     model = load_backbone("test_resnet", random_init=True, img_size=64)
     model.reset_classifier(0, "")
     with pytest.raises(InputError, match=r"test_resnet gives a map of shape \(96, 2, 2\)"):
@@ -155,18 +155,18 @@ torch.save(found, sys.argv[2])
 
 
 def grades(source: Source, folder: Path) -> dict:
-    """What the ranks find together; the online probe's checkpoints are in ``folder``."""
+    """Return what the ranks compute together; the online probe's checkpoints are in ``folder``."""
     model = load_backbone("test_vit", random_init=True, img_size=16)
     encoder = Encoder(model, CPU, reader=TapReader(model, TAPS))
-    own = own_rows(encoder, source, batch_size=3)
-    every = all_rows(own, source, CPU)
+    own = extract_share(encoder, source, batch_size=3)
+    every = gather_features(own, source, CPU)
     held = torch.arange(len(source)) % 5 == 0
     sweep = CachedProtocol(learning_rates=(0.1, 1.0), epochs=3, total_batch=4, pools=("avg",))
     wanted = sweep.heads_of(TAPS[:2])
     heads = train_heads(own, wanted, 3, sweep, CPU, ~held)
     online = MAEProtocol(blr=50.0, epochs=3, warmup_epochs=1, total_batch=12, batchnorm_batch=4)
     head, _ = train_online(Encoder(model, CPU), source, online, 3, 0, folder)
-    chosen = torch.arange(len(source)) % 4 == 0  # of one rank alone
+    chosen = torch.arange(len(source)) % 4 == 0  # of one rank only
     some = own._replace(features=own.features[:, :64])
     nearest = KNNProtocol(k=(1, 3), leave_one_out=True)
     logistic = LogregProtocol(C=(1e-3, 1.0, 10.0))
@@ -188,7 +188,7 @@ def grades(source: Source, folder: Path) -> dict:
 
 
 def token_maps() -> tuple[Encoder, Source, Source]:
-    """A reader of token maps, and label maps twice."""
+    """Return a reader of token maps, and a source of label maps twice."""
     digits = ScatteredDigits("digits", "train", 13, seed=0)
     model = load_backbone("pixels:32")
     encoder = Encoder(model, CPU, reader=TokenMapReader(model, 4))
@@ -196,9 +196,9 @@ def token_maps() -> tuple[Encoder, Source, Source]:
     return encoder, digits, digits
 
 
-def test_two_ranks_find_what_one_finds(pictures, tmp_path):
-    """13 images over two ranks in batches of 3: neither the ranks nor the batches come out even,
-    nor do three of BatchNorm's batches in an update."""
+def test_two_ranks_compute_the_same_as_one(pictures, tmp_path):
+    """13 images divide neither by two ranks nor by batches of 3, and an update's three groups for
+    BatchNorm do not divide by two ranks."""
     made = pictures(13)
     for i in range(13):
         path = tmp_path / "images" / made.classes[made.labels[i]] / f"{i}.png"
@@ -238,7 +238,7 @@ def test_two_ranks_find_what_one_finds(pictures, tmp_path):
 
 
 def test_ranks_share_the_chosen_images(pictures, monkeypatch):
-    """Each of them goes to one rank, by its own index."""
+    """Each chosen image goes to one rank and keeps its index."""
     source, chosen = pictures(13), np.array([1, 2, 5, 7, 12])
     encoder = Encoder(load_backbone("pixels:16"), CPU)
     monkeypatch.setattr("ldae.evals.features.world_size", lambda: 2)

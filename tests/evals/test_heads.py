@@ -1,4 +1,4 @@
-"""Heads trained together are each the head alone."""
+"""Heads trained together equal heads trained one by one."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldae.evals.accuracy import ranks, top
+from ldae.evals.accuracy import label_ranks, top_n
 from ldae.evals.features import Features
 from ldae.evals.heads import Head, grade_heads, train_heads
 from ldae.evals.taps import Tap
@@ -18,7 +18,7 @@ OUTPUT, WIDE = Tap(), Tap(0, "cls+avg")
 
 @dataclass(frozen=True)
 class Short:
-    """Constants of a protocol that a test can wait for."""
+    """Constants of a short training."""
 
     epochs: int = 3
     total_batch: int = 32
@@ -32,7 +32,7 @@ SHORT = Short()
 
 
 def slow_probe(train: Features, head: Head, chosen=None) -> torch.nn.Sequential:
-    """One head as MAE's script writes it: modules, torch's SGD at the rate, a fixed order."""
+    """Train one head as MAE's script does: modules, torch's SGD at the rate, a fixed order."""
     features = train.features[:, train.columns[head.tap]]
     numbers = torch.arange(len(features)) if chosen is None else chosen.nonzero()[:, 0]
     generator = torch.Generator().manual_seed(SHORT.seed)
@@ -64,12 +64,12 @@ def slow_probe(train: Features, head: Head, chosen=None) -> torch.nn.Sequential:
 
 
 def two_taps(features: Features) -> Features:
-    """The first five columns as one tap, all but the first as another."""
+    """Make a tap of the first five columns, and another of all but the first."""
     return features._replace(columns={OUTPUT: slice(0, 5), WIDE: slice(1, 8)})
 
 
-def test_heads_together_are_the_head_alone(cloud):
-    """Of two taps, three rates and two decays; a last batch of 4 is left out."""
+def test_heads_trained_together_equal_heads_trained_alone(cloud):
+    """There are two taps, three rates and two decays; a last batch of 4 is left out."""
     train, queries = two_taps(cloud(100, 0)), two_taps(cloud(50, 1))
     wanted = [
         Head(tap, rate, decay)
@@ -86,7 +86,7 @@ def test_heads_together_are_the_head_alone(cloud):
             logits = alone(rows)
             assert torch.allclose(heads(rows)[:, number], logits, atol=1e-5), head
             assert torch.allclose(heads.weight[number], alone[1].weight, atol=1e-6)
-            assert logits.std() > 0.01  # it moved away from where all heads start
+            assert logits.std() > 0.01  # the head has moved away from its start
     assert not torch.allclose(together[WIDE].weight[2], together[WIDE].weight[5], atol=1e-3)
 
 
@@ -98,7 +98,7 @@ def test_only_chosen_images_are_learned_from(cloud):
     assert torch.allclose(found, slow_probe(train, head, chosen)(queries), atol=1e-5)
 
 
-def test_diverged_head_leaves_the_others_alone(cloud):
+def test_a_diverged_head_does_not_affect_the_others(cloud):
     train, queries = cloud(100, 0), cloud(50, 1).features
     calm, wild = Head(OUTPUT, 0.1), Head(OUTPUT, float("inf"))
     alone = train_heads(train, [calm], 4, SHORT, CPU)[OUTPUT](queries)[:, 0]
@@ -123,5 +123,5 @@ def test_grades_count_every_chosen_image_once(cloud, monkeypatch):
         found = grade_heads(heads, features, CPU, mask)[OUTPUT]
         for number in range(2):
             logits = heads[OUTPUT](features.features[kept])[:, number]
-            placed = ranks(logits, features.labels[kept])
-            assert found[number].tolist() == pytest.approx([top(placed, 1), top(placed, 5)])
+            placed = label_ranks(logits, features.labels[kept])
+            assert found[number].tolist() == pytest.approx([top_n(placed, 1), top_n(placed, 5)])

@@ -43,40 +43,40 @@ def test_neighbours_are_exact_in_any_chunk(search, k):
     for chunk in (1, 10, 1000):
         found = nearest(train, queries, k, chunk=chunk)
         assert torch.equal(found.queries, torch.arange(23))
-        assert torch.equal(found.numbers, wanted.indices[:, :k])
+        assert torch.equal(found.indices, wanted.indices[:, :k])
         torch.testing.assert_close(found.similarities, wanted.values[:, :k])
 
 
 @pytest.mark.parametrize("k", [1, 5, 24, 150])
-def test_of_equally_similar_images_the_first_ones_are_found(search, k):
+def test_the_first_of_equally_similar_images_are_found(search, k):
     train, queries = corners(200, 0), corners(16, 1)
     for others in (False, True):
         found = nearest(train, train if others else queries, k, others=others)
         cosines = ((train if others else queries) @ train.T / 4).tolist()
-        for row, numbers in enumerate(found.numbers.tolist()):
+        for row, numbers in enumerate(found.indices.tolist()):
             order = sorted(range(200), key=lambda i: -cosines[row][i])
             assert numbers == [i for i in order if not others or i != row][:k]
 
 
-def test_bank_may_lie_in_a_file(search, monkeypatch):
+def test_a_bank_in_a_file_finds_the_same(search, monkeypatch):
     train, queries = directions(100, 0), directions(23, 1)
     wanted = nearest(train, queries, 7)
-    monkeypatch.setattr("ldae.evals.features.IN_MEMORY", 0)
+    monkeypatch.setattr("ldae.evals.features.MAX_BYTES_IN_MEMORY", 0)
     found = nearest(train, queries, 7)
-    assert torch.equal(found.numbers, wanted.numbers)
+    assert torch.equal(found.indices, wanted.indices)
     assert torch.equal(found.similarities, wanted.similarities)
 
 
-def test_chosen_images_alone_are_found(search):
+def test_only_chosen_images_are_found(search):
     train, queries = directions(100, 0), directions(23, 1)
     chosen = torch.arange(100) % 3 == 1
     blocks = Bank(share(train), CPU, chosen).nearest(share(queries), 5)
-    found = torch.cat([block.numbers for block in blocks])
-    assert torch.equal(found, nearest(train[chosen], queries, 5).numbers * 3 + 1)
+    found = torch.cat([block.indices for block in blocks])
+    assert torch.equal(found, nearest(train[chosen], queries, 5).indices * 3 + 1)
 
 
-def test_ranks_whose_shares_differ_find_what_one_does(on_ranks):
-    """One has two images for ten neighbours; all cosines are negative, so nothing made up is near."""
+def test_ranks_with_unequal_shares_find_the_same_as_one_rank(on_ranks):
+    """One rank has 2 images for 10 neighbours. Cosines are negative: padding would come first."""
     train, queries = directions(40, 0).abs(), -directions(9, 1).abs()
     chosen = (torch.arange(40) % 2 == 0) | (torch.arange(40) < 4)  # 20 even numbers, and 1 and 3
     blocks = Bank(share(train), CPU, chosen).nearest(share(queries), 10)
@@ -88,11 +88,11 @@ def test_ranks_whose_shares_differ_find_what_one_does(on_ranks):
             bank = Bank(share(train[mine]), CPU, chosen)
             for chunk in (2, 100):
                 found = list(bank.nearest(share(queries[mine]), 10, chunk=chunk))
-                numbers, similarities = (
+                indices, similarities = (
                     torch.cat([getattr(block, name) for block in found])
-                    for name in ("numbers", "similarities")
+                    for name in ("indices", "similarities")
                 )
-                assert torch.equal(numbers, wanted.numbers[mine])
+                assert torch.equal(indices, wanted.indices[mine])
                 torch.testing.assert_close(similarities, wanted.similarities[mine])
 
     assert on_ranks(work) == ["", ""]

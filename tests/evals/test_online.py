@@ -1,4 +1,4 @@
-"""The online probes are MAE's recipe, whatever device and batch compute them."""
+"""The online probes follow MAE's recipe, on any device and with any batch size."""
 
 import math
 import multiprocessing
@@ -20,17 +20,17 @@ from ldae.distributed import process_group
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.heads import Heads
-from ldae.evals.online import forget, optimizer_of, sizes, train_online
+from ldae.evals.online import optimizer_of, remove_training, sizes, train_online
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
 CPU = torch.device("cpu")
-# At MAE's own rate so small a batch would hardly move the head.
+# At MAE's own rate a batch this small would hardly move the head.
 SHORT = MAEProtocol(blr=200.0, epochs=4, warmup_epochs=1, total_batch=24, batchnorm_batch=8)
 
 
 def mae_lars(weight, bias, moments, slopes, rate):
-    """util/lars.py's update in float64: the rate outside of the momentum, the bias not adapted."""
+    """Update as util/lars.py, in float64: the rate outside the momentum, the bias not adapted."""
     slope = slopes[0]
     if np.linalg.norm(weight) > 0 and np.linalg.norm(slope) > 0:
         slope = slope * 0.001 * np.linalg.norm(weight) / np.linalg.norm(slope)
@@ -40,7 +40,7 @@ def mae_lars(weight, bias, moments, slopes, rate):
         value -= rate * moment
 
 
-def test_lars_is_maes():
+def test_lars_equals_maes():
     rng = np.random.default_rng(0)
     heads = Heads(1, 5, 3, SHORT)
     optimizer = optimizer_of(heads, SHORT)
@@ -62,7 +62,7 @@ def test_lars_is_maes():
 
 
 def slow_probe(model, source, protocol) -> tuple[torch.nn.BatchNorm1d, torch.nn.Linear]:
-    """MAE's main_linprobe.py in float64, one of BatchNorm's batches after the other."""
+    """Train as MAE's main_linprobe.py, in float64, one of BatchNorm's batches after the other."""
     norm = torch.nn.BatchNorm1d(64, affine=False, eps=1e-6).double()
     linear = torch.nn.Linear(64, 3)
     generator = torch.Generator().manual_seed(protocol.seed)
@@ -107,7 +107,7 @@ def vit():
     return load_backbone("test_vit", random_init=True, img_size=16)
 
 
-def test_probe_is_maes_recipe_at_any_batch_of_the_device(vit, pictures, tmp_path):
+def test_probe_follows_maes_recipe_at_any_batch_size_of_the_device(vit, pictures, tmp_path):
     source = pictures(61)
     norm, linear = slow_probe(vit, source, SHORT)
     for batch_size in (3, 64):
@@ -127,17 +127,19 @@ def test_probe_is_maes_recipe_at_any_batch_of_the_device(vit, pictures, tmp_path
         "images_seen": 11 * 24,
     }
     start = Heads(1, 64, 3, SHORT).weight
-    assert (heads.weight - start).norm() > 0.1 * start.norm()  # it moved
+    assert (heads.weight - start).norm() > 0.1 * start.norm()  # the head has moved
 
 
-def test_batches_of_the_protocol_and_of_small_sets():
+def test_batch_sizes_of_the_protocol_and_of_small_sets():
     mae = MAEProtocol()
     assert sizes(1_281_167, mae)[:2] == (512, 32)
     assert sizes(1_281_167, mae).updates == 7038  # 90 epochs
     assert sizes(1348, mae) == (512, 2, 119)
     assert sizes(100, mae) == (100, 1, 90)
     assert sizes(1348, replace(mae, total_batch=128)) == (128, 1, 948)
-    with pytest.raises(InputError, match="total_batch 600 is no whole number of .* of 512"):
+    with pytest.raises(
+        InputError, match="total_batch 600 is not a multiple of BatchNorm's batch of 512"
+    ):
         sizes(1348, replace(mae, total_batch=600))
 
 
@@ -150,7 +152,7 @@ def test_other_optimizers_learn_too(vit, pictures, optimizer, tmp_path):
     assert not torch.allclose(heads.weight, Heads(1, 64, 3, protocol).weight, atol=1e-5)
 
 
-def test_features_that_are_not_finite_are_told(pictures, tmp_path):
+def test_features_that_are_not_finite_are_refused(pictures, tmp_path):
     model = load_backbone("pixels:16")
     model.forward = lambda images: images.flatten(1) / 0
     with pytest.raises(InputError, match="an augmented image of pictures in fp32 are not finite"):
@@ -159,7 +161,7 @@ def test_features_that_are_not_finite_are_told(pictures, tmp_path):
 
 @pytest.fixture
 def stopped_at():
-    """stopped_at(update): an encoder that gets Ctrl-C, or another signal, in the middle of it."""
+    """stopped_at(update): an encoder that gets Ctrl-C, or another signal, during that update."""
 
     def make(update: int, number: int = signal.SIGINT) -> Encoder:
         encoder = Encoder(load_backbone("test_vit", random_init=True, img_size=16), CPU)
@@ -177,7 +179,7 @@ def stopped_at():
     return make
 
 
-def test_a_stopped_or_killed_probe_goes_on_to_the_same_bits(vit, pictures, stopped_at, tmp_path):
+def test_a_stopped_or_killed_probe_resumes_to_the_same_bits(vit, pictures, stopped_at, tmp_path):
     source, encoder = pictures(61), Encoder(vit, CPU)
     whole, record = train_online(encoder, source, SHORT, 64, 0, tmp_path / "whole")
     folder = tmp_path / "parts"
@@ -190,7 +192,7 @@ def test_a_stopped_or_killed_probe_goes_on_to_the_same_bits(vit, pictures, stopp
     assert killed.exitcode == -signal.SIGKILL
     with pytest.raises(Interrupted, match="stopped at image 168 of 264"):
         train_online(stopped_at(3), source, SHORT, 64, 0, folder)
-    for _ in range(2):  # the second time it is all there
+    for _ in range(2):  # the second time nothing is left to do
         parts, other = train_online(encoder, source, SHORT, 64, 0, folder)
         assert other == record
         for name, value in whole.state_dict().items():
@@ -198,12 +200,12 @@ def test_a_stopped_or_killed_probe_goes_on_to_the_same_bits(vit, pictures, stopp
         encoder = stopped_at(1)
     assert [path.name for path in folder.iterdir()] == ["checkpoints"]
     kept = Checkpoints(folder).load()["model"]
-    assert kept.keys() == whole.state_dict().keys()  # and nothing of the encoder
-    forget(folder)
+    assert kept.keys() == whole.state_dict().keys()  # without the encoder
+    remove_training(folder)
     assert list(folder.iterdir()) == []
 
 
-def test_what_another_probe_kept_is_not_used(vit, pictures, stopped_at, tmp_path):
+def test_checkpoints_of_another_probe_are_not_used(vit, pictures, stopped_at, tmp_path):
     for protocol, count in ((SHORT, 61), (replace(SHORT, seed=1), 61), (SHORT, 60)):
         alone = tmp_path / f"seed {protocol.seed}, {count} images"
         whole, _ = train_online(Encoder(vit, CPU), pictures(count), protocol, 64, 0, alone)
@@ -215,8 +217,8 @@ def test_what_another_probe_kept_is_not_used(vit, pictures, stopped_at, tmp_path
         assert torch.equal(parts.weight, whole.weight)
 
 
-def test_two_ranks_go_on_for_one(vit, pictures, stopped_at, tmp_path, on_ranks):
-    """After 5 updates of 3 groups, where the second rank's turn is next."""
+def test_two_ranks_resume_what_one_rank_began(vit, pictures, stopped_at, tmp_path, on_ranks):
+    """The run stops after 5 updates of 3 groups, when the second rank is next."""
     source, encoder = pictures(61), Encoder(vit, CPU)
     whole, _ = train_online(encoder, source, SHORT, 64, 0, tmp_path / "whole")
     with pytest.raises(Interrupted, match="stopped at image 120 of"):
@@ -231,7 +233,7 @@ def test_two_ranks_go_on_for_one(vit, pictures, stopped_at, tmp_path, on_ranks):
 
 
 @pytest.mark.parametrize(("ranks", "groups", "each"), [(2, 2, 1), (2, 3, 3), (4, 6, 3)])
-def test_ranks_deal_the_groups_if_evenly(ranks, groups, each, vit, pictures, tmp_path, on_ranks):
+def test_ranks_share_the_groups_evenly(ranks, groups, each, vit, pictures, tmp_path, on_ranks):
     """With 6 groups on 4 ranks, two ranks compute the same half."""
     source, encoder = pictures(61), Encoder(vit, CPU)
     protocol = replace(SHORT, epochs=2, total_batch=8 * groups)
@@ -243,7 +245,7 @@ def test_ranks_deal_the_groups_if_evenly(ranks, groups, each, vit, pictures, tmp
         with process_group(CPU):
             found, _ = train_online(encoder, source, protocol, 64, 0, tmp_path / "ranks")
         assert calls == [8] * (record["images_seen"] // protocol.total_batch * each)
-        for name in ("running_mean", "running_var"):  # each group once, in their order
+        for name in ("running_mean", "running_var"):  # each group once, in order
             assert torch.equal(getattr(found.norm, name), getattr(whole.norm, name))
         for part, wanted in zip(found.parameters(), whole.parameters(), strict=True):
             assert (part - wanted).norm() < 1e-6 * wanted.norm()

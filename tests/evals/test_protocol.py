@@ -1,4 +1,4 @@
-"""A constant is written once: in a protocol, for the command line, suites and Python."""
+"""A constant is written once, in a protocol, for the command line, suites and Python."""
 
 import functools
 import inspect
@@ -19,10 +19,10 @@ from ldae.evals.protocol import Grader, flags
 from ldae.evals.suite import read_suite
 
 GRADERS = cli.graders()
-ALL = {**GRADERS, "grid": Grader("grid", grid)}  # which is for runs alone, so no suite has it
+ALL = {**GRADERS, "grid": Grader("grid", grid)}  # grid takes runs only, so no suite has it
 KINDS = [(verb, kind) for verb, grader in ALL.items() for kind in grader.protocols.values()]
 
-# Of every flag a value that is not its default.
+# For every flag a value that is not its default.
 OTHER = {
     "k": (3, 7), "temperature": 0.5, "leave_one_out": True, "shots": (2,), "draws": 3, "C": (0.5, 2.0),
     "learning_rates": (0.3, 3.0), "weight_decays": (0.1,), "epochs": 70, "total_batch": 1024,
@@ -62,9 +62,7 @@ def test_flags_are_the_fields_of_the_protocol_and_of_the_setup(verb, kind, capsy
 @pytest.mark.parametrize(("verb", "kind"), KINDS)
 def test_command_line_suite_and_python_make_the_same_protocol(verb, kind, tmp_path, monkeypatch):
     given = {name: OTHER[name] for name in flags(kind)}
-    given.pop(
-        "class_map" if "real_labels" in given else "", None
-    )  # of which one excludes the other
+    given.pop("class_map" if "real_labels" in given else "", None)  # which exclude each other
     called, original = [], ALL[verb].function
 
     @functools.wraps(original)
@@ -97,8 +95,8 @@ def test_a_changed_constant_is_recorded_as_modified(verb, kind, flag):
     assert changes(kind()) == []
 
 
-def test_results_say_the_same_however_a_grader_is_called(tmp_path, monkeypatch):
-    """With the seed of the setup, in the record and in the folder's name."""
+def test_results_do_not_depend_on_how_a_grader_is_called(tmp_path, monkeypatch):
+    """The record and the folder's name have the seed of the setup."""
     monkeypatch.chdir(tmp_path)
     how = ["--in-chans", "1", "--workers", "0", "--device", "cpu", "--seed", "3"]
     own = ["--k", "2", "5", "--shots", "1"]

@@ -1,4 +1,4 @@
-"""Rows of features lie where they fit, and leave nothing behind."""
+"""Rows of features are stored where they fit, and leave nothing behind."""
 
 import gc
 import os
@@ -9,20 +9,20 @@ import torch
 
 from ldae.errors import InputError
 from ldae.evals import features
-from ldae.evals.features import new_rows, rows_on
+from ldae.evals.features import allocate_rows, move_if_small
 
 
-def test_many_rows_lie_in_a_file_that_has_no_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "IN_MEMORY", 4000)
+def test_many_rows_lie_in_an_unnamed_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MAX_BYTES_IN_MEMORY", 4000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mapped = f"{tmp_path}/"
-    rows = new_rows(100, 10)
+    rows = allocate_rows(100, 10)
     maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else mapped
     assert mapped in maps and not list(tmp_path.iterdir())
     assert rows.shape == (100, 10) and rows.dtype == torch.float32 and not rows.any()
     rows[torch.tensor([3, 99])] = 7.0
     assert rows.sum() == 140
-    assert rows_on(rows, torch.device("meta")) is rows
+    assert move_if_small(rows, torch.device("meta")) is rows
     if os.path.exists("/proc/self/maps"):
         del rows
         gc.collect()
@@ -30,17 +30,17 @@ def test_many_rows_lie_in_a_file_that_has_no_name(tmp_path, monkeypatch):
 
 
 def test_few_rows_lie_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "IN_MEMORY", 4001)
+    monkeypatch.setattr(features, "MAX_BYTES_IN_MEMORY", 4001)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
-    assert rows_on(new_rows(100, 10), torch.device("meta")).is_meta
+    assert move_if_small(allocate_rows(100, 10), torch.device("meta")).is_meta
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features, "IN_MEMORY", 0)
+    monkeypatch.setattr(features, "MAX_BYTES_IN_MEMORY", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match="no room for features of .*No space left.*set TMPDIR"):
-        new_rows(100, 10)
+        allocate_rows(100, 10)

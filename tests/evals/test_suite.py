@@ -1,4 +1,4 @@
-"""A suite is every combination, and what it does not know is told by file and key."""
+"""A suite is every combination; errors name the file and the key."""
 
 from pathlib import Path
 
@@ -67,14 +67,14 @@ def test_cells_are_every_combination(read, tmp_path):
     assert cells[2].results == tmp_path / "out" / "pixels-8" / "b" / "fast" / "results.json"
 
 
-def test_controls_are_said_once(read):
-    """Of the command line's backbones, or of the suite's."""
+def test_random_init_on_the_command_line_does_not_apply_to_the_suites_backbones(read):
+    """Each group of backbones has its own switch for the untrained control."""
     cells = read(SUITE.replace("random_init = true", ""), random_init=True)
     assert [c.setup.random_init for c in cells] == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("[data.a]", "[dta.a]", "the suite has no setting 'dta'; the nearest is 'data'"),
         ("k = [10, 20]", "kk = [10]", r"\[protocols.knn\] has no setting 'kk'; the nearest is 'k'"),
@@ -91,9 +91,9 @@ def test_controls_are_said_once(read):
         ("epochs = 2", "epochs = 0", r"\[protocols.fast\]: epochs must be at least 1, not 0"),
         ("epochs = 2", "weight_decays = []", "weight_decays must name at least one"),
         ("epochs = 2", "protocol = 'mea'", "linear has no protocol 'mea'; the nearest is 'mae'"),
-        ("epochs = 2", "protocol = 'mae'", "pools is no setting of the protocol mae of linear"),
+        ("epochs = 2", "protocol = 'mae'", "the protocol mae of linear has no setting pools"),
         ("epochs = 2", "in_chans = 0", r"\[protocols.fast\] in_chans must be at least 1, not 0"),
-        ('"linear"', '"lienar"', r"\[protocols.fast\] has the verb 'lienar', and there are knn, lin"),
+        ('"linear"', '"lienar"', r"\[protocols.fast\] has the verb 'lienar', and there are knn"),
         ('"linear"', '["linear"]', r"\[protocols.fast\] has the verb \['linear'\]"),
         ("[protocols.fast]\nverb", "[protocols.fast]\n#", "has the verb 'fast', and there are"),
         ('["b"]', '["c"]', r"\[protocols.fast\] names the data 'c', and there are a, b"),
@@ -109,17 +109,19 @@ def test_controls_are_said_once(read):
         (SUITE, "[data.a]\ntrain='digits'", r"there is no table \[protocols.NAME\]"),
         (SUITE, "data = 3", r"there is no table \[data.NAME\]"),
         (SUITE, "[data]\na = 3\n[protocols.knn]", r"\[data.a\] must be a table, not 3"),
-        (SUITE, "[data.a]\ntrain='digits'\n[protocols]\nknn = 3", r"\[protocols.knn\] must be a table"),
+        (SUITE, "[data.a]\ntrain='d'\n[protocols]\nknn = 3", r"\[protocols.knn\] must be a table"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told(old, new, told, read, tmp_path):
+def test_mistakes_are_refused_by_file_and_key(old, new, message, read, tmp_path):
     assert old in SUITE
-    with pytest.raises(InputError, match=f"^suite .*my.toml: .*{told}"):
+    with pytest.raises(InputError, match=f"^suite .*my.toml: .*{message}"):
         read(SUITE.replace(old, new, 1))
 
 
-def test_backbones_need_names_of_their_own(read, tmp_path):
-    with pytest.raises(InputError, match="two backbones are called pixels-8: give one a name"):
+def test_backbones_need_distinct_names(read, tmp_path):
+    with pytest.raises(
+        InputError, match="two backbones are called pixels-8: give one another name"
+    ):
         read(SUITE, specs=("pixels:8", "pixels:8"))
     with pytest.raises(InputError, match="name a backbone on the command line, or in"):
         read(SUITE.split("[data.a]")[1].join(["[data.a]", ""]), specs=())

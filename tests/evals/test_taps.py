@@ -1,4 +1,4 @@
-"""A tap is what the backbone has at that place, however many are read in one pass."""
+"""A tap equals the backbone's features there, however many taps are read in one pass."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def read(model, taps):
 
 
 def outputs_of(model, blocks):
-    """What hooks see after these modules, and the model's output."""
+    """Return the outputs of these modules, by hooks, and the model's output."""
     seen = []
     hooks = [block.register_forward_hook(lambda *call: seen.append(call[2])) for block in blocks]
     with torch.inference_mode():
@@ -29,7 +29,7 @@ def outputs_of(model, blocks):
 
 
 def test_taps_of_a_vit_are_its_tokens_pooled():
-    model = load_backbone("test_vit", random_init=True, img_size=32)  # which has a class token
+    model = load_backbone("test_vit", random_init=True, img_size=32)  # a model with a class token
     taps = (
         Tap(),
         Tap(-1, "cls"),
@@ -47,7 +47,7 @@ def test_taps_of_a_vit_are_its_tokens_pooled():
     wanted = (final, last[:, 0], avg, cls, torch.cat([cls, avg], 1), last[:, 1:].mean(1))
     for tap, one, other in zip(taps, found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=str(tap))
-    assert width == 5 * 64  # cls and avg of blocks 2 and 5, and the output: nothing twice
+    assert width == 5 * 64  # cls and avg of blocks 2 and 5, and the output, each once
 
 
 def test_taps_of_a_convolutional_network_are_its_stages_averaged():
@@ -65,22 +65,22 @@ def test_a_pass_for_early_blocks_stops_there():
 
 
 @pytest.mark.parametrize(
-    ("name", "tap", "told"),
+    ("name", "tap", "message"),
     [
         ("test_vit", Tap(6, "avg"), "test_vit has blocks 0 to 5, and no block 6"),
         ("test_vit", Tap(0), "block 0 has no pooling of its own: ask for avg, cls or cls"),
         ("test_vit2", Tap(0, "cls"), "test_vit2 has no class token: pool by avg"),
         ("test_resnet", Tap(0, "cls+avg"), "test_resnet has no class token: pool by avg"),
-        ("pixels:8", Tap(0, "avg"), "pixels gives its output alone, not block 0, avg"),
+        ("pixels:8", Tap(0, "avg"), "pixels gives only its output, not block 0, avg"),
     ],
 )
-def test_what_a_backbone_has_not_is_told(name, tap, told):
+def test_what_a_backbone_lacks_is_refused(name, tap, message):
     backbone = load_backbone(name, random_init=name != "pixels:8")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         TapReader(backbone, (tap,))
 
 
-def test_an_output_that_differs_beside_the_blocks_is_told(monkeypatch):
+def test_an_output_that_changes_when_blocks_are_read_is_refused(monkeypatch):
     model = load_backbone("test_vit", random_init=True, img_size=32)
     given = model.forward_intermediates
 
@@ -89,5 +89,5 @@ def test_an_output_that_differs_beside_the_blocks_is_told(monkeypatch):
         return 2 * final, found
 
     monkeypatch.setattr(model, "forward_intermediates", doubled)
-    with pytest.raises(InputError, match="gives another output beside its blocks than alone"):
+    with pytest.raises(InputError, match="gives another output when its blocks are read too"):
         read(model, (Tap(), Tap(0, "avg")))
