@@ -1,4 +1,4 @@
-"""Train in a run folder: the loop over a source of images."""
+"""Training in a run folder, on a source of images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -34,10 +34,12 @@ def train_in(
     compiled: bool = False,
     hooks: tuple[Hook, ...] = (),
 ) -> nn.Module:
-    """Train ``model`` in the run folder on the images of ``source``, see ``Loop``.
+    """Train ``model`` on ``source`` and write checkpoints and metrics to ``run``, see ``Loop``.
 
-    ``transform`` is applied to each image in the loader, and ``mixing`` to each batch before the
-    model sees it. ``row`` names what is trained in the records.
+    Args:
+        row: the name of the trained model in the records.
+        transform: applied to each image by the loader.
+        mixing: applied to each batch before the model sees it.
     """
 
     def batches_from(start: int) -> Iterator[Batch]:
@@ -55,7 +57,7 @@ def train_in(
             bad_images=config.data.bad_images,
             pin_memory=device.type == "cuda",
         )
-        return _mixed(batches, mixing) if mixing else batches
+        return _mix(batches, mixing) if mixing else batches
 
     def open_metrics(seen: int) -> Metrics:
         print_main(f"{run}: {row}, {plan.total:,} images in {plan.steps:,} steps, from {seen:,}")
@@ -82,26 +84,26 @@ def train_in(
     ).train()
 
 
-def _mixed(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterator[Batch]:
+def _mix(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterator[Batch]:
     with closing(batches):
         for batch in batches:
             yield mixing(batch)
 
 
 def transform_of(config: Config) -> CropTransform:
-    """Return the crop of the training images."""
+    """Return the transform of the training images."""
     data = config.data
     return CropTransform(data.img_size, data.in_chans, data.crop, data.flip)
 
 
 def runs_in_bf16(precision: str, device: torch.device) -> bool:
-    """Return whether the network runs in bfloat16; ``auto``: where the device has it natively."""
+    """Return whether the network runs in bfloat16; ``auto``: if the device supports it natively."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def compiles(mode: str, device: torch.device) -> bool:
