@@ -17,6 +17,7 @@ from ldae.runs.folder import NAMES_HASH, Settings, names_hash
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config, OptimSettings
 from ldae.train.loop import Hook, Loop, Plan
+from ldae.train.optim import peak_lr
 
 
 def train_in(
@@ -88,6 +89,17 @@ def _mix(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterator
     with closing(batches):
         for batch in batches:
             yield mixing(batch)
+
+
+def describe_training(
+    plan: Plan, optim: OptimSettings, bf16: bool, device: torch.device
+) -> dict[str, str]:
+    """Return what a dry run prints about a training."""
+    return {
+        "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
+        "learning rate": f"{peak_lr(optim):.3g} at its peak",
+        "computed in": f"{'bfloat16' if bf16 else 'float32'} on {device}",
+    }
 
 
 def transform_of(config: Config) -> CropTransform:

@@ -81,7 +81,7 @@ class State:
         return part if like is None else self.parallel.shard(part, like)
 
     def reset_counts(self) -> None:
-        """Reset the counters that modules keep as plain numbers, such as TokenizerLoss its calls.
+        """Reset the counters that modules keep as plain numbers, as TokenizerLoss does.
 
         No checkpoint holds these counters, and they are right only if no batch is left out.
         """
