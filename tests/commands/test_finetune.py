@@ -270,8 +270,8 @@ def test_the_command_line_uses_the_recipe_of_the_size(exported, tmp_path, capsys
     assert "layer_decay: 0.65" in capsys.readouterr().out
     for wrong, sentence in (
         ([*argv, "--recipe", "mea"], "no recipe 'mea'; the nearest is 'mae'"),
-        (argv, "say what and how: ldae finetune BACKBONE --recipe NAME"),
-        ([*argv[2:], "--recipe", "mae"], "say what and how"),
+        (argv, "name a backbone and a recipe: ldae finetune BACKBONE --recipe NAME"),
+        ([*argv[2:], "--recipe", "mae"], "name a backbone and a recipe"),
     ):
         assert cli.main(["finetune", *wrong[wrong[0] == "finetune" :]]) == 2
         error = capsys.readouterr().err
