@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["Config", "config", "load_backbone", "__version__"]
 __version__ = metadata.version("ldae")
-_HOMES = {
+_MODULES = {
     "Config": "ldae.settings",
     "config": "ldae.trajectory",
     "load_backbone": "ldae.backbones.open",
@@ -18,9 +18,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: torch and timm take seconds to import, and `ldae --help` needs neither.
-    if name in _HOMES:
+    # Imported when used: torch and timm take seconds, and `ldae --help` needs neither.
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'ldae' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: a verb, then the arguments of the function behind it."""
+"""The command line: the name of a command, and the arguments of its function."""
 
 import argparse
 import functools
@@ -17,60 +17,59 @@ from ldae.train.interrupt import SIGNALS, Interrupted
 if TYPE_CHECKING:
     from ldae.evals.protocol import Grader
 
-# Verbs that take ROW, --scale, all settings and --run -> the kind of their runs.
-_OF_A_ROW = {"pretrain": "pretraining", "fit-tokenizer": "tokenizer"}
+_KIND_OF_RUN = {"pretrain": "pretraining", "fit-tokenizer": "tokenizer"}  # commands that take a row
 _WITHOUT_JOBS = ("jobs", "show", "diff")
 _NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # parts of a docstring
 
-# What each command does. A command is the function of its name in the file of its name, and nothing
-# is imported before it is called.
+# The function of a command has the command's name and lies in the file of that name. The file is
+# imported when the command is called.
 GRADERS = {
-    "knn": "grade a backbone by its nearest neighbours",
-    "linear": "grade a backbone by a linear probe",
-    "logreg": "grade a backbone by logistic regression",
-    "retrieve": "grade a backbone by retrieval: mAP and recall",
-    "segment": "grade a backbone's token map: mean IoU",
-    "validate": "measure a classifier's accuracy: robustness sets, real labels, corruptions",
+    "knn": "evaluate a backbone: accuracy of nearest neighbours",
+    "linear": "evaluate a backbone: accuracy of a linear probe",
+    "logreg": "evaluate a backbone: accuracy of logistic regression, also few-shot",
+    "retrieve": "evaluate a backbone: mAP and recall of image retrieval",
+    "segment": "evaluate a backbone: mean IoU of semantic segmentation",
+    "validate": "measure a classifier's accuracy, also on robustness sets and corrupted images",
 }
-"""The commands with a protocol, which a suite may name too."""
-VERBS = {
+"""The commands with a protocol, which may be part of a suite."""
+COMMANDS = {
     "pretrain": "pre-train a row of the paper; the same command resumes",
-    "fit-tokenizer": "fit or train a row's tokenizer by itself; the same command resumes",
-    **GRADERS,
-    "evaluate": "run a suite of these for many backbones into one table; the same command goes on",
+    "fit-tokenizer": "fit or train only the tokenizer of a row; the same command resumes",
     "finetune": "fine-tune a backbone by a recipe; the same command resumes",
-    "grid": "probe a run at every t and after every block",
-    "fid": "measure how far images are from a reference set",
-    "sample": "sample images from a run: a grid, a folder or a file.npz",
-    "export": "write a run's backbone as a folder for timm and the hub",
-    "submit": "send a pre-training and what follows it to a cluster",
-    "jobs": "list the jobs that run, wait and failed",
-    "show": "show the paper's trajectory, or one row's configuration",
-    "diff": "show what differs between two rows",
-    "demo": "run everything in minutes, on built-in data",
+    **GRADERS,
+    "evaluate": "evaluate many backbones on many data sets, into one table; resumes too",
+    "grid": "probe the encoder of a run at many noise levels and after every block",
+    "fid": "measure the FID of generated images to reference images",
+    "sample": "generate images from a run: a grid, a folder or a file.npz",
+    "export": "write the backbone of a run as a folder for timm and the hub",
+    "submit": "send a pre-training and its evaluations to a cluster",
+    "jobs": "list the running, waiting and failed jobs",
+    "show": "show the rows of the paper, or the settings of one row",
+    "diff": "show the settings that differ between two rows",
+    "demo": "run everything in minutes, on built-in images",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    The exit status is 0, 2 for wrong input, ``LOST_RANK`` for a lost process of the same run, or 128
-    + the signal that stopped it.
+    Returns: the exit status, which is 0, 2 for wrong input, ``LOST_RANK`` for a lost rank, or 128 +
+        the number of the signal that stopped the command.
     """
-    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if verb in ("-h", "--help", "help"):
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help", "help"):
         print(_usage())
         return 0
-    if verb == "--version":
+    if command == "--version":
         from ldae import __version__
 
         print(__version__)
         return 0
-    if verb not in VERBS:
-        return _refuse(str(_no_command(verb)))
+    if command not in COMMANDS:
+        return _refuse(str(_no_command(command)))
     try:
         with _stopped_by_schedulers():
-            _run(verb, rest)
+            _run(command, rest)
     except LostRank as error:
         _refuse(str(error))
         return LOST_RANK
@@ -90,15 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _stopped_by_schedulers() -> Iterator[None]:
-    """What a scheduler sends ends a command as Ctrl-C does: its workers end with it."""
-    asked = set(SIGNALS) - {signal.SIGINT}
+    """End the command after a signal of a scheduler as after Ctrl-C, together with its workers."""
+    signals = set(SIGNALS) - {signal.SIGINT}
 
     def stop(number: int, frame: object) -> None:
-        for again in asked:  # it comes more than once, and would break into the end of the command
-            signal.signal(again, signal.SIG_IGN)
+        for other in signals:  # a scheduler repeats its signals, which would interrupt the cleanup
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    previous = {number: signal.signal(number, stop) for number in asked}
+    previous = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
     finally:
@@ -106,67 +105,66 @@ def _stopped_by_schedulers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(verb: str, argv: Sequence[str]) -> None:
-    """Call the function of a verb here, or send the command to where its flags of --slurm say."""
+def _run(command: str, argv: Sequence[str]) -> None:
+    """Run a command here, or send it to a cluster if it has flags of --slurm."""
     from ldae.cluster.send import log_path, send
     from ldae.cluster.settings import FLAG, folder_of, parse_flags, split_flags
 
-    own, flags = split_flags(argv)
-    if _asks_help(own) and verb not in _WITHOUT_JOBS:
+    argv, flags = split_flags(argv)
+    if _asks_help(argv) and command not in _WITHOUT_JOBS:
         try:
-            _call(verb, own)
+            _call(command, argv)
         finally:
-            parse_flags(["--help"], prog=f"ldae {verb} ...")
-    elif verb == "submit":
-        _call(verb, own, functools.partial(_function(verb), flags=flags))
+            parse_flags(["--help"], prog=f"ldae {command} ...")
+    elif command == "submit":
+        _call(command, argv, functools.partial(_function(command), flags=flags))
     elif flags:
-        if verb in _WITHOUT_JOBS:
-            raise InputError(f"`ldae {verb}` answers at once, here; it takes no {FLAG}")
-        settings = parse_flags(flags, prog=f"ldae {verb} ...")
-        parse(verb, own)  # what it refuses is told now, and not by a job that has waited for hours
-        (job,) = send([[verb, *own]], settings, folder_of(settings, own))
-        print(f"job {job.job_id}: ldae {verb}; its log is {log_path(job)}", flush=True)
+        if command in _WITHOUT_JOBS:
+            raise InputError(f"`ldae {command}` takes no {FLAG}: it is done in a moment")
+        settings = parse_flags(flags, prog=f"ldae {command} ...")
+        parse(command, argv)  # refuse wrong arguments before the job waits for hours
+        (job,) = send([[command, *argv]], settings, folder_of(settings, argv))
+        print(f"job {job.job_id}: ldae {command}; its log is {log_path(job)}", flush=True)
         if settings.cluster == "debug":
             job.results()
     else:
-        _call(verb, own)
+        _call(command, argv)
 
 
-def parse(verb: str, argv: Sequence[str]) -> None:
-    """Check a command line without running it.
+def parse(command: str, argv: Sequence[str]) -> None:
+    """Check the arguments of a command without running it.
 
-    Raises: InputError and SystemExit as the command itself would, for what its parser refuses and
-        for a setting with a value that it does not take.
+    Raises: InputError and SystemExit, as the command, for wrong arguments and values of settings.
     """
     from dataclasses import is_dataclass
 
     from ldae.tree import check
 
-    if verb not in VERBS:
-        raise _no_command(verb)
-    if verb == "finetune":  # whose backbone would be opened for its size, and may not be there yet
+    if command not in COMMANDS:
+        raise _no_command(command)
+    if command == "finetune":  # with a size, the backbone is not opened, which may not exist yet
         argv = ["--size", "B", *argv]
 
-    @functools.wraps(_function(verb))
+    @functools.wraps(_function(command))
     def check_settings(*args: object, **kwargs: object) -> None:
         for settings in filter(is_dataclass, (*args, *kwargs.values())):
             check(settings)
 
-    _call(verb, argv, check_settings)
+    _call(command, argv, check_settings)
 
 
-def _no_command(verb: str) -> InputError:
-    return unknown("there is no command", verb, VERBS, " (`ldae --help`)")
+def _no_command(command: str) -> InputError:
+    return unknown("there is no command", command, COMMANDS, " (`ldae --help`)")
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:<14} {what}" for verb, what in VERBS.items())
+    commands = "\n".join(f"  {name:<14} {summary}" for name, summary in COMMANDS.items())
     return (
         "usage: ldae COMMAND ...\n\n"
         "Pre-train image encoders by latent denoising (l-DAE); export them to timm.\n\n"
-        f"{verbs}\n\n"
-        "`ldae COMMAND --help` lists a command's settings; `ldae COMMAND ... --slurm` sends it to a "
-        "cluster.\n"
+        f"{commands}\n\n"
+        "`ldae COMMAND --help` lists a command's settings; `ldae COMMAND ... --slurm` sends it "
+        "to a cluster.\n"
         "Start with: ldae demo, or ldae pretrain l_dae --scale small --data DIR --run runs/first"
     )
 
@@ -176,17 +174,17 @@ def _refuse(sentence: str) -> int:
     return 2
 
 
-def _call(verb: str, argv: Sequence[str], function: Callable | None = None) -> None:
-    """Call a verb's function, or another of its signature, with a command line's arguments."""
-    function = function or _function(verb)
-    if verb in _OF_A_ROW:
-        _call_with_row(verb, argv, function)
-    elif verb == "finetune":
-        _call_with_recipe(verb, argv, function)
-    elif verb in GRADERS:
-        _call_with_protocol(verb, argv, function)
+def _call(command: str, argv: Sequence[str], function: Callable | None = None) -> None:
+    """Call a command's function, or ``function`` in its place, with command line arguments."""
+    function = function or _function(command)
+    if command in _KIND_OF_RUN:
+        _call_with_row(command, argv, function)
+    elif command == "finetune":
+        _call_with_recipe(command, argv, function)
+    elif command in GRADERS:
+        _call_with_protocol(command, argv, function)
     else:
-        _parse(verb, argv, function)
+        _parse(command, argv, function)
 
 
 def _parse(
@@ -196,70 +194,70 @@ def _parse(
     description: str | None = None,
     prefixes: bool = False,
 ) -> None:
-    """Call a function with the arguments of a command line.
+    """Call a function with command line arguments.
 
-    ``prefixes``: the fields of a settings class are flags under its name and a dot.
+    With ``prefixes``, the flag of a setting is its dotted name; otherwise its last part.
     """
     import tyro
 
     config = [tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed]
     config += [] if prefixes else [tyro.conf.OmitArgPrefixes]
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-    does = [" ".join(part.split()) for part in paragraphs if not part.startswith(_NOT_IN_HELP)]
+    paragraphs = [" ".join(p.split()) for p in paragraphs if not p.startswith(_NOT_IN_HELP)]
     tyro.cli(
         function,
         prog=f"ldae {prog}",
         args=argv,
-        description=description or "\n\n".join(does),
+        description=description or "\n\n".join(paragraphs),
         config=config,
     )
 
 
-def _function(verb: str) -> Callable:
-    name = verb.replace("-", "_")
+def _function(command: str) -> Callable:
+    name = command.replace("-", "_")
     return getattr(import_module(f"ldae.commands.{name}"), name)
 
 
 def graders() -> dict[str, "Grader"]:
-    """Return the commands with a protocol by name, for suites and for Python."""
+    """Return the commands with a protocol by name."""
     from ldae.evals.protocol import Grader
 
-    return {verb: Grader(verb, _function(verb)) for verb in GRADERS}
+    return {name: Grader(name, _function(name)) for name in GRADERS}
 
 
-def _call_with_protocol(verb: str, argv: Sequence[str], function: Callable) -> None:
-    """The fields of the protocol are flags, so ``--protocol`` is read first where there are several."""
+def _call_with_protocol(command: str, argv: Sequence[str], function: Callable) -> None:
+    """Read ``--protocol`` first where there are several, as its fields become flags."""
     import tyro
 
     from ldae.evals.protocol import Grader
 
-    grader = Grader(verb, function)
+    grader = Grader(command, function)
     kinds = grader.protocols
     named = _read_options(argv, protocol="")[0].protocol if len(kinds) > 1 else ""
-    flags = (word[2:].partition("=")[0] for word in argv if word.startswith("--"))
-    kind = grader.choose(named, (flag.replace("-", "_") for flag in flags))
+    words = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    kind = grader.choose(named, (word[2:].replace("-", "_") for word in words))
 
     def call(*args: object, name: str = kind.name, **kwargs: object) -> None:
         function(*args, **kwargs)
 
-    # The protocol has no default here, so that it knows what was given and what was not.
+    # Without a default, so that the protocol itself sets the fields that are not given.
     parameters = dict(inspect.signature(function).parameters)
     parameters["protocol"] = parameters["protocol"].replace(default=inspect.Parameter.empty)
     types = get_type_hints(function, include_extras=True) | {"protocol": kind}
     if len(kinds) > 1:
         parameters["name"] = inspect.signature(call).parameters["name"]
-        does = "; ".join(
+        summary = "; ".join(
             f"{name}: {part.__doc__.splitlines()[0][:-1]}" for name, part in kinds.items()
         )
-        option = tyro.conf.arg(name="protocol", help=f"{does}. With --help: lists its settings.")
+        option = tyro.conf.arg(name="protocol", help=f"{summary}. With --help: lists its settings.")
         types["name"] = Annotated[Literal[tuple(kinds)], option]
     call.__doc__, call.__annotations__ = function.__doc__, types
     call.__signature__ = inspect.Signature(list(parameters.values()))
-    _parse(verb, argv, call)
+    _parse(command, argv, call)
 
 
-def _call_with_row(verb: str, argv: Sequence[str], function: Callable) -> None:
-    """The settings' defaults are those of the row and the scale, so these two are read first."""
+def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> None:
+    """Read the row and ``--scale`` first, as they set the settings' defaults."""
     from ldae import trajectory
     from ldae.runs import kinds
 
@@ -267,54 +265,58 @@ def _call_with_row(verb: str, argv: Sequence[str], function: Callable) -> None:
     row = _pop_positional(rest)
     if row is None and not _asks_help(rest):
         raise InputError(
-            f"say which row of the paper: ldae {verb} l_dae ... (`ldae show` lists all)"
+            f"name a row of the paper: ldae {command} l_dae ... (`ldae show` lists the rows)"
         )
     if row and Path(row).suffix in (".yaml", ".yml"):
-        base = kinds.load(Path(row), _OF_A_ROW[verb], trajectory.config("l_dae", chosen.scale))
+        base = kinds.load(
+            Path(row), _KIND_OF_RUN[command], trajectory.config("l_dae", chosen.scale)
+        )
     else:
         base = trajectory.config(row or "l_dae", chosen.scale)
         row = trajectory.row(row or "l_dae").name
     _call_with_settings(
-        verb,
+        command,
         function,
         rest,
         base,
         row,
         usage="ROW [--scale SCALE]",
-        what="ROW (a name or number of `ldae show`, or a .yaml file of settings) at SCALE "
+        argument="ROW (a name or number of `ldae show`, or a .yaml file of settings) at SCALE "
         f"({', '.join(trajectory.SCALES)})",
     )
 
 
-def _call_with_recipe(verb: str, argv: Sequence[str], function: Callable) -> None:
-    """The settings' defaults are those of the recipe for the size of the backbone."""
+def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> None:
+    """Read the backbone, ``--recipe`` and ``--size`` first, as they set the settings' defaults."""
     from ldae.finetuning import recipes
     from ldae.tree import replace
 
     chosen, rest = _read_options(argv, recipe="", size="")
     backbone = _pop_positional(rest)
-    names = ", ".join(found.name for found in recipes.RECIPES)
+    names = ", ".join(recipe.name for recipe in recipes.RECIPES)
     if _asks_help(rest):
         base = recipes.config(chosen.recipe or "mae", chosen.size or "B")
     elif backbone is None or not chosen.recipe:
-        raise InputError(f"say what and how: ldae {verb} BACKBONE --recipe NAME ... ({names})")
+        raise InputError(
+            f"name a backbone and a recipe: ldae {command} BACKBONE --recipe NAME ... ({names})"
+        )
     else:
-        recipes.find_recipe(chosen.recipe)  # told before anything is opened
+        recipes.find_recipe(chosen.recipe)  # refuse a wrong name before the backbone is opened
         size = chosen.size or recipes.default_size(backbone)
         base = replace(recipes.config(chosen.recipe, size), {"backbone": backbone})
     _call_with_settings(
-        verb,
+        command,
         function,
         rest,
         base,
         usage="BACKBONE --recipe NAME [--size SIZE]",
-        what="BACKBONE (a run folder, an exported folder, a timm name or NAME@FILE) by the recipe "
-        f"NAME ({names}) with its constants for SIZE (B, L or H; by default by the backbone's width)",
+        argument="BACKBONE (a run folder, an exported folder, a timm name or NAME@FILE) by the "
+        f"recipe NAME ({names}) for SIZE (B, L or H; by default from the backbone's width)",
     )
 
 
 def _read_options(argv: Sequence[str], **options: str) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options on which the defaults of the settings depend, and the other words."""
+    """Return these options and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in options.items():
         parser.add_argument(f"--{name}", default=default)
@@ -330,28 +332,31 @@ def _asks_help(argv: Sequence[str]) -> bool:
 
 
 def _call_with_settings(
-    verb: str,
+    command: str,
     function: Callable,
     argv: Sequence[str],
     base: object,
     *more: object,
     usage: str,
-    what: str,
+    argument: str,
 ) -> None:
-    """Call the ``function`` of ``verb`` with ``base`` changed by the command line, and ``more``."""
+    """Call ``function`` with ``base`` changed by command line arguments, ``--run`` and ``more``.
+
+    ``argument`` describes the positional argument in the help.
+    """
     import tyro
 
     def call(
         config: Annotated[type(base), tyro.conf.arg(name="")] = base,
         *,
-        run: Annotated[Path, tyro.conf.arg(help="The run folder, new or to go on with.")],
+        run: Annotated[Path, tyro.conf.arg(help="The run folder, new or to resume.")],
         dry_run: Annotated[
-            bool, tyro.conf.arg(help="Print the configuration and the plan, and stop.")
+            bool, tyro.conf.arg(help="Print the settings and the plan, and stop.")
         ] = False,
     ) -> None:
         function(config, run, *more, dry_run)
 
-    does = VERBS[verb].partition(";")[0]
-    description = f"{does[0].upper()}{does[1:]}: {what} in the folder of --run. "
+    summary = COMMANDS[command].partition(";")[0]
+    description = f"{summary.capitalize()}: {argument} in the folder of --run. "
     description += "The same command again resumes."
-    _parse(f"{verb} {usage}", argv, call, description, prefixes=True)
+    _parse(f"{command} {usage}", argv, call, description, prefixes=True)

@@ -1,11 +1,11 @@
-"""Small configurations and images that many tests share."""
+"""Fixtures that many tests share: small settings, images, runs and ranks."""
 
 import multiprocessing
 import os
 import socket
 from multiprocessing import connection
 
-# One thread each, for here and for the commands that tests start: tests run beside each other.
+# One thread for each test and for the commands that it starts, since tests run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -50,13 +50,13 @@ TINY = {
 }
 
 
-# tokenizer.dim of tokenizers that cannot have 6 numbers.
+# tokenizer.dim for tokenizers that cannot have 6 numbers a token.
 _DIMS = {"conv_vae": 8, "pixel": 192}
 
 
 @pytest.fixture(autouse=True)
 def no_cached_weights(monkeypatch, tmp_path_factory):
-    """Hide earlier downloads of the machine from the tests."""
+    """Hide the machine's downloaded weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch-home"))
 
 
@@ -77,7 +77,7 @@ def tiny():
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """Eight uint8 images (8, 3, 32, 32) with structure: smooth waves of random direction."""
+    """Eight uint8 images (8, 3, 32, 32) of smooth waves with random directions."""
     generator = torch.Generator().manual_seed(1)
     axis = torch.linspace(0, 6, 32)
     weights = torch.randn(8, 3, 3, generator=generator)
@@ -88,7 +88,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def fitted(images):
-    """fitted(tokenizer): fit it on the images or other batches, without training by gradients."""
+    """fitted(tokenizer, batches): fit the statistics of a tokenizer, and return it."""
 
     def fit(tokenizer: Tokenizer, batches=(images,)) -> Tokenizer:
         if tokenizer.trained:
@@ -103,7 +103,7 @@ def fitted(images):
 
 @pytest.fixture
 def awake():
-    """awake(module): every parameter random, so that no zero gate hides a part of the network."""
+    """awake(module): make every parameter random, so that no zero gate hides a block."""
 
     def randomise(module: torch.nn.Module) -> torch.nn.Module:
         generator = torch.Generator().manual_seed(2)
@@ -118,7 +118,7 @@ def awake():
 
 @pytest.fixture
 def method(tiny, images, awake, fitted):
-    """method(row): a method of random weights, its tokenizer fitted."""
+    """method(row): a method with random weights and a fitted tokenizer."""
 
     def make(row="l_dae", num_classes=0, **changes):
         method = build(tiny(row, **changes), num_classes=num_classes)
@@ -147,8 +147,11 @@ def run(method, tiny, tmp_path):
 
 @pytest.fixture
 def on_ranks():
-    """on_ranks(function): call it as each of two ranks, in separate processes, and return what they
-    raised, in words; None for a rank that runs ``seconds`` longer than the first and is killed."""
+    """on_ranks(function): call a function on two ranks, each in a process, and return their errors.
+
+    An error is a string, empty if there is none. A rank that has not ended ``seconds`` after the
+    first one is killed, and its error is None.
+    """
 
     def run(function, ranks: int = 2, seconds: float = 60) -> list[str | None]:
         with socket.socket() as free:
@@ -169,20 +172,20 @@ def on_ranks():
         processes = [context.Process(target=rank, args=(n, pipes[n][1])) for n in range(ranks)]
         for process in processes:
             process.start()
-        words = []
+        errors = []
         connection.wait([ours for ours, _ in pipes], timeout=120)
         for process, (ours, _) in zip(processes, pipes, strict=True):
-            words.append(ours.recv() if ours.poll(seconds) else None)
-            if words[-1] is None:
+            errors.append(ours.recv() if ours.poll(seconds) else None)
+            if errors[-1] is None:
                 process.kill()
             process.join()
-        return words
+        return errors
 
     return run
 
 
 class Pictures(Source):
-    """Noise around a grey level that depends on the class."""
+    """Images of noise around a grey level that depends on the class."""
 
     def __init__(self, count: int, split: str = "train", classes: int = 3, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -209,7 +212,7 @@ def pictures():
 
 @pytest.fixture
 def cloud():
-    """cloud(count, seed): features of classes that overlap."""
+    """cloud(count, seed): features of overlapping classes."""
 
     def make(count: int, seed: int, classes: int = 4, dim: int = 8) -> Features:
         generator = torch.Generator().manual_seed(seed)

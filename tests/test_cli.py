@@ -9,7 +9,7 @@ from ldae.errors import LOST_RANK, InputError, LostRank
 
 
 def call(capsys, *argv):
-    """Exit status, standard output and standard error of one command."""
+    """Return the exit status, standard output and standard error of a command."""
     try:
         status = cli.main(list(argv))
     except SystemExit as exit:  # tyro's own refusals
@@ -18,19 +18,19 @@ def call(capsys, *argv):
     return status, out, err
 
 
-def test_help_lists_every_verb(capsys):
+def test_help_lists_every_command(capsys):
     status, out, _ = call(capsys, "--help")
-    assert status == 0 and all(verb in out for verb in cli.VERBS)
+    assert status == 0 and all(command in out for command in cli.COMMANDS)
     assert call(capsys)[1] == out
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_help(verb, capsys):
-    status, out, _ = call(capsys, verb, "--help")
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    status, out, _ = call(capsys, command, "--help")
     assert status == 0 and "usage" in out
 
 
-def test_wrong_verbs_rows_and_settings_get_the_nearest_name(capsys):
+def test_wrong_commands_rows_and_settings_name_the_nearest(capsys):
     status, _, err = call(capsys, "pretain")
     assert status == 2 and "'pretrain'" in err and len(err.splitlines()) == 1
     status, _, err = call(capsys, "pretrain", "l_dea", "--run", "x")
@@ -40,13 +40,13 @@ def test_wrong_verbs_rows_and_settings_get_the_nearest_name(capsys):
     status, _, err = call(capsys, "pretrain", "l_dae", "--scale", "huge", "--run", "x")
     assert status == 2 and "paper, small, demo" in err and "nearest" in err
     status, _, err = call(capsys, "pretrain", "--run", "x")
-    assert status == 2 and "which row" in err
+    assert status == 2 and "name a row" in err
     status, _, err = call(capsys, "fit-tokenizer", "--run", "x")
     assert status == 2 and "ldae fit-tokenizer l_dae" in err
 
 
 def test_choices_come_from_their_registries(capsys, monkeypatch):
-    """In the help, in what is refused at once, and in what would be refused in a job."""
+    """In help, in a command run here, and in a command checked before it is sent."""
     monkeypatch.setitem(noise.SCHEDULES, "my_own", None)
     status, out, _ = call(capsys, "pretrain", "l_dae", "--help")
     assert status == 0 and "my_own" in out and "patch_pca" in out
@@ -62,7 +62,7 @@ def test_choices_come_from_their_registries(capsys, monkeypatch):
         cli.parse("sample", ["x", "--steps", "0"])
 
 
-def test_a_wrong_path_is_one_sentence(capsys, tmp_path):
+def test_a_wrong_path_is_reported_in_one_sentence(capsys, tmp_path):
     argv = ["pretrain", "l_dae", "--data", str(tmp_path / "no"), "--run", str(tmp_path / "run")]
     status, _, err = call(capsys, *argv)
     assert status == 2 and str(tmp_path / "no") in err and len(err.splitlines()) == 1
@@ -75,14 +75,14 @@ def test_show_prints_the_trajectory(capsys):
         assert re.search(rf"{row.number} {row.name} +{row.accuracy}", out)
 
 
-def test_show_prints_one_rows_configuration(capsys):
+def test_show_prints_the_settings_of_a_row(capsys):
     _, out, _ = call(capsys, "show", "l_dae_single")
     assert "row 14" in out and "schedule: single" in out
     assert call(capsys, "show", "14")[1] == out
     assert "img_size: 32" in call(capsys, "show", "l_dae", "--scale", "small")[1]
 
 
-def test_diff_prints_what_differs(capsys):
+def test_diff_prints_the_settings_that_differ(capsys):
     _, out, _ = call(capsys, "diff", "predict_latent", "no_input_scaling")
     assert out.splitlines() == [
         f"{'noise.schedule':32} linear_gamma2 -> linear_sigma",
@@ -90,7 +90,7 @@ def test_diff_prints_what_differs(capsys):
     ]
 
 
-def test_a_dry_run_takes_settings_of_scale_file_and_command_line(capsys, tmp_path):
+def test_settings_come_from_scale_file_and_command_line(capsys, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("tokenizer: {dim: 9}\n")
     argv = ["--scale", "demo", "--data", "digits", "--run", str(tmp_path / "run"), "--dry-run"]
@@ -100,8 +100,8 @@ def test_a_dry_run_takes_settings_of_scale_file_and_command_line(capsys, tmp_pat
         assert part in out
 
 
-def test_a_run_goes_from_pretraining_to_a_graded_classifier(capsys, tmp_path):
-    """The main road by its commands, at the smallest size."""
+def test_the_commands_lead_from_pretraining_to_a_saved_classifier(capsys, tmp_path):
+    """The main commands run at the smallest size."""
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     data = "scattered-digits:200"
     small = ["--model.depth", "1", "--model.embed-dim", "16", "--model.num-heads", "2"]
@@ -112,12 +112,12 @@ def test_a_run_goes_from_pretraining_to_a_graded_classifier(capsys, tmp_path):
     scores = []
     for backbone in (run, out):
         how = ["--data", data, "--eval-data", data, "--workers", "0"]
-        status, told, _ = call(capsys, "knn", backbone, *how, "--k", "5")
-        assert status == 0 and "results.json" in told
-        scores.append(re.search(r"top1_k5 ([\d.]+)", told)[1])
-        status, told, _ = call(capsys, "linear", backbone, *how, "--epochs", "2")
+        status, printed, _ = call(capsys, "knn", backbone, *how, "--k", "5")
+        assert status == 0 and "results.json" in printed
+        scores.append(re.search(r"top1_k5 ([\d.]+)", printed)[1])
+        status, printed, _ = call(capsys, "linear", backbone, *how, "--epochs", "2")
         assert status == 0
-        scores.append(re.search(r"top1 ([\d.]+)", told)[1])
+        scores.append(re.search(r"top1 ([\d.]+)", printed)[1])
     assert scores[:2] == scores[2:]
     saved = tmp_path / "classifier"
     assert call(capsys, "linear", out, *how, "--epochs", "2", "--save", str(saved))[0] == 0
@@ -129,8 +129,8 @@ def test_a_run_goes_from_pretraining_to_a_graded_classifier(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_scheduler_ends_a_command_in_a_sentence(number, capsys, monkeypatch):
-    """Once: what it sends while the command ends does not break into that."""
+def test_a_signal_of_a_scheduler_stops_a_command(number, capsys, monkeypatch):
+    """A second signal does not interrupt the cleanup."""
     ended = []
 
     def show(row: str = "", /) -> None:
@@ -144,7 +144,7 @@ def test_a_scheduler_ends_a_command_in_a_sentence(number, capsys, monkeypatch):
     assert call(capsys, "show") == (128 + number, "", "ldae: stopped\n") and ended
 
 
-def test_a_lost_rank_has_a_status_of_its_own(capsys, monkeypatch):
+def test_a_lost_rank_has_its_own_exit_status(capsys, monkeypatch):
     def show(row: str = "", /) -> None:
         raise LostRank("rank 0 lost the other ranks")
 
@@ -152,26 +152,26 @@ def test_a_lost_rank_has_a_status_of_its_own(capsys, monkeypatch):
     assert call(capsys, "show") == (LOST_RANK, "", "ldae: rank 0 lost the other ranks\n")
 
 
-def test_every_verb_that_works_shows_how_it_is_sent(capsys):
+def test_help_shows_the_flags_of_a_cluster(capsys):
     assert "--slurm.partition" in call(capsys, "knn", "--help")[1]
     assert "--slurm.partition" in call(capsys, "submit", "--help")[1]
     assert "--slurm.partition" not in call(capsys, "show", "--help")[1]
 
 
-def test_wrong_numbers_of_an_evaluator_are_told(capsys):
+def test_wrong_numbers_for_an_evaluation_are_refused(capsys):
     argv = ["knn", "pixels", "--data", "scattered-digits:50", "--batch-size", "-1"]
     status, _, err = call(capsys, *argv)
     assert status == 2 and "batch_size must be at least 1, not -1" in err
 
 
-def test_a_folder_that_takes_no_results_is_told(capsys, tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "text.txt").touch()
     argv = ["knn", "pixels", "--data", "scattered-digits:50", "--k", "5", "--workers", "0"]
     status, _, err = call(capsys, *argv, "--out", str(tmp_path / "text.txt"))
     assert status == 2 and "text.txt" in err and "cannot be written" in err
 
 
-def test_too_many_neighbours_are_told(capsys):
+def test_too_many_neighbours_are_refused(capsys):
     argv = ["knn", "pixels", "--data", "scattered-digits:50", "--k", "100", "--workers", "0"]
     status, _, err = call(capsys, *argv)
     assert status == 2 and "100" in err and len(err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Laws of the house itself: who imports whom, and what costs no time."""
+"""Rules of the package: the order of imports, and commands that import no torch."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ from ldae.runs import layout
 
 PACKAGE = Path(ldae.__file__).parent
 
-# Lower layers never import higher ones. A name is a file of the package, or a folder of it.
+# Lower layers never import higher ones. Names are files and folders of the package.
 LAYERS = [
     ["errors"],
     ["files", "tree", "patches", "noise", "prediction", "distributed", "console"],
@@ -43,32 +43,31 @@ FILES = {module(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def room(name: str) -> str:
-    """The file or the folder of the package that a module lies in."""
+    """Return the name of the module's file or folder directly below the package."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
 def imports_of(name: str) -> set[str]:
-    """The modules of the package that a module imports, at its top or inside of functions."""
-    found = set()
+    """Return the modules of the package that a module imports, also inside of functions."""
+    imported = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
-            whole = {f"{node.module}.{alias.name}" for alias in node.names} & FILES.keys()
-            found |= whole or {node.module}
-    return found & FILES.keys() - {name, "ldae"}
+            modules = {f"{node.module}.{alias.name}" for alias in node.names} & FILES.keys()
+            imported |= modules or {node.module}
+    return imported & FILES.keys() - {name, "ldae"}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_imports_go_one_way(name):
-    own = room(name)
-    assert own in LAYER, f"give {own} a place in LAYERS"
+def test_imports_follow_the_layers(name):
+    assert room(name) in LAYER, f"give {room(name)} a place in LAYERS"
     for imported in imports_of(name):
-        assert LAYER[room(imported)] <= LAYER[own], f"{name} imports {imported}"
+        assert LAYER[room(imported)] <= LAYER[room(name)], f"{name} imports {imported}"
 
 
-def test_no_circles():
-    """Not inside of a folder either."""
+def test_there_are_no_import_circles():
+    """A folder has none inside either."""
     graph = {name: imports_of(name) for name in FILES}
 
     def reach(start: str) -> set[str]:
@@ -83,20 +82,20 @@ def test_no_circles():
 
 
 def test_commands_import_no_other_commands():
-    """But demo and submit, which are made of them."""
+    """Only demo and submit do, which combine other commands."""
     for name in FILES:
         if room(name) == "commands" and name not in ("ldae.commands.demo", "ldae.commands.submit"):
             assert not {room(other) for other in imports_of(name)} & {"commands"}, name
 
 
-def test_models_and_tokenizers_know_no_settings():
+def test_models_and_tokenizers_import_no_settings():
     for name in FILES:
         if room(name) in ("models", "tokenizers"):
             assert "ldae.settings" not in imports_of(name), name
 
 
-def asked_of_a_denoiser(path: Path) -> set[str]:
-    """The attributes that a file uses of what it calls ``denoiser``."""
+def used_of_denoiser(path: Path) -> set[str]:
+    """Return the attributes of ``denoiser`` that a file uses."""
     return {
         node.attr
         for node in ast.walk(ast.parse(path.read_text()))
@@ -105,39 +104,38 @@ def asked_of_a_denoiser(path: Path) -> set[str]:
     }
 
 
-def test_a_denoiser_is_asked_for_its_contract_alone():
-    """So that another one is a file in models/. In what way it is a plain ViT, only the fold asks."""
+def test_only_the_contract_of_a_denoiser_is_used():
+    """So a new denoiser needs only a file in models/. The plain ViT inside is for the fold only."""
     contract = {*dir(Denoiser(1, 1, 1)), *Denoiser.__annotations__}
     plain = {"embed", "plain_vit", "plain_state", "load_plain_state"}
     fold = PACKAGE / "backbones" / "fold.py"
     for path in (*PACKAGE.rglob("*.py"), *PACKAGE.with_name("benchmarks").rglob("*.py")):
         if path.parent.name != "models":
-            inside = asked_of_a_denoiser(path) - (contract if path == fold else contract - plain)
+            inside = used_of_denoiser(path) - (contract if path == fold else contract - plain)
             assert not inside, f"{path} reaches into a denoiser: {inside}"
-    assert plain <= asked_of_a_denoiser(fold)
+    assert plain <= used_of_denoiser(fold)
 
 
-def test_no_room_for_leftovers():
+def test_no_file_is_named_after_leftovers():
     names = {path.stem for path in PACKAGE.rglob("*.py")}
     assert not names & {"utils", "misc", "common", "helpers", "util"}
 
 
-# The names in a run folder. Those of files are known by their ending. Those of folders are words that
-# mean other things too, except where they are joined to a path.
+# Names in a run folder. Names of folders are common words, so they count only in parts of paths.
 NAMES = {name for key, name in vars(layout).items() if key.isupper()}
 FILE_NAMES = {name for name in NAMES if "." in name}
 
 
 def strings(node: ast.AST) -> Iterator[str]:
-    """The literals in a piece of code, without the docstrings."""
+    """Yield the string literals of code, without docstrings."""
     docs = {id(part.value) for part in ast.walk(node) if isinstance(part, ast.Expr)}
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and isinstance(part.value, str) and id(part) not in docs:
             yield part.value
 
 
-def joined(node: ast.AST) -> Iterator[str]:
-    """The parts of paths that are literals."""
+def path_parts(node: ast.AST) -> Iterator[str]:
+    """Yield the string literals that are parts of paths."""
     for part in ast.walk(node):
         if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Div):
             yield from strings(part)
@@ -148,10 +146,10 @@ def joined(node: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - {"ldae.runs.layout"}))
-def test_names_in_a_run_folder_are_known_to_one_file(name):
+def test_names_in_a_run_folder_are_written_in_one_file(name):
     code = ast.parse(FILES[name].read_text())
-    assert [text for text in strings(code) if any(own in text for own in FILE_NAMES)] == []
-    assert [text for text in joined(code) if NAMES & {*text.split("/")}] == []
+    assert [text for text in strings(code) if any(name in text for name in FILE_NAMES)] == []
+    assert [text for text in path_parts(code) if NAMES & {*text.split("/")}] == []
 
 
 def run(code: str) -> str:
@@ -168,7 +166,7 @@ def test_import_has_no_side_effect_and_help_imports_no_torch():
 
 
 def test_the_batch_script_needs_nothing_but_python():
-    """Its last line outlives every rank, on a machine that may have nothing left to give."""
+    """Its last line runs after all ranks, on a machine that may be out of memory."""
     loaded = run(
         "import sys, ldae.cluster.requeue; "
         "print('loaded', *{'torch', 'timm', 'numpy', 'tyro', 'yaml'} & sys.modules.keys())"
@@ -177,19 +175,19 @@ def test_the_batch_script_needs_nothing_but_python():
 
 
 @pytest.mark.parametrize("name", ldae.__all__)
-def test_the_public_face_is_there(name):
+def test_the_public_names_can_be_imported(name):
     assert getattr(ldae, name) is not None
 
 
 @pytest.mark.parametrize("argv", [["show", "l_dae"], ["diff", "l_dae", "image_output"]])
-def test_rows_are_shown_without_torch(argv):
-    """Though their settings are chosen from registries that need it."""
+def test_show_and_diff_import_no_torch(argv):
+    """Their settings refer to registries that need torch."""
     loaded = run(
         f"import sys; from ldae.cli import main; main({argv}); print('torch' in sys.modules)"
     )
     assert loaded.endswith("False\n")
 
 
-def test_the_nearest_name_is_looked_for_in_one_place():
+def test_the_nearest_name_is_searched_in_one_place():
     using = [name for name, path in FILES.items() if "difflib" in path.read_text()]
     assert using == ["ldae.errors"]

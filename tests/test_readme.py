@@ -1,4 +1,4 @@
-"""Every command of the README is one that the command line takes."""
+"""The commands and links of the README are right."""
 
 import functools
 import inspect
@@ -19,15 +19,15 @@ COMMANDS = [line.partition("#")[0].strip() for block in BLOCKS for line in block
 LDAE = [command for command in COMMANDS if re.search(r"\bldae (?!/)", command)]
 
 
-def test_there_are_commands():
+def test_the_readme_has_commands():
     assert len(LDAE) >= 6 and "make demo" in COMMANDS and "make test" in COMMANDS
 
 
 @pytest.mark.parametrize("command", LDAE)
-def test_the_command_line_takes_it(command, monkeypatch):
-    """The function behind the verb is called, with these arguments; here it does nothing."""
+def test_the_command_line_accepts_it(command, monkeypatch):
+    """The function of the command is called with these arguments; here it does nothing."""
     called = []
-    for name in (verb.replace("-", "_") for verb in cli.VERBS):
+    for name in (command.replace("-", "_") for command in cli.COMMANDS):
         module = f"ldae.commands.{name}"
         original = getattr(import_module(module), name)
 
@@ -41,13 +41,13 @@ def test_the_command_line_takes_it(command, monkeypatch):
     words = shlex.split(command)
     words, flags = settings.split_flags(words)
     settings.parse_flags(flags)
-    verb, *rest = words[words.index("ldae") + 1 :]
-    assert cli.main([verb, *rest]) == 0
-    assert called == [verb.replace("-", "_")]
+    name, *rest = words[words.index("ldae") + 1 :]
+    assert cli.main([name, *rest]) == 0
+    assert called == [name.replace("-", "_")]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
-def test_make_has_the_target(command):
+def test_the_makefile_has_the_target(command):
     assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The whole road on built-in data: tokenizer, pre-training, evaluation with controls, export."""
+"""``ldae demo``: pre-training, evaluation with controls and export, on built-in images."""
 
 import time
 from dataclasses import replace
@@ -17,19 +17,19 @@ from ldae.files import write_json
 from ldae.runs import layout
 
 DATA = "scattered-digits:20000"
-_PROBE_EPOCHS = 20  # of 90: the demo has five minutes
+_PROBE_EPOCHS = 20  # instead of 90, since the demo takes five minutes
 
 
 def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
-    """Pre-train l-DAE on scattered digits, grade it beside its controls, export and grade again.
+    """Pre-train l-DAE on scattered digits, export its backbone, and compare it with controls.
 
-    The same command again goes on from where it stopped.
+    The same command again resumes.
 
     Args:
-        run: the run folder; the exported backbone goes to its sub-folder ``exported``.
+        run: the run folder; its sub-folder ``exported`` gets the backbone.
         epochs: passes over the 20,000 training images.
 
-    Returns: accuracies in percent, (k-NN, linear probe) by backbone; also in ``demo.json``.
+    Returns: (k-NN, linear) accuracies in percent by backbone, which are also in ``demo.json``.
 
     Raises: InputError when the exported backbone does not score as the run does.
     """
@@ -64,11 +64,11 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
 
 
 def _grade(backbone: str, run: Path, random_init: bool = False) -> tuple[float, float]:
-    """Top-1 of 20 nearest neighbours and of the linear probe, on ten thousand labels."""
+    """Return the top-1 of 20 nearest neighbours and of a linear probe, on 10,000 images."""
     folder = run / layout.EVALS / f"{Path(backbone).name}{'-random-init' if random_init else ''}"
     setup = Setup(random_init=random_init, workers=0)
-    labels, vote = "scattered-digits:10000", KNNProtocol(k=(20,))
-    neighbours = knn(backbone, labels, protocol=vote, setup=replace(setup, out=folder / "knn"))
+    images, vote = "scattered-digits:10000", KNNProtocol(k=(20,))
+    neighbours = knn(backbone, images, protocol=vote, setup=replace(setup, out=folder / "knn"))
     sweep = CachedProtocol(epochs=_PROBE_EPOCHS)
-    probe = linear(backbone, labels, protocol=sweep, setup=replace(setup, out=folder / "linear"))
+    probe = linear(backbone, images, protocol=sweep, setup=replace(setup, out=folder / "linear"))
     return neighbours["results"]["top1_k20"], probe["results"]["top1"]

@@ -1,13 +1,13 @@
-"""``ldae diff``: the settings that differ between two rows."""
+"""``ldae diff``: show the settings that differ between two rows."""
 
 
 def diff(first: str, second: str, /, scale: str = "paper") -> None:
-    """The settings that differ between two rows.
+    """Show the settings that differ between two rows.
 
     Args:
-        first: a row's name or number.
-        second: another's.
-        scale: the scale of both configurations.
+        first: the name or number of a row.
+        second: the name or number of another row.
+        scale: the scale of both rows.
     """
     from ldae import trajectory, tree
 

@@ -1,4 +1,4 @@
-"""The verb that fine-tunes: any timm backbone with a new classifier, through the one loop."""
+"""``ldae finetune``: fine-tune a backbone with a new classifier."""
 
 import copy
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +13,6 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.console import describe, print_main
 from ldae.data.augment import Augmentation
-from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
 from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
@@ -27,13 +26,12 @@ from ldae.runs import layout
 from ldae.runs.folder import open_run
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Plan, plan_run
-from ldae.train.optim import peak_lr
-from ldae.train.run import compiles, runs_in_bf16, train_in
+from ldae.train.run import compiles, describe_training, runs_in_bf16, train_in
 
 
 @dataclass(frozen=True)
 class FinetuneProtocol(Protocol):
-    """The constants of the recipe, as they were used."""
+    """The constants of a fine-tuning."""
 
     name: str
     version: int
@@ -44,16 +42,16 @@ class FinetuneProtocol(Protocol):
     optim: OptimSettings
     seed: int
     modified: tuple[str, ...]
-    """The constants that are not the recipe's."""
+    """The constants that differ from the recipe's."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """A fine-tuning that fits together; nothing is written yet."""
+class FineTuning:
+    """Everything that a fine-tuning needs, after all checks."""
 
     config: FinetuneConfig
     evaluation: Evaluation
-    """The network, its data and its device."""
+    """The network, the images and the device."""
     plan: Plan
     augmentation: Augmentation
     mixing: Mixing
@@ -61,22 +59,20 @@ class Work:
 
 
 def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict | None:
-    """Fine-tune the backbone of ``config`` in the folder ``run``, or go on with what is there.
+    """Fine-tune the backbone of ``config`` in the folder ``run``, or resume the run there.
 
     The folder gets config.yaml, environment.json, metrics.jsonl with the loss and the accuracy on
-    the evaluation split, checkpoints/, results.json and classifier/, a folder that timm opens with
-    the classifier. The same call again resumes; a finished run is left as it is. Where the recipe has
-    a moving average of the weights, that is graded and written. A dry run prints what would be done
-    and touches nothing.
+    the evaluation split, checkpoints/, results.json and classifier/, a folder for timm. Where the
+    recipe has a moving average of the weights, the average is graded and written. A finished run
+    stays as it is. A dry run prints the settings and the plan, and writes nothing.
 
-    Exact: a run that was interrupted is bit for bit the one that was not, on a CPU. Order,
-    augmentation, erasing and mixing do not depend on how a batch is divided into ranks and micro
-    batches; what the network itself draws, drop path, does, and so do the statistics of a BatchNorm.
+    On a CPU, an interrupted run equals an uninterrupted one bit for bit. Order, augmentation,
+    erasing and mixing do not depend on the number of ranks and micro batches. Drop path and the
+    statistics of a BatchNorm do.
 
-    Returns: what results.json holds; None from a dry run.
+    Returns: the content of results.json; None from a dry run.
 
-    Raises: InputError for settings, a backbone or data that do not fit; Interrupted by Ctrl-C or
-        SIGTERM.
+    Raises: InputError for wrong settings, backbone or data; Interrupted after a stop signal.
     """
     run = Path(run)
     _check(config)
@@ -93,18 +89,18 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
     data = (config.data.source, config.data.eval_source or None)
     opened = (config.backbone, *data, protocol_of(config), setup)
     with open_evaluation("finetune", *opened) as evaluation:
-        work = _prepare(config, evaluation, bf16)
+        tuning = _prepare(config, evaluation, bf16)
         if dry_run:
-            print(describe(config, _facts(work)))
+            print(describe(config, _facts(tuning)))
             return None
         with open_run(run, "fine-tuning", config, evaluation.train, evaluation.device):
-            return _carry_out(work, run)
+            return _train_and_grade(tuning, run)
 
 
 def _check(config: FinetuneConfig) -> None:
     tree.check(config)
     if not config.data.source:
-        raise InputError("no images: say where they are with --data SOURCE")
+        raise InputError("no images: name their source with --data SOURCE")
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise InputError(
             f"optim.warmup_epochs {config.optim.warmup_epochs:g} must be fewer than optim.epochs "
@@ -112,67 +108,61 @@ def _check(config: FinetuneConfig) -> None:
         )
 
 
-def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> Work:
+def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> FineTuning:
     classes = len(evaluation.train.classes)
     network = build_network(evaluation.model, config, classes)
-    expected = preprocessing(network)
-    size = {"img_size": expected.input_size[-1]}
+    transform = preprocessing(network)
+    size = {"img_size": transform.input_size[-1]}
     setup, protocol = replace(evaluation.setup, **size), replace(evaluation.protocol, **size)
     evaluation = replace(
-        evaluation, protocol=protocol, setup=setup, model=network, transform=expected
+        evaluation, protocol=protocol, setup=setup, model=network, transform=transform
     )
     plan = plan_run(len(evaluation.train), config.optim, config.system)
     augmentation = Augmentation(
-        expected.input_size,
-        expected.interpolation,
-        expected.mean,
+        transform.input_size,
+        transform.interpolation,
+        transform.mean,
         config.augment.min_area,
         config.augment.flip,
         config.augment.policy,
     )
     augmentation.check()
-    mixing = Mixing(config.augment, expected, classes, config.seed, evaluation.device)
+    mixing = Mixing(config.augment, transform, classes, config.seed, evaluation.device)
     mixing.check(plan.batch_size // distributed.world_size() // plan.micro_batches)
-    return Work(config, evaluation, plan, augmentation, mixing, bf16)
+    return FineTuning(config, evaluation, plan, augmentation, mixing, bf16)
 
 
-def _carry_out(work: Work, run: Path) -> dict:
-    config, evaluation = work.config, work.evaluation
+def _train_and_grade(tuning: FineTuning, run: Path) -> dict:
+    config, evaluation = tuning.config, tuning.evaluation
     device = evaluation.device
-    control = " from scratch" if config.model.random_init else ""
-    model = ClassificationLoss(evaluation.model, config.model.layer_decay, work.bf16).to(device)
+    start = " from scratch" if config.model.random_init else ""
+    every = round(config.system.eval_every * tuning.plan.epoch)
+    model = ClassificationLoss(evaluation.model, config.model.layer_decay, tuning.bf16).to(device)
     trained = train_in(
         run,
         model,
         config,
         config.optim,
-        work.plan,
+        tuning.plan,
         evaluation.train,
-        row=f"{config.recipe} fine-tuning of {config.backbone}{control}",
-        transform=work.augmentation,
-        mixing=work.mixing,
+        row=f"{config.recipe} fine-tuning of {config.backbone}{start}",
+        transform=tuning.augmentation,
+        mixing=tuning.mixing,
         device=device,
         compiled=compiles(config.system.compile, device),
-        hooks=_hooks(work),
+        hooks=(Hook(every, lambda model: accuracy(model.network, evaluation)),) if every else (),
     )
     network = trained.network
     results = accuracy(network, evaluation)
     if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
-        save(network, run / layout.CLASSIFIER, work, results)
+        save(network, run / layout.CLASSIFIER, tuning, results)
     record = replace(evaluation, model=network).write(results, evaluation.model.num_features)
     print_main(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 
 
-def _hooks(work: Work) -> tuple[Hook, ...]:
-    every = round(work.config.system.eval_every * work.plan.epoch)
-    if not every:
-        return ()
-    return (Hook(every, lambda model: accuracy(model.network, work.evaluation)),)
-
-
 def accuracy(network: nn.Module, evaluation: Evaluation) -> dict[str, float]:
-    """Top-1 and top-5 in percent on the evaluation split, each image counted once over all ranks.
+    """Return top-1 and top-5 in percent on the evaluation split. Each image counts once.
 
     Raises: InputError when a logit is not finite.
     """
@@ -183,6 +173,7 @@ def accuracy(network: nn.Module, evaluation: Evaluation) -> dict[str, float]:
 
 
 def protocol_of(config: FinetuneConfig) -> FinetuneProtocol:
+    """Return the constants of a fine-tuning, for its record."""
     return FinetuneProtocol(
         config.recipe,
         config.version,
@@ -196,33 +187,35 @@ def protocol_of(config: FinetuneConfig) -> FinetuneProtocol:
     )
 
 
-def save(network: nn.Module, folder: Path, work: Work, results: dict[str, float]) -> None:
-    """Write the network, with its classifier, as a folder that timm opens.
+def save(network: nn.Module, folder: Path, tuning: FineTuning, results: dict[str, float]) -> None:
+    """Write the network and its classifier as a folder that timm opens.
 
-    Raises: InputError when it can not be written, or timm does not read back what was written.
+    Raises: InputError when the folder cannot be written, or timm reads back another network.
     """
-    # On the CPU, where float32 is float32; and these that timm would record are of other weights.
-    alone = copy.deepcopy(network).cpu().eval()
-    alone.pretrained_cfg = network.pretrained_cfg | {"tag": "finetuned", "custom_load": False}
+    # On the CPU, since a GPU may compute float32 in TF32. The tag of the original weights is wrong.
+    saved = copy.deepcopy(network).cpu().eval()
+    saved.pretrained_cfg = network.pretrained_cfg | {"tag": "finetuned", "custom_load": False}
     images = torch.randn(2, *preprocessing(network).input_size)
 
     @torch.no_grad()
     def verify(opened: nn.Module) -> None:
-        if not torch.equal(opened(images), alone(images)):
-            raise InputError(f"{folder} is not written: timm does not read back what was trained")
+        if not torch.equal(opened(images), saved(images)):
+            raise InputError(f"{folder} is not written: timm reads back another network")
 
     write_timm_folder(
         folder,
-        alone,
+        saved,
         network.model_args,
         verify,
-        card=_model_card(network, folder, work, results),
-        classes=list(work.evaluation.train.classes),
+        card=_model_card(network, folder, tuning, results),
+        classes=list(tuning.evaluation.train.classes),
     )
 
 
-def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str, float]) -> str:
-    config, evaluation = work.config, work.evaluation
+def _model_card(
+    network: nn.Module, folder: Path, tuning: FineTuning, results: dict[str, float]
+) -> str:
+    config, evaluation = tuning.config, tuning.evaluation
     start = "from scratch" if config.model.random_init else f"from {Path(config.backbone).name}"
     return model_card(
         folder.resolve().parent.name,
@@ -233,8 +226,8 @@ def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str,
             "input": " x ".join(map(str, preprocessing(network).input_size)),
             "classes": network.num_classes,
             "recipe": f"{config.recipe}, version {config.version}, size {config.size}",
-            "changed from it": ", ".join(work.evaluation.protocol.modified) or "nothing",
-            "trained on": f"{len(evaluation.train):,} images, {work.plan.total:,} seen",
+            "changed from it": ", ".join(tuning.evaluation.protocol.modified) or "nothing",
+            "trained on": f"{len(evaluation.train):,} images, {tuning.plan.total:,} seen",
             f"accuracy on {len(evaluation.eval):,} others": f"top-1 {results['top1']:.2f}, "
             f"top-5 {results['top5']:.2f}",
         },
@@ -243,18 +236,14 @@ def _model_card(network: nn.Module, folder: Path, work: Work, results: dict[str,
     )
 
 
-def _facts(work: Work) -> dict[str, str]:
-    config, network, plan = work.config, work.evaluation.model, work.plan
-    train: Source = work.evaluation.train
+def _facts(tuning: FineTuning) -> dict[str, str]:
+    config, network, train = tuning.config, tuning.evaluation.model, tuning.evaluation.train
     count = sum(parameter.numel() for parameter in network.parameters())
-    modified = ", ".join(work.evaluation.protocol.modified) or "nothing"
+    modified = ", ".join(tuning.evaluation.protocol.modified) or "nothing"
     return {
         "recipe": f"{config.recipe}, version {config.version}, size {config.size}; "
         f"changed: {modified}",
         "parameters": f"{count:,}",
         "input": f"{asdict(preprocessing(network))}",
         "images": f"{len(train):,} in {train.spec}, {len(train.classes)} classes",
-        "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
-        "learning rate": f"{peak_lr(config.optim):.3g} at its peak",
-        "computed in": f"{'bfloat16' if work.bf16 else 'float32'} on {work.evaluation.device}",
-    }
+    } | describe_training(tuning.plan, config.optim, tuning.bf16, tuning.evaluation.device)

@@ -1,55 +1,49 @@
-"""``ldae fit-tokenizer``: fit or train a row's tokenizer by itself."""
+"""``ldae fit-tokenizer``: fit or train the tokenizer of a row."""
 
 from pathlib import Path
 
-from ldae import distributed, tree
+from ldae import distributed
 from ldae.console import describe, print_main
-from ldae.data.open import open_source
 from ldae.errors import InputError
-from ldae.pretraining.tokenizer import Fit, carry_out, open_fit, prepare
+from ldae.pretraining.tokenizer import Fit, fit_or_load, open_fit, open_images, prepare
 from ldae.runs import layout
 from ldae.settings import Config
-from ldae.train.optim import peak_lr
+from ldae.train.run import describe_training, runs_in_bf16
 
 
 def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) -> None:
-    """Fit the tokenizer of ``config`` in the folder ``run``, or go on with what is there.
+    """Fit the tokenizer of ``config`` in the folder ``run``, or resume the fit there.
 
     The folder gets config.yaml, environment.json, tokenizer.safetensors, reconstruction.json and
-    reconstructed.png, and metrics.jsonl and checkpoints/ where gradients train it. The same call
-    again resumes; a finished fit is left as it is. A dry run prints what would be done.
+    reconstructed.png; a tokenizer that is trained adds metrics.jsonl and checkpoints/. A finished
+    fit stays as it is. A dry run prints the settings and the plan, and writes nothing.
 
-    Raises: InputError for settings, weights or data that do not fit; Interrupted by Ctrl-C or SIGTERM.
+    Raises: InputError for wrong settings, weights or data; Interrupted after a stop signal.
     """
     run = Path(run)
     device = distributed.device_for(config.system.device)
     with distributed.process_group(device, config.system.rank_timeout):
-        tree.check(config)
-        if not config.data.source:
-            raise InputError("no images: say where they are with --data SOURCE")
+        source = open_images(config)
         if config.tokenizer.path:
-            raise InputError("tokenizer.path names a fitted tokenizer, and this verb fits one")
-        fit = prepare(config, open_source(config.data.source, "train"), device, run)
+            raise InputError("tokenizer.path names a fitted tokenizer, but this command fits one")
+        fit = prepare(config, source, device, run)
         if dry_run:
-            print(describe(fit.config, _facts(fit)))
+            print(describe(config, _facts(fit)))
             return
         with open_fit(fit, run):
-            carry_out(fit, run, row)
+            fit_or_load(fit, run, row)
         print_main(f"{run}: done; {layout.TOKENIZER}, pictures in {layout.RECONSTRUCTED}")
 
 
 def _facts(fit: Fit) -> dict[str, str]:
-    tokenizer, optim, plan = fit.tokenizer, fit.config.tokenizer.optim, fit.plan
-    images = min(fit.config.tokenizer.fit_images or len(fit.source), len(fit.source))
-    how = f"one pass over {images:,} images"
-    if plan:
-        how = (
-            f"{plan.steps:,} steps of {plan.batch_size} images, {plan.total:,} images "
-            f"seen, learning rate {peak_lr(optim):.3g} at its peak"
-        )
-    return {
+    config, tokenizer = fit.config, fit.tokenizer
+    facts = {
         "parameters": f"{sum(p.numel() for p in tokenizer.parameters()):,}",
         "tokens per image": f"{tokenizer.num_tokens}, each of {tokenizer.dim} numbers",
         "images": f"{len(fit.source):,} in {fit.source.spec}",
-        "fitted in": how,
     }
+    if not fit.plan:
+        images = min(config.tokenizer.fit_images or len(fit.source), len(fit.source))
+        return facts | {"fitted in": f"one pass over {images:,} images"}
+    bf16 = runs_in_bf16(config.system.precision, fit.device)
+    return facts | describe_training(fit.plan, config.tokenizer.optim, bf16, fit.device)

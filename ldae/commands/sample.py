@@ -1,7 +1,8 @@
-"""``ldae sample``: a grid to look at, a folder of pictures, or one file for the FID suites."""
+"""``ldae sample``: generate images as a grid, a folder or a file for FID suites."""
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -44,19 +45,19 @@ def sample(
     device: str = "auto",
     how: SamplingSettings = SamplingSettings(),
 ) -> Path:
-    """Sample images from a run.
+    """Generate images from a run.
 
-    Picture n depends on the run, the settings and n, not on the batch, the number of ranks or
-    interruptions. The same command again goes on with what is missing.
+    Image n depends only on the run, the settings and n. It does not depend on the batch size, the
+    number of ranks or interruptions. The same command again generates the missing images.
 
     Args:
-        run: a run folder; its newest checkpoint is sampled from.
-        images: how many.
-        out: a folder for 000000.png and so on, or a file.npz as the ADM suite has it (arr_0 images,
-            arr_1 labels); by default a grid is drawn in the run folder, below samples/.
-        data: where rows that do not end in pure noise get the Gaussian of their latents from, the
-            first time; by default the source that the run was trained on.
-        batch_size: pictures at a time on each device.
+        run: a run folder; its newest checkpoint is used.
+        images: number of images.
+        out: a folder for 000000.png and so on, or a file.npz in the format of the ADM suite (arr_0
+            images, arr_1 labels); by default a grid below samples/ in the run folder.
+        data: for rows that do not end in pure noise, the images to fit the Gaussian of latents to,
+            the first time; by default the training images of the run.
+        batch_size: images at a time on each device.
         workers: processes that decode images for that Gaussian.
         device: auto, cpu, cuda or cuda:N.
         how: the sampler and its settings.
@@ -67,53 +68,58 @@ def sample(
     """
     check_settings(how)
     _check_request(images, batch_size, workers, out)
-    place = device_for(device)
-    with process_group(place):
+    torch_device = device_for(device)
+    with process_group(torch_device):
         run = Path(run)
         method, state = load_run(run)
+        seen = state["images_seen"]
         _check_channels(method, out)
-        generate, resolved, record = prepare_generation(
-            run, method, state, how, place, data, workers
+        generate, chosen, record = prepare_generation(
+            run, method, state, how, torch_device, data, workers
         )
         if out is None:
-            out = (
-                run
-                / layout.SAMPLES
-                / (_name(how, len(resolved.levels), state["images_seen"]) + ".png")
-            )
-            _draw_grid(generate, resolved, images, batch_size, place, out)
+            out = run / layout.SAMPLES / _grid_name(how, len(chosen.levels), seen)
+            _write_grid(generate, chosen, images, batch_size, torch_device, out)
         elif out.suffix == ".npz":
-            _write_npz(generate, resolved, images, batch_size, place, record, out)
+            _write_npz(generate, chosen, images, batch_size, torch_device, record, out)
         else:
-            _fill(Album(out, record), generate, images, batch_size, place)
-        if is_main():
-            print(f"{images:,} samples of {run} at {state['images_seen']:,} images seen: {out}")
+            _fill(Album(out, record), generate, images, batch_size, torch_device)
+        console.print_main(f"{images:,} samples of {run} at {seen:,} images seen: {out}")
     return out
 
 
 def _fill(
     album: Album, generate: Generate, images: int, batch_size: int, device: torch.device
 ) -> None:
-    """Put what is missing of the first pictures into the album, each rank its share."""
-    own = [n for n in range(rank(), images, world_size()) if not album.path(n).exists()]
-    with console.progress(len(own), "samples") as bar:
-        for batch in torch.tensor(own, dtype=torch.int64).split(batch_size) if own else ():
-            for number, picture in zip(batch.tolist(), generate(batch.to(device)), strict=True):
-                album.save(number, picture)
-            bar.update(len(batch))
+    """Generate this rank's share of the first ``images`` images that the album lacks."""
+    missing = [n for n in range(rank(), images, world_size()) if not album.path(n).exists()]
+    for batch, pictures in _generate_batches(generate, missing, batch_size, device):
+        for number, picture in zip(batch.tolist(), pictures, strict=True):
+            album.save(number, picture)
     barrier()
+
+
+def _generate_batches(
+    generate: Generate, numbers: Sequence[int], batch_size: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield numbers of images, int64 (B,), and the images, with a progress bar."""
+    with console.progress(len(numbers), "samples") as bar:
+        for start in range(0, len(numbers), batch_size):
+            batch = torch.tensor(numbers[start : start + batch_size])
+            yield batch, generate(batch.to(device))
+            bar.update(len(batch))
 
 
 def _write_npz(
     generate: Generate,
-    resolved: ResolvedSettings,
+    chosen: ResolvedSettings,
     images: int,
     batch_size: int,
     device: torch.device,
     record: dict,
     out: Path,
 ) -> None:
-    """Pictures wait in a folder beside ``out`` until all are there."""
+    """Collect the images in a folder beside ``out``, and pack them when all are there."""
     record = record | {"images": images}
     if out.exists():
         check_same_record(out, record)
@@ -121,58 +127,52 @@ def _write_npz(
     album = Album(out.with_name(out.name + files.PARTS), record, ".npy")
     _fill(album, generate, images, batch_size, device)
     if is_main():
-        asked = resolved.targets if resolved.labels is None else resolved.labels
-        labels = None if asked is None else cycled(asked, torch.arange(images)).numpy()
+        classes = _classes(chosen)
+        labels = None if classes is None else cycled(classes, torch.arange(images)).numpy()
         pack_npz(album, images, labels, record, out)
     barrier()
 
 
-def _draw_grid(
+def _classes(chosen: ResolvedSettings) -> torch.Tensor | None:
+    """Return the classes that the samples cycle through, int64 (L,)."""
+    return chosen.targets if chosen.labels is None else chosen.labels
+
+
+def _write_grid(
     generate: Generate,
-    resolved: ResolvedSettings,
+    chosen: ResolvedSettings,
     images: int,
     batch_size: int,
     device: torch.device,
     out: Path,
 ) -> None:
-    """A column for each class that is asked for, if they are few."""
-    own = torch.arange(rank(), images, world_size())
-    found = []
-    with console.progress(len(own), "samples") as bar:
-        for batch in own.split(batch_size) if len(own) else ():
-            found.append(generate(batch.to(device)))
-            bar.update(len(batch))
-    everything = _gather(found, own, images, device)
+    """Write a grid with a column for each of a few classes, otherwise with eight columns."""
+    numbers = range(rank(), images, world_size())
+    batches = list(_generate_batches(generate, numbers, batch_size, device))
+    shape = torch.zeros(3, dtype=torch.int64, device=device)
+    if is_main():  # this rank always has an image
+        shape += torch.tensor(batches[0][1].shape[1:], device=device)
+    grid = torch.zeros(images, *all_reduce_sum(shape).tolist(), device=device)  # (N, C, H, W)
+    for batch, pictures in batches:
+        grid[batch.to(device)] = pictures.to(device).float() / 255
+    all_reduce_sum(grid)
     if is_main():
-        asked = resolved.targets if resolved.labels is None else resolved.labels
-        columns = len(asked) if asked is not None and 1 < len(asked) <= 2 * _COLUMNS else _COLUMNS
-        columns = min(columns, images)
-        blank = torch.ones_like(everything[:1]).expand(-images % columns, -1, -1, -1)
-        save_grid(list(torch.cat([everything, blank]).split(columns)), out)
+        classes = _classes(chosen)
+        few = classes is not None and 1 < len(classes) <= 2 * _COLUMNS
+        columns = min(len(classes) if few else _COLUMNS, images)
+        blank = torch.ones_like(grid[:1]).expand(-images % columns, -1, -1, -1)
+        save_grid(list(torch.cat([grid, blank]).split(columns)), out)
     barrier()
 
 
-def _gather(
-    found: list[torch.Tensor], own: torch.Tensor, images: int, device: torch.device
-) -> torch.Tensor:
-    """The pictures of all ranks, (N, C, H, W) in [0, 1]."""
-    shape = torch.zeros(3, dtype=torch.int64, device=device)
-    if rank() == 0:  # which always has one
-        shape += torch.tensor(found[0].shape[1:], device=device)
-    everything = torch.zeros(images, *all_reduce_sum(shape).tolist(), device=device)
-    if found:
-        everything[own.to(device)] = torch.cat(found).to(device).float() / 255
-    return all_reduce_sum(everything)
-
-
 def _check_request(images: int, batch_size: int, workers: int, out: Path | None) -> None:
-    for name, value, least in (
+    for name, value, minimum in (
         ("images", images, 1),
         ("batch_size", batch_size, 1),
         ("workers", workers, 0),
     ):
-        if value < least:
-            raise InputError(f"{name} must be at least {least}, not {value}")
+        if value < minimum:
+            raise InputError(f"{name} must be at least {minimum}, not {value}")
     if out is not None and out.suffix in _NOT_FOLDERS:
         raise InputError(f"out {out} must be a folder, or a file that ends in .npz")
 
@@ -180,11 +180,11 @@ def _check_request(images: int, batch_size: int, workers: int, out: Path | None)
 def _check_channels(method: LDAE, out: Path | None) -> None:
     chans = method.tokenizer.in_chans
     if out is not None and out.suffix != ".npz" and chans not in (1, 3):
-        raise InputError(f"a .png has 1 or 3 channels and this run {chans}: name an --out .npz")
+        raise InputError(f"a .png has 1 or 3 channels, this run {chans}: name an --out .npz")
 
 
-def _name(how: SamplingSettings, steps: int, images_seen: int) -> str:
-    """A file name that tells what decides the pictures."""
+def _grid_name(how: SamplingSettings, steps: int, images_seen: int) -> str:
+    """Return a file name that holds the settings of the sampling."""
     parts = [how.sampler, str(steps)]
     for key, value in asdict(how).items():
         if value != getattr(SamplingSettings(), key) and key not in ("sampler", "steps"):
@@ -193,4 +193,4 @@ def _name(how: SamplingSettings, steps: int, images_seen: int) -> str:
     name = re.sub(r"[^\w.=]+", "-", "-".join([*parts, f"at={images_seen}"]))
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return name
+    return f"{name}.png"

@@ -1,12 +1,12 @@
-"""``ldae show``: the paper's trajectory, or one row's configuration."""
+"""``ldae show``: show the rows of the paper, or the settings of one row."""
 
 
 def show(row: str = "", /, scale: str = "paper") -> None:
-    """The trajectory as a table, or one row's full configuration.
+    """Show the rows of the paper as a table, or all settings of one row.
 
     Args:
-        row: a row's name or number; empty for the table.
-        scale: the scale of the configuration.
+        row: the name or number of a row; empty for the table.
+        scale: the scale of the settings.
     """
     from ldae import trajectory, tree
 

@@ -1,4 +1,4 @@
-"""k-NN accuracy while a run trains."""
+"""The k-NN accuracy of a pre-training, measured while it trains."""
 
 import torch
 
@@ -12,6 +12,10 @@ _ONLINE_K = 20
 
 
 def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, ...]:
+    """Return the hook of ``system.knn_every``, if it is set.
+
+    Raises: InputError when the images have no labels, or are fewer than the neighbours.
+    """
     if not config.system.knn_every:
         return ()
     from ldae.evals.features import Encoder, extract_share, known_labels
@@ -22,11 +26,11 @@ def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, 
         known_labels(split)
     check_enough(_ONLINE_K, len(splits[0]))
 
-    def online_knn(method: LDAE) -> dict[str, float]:
+    def measure(method: LDAE) -> dict[str, float]:
         encoder = Encoder(backbone_of(method), device)
         train_set, test_set = (
             extract_share(encoder, split, workers=config.system.workers) for split in splits
         )
         return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
 
-    return (Hook(config.system.knn_every * plan.epoch, online_knn),)
+    return (Hook(config.system.knn_every * plan.epoch, measure),)

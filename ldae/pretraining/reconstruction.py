@@ -1,4 +1,4 @@
-"""Reconstruction quality of a tokenizer: PSNR, perceptual distances, use of its codebook."""
+"""Reconstruction quality of a tokenizer: PSNR, perceptual distances and codebook use."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ from ldae.backbones.perceptual import PerceptualDistance
 from ldae.distributed import all_reduce_sum
 from ldae.tokenizers import Tokenizer
 
-_MIN_ERROR = 1e-10  # 100 dB: smaller errors are rounding, and a perfect image gets a finite PSNR
+_MIN_ERROR = 1e-10  # 100 dB; smaller errors are rounding, and the PSNR stays finite
 
 
 @torch.no_grad()
@@ -17,13 +17,13 @@ def measure_reconstruction(
     images: Iterable[torch.Tensor],
     distances: Sequence[PerceptualDistance] = (),
 ) -> dict[str, float]:
-    """Reconstruct uint8 images (B, C, H, W), and return means of the errors over all images.
+    """Reconstruct uint8 images (B, C, H, W) and measure the errors, averaged over all images.
 
-    Each rank passes its own share of the images. Latents are the means of the posterior.
+    Each rank passes its share of the images. Latents are the means of the posterior.
 
-    Returns: ``psnr``, in dB, of pixels in [0, 1], at most 100; each distance under its name;
-        ``images``, the number of images. A quantised tokenizer adds ``codes_used``, the share of
-        its codes that occur, and ``code_perplexity``, the exponential of their entropy.
+    Returns: ``psnr`` in dB, at most 100, of pixels in [0, 1]; each distance under its name; and
+        ``images``, their number. For a quantised tokenizer also ``codes_used``, the share of codes
+        that occur, and ``code_perplexity``, the exponential of their entropy.
     """
     device = tokenizer.scales.device
     sums = torch.zeros(2 + len(distances), dtype=torch.float64, device=device)

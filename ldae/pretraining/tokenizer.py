@@ -1,4 +1,4 @@
-"""Fit a tokenizer: in one pass over images, or by training it, and report on it."""
+"""Fitting of a tokenizer, in one pass over images or by training, and its reconstruction report."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +25,6 @@ from ldae.errors import InputError
 from ldae.method import build_tokenizer
 from ldae.models import DENOISERS
 from ldae.plots.pictures import save_reconstruction
-from ldae.pretraining.pictures import samples
 from ldae.pretraining.reconstruction import measure_reconstruction
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
@@ -40,8 +39,8 @@ from ldae.train.run import runs_in_bf16, train_in, transform_of
 _FIT_BATCH = 256
 _MEASURED_IMAGES = 5_000
 
-# Settings of a pre-training that its tokenizer does not depend on; model.patch_size it does.
-_UNREAD = (
+# Settings of a pre-training that its tokenizer does not depend on. It depends on model.patch_size.
+_IGNORED = (
     "noise.", "objective.", "optim.", "init_from", "tokenizer.posterior", "tokenizer.path",
     "model.denoiser", "model.name", "model.depth", "model.embed_dim", "model.num_heads",
     "model.cond_ratio", "model.class_conditional", "model.label_dropout",
@@ -51,42 +50,53 @@ _UNREAD = (
 
 @dataclass
 class Fit:
-    """A tokenizer to fit, and what it is fitted with; all that can be refused has been."""
+    """A tokenizer and everything it is fitted with, after all checks."""
 
     config: Config
     source: Source
     device: torch.device
     tokenizer: Tokenizer
     stats: tuple[tuple[float, ...], tuple[float, ...]]
-    """Mean and standard deviation of the pixels; empty: the data's own."""
+    """Mean and standard deviation of the pixels; empty to measure them."""
     plan: Plan | None
-    """Of the training; None where there is none."""
+    """The plan of the training; None for a fit in one pass and for published weights."""
 
     @cached_property
     def perceptual(self) -> PerceptualDistance | None:
-        """Of the loss.
+        """The perceptual distance in the loss.
 
-        Raises: InputError when its weights are absent.
+        Raises: InputError when its weights are missing.
         """
-        if not (self.plan and self.config.tokenizer.perceptual_weight):
+        config = self.config
+        if not (self.plan and config.tokenizer.perceptual_weight):
             return None
-        net = self.config.tokenizer.perceptual_net
-        found = open_perceptual(net, self.config.data.in_chans)
-        return found.to(self.device)
+        distance = open_perceptual(config.tokenizer.perceptual_net, config.data.in_chans)
+        return distance.to(self.device)
 
     def distances(self) -> list[PerceptualDistance]:
-        """To report: that of the loss, and LPIPS where that is not a download."""
-        found = [self.perceptual] if self.perceptual else []
-        known = [distance.name for distance in found]
-        if "LPIPS" not in known and self.config.data.in_chans == 3 and lpips_is_cached():
-            found.append(open_lpips().to(self.device))
-        return found
+        """Return the distances to report: the loss's, and LPIPS if its weights are downloaded."""
+        distances = [self.perceptual] if self.perceptual else []
+        names = [distance.name for distance in distances]
+        if "LPIPS" not in names and self.config.data.in_chans == 3 and lpips_is_cached():
+            distances.append(open_lpips().to(self.device))
+        return distances
+
+
+def open_images(config: Config) -> Source:
+    """Check the settings and open the training images.
+
+    Raises: InputError for a wrong setting, and when the images are missing.
+    """
+    tree.check(config)
+    if not config.data.source:
+        raise InputError("no images: name their source with --data SOURCE")
+    return open_source(config.data.source, "train")
 
 
 def prepare(config: Config, source: Source, device: torch.device, run: Path) -> Fit:
-    """Check all that a fit in ``run`` needs; nothing is written.
+    """Check everything that a fit in ``run`` needs; nothing is written.
 
-    Raises: InputError when settings do not fit together, or a perceptual network is absent.
+    Raises: InputError when settings contradict each other, or a perceptual network is missing.
     """
     _check_settings(config)
     tokenizer = build_tokenizer(config)
@@ -101,23 +111,25 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
                 f"tokenizer.adversarial_start {start} is never reached in the {plan.steps} steps "
                 "of tokenizer.optim"
             )
-        tokenizer_loss(fit)  # what is absent or does not fit is told now
+        tokenizer_loss(fit)  # refuses a network that is missing or does not fit
     if config.tokenizer.path:
         tokenizers.load(tokenizer, Path(config.tokenizer.path))
     return fit
 
 
 def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
-    """The tokenizer of a pre-training in ``run``: the fitted one there or at tokenizer.path, or a new
-    fit. One that is trained is a run of its own in the sub-folder tokenizer."""
+    """Return the tokenizer of the pre-training in ``run``, fitted first if there is none yet.
+
+    A tokenizer that is trained has a run of its own, in the sub-folder tokenizer.
+    """
     path, given = run / layout.TOKENIZER, fit.config.tokenizer.path
-    folder = run / layout.TOKENIZER_RUN if fit.plan else run
     if path.exists() and (given or fit.plan):
         tokenizers.load(fit.tokenizer, path)
         return fit.tokenizer
-    if not given:  # which is loaded already
+    if not given:  # else prepare() has loaded it
+        folder = run / layout.TOKENIZER_RUN if fit.plan else run
         with open_fit(fit, folder) if fit.plan else nullcontext():
-            carry_out(fit, folder, row)
+            fit_or_load(fit, folder, row)
     if distributed.is_main() and not path.exists():
         tokenizers.save(fit.tokenizer, path)
     distributed.barrier()
@@ -125,14 +137,14 @@ def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
 
 
 def open_fit(fit: Fit, run: Path) -> AbstractContextManager:
-    patch_size = {"model.patch_size": fit.tokenizer.patch_size}
+    """Open the run folder of a tokenizer, see ``open_run``."""
+    config = tree.replace(fit.config, {"model.patch_size": fit.tokenizer.patch_size})
     begun = (run / layout.TOKENIZER).exists()
-    config = tree.replace(fit.config, patch_size)
-    return open_run(run, "tokenizer", config, fit.source, fit.device, _UNREAD, begun)
+    return open_run(run, "tokenizer", config, fit.source, fit.device, _IGNORED, begun)
 
 
-def carry_out(fit: Fit, run: Path, row: str) -> None:
-    """Fit in an opened folder, or load what was fitted there, and report if that was not done yet."""
+def fit_or_load(fit: Fit, run: Path, row: str) -> None:
+    """Fit the tokenizer in an opened folder or load it from there, and write missing reports."""
     path = run / layout.TOKENIZER
     if path.exists():
         tokenizers.load(fit.tokenizer, path)
@@ -155,7 +167,7 @@ def _fit_statistics(fit: Fit) -> None:
 
 
 def _train(fit: Fit, run: Path, row: str) -> None:
-    """Pixel statistics, training, latent statistics; a published network gets the last alone."""
+    """Fit pixel statistics, train, and fit latent statistics; published weights need only these."""
     tokenizer, config = fit.tokenizer.to(fit.device), fit.config
     if fit.plan:
         mean, std = fit.stats
@@ -163,7 +175,7 @@ def _train(fit: Fit, run: Path, row: str) -> None:
             tokenizer.set_pixel_stats(torch.tensor(mean), torch.tensor(std))
         elif not Checkpoints(run).paths():  # else they are in there
             tokenizer.fit_pixels(_first_images(fit))
-        # Not compiled: the adversary's adaptive weight asks for gradients within the forward pass.
+        # Not compiled, since the adversary's adaptive weight takes gradients in the forward pass.
         trained = train_in(
             run,
             tokenizer_loss(fit),
@@ -175,14 +187,14 @@ def _train(fit: Fit, run: Path, row: str) -> None:
             transform=transform_of(config),
             device=fit.device,
         )
-        fit.tokenizer = trained.tokenizer  # the moving average's, where the recipe has one
+        fit.tokenizer = trained.tokenizer  # that of the moving average, where the recipe has one
     fit.tokenizer.fit_latents(_first_images(fit))
 
 
 def tokenizer_loss(fit: Fit) -> TokenizerLoss:
-    """What a trained tokenizer minimises, on its device, seeded by the seed of the configuration.
+    """Return the loss of a tokenizer that is trained, on its device, seeded by the configuration.
 
-    Raises: InputError when a network does not fit the images, or its weights are absent.
+    Raises: InputError when a network does not fit the images, or its weights are missing.
     """
     config, tokenizer = fit.config, fit.config.tokenizer
     weights = LossWeights(
@@ -193,7 +205,7 @@ def tokenizer_loss(fit: Fit) -> TokenizerLoss:
         fit.tokenizer,
         weights,
         fit.perceptual,
-        adversarial_start=config.tokenizer.adversarial_start,
+        adversarial_start=tokenizer.adversarial_start,
         batch_size=fit.plan.batch_size,
         seed=config.seed,
         bf16=runs_in_bf16(config.system.precision, fit.device),
@@ -204,12 +216,12 @@ def _report(fit: Fit, run: Path, row: str) -> None:
     config, tokenizer = fit.config, fit.tokenizer
     source = open_source(config.data.eval_source or config.data.source, "eval")
     center = CropTransform(config.data.img_size, config.data.in_chans)
-    wanted = min(config.tokenizer.fit_images or _MEASURED_IMAGES, _MEASURED_IMAGES)
-    images = Images(fit, source, center, wanted, seed=0, bad_images="skip")
+    count = min(config.tokenizer.fit_images or _MEASURED_IMAGES, _MEASURED_IMAGES)
+    images = FitImages(fit, source, center, count, seed=0, bad_images="skip")
     results = measure_reconstruction(tokenizer, images, fit.distances())
     if not distributed.is_main():
         return
-    save_reconstruction(tokenizer, samples(config, fit.device), run / layout.RECONSTRUCTED)
+    save_reconstruction(tokenizer, sample_images(config, fit.device), run / layout.RECONSTRUCTED)
     record = {
         "row": row,
         "tokenizer": tokenizers.describe(tokenizer),
@@ -218,78 +230,93 @@ def _report(fit: Fit, run: Path, row: str) -> None:
         "environment": environment(fit.device),
     }
     files.write_json(run / layout.RECONSTRUCTION, record)
-    told = [f"{name} {value:.4g}" for name, value in results.items() if name != "images"]
-    where = f"{results['images']:,} images of {source.spec}"
-    print_main(f"{config.tokenizer.name}: {', '.join(told)} over {where}")
-
-
-def _first_images(fit: Fit) -> "Images":
-    """Return the images that a fit sees: the first ones in training order."""
-    config = fit.config
-    wanted = config.tokenizer.fit_images or len(fit.source)
-    return Images(
-        fit, fit.source, transform_of(config), wanted, config.seed, config.data.bad_images
+    numbers = ", ".join(
+        f"{name} {value:.4g}" for name, value in results.items() if name != "images"
     )
+    where = f"{results['images']:,} images of {source.spec}"
+    print_main(f"{config.tokenizer.name}: {numbers} over {where}")
+
+
+def sample_images(config: Config, device: torch.device, count: int = 12) -> torch.Tensor:
+    """Return images for a run's pictures, uint8 (n, C, H, W), of the evaluation split if any."""
+    source = open_source(config.data.source, "eval")
+    center = CropTransform(config.data.img_size, config.data.in_chans)
+    count = min(count, len(source))
+    batches = train_batches(
+        source, center, seed=0, start=0, stop=count, batch_size=count, bad_images="skip"
+    )
+    return next(batches).images.to(device)
+
+
+def _first_images(fit: Fit) -> "FitImages":
+    """Return the images of a fit: the first ones in training order."""
+    config = fit.config
+    count = config.tokenizer.fit_images or len(fit.source)
+    transform = transform_of(config)
+    return FitImages(fit, fit.source, transform, count, config.seed, config.data.bad_images)
 
 
 @dataclass(frozen=True)
-class Images:
-    """This rank's share of so many images, to a whole number of batches, in a random order.
+class FitImages:
+    """This rank's share of about ``count`` images, in a random order that is the same in each pass.
 
-    Each pass gives the same batches, uint8 (B, C, H, W). A network sees no more images at once than
-    it does in training.
+    Iteration yields uint8 batches (B, C, H, W). Only full batches are used. A network gets no more
+    images at a time than in training.
     """
 
     fit: Fit
     source: Source
     transform: CropTransform
-    wanted: int
+    count: int
     seed: int
     bad_images: str
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         plan, world = self.fit.plan, distributed.world_size()
-        wanted, share = min(self.wanted, len(self.source)), _FIT_BATCH
+        count, share = min(self.count, len(self.source)), _FIT_BATCH
         if plan:
             share = plan.batch_size // world // plan.micro_batches
-        batch = min(share, max(1, wanted // world)) * world
-        stop = max(batch, wanted // batch * batch)
+        batch_size = min(share, max(1, count // world)) * world
+        stop = max(batch_size, count // batch_size * batch_size)
         batches = train_batches(
             self.source,
             self.transform,
             seed=self.seed,
             start=0,
             stop=stop,
-            batch_size=batch,
+            batch_size=batch_size,
             rank=distributed.rank(),
             world_size=world,
             workers=self.fit.config.system.workers,
             bad_images=self.bad_images,
         )
         with console.progress(stop, "tokenizer") as bar:
-            for found in batches:
-                yield found.images
-                bar.update(batch)
+            for batch in batches:
+                yield batch.images
+                bar.update(batch_size)
 
 
 def _check_settings(config: Config) -> None:
     """Raises: InputError for settings that contradict each other."""
-    asked, data = config.tokenizer, config.data
+    settings, data = config.tokenizer, config.data
     takers = {name: kind.settings() for name, kind in TOKENIZERS.items()}
-    tree.check_used(asked, asked.name, takers, "tokenizer.")
-    if asked.kl_weight and asked.codes:
+    tree.check_used(settings, settings.name, takers, "tokenizer.")
+    if settings.kl_weight and settings.codes:
         raise InputError(
             "tokenizer.kl_weight needs a Gaussian posterior, which tokenizer.codes replaces"
         )
-    if asked.pretrained and (data.mean or data.std or data.stats != "auto"):
+    if settings.pretrained and (data.mean or data.std or data.stats != "auto"):
         raise InputError(
-            "tokenizer.pretrained sees pixels in [-1, 1]: data.mean, data.std and data.stats can not "
-            "be set beside it"
+            "tokenizer.pretrained takes pixels in [-1, 1]: data.mean, data.std and data.stats "
+            "cannot be set beside it"
         )
 
 
 def _pixel_stats(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that are given, or empty for the data's own."""
+    """Return the mean and standard deviation that the settings give; empty to measure them.
+
+    Raises: InputError for another number of values than channels.
+    """
     mean, std, chans = config.data.mean, config.data.std, config.data.in_chans
     if not mean and not std and config.data.stats == "imagenet":
         mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, opened without unpickling anything but tensors."""
+"""Checkpoints: files that are complete or absent, and read without executing pickled code."""
 
 import pickle
 import zipfile
@@ -16,31 +16,31 @@ _KEYS = ("images_seen", "model", "average", "optimizer", "describe")
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, by images seen. ``keep`` of 0 keeps all of them."""
+    """The checkpoints of one run folder. The newest ``keep`` are kept, or all if ``keep`` is 0."""
 
     def __init__(self, run: Path, keep: int = 0) -> None:
         self.folder, self.keep = Path(run) / layout.CHECKPOINTS, keep
 
     def paths(self) -> list[Path]:
-        """Oldest first."""
+        """Return the paths of all checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = (path for path in self.folder.iterdir() if layout.images_seen(path) is not None)
-        return sorted(path for path in found if path.is_file())
+        named = (path for path in self.folder.iterdir() if layout.images_seen(path) is not None)
+        return sorted(path for path in named if path.is_file())
 
     def save(self, state: dict) -> Path:
-        """Write ``state`` under its ``images_seen`` and forget the oldest beyond ``keep``.
+        """Write ``state`` under its ``images_seen``; delete the oldest checkpoints beyond ``keep``.
 
-        A kill at any moment leaves either the old files or the new one. Only one process may save
-        in a folder, see ``ldae.train.lock``: what another left half written is removed.
+        A kill at any moment leaves either the old checkpoints or also the new one. Only one process
+        may save in a folder (see ``ldae.runs.lock``), since partial files are removed.
 
-        Raises: InputError when the disk does not take it; what was saved before is still there.
+        Raises: InputError when the file cannot be written; the checkpoints before it stay.
         """
         path = self.folder / layout.checkpoint(state["images_seen"])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f"*{PARTIAL}"):
-                left.unlink()
+            for partial in self.folder.glob(f"*{PARTIAL}"):
+                partial.unlink()
             with open_atomic(path) as file:
                 torch.save(state, file)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
@@ -48,57 +48,57 @@ class Checkpoints:
             cause = error if isinstance(error, OSError) else error.__context__
             reason = getattr(cause, "strerror", None) or "the file could not be written"
             raise InputError(
-                f"checkpoint {path} could not be saved ({reason}); the last good one: {last}"
+                f"checkpoint {path} could not be saved ({reason}); the last good one is {last}"
             ) from None
         if self.keep:
-            # Not what is newer: it was found damaged, or this state would not be behind it.
-            for old in [known for known in self.paths() if known <= path][: -self.keep]:
+            # A newer checkpoint does not count: it is damaged, or the run would have resumed there.
+            for old in [saved for saved in self.paths() if saved <= path][: -self.keep]:
                 with report_write_errors(old):
                     old.unlink()
         return path
 
     def load(self) -> dict | None:
-        """The newest state that is whole, on the CPU, or None before the first.
+        """Return the state of the newest undamaged checkpoint, on the CPU; None if there are none.
 
-        Raises: InputError when there are some and all of them are damaged.
+        Raises: InputError when all checkpoints are damaged.
         """
         damaged = []
         for path in reversed(self.paths()):
             try:
                 state = read(path)
-            except FileNotFoundError:  # forgotten since it was listed, so there is a newer one
+            except FileNotFoundError:  # deleted since it was listed, so there is a newer one
                 return self.load()
-            except Exception as error:  # of many kinds for one fact: the file is not whole
+            except Exception as error:  # torch raises many types for a damaged file
                 damaged.append(f"checkpoint {path} is damaged ({first_line(error)})")
                 continue
             if damaged and is_main():
-                print(f"{'; '.join(damaged)}; {path.name} before it is used instead", flush=True)
+                print(f"{'; '.join(damaged)}; {path.name} is used instead", flush=True)
             return state
         if damaged:
             raise InputError(
-                f"{damaged[0]}, and there is no whole one beside it; nothing was changed: put a copy "
-                "there, or name another --run"
+                f"{damaged[0]}, and there is no undamaged one; nothing was changed: restore a "
+                "copy, or name another --run"
             )
         return None
 
-    def load_together(self) -> dict | None:
-        """``load`` on every rank.
+    def load_on_all_ranks(self) -> dict | None:
+        """Return ``load()`` on every rank.
 
-        Raises: InputError as it does, and when the ranks do not see the same.
+        Raises: InputError as ``load``, and when the ranks load different checkpoints.
         """
-        found = self.load()
-        seen = gather_values(found["images_seen"] if found else 0)
+        state = self.load()
+        seen = gather_values(state["images_seen"] if state else 0)
         if len(set(seen)) > 1:
             raise InputError(
                 f"the ranks see different checkpoints in {self.folder}, of "
                 f"{', '.join(map(str, seen))} images: is it the same folder on all machines?"
             )
-        return found
+        return state
 
     def describe(self) -> dict | None:
-        """What the newest readable checkpoint says about the run, without reading its tensors."""
+        """Return the newest readable checkpoint's description of the run; no tensor is read."""
         for path in reversed(self.paths()):
-            with suppress(Exception):  # load() tells of it
+            with suppress(Exception):  # load() reports damage
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[
                     "describe"
                 ]
@@ -106,16 +106,15 @@ class Checkpoints:
 
 
 def read(path: Path) -> dict:
-    """One checkpoint, on the CPU.
+    """Return the state in one checkpoint, on the CPU.
 
-    Raises: an exception of some kind when the file is not, bit for bit, what was written.
+    Raises: an exception of any type when a bit of the file has changed since it was written.
     """
     with zipfile.ZipFile(path) as file:  # torch's reader ignores the checksums of its own format
-        wrong = file.testzip()
-    if wrong:
-        raise InputError(f"{wrong} in it has another checksum")
+        if damaged := file.testzip():
+            raise InputError(f"{damaged} in it has another checksum")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose words tell how to run it
-        raise InputError("it holds pickled code, which is not run here") from None
+    except pickle.UnpicklingError:  # torch's message says how to execute the code
+        raise InputError("it holds pickled code, which ldae never executes") from None
     return {key: state[key] for key in _KEYS} | {"watchdog": state.get("watchdog")}

@@ -1,4 +1,4 @@
-"""Open a run folder: make it, or check that it holds this run."""
+"""Open a run folder: create it, or check that it holds this run."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from ldae.runs.environment import environment
 from ldae.runs.lock import locked
 from ldae.settings import ExecutionSettings
 
-NAMES_HASH = "the hash of the images' names"  # in what a checkpoint says about its run
-_MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # when a run is resumed
-_NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # in a folder where no run has begun
-_OF_THE_SETTINGS = (layout.TOKENIZER, layout.RECONSTRUCTION)  # made before the first checkpoint
+NAMES_HASH = "the hash of the images' names"  # a key of checkpoints' descriptions
+_MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # when a run resumes
+_NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # may lie in a folder before a run begins there
+_OF_THE_SETTINGS = (layout.TOKENIZER, layout.RECONSTRUCTION)  # written before the first checkpoint
 
 
 class Settings(Protocol):
-    """The part of the settings that every kind of run has."""
+    """The settings that all kinds of runs have."""
 
-    data: Any  # with bad_images
+    data: Any  # has bad_images
     system: ExecutionSettings
     seed: int
 
@@ -38,35 +38,35 @@ def open_run(
     config: Settings,
     source: Source,
     device: torch.device,
-    unread: tuple[str, ...] = (),
+    ignored: tuple[str, ...] = (),
     begun: bool = False,
 ) -> Iterator[None]:
-    """Open the folder ``run`` for this run, new or resumed, and keep other processes out meanwhile.
+    """Open the folder ``run`` for a new or resumed run, and keep other processes out.
 
-    A run in the folder has to be this run: of this kind, with these settings and these images. Until
-    there is a checkpoint, a run of this kind may begin anew with other settings.
+    A run in the folder must be of this kind, with these settings and these images. Before its first
+    checkpoint, a run of this kind may start again with other settings.
 
     Args:
-        run: the folder, which is made if it is not there.
+        run: the folder, which is created if there is none.
         kind: one of ``kinds.KINDS``.
         config: the settings.
-        source: the training images. Those of a run with a checkpoint may lie elsewhere than before.
-        device: where the run is computed, for the record.
-        unread: beginnings of dotted names of settings that do not matter to this run.
-        begun: whether the folder holds something that must not be lost, though no checkpoint.
+        source: the training images; those of a run with a checkpoint may have moved.
+        device: recorded in environment.json.
+        ignored: prefixes of dotted names of settings that this run does not read.
+        begun: whether the run cannot start again, although there is no checkpoint.
 
-    Raises: InputError when the folder holds another run, naming the kind or the settings that
-        differ, or something else; and when another process works in it.
+    Raises: InputError when the folder holds something else or another run, naming its kind or the
+        settings that differ; and when another process uses the folder.
     """
     with locked(run):
         before = _settings_before(run, kind)
-        changed = {} if before is None else _changed(run, before, config, source, unread)
+        changed = {} if before is None else _changed(run, before, config, source, ignored)
         if changed and (begun or Checkpoints(run).paths()):
-            told = ", ".join(
+            names = ", ".join(
                 f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
             )
-            raise InputError(f"run folder {run} holds another run: {told}; name another --run")
-        distributed.barrier()  # every rank has looked before one of them writes
+            raise InputError(f"run folder {run} holds another run: {names}; name another --run")
+        distributed.barrier()  # all ranks read the folder before rank 0 writes to it
         if distributed.is_main():
             for name in _OF_THE_SETTINGS if changed else ():
                 (run / name).unlink(missing_ok=True)
@@ -78,9 +78,9 @@ def open_run(
 
 
 def _settings_before(run: Path, kind: str) -> Settings | None:
-    """Return the settings of the run that the folder holds, or None when the folder is new.
+    """Return the settings of the run in the folder, or None when the folder is new.
 
-    Raises: InputError when it holds a run of another kind, or no run but something else.
+    Raises: InputError when the folder holds a run of another kind, or something else.
     """
     if kinds.kind_of(run):
         return kinds.settings_of(run, kind)
@@ -90,19 +90,19 @@ def _settings_before(run: Path, kind: str) -> Settings | None:
 
 
 def _changed(
-    run: Path, before: Settings, config: Settings, source: Source, unread: tuple[str, ...]
+    run: Path, before: Settings, config: Settings, source: Source, ignored: tuple[str, ...]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that make this another run: dotted name -> (old value, new value)."""
-    free = (*_MAY_CHANGE, *unread)
-    known = (Checkpoints(run).describe() or {}).get(NAMES_HASH)
-    if known and known == names_hash(source):
-        free += ("data.source",)
+    """Return the changed settings that make this another run: dotted name -> (old, new)."""
+    ignored = (*_MAY_CHANGE, *ignored)
+    names = (Checkpoints(run).describe() or {}).get(NAMES_HASH)
+    if names and names == names_hash(source):
+        ignored += ("data.source",)
     changed = tree.difference(before, config)
-    return {name: pair for name, pair in changed.items() if not name.startswith(free)}
+    return {name: pair for name, pair in changed.items() if not name.startswith(ignored)}
 
 
 def names_hash(source: Source) -> str:
-    """Return a hash of the images' names, in order: the same wherever the images lie."""
+    """Return a hash of the images' names in order, independent of the folder they lie in."""
     digest = hashlib.sha256()
     for number in range(len(source)):
         digest.update(source.name(number).encode() + b"\0")

@@ -1,4 +1,4 @@
-"""The kinds of runs: which one a folder holds, and its settings."""
+"""The kinds of runs, and the kind and settings of the run in a folder."""
 
 from importlib import import_module
 from pathlib import Path
@@ -8,19 +8,19 @@ from ldae import tree
 from ldae.errors import InputError
 from ldae.runs import layout
 
-_LINE = "kind"  # the first line of config.yaml
+_KEY = "kind"  # of the first line of config.yaml
 
 
 class Kind(NamedTuple):
     """One kind of run."""
 
-    words: str
-    """The kind in a sentence, with an article."""
+    noun: str
+    """The name in a sentence, with an article."""
     settings: str
-    """``module:Class`` of the settings, imported when it is needed: it may lie above this file."""
+    """``module:Class`` of the settings. It is imported when needed, as its layer may be higher."""
 
     def defaults(self) -> Any:
-        """Return the settings of this kind, all at their defaults."""
+        """Return the default settings of this kind."""
         module, name = self.settings.split(":")
         return getattr(import_module(module), name)()
 
@@ -35,12 +35,11 @@ KINDS = {
 def kind_of(folder: Path) -> str | None:
     """Return the kind of the run in ``folder``, or None when the folder holds no run.
 
-    An older folder that can be of a pre-training or of a tokenizer counts as a pre-training.
+    An older folder of either a pre-training or a tokenizer counts as a pre-training.
 
-    Raises: InputError when its config.yaml cannot be read, or names a kind that does not exist.
+    Raises: InputError when its config.yaml cannot be read, or names an unknown kind.
     """
-    found = _possible_kinds(folder)
-    return found[0] if found else None
+    return next(iter(_possible_kinds(folder)), None)
 
 
 def settings_of(run: Path, kind: str) -> Any:
@@ -48,29 +47,28 @@ def settings_of(run: Path, kind: str) -> Any:
 
     Raises: InputError when the folder holds no run or a run of another kind, naming that kind.
     """
-    path, found = run / layout.CONFIG, _possible_kinds(run)
-    if not found:
-        lack = f"its {path.name} is of no run" if path.is_file() else f"it has no {path.name}"
-        raise InputError(f"{run} is not a run folder: {lack}")
-    if kind not in found:
-        words, wanted = KINDS[found[0]].words, KINDS[kind].words
-        raise InputError(f"run folder {run} holds {words}, not {wanted}")
+    path, kinds = run / layout.CONFIG, _possible_kinds(run)
+    if not kinds:
+        reason = f"its {path.name} is of no run" if path.is_file() else f"it has no {path.name}"
+        raise InputError(f"{run} is not a run folder: {reason}")
+    if kind not in kinds:
+        raise InputError(f"run folder {run} holds {KINDS[kinds[0]].noun}, not {KINDS[kind].noun}")
     return load(path, kind)
 
 
 def load(path: Path, kind: str, base: Any = None) -> Any:
-    """Return ``base`` changed by a YAML file, which may hold all settings or a few of them.
+    """Return ``base`` changed by a YAML file of all or some settings.
 
     Args:
-        path: the config.yaml of a run, or a file that a user wrote, which needs no line ``kind``.
+        path: the config.yaml of a run, or a user's file, in which ``kind`` is optional.
         kind: the kind of run that the settings are for.
-        base: settings of this kind; by default the defaults.
+        base: settings of this kind; by default the kind's defaults.
 
-    Raises: InputError naming the file when it cannot be read, is of another kind, or sets what does
-        not exist.
+    Raises: InputError naming the file when it cannot be read, is of another kind, or holds an
+        unknown setting.
     """
     table = tree.read_yaml(path)
-    given = table.pop(_LINE, kind)
+    given = table.pop(_KEY, kind)
     if given != kind:
         raise InputError(f"configuration {path} is of the kind {given!r}, not {kind!r}")
     try:
@@ -80,35 +78,35 @@ def load(path: Path, kind: str, base: Any = None) -> Any:
 
 
 def to_yaml(config: Any, kind: str) -> str:
-    """Return settings as the text of a config.yaml, which ``load`` reads."""
-    return f"{_LINE}: {kind}\n{tree.to_yaml(config)}"
+    """Return the content of a config.yaml with these settings, for ``load``."""
+    return f"{_KEY}: {kind}\n{tree.to_yaml(config)}"
 
 
 def _possible_kinds(folder: Path) -> list[str]:
-    """Return the kinds that the run in ``folder`` can be of; none when the folder holds no run.
+    """Return the possible kinds of the run in ``folder``; an empty list when there is no run.
 
-    There are several only for a folder that was written before runs had a kind, see ``_inferred``.
+    Only a folder written before runs had a kind may have several, see ``_infer_kinds``.
     """
     if not (folder / layout.CONFIG).is_file():
         return []
     settings = tree.read_yaml(folder / layout.CONFIG)
     if not settings:
         raise InputError(f"run folder {folder} is damaged: its {layout.CONFIG} is empty")
-    if _LINE not in settings:
-        return _inferred(folder, settings)
-    kind = str(settings[_LINE])
+    if _KEY not in settings:
+        return _infer_kinds(folder, settings)
+    kind = str(settings[_KEY])
     if kind not in KINDS:
         raise InputError(
-            f"run folder {folder} is of the kind {kind!r}, and there are {', '.join(KINDS)}"
+            f"run folder {folder} is of the unknown kind {kind!r}; kinds are {', '.join(KINDS)}"
         )
     return [kind]
 
 
-def _inferred(folder: Path, settings: dict) -> list[str]:
-    """Return the kinds that a run whose config.yaml names none can be of.
+def _infer_kinds(folder: Path, settings: dict) -> list[str]:
+    """Return the possible kinds of a run whose config.yaml has no ``kind``.
 
-    The newest checkpoint says what it trains. Without a checkpoint the names of the settings decide;
-    those of a pre-training and of a tokenizer are the same.
+    The newest checkpoint names the model that it trains. Without a checkpoint, the names of the
+    settings decide, which are the same for a pre-training and a tokenizer.
     """
     from ldae.runs.checkpoints import Checkpoints  # imports torch
 

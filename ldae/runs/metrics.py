@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, lines of progress, TensorBoard, W&B."""
+"""The metrics of a training: metrics.jsonl, lines of progress, TensorBoard and W&B."""
 
 import json
 from contextlib import suppress
@@ -12,12 +12,11 @@ from ldae.runs import layout
 
 
 class Metrics:
-    """The metrics of a run that stands at ``seen`` images; on ranks other than 0 it does nothing.
+    """The metrics of a run that has seen ``seen`` images. Only rank 0 writes.
 
-    Lines beyond ``seen``, which a killed process wrote after its last checkpoint, are dropped, so
-    the file of a resumed run reads as if nothing had happened.
+    Lines beyond ``seen``, which a killed process wrote after its last checkpoint, are dropped.
 
-    Raises: InputError when a logger that was asked for is not installed.
+    Raises: InputError when a requested logger is not installed.
     """
 
     def __init__(self, run: Path, seen: int, tensorboard: bool = False, wandb: str = "") -> None:
@@ -43,7 +42,7 @@ class Metrics:
             self.wandb = client.init(project=wandb, name=run.name, id=run.name, resume="allow")
 
     def write(self, record: dict) -> None:
-        """Add one record, which holds ``images`` seen and numbers."""
+        """Write a record: ``images``, the number of images seen, and other numbers by name."""
         if self.file is None:
             return
         with report_write_errors(self.path):
@@ -58,14 +57,14 @@ class Metrics:
     def close(self) -> None:
         for part in (self.file, self.board):
             if part:
-                with suppress(OSError):  # of a full disk, which write() has told of already
+                with suppress(OSError):  # write() has reported a full disk
                     part.close()
         if self.wandb:
             self.wandb.finish()
 
 
 def _images(line: str) -> float:
-    """Images seen of one line; a line that a kill cut in half counts as never written."""
+    """Return the images seen of one line; infinity for a line that a kill cut in half."""
     try:
         return json.loads(line)["images"]
     except (ValueError, KeyError, TypeError):
@@ -77,7 +76,7 @@ def _missing(extra: str) -> InputError:
 
 
 def progress_line(record: dict, total: int) -> str:
-    """One record for people."""
+    """Return a record as a line for people."""
     left = (total - record["images"]) / max(record["images_per_second"], 1e-9)
     top1 = f"top-1 {record['top1']:.2f}  " if "top1" in record else ""
     return (

@@ -1,14 +1,14 @@
-"""A signal asks a run to stop after the current step; a second Ctrl-C stops it at once."""
+"""Stop signals: a run stops after the current step, and at once after a second Ctrl-C."""
 
 import signal
 from types import FrameType
 
-# Ctrl-C; what schedulers send to end a job; and what SLURM is asked to send before a time limit.
+# Ctrl-C; the end of a job; and the warning that SLURM sends before a time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and all of its progress is saved."""
+    """The end of a run by a stop signal, after all progress is saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -16,9 +16,9 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """A context in which ``received`` is the number of the first signal that asked to stop, or 0.
+    """A context in which ``received`` is the number of the first stop signal, or 0.
 
-    The handler only records the signal. The loop reads it between two steps, where the ranks agree.
+    The handler only records the signal. The loop reads it between steps, where the ranks agree.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -28,8 +28,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
-        # Only a person means more by asking twice. A scheduler sends USR2 and then TERM, or TERM to
-        # each step and once more to the job, while the first is being obeyed.
+        # A second Ctrl-C is from an impatient person. The second signal of a scheduler is not: it
+        # sends USR2 and then TERM, or TERM to each step and again to the job.
         signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
 
     def __exit__(self, *error: object) -> None:

@@ -1,4 +1,4 @@
-"""The one training loop. All it knows of a run's progress is the number of images seen."""
+"""The one training loop. The only measure of progress is the number of images seen."""
 
 import math
 import signal
@@ -22,22 +22,22 @@ from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
 from ldae.train.saver import Saver
-from ldae.train.state import State, each_tensor
+from ldae.train.state import State, map_tensors
 from ldae.train.watchdog import Exploded, Report, Watchdog
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The number of images that a run sees, and how the batch of a step is divided."""
+    """The length of a run in images, and the division of a step's batch."""
 
     epoch: int
-    """Images of one pass over the data."""
+    """Images in one pass over the data."""
     total: int
-    """Images of the whole run, a whole number of steps."""
+    """Images in the run: a multiple of the batch size."""
     batch_size: int
-    """Images of one step, over all ranks."""
+    """Images in one step, over all ranks."""
     micro_batches: int
-    """Pieces of one rank's share of a step, whose gradients accumulate."""
+    """Micro batches of one rank in one step; their gradients accumulate."""
 
     @property
     def steps(self) -> int:
@@ -45,9 +45,9 @@ class Plan:
 
 
 def plan_run(images: int, optim: OptimSettings, system: ExecutionSettings) -> Plan:
-    """Return the plan of a run over a source of so many images, on this world size.
+    """Return the plan of a run over ``images`` images, for the current number of ranks.
 
-    Raises: InputError when the batch cannot be divided as the settings ask.
+    Raises: InputError when the batch cannot be divided as the settings require.
     """
     world = distributed.world_size()
     if optim.batch_size < 1 or optim.batch_size % world:
@@ -65,61 +65,61 @@ def plan_run(images: int, optim: OptimSettings, system: ExecutionSettings) -> Pl
 
 @dataclass(frozen=True)
 class Hook:
-    """A function that is called every ``every`` images and returns numbers for the metrics.
+    """A function that is called every ``every`` images and returns values for the metrics.
 
-    Its argument is the model, or the moving average of the model where the recipe has one.
+    Its argument is the model, or the model's moving average where the recipe has one.
     """
 
     every: int
     call: Callable[[nn.Module], dict[str, float]]
 
     def due(self, before: int, now: int) -> bool:
-        """Return whether a multiple of ``every`` was passed between two numbers of images."""
+        """Return whether a multiple of ``every`` lies between two numbers of images seen."""
         return before // self.every != now // self.every
 
 
 @dataclass(eq=False)
 class Loop:
-    """One training of a model, from the newest checkpoint, if there is one, to the end of the plan.
+    """The training of a model, from the newest checkpoint or from the start to the end of the plan.
 
-    ``model(images, positions, targets)`` returns the loss, or a pair of the loss and its parts,
-    ``{name: part}``, always of the same names. The parts go to the metrics as the loss does: as
-    means over the batch and over the steps between two records.
+    ``model(images, positions, targets)`` returns the loss, or a pair of the loss and its parts
+    ``{name: part}`` with the same names in every step. The metrics hold the loss and its parts as
+    means over the batch and over the steps since the last record.
 
-    A model may have a method ``parameter_groups(weight_decay)``, see ``adamw``, and a method
-    ``after_step()``. The latter is called on all ranks after each update of the weights. It changes
-    buffers by what the forward passes of the step left in the model, as the running statistics of a
-    BatchNorm follow the micro batches of all ranks in their order. The moving average follows both.
+    The model may have a method ``parameter_groups(weight_decay)``, see ``adamw``, and a method
+    ``after_step()``, which all ranks call after each update of the weights. ``after_step`` updates
+    buffers from values that the forward passes of the step stored in the model, such as the running
+    statistics of a BatchNorm. The moving average follows parameters and buffers.
 
-    What the model draws from torch's global generators, as dropout does, is a function of ``seed``
-    and of the first position of the micro batch.
+    Before each forward pass, torch's global generators are seeded by ``seed`` and the first
+    position of the micro batch, for dropout and the like.
     """
 
     model: nn.Module
     batches_from: Callable[[int], Generator[Batch]]
-    """Returns this rank's micro batches from the given image on."""
+    """Returns this rank's micro batches, starting at the given image."""
     plan: Plan
     optim: OptimSettings
     system: ExecutionSettings
     device: torch.device
     checkpoints: Checkpoints
     open_metrics: Callable[[int], Metrics]
-    """Returns the metrics of a run that stands at the given image."""
+    """Returns the metrics of a run that has seen the given number of images."""
     describe: dict[str, Any]
-    """What every checkpoint says about the run; a run is resumed only where it is the same."""
+    """The description of the run in every checkpoint. A run resumes only if it is the same."""
     compiled: bool = False
     hooks: tuple[Hook, ...] = ()
     seed: int = 0
     optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer] = adamw
-    """Makes the optimizer of the model; the loop sets the learning rate before each step."""
+    """Creates the optimizer; the loop sets the learning rate before each step."""
 
     def train(self) -> nn.Module:
         """Train to the end of the plan.
 
-        Returns: the model, or its moving average where the recipe has one, whole on every rank.
+        Returns: the model, or its moving average where the recipe has one, unsharded on every rank.
 
-        Raises: InputError when the loss is not finite, and what the data raises, with all progress
-            before it saved; Interrupted when Ctrl-C or SIGTERM asked to stop.
+        Raises: InputError when the loss is not finite, and for bad data, after the progress until
+            then is saved; Interrupted after a stop signal.
         """
         self.state = State(
             self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
@@ -134,9 +134,9 @@ class Loop:
                 try:
                     self._restore()
                     self._run()
-                    return self.state.shown()
+                    return self.state.inference_model()
                 except Exploded as exploded:
-                    print_main(f"{exploded}; back to the last checkpoint, and past this batch")
+                    print_main(f"{exploded}; back to the last checkpoint, without this batch")
                     self.watchdog.leave_out(exploded.first)
                     self.saver.wait()
                     distributed.barrier()  # all ranks now see the same checkpoints
@@ -147,19 +147,19 @@ class Loop:
         Raises: InputError when the checkpoint is of another run, such as of other images, and when
             the ranks do not see the same folder.
         """
-        found = self.checkpoints.load_together()
+        checkpoint = self.checkpoints.load_on_all_ranks()
         self.state.reset_counts()
-        if found:
-            _check_same(found["describe"], self.describe)
-            self.state.restore(found)
-        self.seen = found["images_seen"] if found else 0
+        if checkpoint:
+            _check_same_run(checkpoint["describe"], self.describe)
+            self.state.restore(checkpoint)
+        self.seen = checkpoint["images_seen"] if checkpoint else 0
         self.report: Report | None = None  # of the last step, if it is not saved yet
-        self.watchdog.restore(found and found["watchdog"])
-        if self.system.explosion and not found:
-            self._save()  # to have something to go back to
+        self.watchdog.restore(checkpoint and checkpoint["watchdog"])
+        if self.system.explosion and not checkpoint:
+            self._save()  # so that there is a checkpoint to go back to
 
     def _run(self) -> None:
-        """Train from image ``seen`` to the end of the plan, with progress, metrics and checkpoints.
+        """Train from image ``seen`` to the end of the plan, and write metrics and checkpoints.
 
         Raises: as ``train``, and Exploded.
         """
@@ -180,18 +180,18 @@ class Loop:
                     self.saver.wait()
                     raise Interrupted(
                         self.stop.received or signal.SIGTERM,
-                        f"stopped at image {self.seen:,} of {self.plan.total:,}; it is saved, and "
-                        "the same command goes on from here",
+                        f"stopped at image {self.seen:,} of {self.plan.total:,}; all progress is "
+                        "saved, and the same command resumes here",
                     )
             self.saver.wait()
         finally:
             self.metrics.close()
-            self.batches.close()  # ends the data workers now, and not with the process
+            self.batches.close()  # ends the data workers now instead of with the process
 
     def _step(self, late: bool) -> tuple[bool, bool]:
         """Train on the next batch, and return whether all ranks stop and whether they save.
 
-        ``late``: ask for a checkpoint.
+        ``late`` requests a checkpoint.
         """
         self.saver.check()
         size, plan = self.plan.batch_size, self.plan
@@ -200,14 +200,14 @@ class Loop:
             peak=peak_lr(self.optim),
             warmup=round(self.optim.warmup_epochs * plan.epoch),
             total=plan.total,
-            least=self.optim.min_lr,
+            minimum=self.optim.min_lr,
         )
         set_lr(self.state.optimizer, self.lr)
         first, left_out = self.seen, self.seen in self.watchdog.left_out
-        losses = self._leave_out() if left_out else self._learn()
+        losses = self._skip_batch() if left_out else self._update()
         self.seen += size
-        # All that the ranks must agree on travels in one small sum. On a GPU the sum is read a step
-        # late, so that the device never waits for the host; nothing is saved in between.
+        # The ranks agree by one small sum. On a GPU the sum is read a step late, so that the device
+        # never waits for the host; nothing is saved in between.
         where = (
             f"step {self.seen // size:,} (images {first:,} to {self.seen - 1:,}, lr {self.lr:.3g})"
         )
@@ -219,16 +219,16 @@ class Loop:
         self.watchdog.check(agreed)
         return agreed.read()[1:] if agreed else (False, False)
 
-    def _learn(self) -> dict[str, torch.Tensor]:
-        """Update the weights once, and return the loss of this rank's share and its parts."""
+    def _update(self) -> dict[str, torch.Tensor]:
+        """Update the weights once, and return this rank's mean loss and its parts."""
         state, pieces = self.state, self.plan.micro_batches
         means = {"loss": torch.zeros((), device=self.device)}
         for micro in range(pieces):
             batch = self._next()
             self.meter.skipped += len(batch.bad)
             torch.manual_seed(_seed_of(self.seed, batch))
-            with state.spread.averaging(micro == pieces - 1):
-                output = state.spread.network(*on_device(batch, self.device))
+            with state.parallel.gradient_sync(micro == pieces - 1):
+                output = state.parallel.network(*on_device(batch, self.device))
                 loss, parts = output if isinstance(output, tuple) else (output, {})
                 (loss / pieces).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
@@ -238,27 +238,27 @@ class Loop:
         state.update()
         return means
 
-    def _leave_out(self) -> dict[str, torch.Tensor]:
-        """Leave out the next batch, and return a loss of zero."""
+    def _skip_batch(self) -> dict[str, torch.Tensor]:
+        """Skip the next batch, and return a loss of zero."""
         for _ in range(self.plan.micro_batches):
             self._next()
         self.state.reset_counts()
         return {"loss": torch.zeros((), device=self.device)}
 
     def _next(self) -> Batch:
-        """Return the next micro batch. When the data are bad, save what was learnt before."""
+        """Return the next micro batch. Save a checkpoint when the data are bad."""
         try:
             with self.meter.waiting():
                 return next(self.batches)
         except InputError:
-            # Saving shares takes all ranks, and the others are not here.
-            if not self.state.spread.in_shares:
+            # All ranks must take part in saving shards, but the others are elsewhere.
+            if not self.state.parallel.sharded:
                 self._save()
                 self.saver.wait()
             raise
 
     def _log(self) -> None:
-        """Call the hooks that are due, and write a record of metrics and a line of progress."""
+        """Call the hooks that are due, write a record of metrics and print a line of progress."""
         self.watchdog.check(self.report)
         if not self.meter.reports:
             return
@@ -268,18 +268,18 @@ class Loop:
         last_line = (self.seen - 1) // every * every
         due = [hook for hook in self.hooks if hook.due(last_line, self.seen)]
         if due:
-            shown = self.state.shown()
+            model = self.state.inference_model()
             for hook in due:
-                record |= hook.call(shown)
+                record |= hook.call(model)
             self.state.model.train()
         self.metrics.write(record)
         print_main(progress_line(record, plan.total))
         self.meter = Meter(self.seen)
 
     def _save(self) -> None:
-        """Begin to write a checkpoint, once the loss of the last step is known to be good."""
+        """Check the loss of the last step, and begin to write a checkpoint."""
         self.watchdog.check(self.report)
-        self.report = None  # a stop or a save that it asks for is done
+        self.report = None  # the request to stop or save that it may hold is now fulfilled
         self.saver.wait()
         state, copied = self.state.capture()
         watchdog = self.watchdog.capture()
@@ -289,23 +289,23 @@ class Loop:
 
 
 def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Return the images, the positions and the tree of targets of a batch on the device."""
+    """Move a batch to the device; return its images, positions and tree of targets."""
     parts = (batch.images, batch.positions, batch.targets)
-    return each_tensor(parts, lambda _, part: part.to(device, non_blocking=True))
+    return map_tensors(parts, lambda _, part: part.to(device, non_blocking=True))
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a run is resumed on what it began with, such as the same images.
+def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that a run resumes with the images that it began with.
 
-    The row is not compared: it can be the name of a file, which may lie elsewhere now.
+    The row is not compared, since it can be the path of a file that has moved.
 
     Raises: InputError naming the difference.
     """
-    for what, value in before.items():
-        if what != "row" and value != now[what]:
+    for name, value in before.items():
+        if name != "row" and value != now[name]:
             raise InputError(
-                f"the data of this run are not those that it began with: {what} was {value} then, "
-                f"and is {now[what]} now; put them back, or name another --run"
+                f"the images of this run have changed since it began: {name} was {value} then, "
+                f"and is {now[name]} now; put the images back, or name another --run"
             )
 
 
@@ -314,7 +314,7 @@ def _seed_of(seed: int, batch: Batch) -> int:
 
 
 class Meter:
-    """Losses, speed and waiting times between two lines of progress."""
+    """Losses, speed and waiting times since the last record of metrics."""
 
     def __init__(self, since: int) -> None:
         self.since, self.start = since, time.perf_counter()
@@ -322,13 +322,13 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time within as waiting for data."""
-        asked = time.perf_counter()
+        """Add the time inside of the context to the time spent waiting for data."""
+        start = time.perf_counter()
         yield
-        self.wait += time.perf_counter() - asked
+        self.wait += time.perf_counter() - start
 
     def record(self, seen: int, epoch: int, lr: float) -> dict[str, float]:
-        """Return one record of metrics, with means over the images since the last record."""
+        """Return a record of metrics; losses are means over the steps since the last record."""
         means = torch.stack([report.losses for report in self.reports]).mean(0).tolist()
         elapsed = time.perf_counter() - self.start
         return {

@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a function of the images seen."""
+"""AdamW, and the learning rate as a function of the images seen."""
 
 import math
 
@@ -11,8 +11,8 @@ from ldae.settings import OptimSettings
 def adamw(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW:
     """Return a fused AdamW over the trainable parameters; vectors and scalars are never decayed.
 
-    A model with a method ``parameter_groups(weight_decay)`` declares its own groups. The
-    ``lr_scale`` of a group multiplies its learning rate, see :func:`set_lr`.
+    A method ``parameter_groups(weight_decay)`` of the model declares other groups, which may have
+    an ``lr_scale`` (see ``set_lr``).
     """
     if hasattr(model, "parameter_groups"):
         groups = model.parameter_groups(optim.weight_decay)
@@ -26,7 +26,7 @@ def adamw(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group to ``lr``, times its ``lr_scale`` if it has one."""
+    """Set the learning rate of every group to ``lr`` times its ``lr_scale``, by default 1."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -39,13 +39,13 @@ def peak_lr(optim: OptimSettings) -> float:
     return optim.blr * optim.batch_size / 256
 
 
-def lr_at(seen: int, *, peak: float, warmup: int, total: int, least: float = 0.0) -> float:
+def lr_at(seen: int, *, peak: float, warmup: int, total: int, minimum: float = 0.0) -> float:
     """Return the learning rate after ``seen`` of ``total`` images.
 
-    It rises linearly from 0 to ``peak`` in ``warmup`` images, then falls as a half-cosine to
-    ``least``.
+    The rate rises linearly from 0 to ``peak`` over ``warmup`` images, then falls as a half-cosine
+    to ``minimum``.
     """
     if seen < warmup:
         return peak * seen / warmup
-    left = 0.5 * (1 + math.cos(math.pi * (seen - warmup) / max(1, total - warmup)))
-    return least + (peak - least) * left
+    cosine = 0.5 * (1 + math.cos(math.pi * (seen - warmup) / max(1, total - warmup)))
+    return minimum + (peak - minimum) * cosine

@@ -1,4 +1,4 @@
-"""Train in a run folder: the loop over a source of images."""
+"""Training in a run folder, on a source of images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,6 +17,7 @@ from ldae.runs.folder import NAMES_HASH, Settings, names_hash
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config, OptimSettings
 from ldae.train.loop import Hook, Loop, Plan
+from ldae.train.optim import peak_lr
 
 
 def train_in(
@@ -34,10 +35,12 @@ def train_in(
     compiled: bool = False,
     hooks: tuple[Hook, ...] = (),
 ) -> nn.Module:
-    """Train ``model`` in the run folder on the images of ``source``, see ``Loop``.
+    """Train ``model`` on ``source`` and write checkpoints and metrics to ``run``, see ``Loop``.
 
-    ``transform`` is applied to each image in the loader, and ``mixing`` to each batch before the
-    model sees it. ``row`` names what is trained in the records.
+    Args:
+        row: the name of the trained model in the records.
+        transform: applied to each image by the loader.
+        mixing: applied to each batch before the model sees it.
     """
 
     def batches_from(start: int) -> Iterator[Batch]:
@@ -55,7 +58,7 @@ def train_in(
             bad_images=config.data.bad_images,
             pin_memory=device.type == "cuda",
         )
-        return _mixed(batches, mixing) if mixing else batches
+        return _mix(batches, mixing) if mixing else batches
 
     def open_metrics(seen: int) -> Metrics:
         print_main(f"{run}: {row}, {plan.total:,} images in {plan.steps:,} steps, from {seen:,}")
@@ -82,26 +85,37 @@ def train_in(
     ).train()
 
 
-def _mixed(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterator[Batch]:
+def _mix(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterator[Batch]:
     with closing(batches):
         for batch in batches:
             yield mixing(batch)
 
 
+def describe_training(
+    plan: Plan, optim: OptimSettings, bf16: bool, device: torch.device
+) -> dict[str, str]:
+    """Return what a dry run prints about a training."""
+    return {
+        "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
+        "learning rate": f"{peak_lr(optim):.3g} at its peak",
+        "computed in": f"{'bfloat16' if bf16 else 'float32'} on {device}",
+    }
+
+
 def transform_of(config: Config) -> CropTransform:
-    """Return the crop of the training images."""
+    """Return the transform of the training images."""
     data = config.data
     return CropTransform(data.img_size, data.in_chans, data.crop, data.flip)
 
 
 def runs_in_bf16(precision: str, device: torch.device) -> bool:
-    """Return whether the network runs in bfloat16; ``auto``: where the device has it natively."""
+    """Return whether the network runs in bfloat16; ``auto``: if the device supports it natively."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def compiles(mode: str, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Write checkpoints while the training goes on, one at a time."""
+"""Writing of checkpoints in the background, one at a time."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -9,9 +9,9 @@ from ldae.runs.checkpoints import Checkpoints
 
 
 class Saver:
-    """A context in which a thread writes checkpoints. When it ends, the last one is written.
+    """A context in which a thread writes checkpoints. Its exit waits for the last write.
 
-    What a write raises is raised by the next ``check``, ``save`` or ``wait``, or at the end.
+    The error of a write is raised by the next ``check``, ``save`` or ``wait``, or at the exit.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -28,7 +28,7 @@ class Saver:
             self.wait()
 
     def save(self, state: dict, copied: torch.cuda.Event | None = None) -> None:
-        """Begin to write ``state`` once ``copied`` has happened. Nobody may change it meanwhile.
+        """Write ``state`` after the event ``copied``. Until then, ``state`` must not change.
 
         Raises: as ``wait``.
         """
@@ -41,13 +41,13 @@ class Saver:
         for name, part in state["model"].items():
             if part.is_floating_point() and part.isnan().any():
                 raise InputError(
-                    f"{name} is not a number after image {state['images_seen']:,}, which is not "
-                    "saved; begin a run with a lower optim.blr or with optim.clip_grad"
+                    f"{name} is not a number after image {state['images_seen']:,}, and this state "
+                    "is not saved; begin a run with a lower optim.blr or with optim.clip_grad"
                 )
         self.checkpoints.save(state)
 
     def check(self) -> None:
-        """Raise what the last write raised, if it has ended.
+        """Raise the error of the last write, if it has ended with one.
 
         Raises: InputError when the last state could not be written.
         """
@@ -55,7 +55,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last write has ended.
+        """Wait for the end of the last write.
 
         Raises: InputError when the last state could not be written.
         """

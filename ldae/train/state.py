@@ -1,4 +1,4 @@
-"""What a run has learnt: the weights, their moving average and the optimizer's moments."""
+"""The state of a training: the model, its moving average and the optimizer."""
 
 import copy
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from torch import nn
 
 from ldae import distributed
 from ldae.settings import ExecutionSettings, OptimSettings
-from ldae.train.parallel import spread
+from ldae.train.parallel import parallelize
 
 
 class State:
-    """A model on its device, spread over the ranks, its moving average and its optimizer."""
+    """A model on its device and on all ranks, with its moving average and its optimizer."""
 
     def __init__(
         self,
@@ -26,11 +26,11 @@ class State:
     ) -> None:
         self.model, self.decay, self.device = model, optim.ema, device
         self.average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
-        self.spread = spread(
+        self.parallel = parallelize(
             model, self.average, fsdp=system.fsdp, device=device, compiled=compiled
         )
         self.optimizer = optimizer(model, optim)
-        self._first = {module: _numbers(module) for module in model.modules()}
+        self._initial_counts = {module: _counts(module) for module in model.modules()}
         self._host = HostCopy(device)
 
     def update(self) -> None:
@@ -42,72 +42,72 @@ class State:
         if self.average:
             _move_average(self.average, self.model, self.decay)
 
-    def shown(self) -> nn.Module:
-        """Return the model that a run shows: the moving average where there is one."""
-        return self.spread.alone(self.average or self.model)
+    def inference_model(self) -> nn.Module:
+        """Return the moving average where there is one, otherwise the model."""
+        return self.parallel.full_module(self.average or self.model)
 
     def capture(self) -> tuple[dict[str, Any] | None, torch.cuda.Event | None]:
-        """Return a copy of the state on the host, and on a GPU an event that says it is complete.
+        """Return a copy of the state on the host, and on a GPU the event that completes the copy.
 
-        Only rank 0 gets them, the others None. The copy overwrites the former one. All ranks must
-        call this where the model is in shares.
+        Ranks other than 0 get None. Each copy overwrites the one before. All ranks must call this
+        when the model is sharded.
         """
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["average"] = self.average.state_dict() if self.average else None
-        if self.spread.in_shares or distributed.is_main():
-            state = each_tensor(state, self._keep)
+        if self.parallel.sharded or distributed.is_main():
+            state = map_tensors(state, self._copy)
         return (state, self._host.event()) if distributed.is_main() else (None, None)
 
-    def _keep(self, name: tuple, part: torch.Tensor) -> torch.Tensor:
-        return self._host.keep(name, self.spread.whole(part))
+    def _copy(self, name: tuple, part: torch.Tensor) -> torch.Tensor:
+        return self._host.copy(name, self.parallel.full_tensor(part))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Load a captured state, whatever the number of ranks that captured it."""
-        for module, kept in ((self.model, "model"), (self.average, "average")):
+        """Load a captured state; the number of ranks that captured it does not matter."""
+        for module, key in ((self.model, "model"), (self.average, "average")):
             if module:
-                own = module.state_dict()
-                mine = {n: self._own(part, own.get(n)) for n, part in state[kept].items()}
-                module.load_state_dict(mine)
+                current = module.state_dict()
+                shards = {n: self._shard(part, current.get(n)) for n, part in state[key].items()}
+                module.load_state_dict(shards)
         groups = self.optimizer.param_groups
         parameters = [parameter for group in groups for parameter in group["params"]]
 
         def moment(name: tuple, part: torch.Tensor) -> torch.Tensor:
-            return self._own(part, parameters[name[0]]) if part.ndim else part
+            return self._shard(part, parameters[name[0]]) if part.ndim else part
 
-        moments = each_tensor(state["optimizer"]["state"], moment)
+        moments = map_tensors(state["optimizer"]["state"], moment)
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
 
-    def _own(self, part: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
-        return part if like is None else self.spread.own(part, like)
+    def _shard(self, part: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+        return part if like is None else self.parallel.shard(part, like)
 
     def reset_counts(self) -> None:
-        """Set what modules count in plain numbers, as TokenizerLoss its calls, back to the start.
+        """Reset the counters that modules keep as plain numbers, as TokenizerLoss does.
 
-        No checkpoint holds these counts, and they are right only while batch follows batch.
+        No checkpoint holds these counters, and they are right only if no batch is left out.
         """
-        for module, numbers in self._first.items():
-            vars(module).update(numbers)
+        for module, counts in self._initial_counts.items():
+            vars(module).update(counts)
 
 
 class HostCopy:
-    """Copies of tensors on the host, in memory that is used again: pinned for those of a GPU."""
+    """Copies of tensors on the host. Their memory is reused, and pinned for tensors of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.kept = device, {}
+        self.device, self.buffers = device, {}
 
-    def keep(self, name: tuple, value: torch.Tensor) -> torch.Tensor:
+    def copy(self, name: tuple, value: torch.Tensor) -> torch.Tensor:
         """Return a copy of ``value``, on rank 0. On a GPU the copy may not be complete yet."""
         if not distributed.is_main():
             return value
-        known = self.kept.get(name)
-        if known is None or known.shape != value.shape:
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape != value.shape:
             pinned = value.device.type == "cuda"
-            known = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-        self.kept[name] = known
-        return known.copy_(value.detach(), non_blocking=True)
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        self.buffers[name] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
 
     def event(self) -> torch.cuda.Event | None:
-        """Return an event that happens when all copies so far are complete; None on a CPU."""
+        """Return the event at which all copies so far are complete; None on a CPU."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -115,29 +115,29 @@ class HostCopy:
         return event
 
 
-def each_tensor(tree: Any, change: Callable, name: tuple = ()) -> Any:
-    """Return the tree of dicts, lists and tuples with ``change(name, tensor)`` for each tensor.
+def map_tensors(tree: Any, change: Callable, name: tuple = ()) -> Any:
+    """Replace each tensor in a tree of dicts, lists and tuples by ``change(name, tensor)``.
 
-    The name of a tensor is the tuple of the keys and numbers that lead to it.
+    The name of a tensor is the tuple of the keys and indices that lead to it.
     """
     if isinstance(tree, torch.Tensor):
         return change(name, tree)
     if isinstance(tree, dict):
-        return {key: each_tensor(part, change, (*name, key)) for key, part in tree.items()}
+        return {key: map_tensors(part, change, (*name, key)) for key, part in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(each_tensor(part, change, (*name, n)) for n, part in enumerate(tree))
+        return type(tree)(map_tensors(part, change, (*name, n)) for n, part in enumerate(tree))
     return tree
 
 
-def _numbers(module: nn.Module) -> dict[str, bool | int | float]:
-    kept = {n: part for n, part in vars(module).items() if isinstance(part, bool | int | float)}
-    kept.pop("training")  # the mode of the module, and no count
-    return kept
+def _counts(module: nn.Module) -> dict[str, bool | int | float]:
+    numbers = {n: part for n, part in vars(module).items() if isinstance(part, bool | int | float)}
+    numbers.pop("training")  # the mode of the module
+    return numbers
 
 
 @torch.no_grad()
 def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Set average to decay * average + (1 - decay) * model, the statistics of a BatchNorm too."""
+    """Set average to decay * average + (1 - decay) * model, for parameters and buffers."""
     for kind in (nn.Module.parameters, nn.Module.buffers):
         pairs = [pair for pair in zip(kind(average), kind(model)) if pair[0].is_floating_point()]
         if pairs:

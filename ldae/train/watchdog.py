@@ -1,4 +1,4 @@
-"""Check the loss of every step, on all ranks: end the run, or undo the step, when it is wrong."""
+"""The check of every step's loss, on all ranks, which may end the run or undo the step."""
 
 import math
 import statistics
@@ -10,21 +10,21 @@ import torch
 from ldae import distributed
 from ldae.errors import InputError
 
-_WINDOW = 100  # losses of the median
-_LEAST = 10  # fewest losses that have a median to compare with
+_WINDOW = 100  # last losses of which the median is taken
+_MIN_LOSSES = 10  # with fewer losses, nothing is compared with their median
 
 
 class Report:
-    """One step as all ranks know it: the mean loss and its parts, and whether to stop or to save.
+    """One step, averaged over all ranks: the loss and its parts, and whether to stop or to save.
 
-    A GPU starts to copy the values to the host at once, and only reading them waits for the copy.
-    Read a step later, they never make the host wait for work that is still queued.
+    A GPU copies the values to the host in the background, and only ``read`` waits for the copy.
+    Reading a step later never makes the host wait for queued work.
 
     Args:
         values: whether to stop, whether to save, the loss and its parts.
         names: the names of the loss and its parts.
         first: the first image of the step's batch.
-        where: the step as messages name it.
+        where: the name of the step in messages.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Report:
     def of(
         cls, losses: dict[str, torch.Tensor], stop: bool, save: bool, first: int, where: str
     ) -> "Report":
-        """Average the losses of all ranks; one rank that asks to stop or to save is enough."""
+        """Average over all ranks. The request of one rank to stop or to save counts for all."""
         # new_full, since the copy of a tensor from the host could wait for the queue.
         flags = [losses["loss"].new_full((), float(flag)) for flag in (stop, save)]
         means = [value.float() / distributed.world_size() for value in losses.values()]
@@ -67,11 +67,10 @@ class Exploded(Exception):
 class Watchdog:
     """A check of every loss.
 
-    A loss that is not finite ends the run. With a ``factor``, a step is undone instead when its
-    loss is not finite or is more than ``factor`` times the median of the last 100. The run returns
-    to its last checkpoint and leaves out the batch. So the weights are those of a run that never
-    saw the batch, whenever it was saved. A second such loss before the next checkpoint ends the
-    run.
+    A loss that is not finite ends the run. With a ``factor``, the step is undone instead, and also
+    when its loss exceeds ``factor`` times the median of the last 100. The run returns to its last
+    checkpoint and leaves out the batch, so its weights are those of a run that never saw the batch.
+    A second such loss before the next checkpoint ends the run.
     """
 
     def __init__(self, factor: float = 0.0) -> None:
@@ -80,7 +79,7 @@ class Watchdog:
         self._unsaved = set()  # batches left out since the last checkpoint
 
     def check(self, report: Report | None) -> None:
-        """Check the loss of a step, unless that was done before.
+        """Check the loss of a step, unless it was checked before.
 
         Raises: InputError when the loss ends the run, and Exploded when the step must be undone.
         """
@@ -88,12 +87,12 @@ class Watchdog:
             return
         report.checked = True
         loss = report.read()[0]
-        median = statistics.median(self.losses) if len(self.losses) >= _LEAST else math.inf
+        median = statistics.median(self.losses) if len(self.losses) >= _MIN_LOSSES else math.inf
         if self.factor and 0 < median < math.inf and not loss <= self.factor * median:
             sentence = f"the loss is {loss:.4g} in {report.where}, after a median of {median:.4g}"
             if self._unsaved:
                 raise InputError(
-                    f"{sentence}; that is the second time since the last checkpoint "
+                    f"{sentence}; this is the second time since the last checkpoint "
                     f"(system.explosion {self.factor:g}): begin a run with a lower optim.blr or "
                     "with optim.clip_grad, or look at the data"
                 )
@@ -106,16 +105,16 @@ class Watchdog:
         self.losses.append(loss)
 
     def leave_out(self, first: int) -> None:
-        """Leave out the batch that begins with image ``first`` from now on."""
+        """Leave out the batch that begins with image ``first``, from the next ``restore`` on."""
         self._unsaved.add(first)
 
     def capture(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the last losses and the batches that are left out."""
+        """Return the last losses and the batches that are left out, for a checkpoint."""
         self._unsaved.clear()
         return {"losses": list(self.losses), "left_out": sorted(self.left_out)}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Load what ``capture`` returned, or begin anew; what was left out since stays left out."""
+        """Load a captured state, or start afresh. Batches left out since then stay left out."""
         state = state or {"losses": [], "left_out": []}
         self.losses = deque(state["losses"], maxlen=_WINDOW)
         self.left_out = {*state["left_out"], *self._unsaved}

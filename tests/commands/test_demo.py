@@ -8,9 +8,9 @@ from ldae.errors import InputError
 
 @pytest.fixture
 def stage(monkeypatch):
-    """The demo with its verbs replaced: what each backbone scores is given."""
+    """stage(scores): replace the commands of the demo, with given scores of the backbones."""
 
-    def play(scores: dict[str, float]) -> None:
+    def replace(scores: dict[str, float]) -> None:
         monkeypatch.setattr(demo, "pretrain", lambda config, run, row: run.mkdir(parents=True))
         monkeypatch.setattr(demo, "export", lambda run, out: out.mkdir())
 
@@ -21,25 +21,25 @@ def stage(monkeypatch):
         monkeypatch.setattr(demo, "knn", grade)
         monkeypatch.setattr(demo, "linear", grade)
 
-    return play
+    return replace
 
 
 SCORES = {"pixels": 10.0, "exported-random": 20.0, "run": 30.0, "exported": 30.0}
 
 
-def test_it_ends_with_a_table_and_paths(stage, tmp_path, capsys):
+def test_the_demo_prints_a_table_and_paths(stage, tmp_path, capsys):
     stage(SCORES)
     table = demo.demo(tmp_path / "run")
     assert list(table.values()) == [(10, 11), (20, 21), (30, 31), (30, 31)]
     assert json.loads((tmp_path / "run" / "demo.json").read_text()) == {
         name: list(pair) for name, pair in table.items()
     }
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     for part in ("raw pixels", "30.0    31.0", "denoised.png", "filters.png", "exported"):
-        assert part in told
+        assert part in out
 
 
-def test_an_export_that_scores_otherwise_is_told(stage, tmp_path):
+def test_an_export_with_another_score_is_refused(stage, tmp_path):
     stage(SCORES | {"exported": 29.0})
     with pytest.raises(InputError, match="exported backbone scores .*29.0.*run .*30.0"):
         demo.demo(tmp_path / "run")

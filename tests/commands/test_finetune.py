@@ -1,4 +1,4 @@
-"""The exactness of a fine-tuning, what it leaves, and what it refuses."""
+"""A fine-tuning: its exactness, its files and its refusals."""
 
 import json
 import os
@@ -44,7 +44,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A backbone as `ldae export` writes them, of random weights."""
+    """A backbone of random weights in the format of `ldae export`."""
     out = tmp_path_factory.mktemp("backbone") / "vit"
     torch.manual_seed(9)
     cfg = dict(
@@ -58,7 +58,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def tiny(exported):
-    """tiny(recipe, **changes): settings of a fine-tuning of seconds; a__b stands for a.b."""
+    """tiny(recipe, **changes): settings of a short fine-tuning; a__b stands for a.b."""
 
     def make(name: str = "mae", **changes) -> FinetuneConfig:
         given = {key.replace("__", "."): value for key, value in changes.items()}
@@ -79,8 +79,8 @@ def assert_same_state(one, other):
             assert torch.equal(states[0][name], states[1][name]), name
 
 
-def test_it_learns_and_leaves_what_it_says(tiny, exported, tmp_path, capsys):
-    """Without augmentation, so that a few steps show that the network learns."""
+def test_a_fine_tuning_learns_and_writes_its_files(tiny, exported, tmp_path, capsys):
+    """Without augmentation, the network learns in a few steps."""
     run = tmp_path / "run"
     config = tiny(
         augment__policy="", augment__erasing=0.0, augment__mixup=0.0, augment__cutmix=0.0,
@@ -167,7 +167,7 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
 
 
 def test_the_division_into_micro_batches_is_exact_without_drop_path(tiny, tmp_path):
-    """The same images, erased and mixed alike; only the order of the sums differs."""
+    """Images, erasing and mixing are the same; only the order of the sums differs."""
     for name, share in (("whole", 0), ("parts", 16)):
         config = tiny(
             model__drop_path=0.0, augment__erasing=0.5, optim__epochs=0.2,
@@ -181,7 +181,7 @@ def test_the_division_into_micro_batches_is_exact_without_drop_path(tiny, tmp_pa
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_another_seed_is_another_run(tiny, tmp_path):
+def test_the_seed_changes_the_run(tiny, tmp_path):
     for seed in (0, 1):
         changes = dict(seed=seed, optim__epochs=0.1, optim__warmup_epochs=0.01)
         finetune(tiny(system__eval_every=0.0, **changes), tmp_path / str(seed))
@@ -189,18 +189,18 @@ def test_another_seed_is_another_run(tiny, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, capsys):
     assert finetune(tiny(optim__epochs=3), tmp_path / "run", dry_run=True) is None
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     for part in ("mae, version 1, size B; changed: ", "optim.epochs=3", "10 classes", "parameters"):
-        assert part in told
+        assert part in out
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"data__source": ""}, "say where they are with --data"),
+        ({"data__source": ""}, "name their source with --data"),
         ({"backbone": "no_such_model"}, "no timm model of that name"),
         ({"backbone": "pixels:8"}, "pixels:8 is not a timm model, so it cannot be fine-tuned"),
         ({"data__img_size": 30}, "data.img_size 30 does not fit .*patches have 8 x 8 pixels"),
@@ -213,13 +213,13 @@ def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
         ({"system__eval_every": -1.0}, "system.eval_every must be at least 0"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_written(changes, sentence, tiny, tmp_path):
+def test_wrong_settings_are_refused_before_anything_is_written(changes, sentence, tiny, tmp_path):
     with pytest.raises(InputError, match=sentence):
         finetune(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_do_not_fit_are_told(tiny, tmp_path, pictures_of):
+def test_wrong_images_are_refused(tiny, tmp_path, pictures_of):
     flat = pictures_of({"": 3})
     with pytest.raises(InputError, match="has no labels"):
         finetune(tiny(data__source=flat, data__eval_source="digits"), tmp_path / "run")
@@ -232,7 +232,7 @@ def test_data_that_do_not_fit_are_told(tiny, tmp_path, pictures_of):
 
 @pytest.fixture
 def pictures_of(tmp_path):
-    """pictures_of({class: count}): a folder of grey images; the class "" is no folder."""
+    """pictures_of({class: count}): a folder of grey images; the class "" has no folder."""
     from PIL import Image
 
     def make(counts: dict[str, int]) -> str:
@@ -259,19 +259,19 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
         finetune(tiny(), run)
 
 
-def test_the_command_line_takes_the_recipe_of_the_size(exported, tmp_path, capsys):
+def test_the_command_line_uses_the_recipe_of_the_size(exported, tmp_path, capsys):
     argv = ["finetune", exported, "--data", "digits", "--run", str(tmp_path / "run"), "--dry-run"]
     own = ["--augment.mix-images", "8", "--system.workers", "0"]
     assert cli.main([*argv, "--recipe", "ldae", *own]) == 0
-    told = capsys.readouterr().out
-    assert "layer_decay: 0.85" in told and "ema: 0.9999" in told
-    assert "ldae, version 1, size B; changed: augment.mix_images=8" in told
+    out = capsys.readouterr().out
+    assert "layer_decay: 0.85" in out and "ema: 0.9999" in out
+    assert "ldae, version 1, size B; changed: augment.mix_images=8" in out
     assert cli.main([*argv, "--recipe", "ldae", "--size", "L"]) == 0
     assert "layer_decay: 0.65" in capsys.readouterr().out
     for wrong, sentence in (
         ([*argv, "--recipe", "mea"], "no recipe 'mea'; the nearest is 'mae'"),
-        (argv, "say what and how: ldae finetune BACKBONE --recipe NAME"),
-        ([*argv[2:], "--recipe", "mae"], "say what and how"),
+        (argv, "name a backbone and a recipe: ldae finetune BACKBONE --recipe NAME"),
+        ([*argv[2:], "--recipe", "mae"], "name a backbone and a recipe"),
     ):
         assert cli.main(["finetune", *wrong[wrong[0] == "finetune" :]]) == 2
         error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The verb fit-tokenizer: what it leaves, that it resumes, and what it refuses."""
+"""`ldae fit-tokenizer`: its files, resuming and its refusals."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from ldae.commands.fit_tokenizer import fit_tokenizer
 from ldae.commands.pretrain import pretrain
 from ldae.data.open import open_source
 from ldae.errors import InputError
-from ldae.pretraining import tokenizer as verb
+from ldae.pretraining import tokenizer as fitting
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
@@ -52,7 +52,7 @@ def results(run):
 
 @pytest.fixture
 def perceptual(tmp_path):
-    """A small random backbone as timm writes it."""
+    """A small random backbone in timm's format."""
     torch.manual_seed(0)
     path = tmp_path / "classifier"
     timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=0), str(path))
@@ -60,7 +60,7 @@ def perceptual(tmp_path):
 
 
 @pytest.mark.parametrize("row", ["l_dae", "dae"])
-def test_one_pass_leaves_what_it_says(row, tiny, tmp_path):
+def test_a_fit_in_one_pass_writes_its_files(row, tiny, tmp_path):
     fit_tokenizer(tiny(row), tmp_path / "run", row)
     assert {path.name for path in (tmp_path / "run").iterdir()} == UNTRAINED
     found = results(tmp_path / "run")
@@ -78,7 +78,7 @@ def test_one_pass_leaves_what_it_says(row, tiny, tmp_path):
         ("vqvae", {"codebook"}),
     ],
 )
-def test_training_leaves_what_it_says(row, parts, tiny, tmp_path, capsys):
+def test_a_training_writes_its_files(row, parts, tiny, tmp_path, capsys):
     run = tmp_path / "run"
     config = tiny(row, tokenizer__optim__epochs=4, system__log_every=8)
     fit_tokenizer(config, run, row)
@@ -87,14 +87,14 @@ def test_training_leaves_what_it_says(row, parts, tiny, tmp_path, capsys):
     records = lines(run)
     assert parts | {"loss", "reconstruction"} <= set(records[0])
     assert records[-1]["reconstruction"] < 0.95 * records[0]["reconstruction"]
-    told = capsys.readouterr().out
-    assert "psnr" in told and "over 64 images of scattered-digits:64" in told
+    out = capsys.readouterr().out
+    assert "psnr" in out and "over 64 images of scattered-digits:64" in out
     found = results(run)
     assert found["psnr"] > 5
     if row == "vqvae":
         assert 1 / 16 <= found["codes_used"] <= 1
         assert 1 <= found["code_perplexity"] <= 16 * found["codes_used"] + 1e-9
-        assert "codes_used" in told
+        assert "codes_used" in out
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.png")}
     state = weights(run)
     fit_tokenizer(config, run, row)  # a finished fit is left as it is
@@ -105,7 +105,7 @@ def test_training_leaves_what_it_says(row, parts, tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("row", ["dit", "vqgan"])
 def test_all_terms_train_together_end_to_end(row, tiny, perceptual, tmp_path):
-    """Pre-training of the first row, which trains its tokenizer first, and of the VQGAN's."""
+    """The pre-training of these rows first trains the tokenizer."""
     run = tmp_path / "run"
     config = tiny(
         row, tokenizer__perceptual_weight=0.1, tokenizer__perceptual_net=perceptual,
@@ -134,7 +134,7 @@ def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, monkeypatch):
     config = tiny(row, system__log_every=3, tokenizer__optim__ema=0.5)
     fit_tokenizer(config, tmp_path / "whole", row)
     run, calls = tmp_path / "parts", []
-    original = verb.TokenizerLoss.forward
+    original = fitting.TokenizerLoss.forward
 
     def forward(self, *args):
         calls.append(1)
@@ -142,7 +142,7 @@ def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args)
 
-    monkeypatch.setattr(verb.TokenizerLoss, "forward", forward)
+    monkeypatch.setattr(fitting.TokenizerLoss, "forward", forward)
     for seen in (16, 40):
         with pytest.raises(Interrupted, match=f"stopped at image {seen} of 64"):
             fit_tokenizer(config, run, row)
@@ -151,14 +151,14 @@ def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, monkeypatch):
     whole, parts = (Checkpoints(path).load() for path in (tmp_path / "whole", run))
     assert_equal(parts["model"], whole["model"])
     assert results(run) == results(tmp_path / "whole")
-    for name, value in weights(run).items():  # the moving average is what is kept
+    for name, value in weights(run).items():  # the moving average is saved
         if name not in ("latent_mean", "scales"):
             assert torch.equal(value, whole["average"][f"tokenizer.{name}"]), name
 
 
-def test_a_pretraining_stopped_in_its_tokenizer_goes_on_there(tiny, tmp_path, monkeypatch):
+def test_a_pretraining_stopped_in_its_tokenizer_resumes_there(tiny, tmp_path, monkeypatch):
     config, run, calls = tiny("patch_vae"), tmp_path / "run", []
-    original = verb.TokenizerLoss.forward
+    original = fitting.TokenizerLoss.forward
 
     def forward(self, *args):
         calls.append(1)
@@ -166,11 +166,11 @@ def test_a_pretraining_stopped_in_its_tokenizer_goes_on_there(tiny, tmp_path, mo
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args)
 
-    monkeypatch.setattr(verb.TokenizerLoss, "forward", forward)
+    monkeypatch.setattr(fitting.TokenizerLoss, "forward", forward)
     with pytest.raises(Interrupted, match="stopped at image 24 of 64"):
         pretrain(config, run, "patch_vae")
     assert not (run / "tokenizer.safetensors").exists()
-    # Settings of the pre-training, which has not begun, may still change; the tokenizer's not.
+    # Only settings of the pre-training, which has not begun, may still change.
     with pytest.raises(InputError, match="tokenizer.dim is 6 there, 5 here"):
         pretrain(tiny("patch_vae", tokenizer__dim=5), run, "patch_vae")
     pretrain(tiny("patch_vae", optim__blr=2e-3, model__depth=1), run, "patch_vae")
@@ -179,7 +179,7 @@ def test_a_pretraining_stopped_in_its_tokenizer_goes_on_there(tiny, tmp_path, mo
     assert_equal(weights(run), weights(tmp_path / "alone"))
 
 
-def test_a_fit_that_was_killed_before_its_report_reports(tiny, tmp_path):
+def test_a_fit_that_was_killed_before_its_report_writes_the_report(tiny, tmp_path):
     run = tmp_path / "run"
     fit_tokenizer(tiny("patch_vae"), run, "patch_vae")
     found = results(run)
@@ -197,8 +197,8 @@ def command(run, *launcher, **changes):
     return [*python, "ldae", "fit-tokenizer", str(file), "--run", str(run)]
 
 
-def test_two_gloo_ranks_are_one_process(tmp_path):
-    """Pixels, draws, gradients, latent statistics and the report, to fp32 tolerance."""
+def test_two_gloo_ranks_equal_one(tmp_path):
+    """This covers statistics, draws, gradients and the report, to fp32 tolerance."""
     changes = {"tokenizer.optim.blr": 1e-2}
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--")
     subprocess.run(command(tmp_path / "two", *torchrun, **changes), check=True, capture_output=True)
@@ -207,15 +207,15 @@ def test_two_gloo_ranks_are_one_process(tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
-    found, wanted = lines(tmp_path / "two")[-1], lines(tmp_path / "one")[-1]
+    record, expected = lines(tmp_path / "two")[-1], lines(tmp_path / "one")[-1]
     for name in ("loss", "reconstruction", "kl"):
-        assert found[name] == pytest.approx(wanted[name], rel=1e-4)
+        assert record[name] == pytest.approx(expected[name], rel=1e-4)
     assert results(tmp_path / "two")["images"] == 64
     psnr = results(tmp_path / "one")["psnr"]
     assert results(tmp_path / "two")["psnr"] == pytest.approx(psnr, abs=1e-3)
 
 
-def test_accumulation_is_the_whole_batch(tiny, tmp_path):
+def test_accumulation_equals_the_full_batch(tiny, tmp_path):
     for run, size in (("whole", 0), ("parts", 2)):
         config = tiny("patch_vae", tokenizer__optim__blr=1e-2, system__device_batch=size)
         fit_tokenizer(config, tmp_path / run, "patch_vae")
@@ -226,7 +226,7 @@ def test_accumulation_is_the_whole_batch(tiny, tmp_path):
         assert other["kl"] == pytest.approx(one["kl"], rel=1e-4)
 
 
-def test_a_fitted_tokenizer_serves_a_pretraining(tiny, tmp_path):
+def test_a_pretraining_uses_a_fitted_tokenizer(tiny, tmp_path):
     fit_tokenizer(tiny("no_adversarial"), tmp_path / "fit", "no_adversarial")
     path = str(tmp_path / "fit" / "tokenizer.safetensors")
     pretrain(tiny("linear_gamma2", tokenizer__path=path), tmp_path / "run", "linear_gamma2")
@@ -258,7 +258,9 @@ def test_a_finished_fit_is_not_replaced_by_another(tiny, tmp_path):
         (".", "is damaged .*"),
     ],
 )
-def test_a_wrong_tokenizer_file_is_told_before_anything_is_written(name, sentence, tiny, tmp_path):
+def test_a_wrong_tokenizer_file_is_refused_before_anything_is_written(
+    name, sentence, tiny, tmp_path
+):
     save_file({"a": torch.ones(3)}, tmp_path / "other.safetensors")
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:40])
     with pytest.raises(InputError, match=sentence):
@@ -287,21 +289,23 @@ def test_a_published_autoencoder_needs_no_training(tiny, tmp_path):
     assert_equal(weights(tmp_path / "run"), state)
 
 
-def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, capsys):
     fit_tokenizer(tiny("no_adversarial"), tmp_path / "run", "no_adversarial", dry_run=True)
-    told = capsys.readouterr().out
-    assert "8 steps of 8 images" in told and "tokens per image  16, each of 8 numbers" in told
+    out = capsys.readouterr().out
+    assert (
+        "8 of 8 images, 64 images seen" in out and "tokens per image  16, each of 8 numbers" in out
+    )
     fit_tokenizer(tiny(), tmp_path / "run", "l_dae", dry_run=True)
     assert "one pass over 64 images" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_fit_may_pass_over_the_images_again(workers, tiny, tmp_path):
+def test_each_pass_of_a_fit_gives_the_same_images(workers, tiny, tmp_path):
     source = open_source("scattered-digits:64", "train")
     config = tiny(system__workers=workers, tokenizer__fit_images=40, data__crop="random")
-    fit = verb.prepare(config, source, torch.device("cpu"), tmp_path)
-    images = verb._first_images(fit)
+    fit = fitting.prepare(config, source, torch.device("cpu"), tmp_path)
+    images = fitting._first_images(fit)
     first, second = list(images), list(images)
     assert sum(map(len, first)) == 40
     for one, other in zip(first, second, strict=True):
@@ -329,7 +333,7 @@ def test_given_pixel_statistics_are_kept(tiny, tmp_path):
         ("dit", {"optim__batch_size": 9}, "9, cannot be cut into 2 equal parts"),
     ],
 )
-def test_settings_that_do_not_fit_are_told(row, changes, sentence, tiny, tmp_path):
+def test_wrong_settings_are_refused(row, changes, sentence, tiny, tmp_path):
     changes = {f"tokenizer__{name}": value for name, value in changes.items()}
     config = tiny(row, system__device_batch=8, **changes)
     with pytest.raises(InputError, match=sentence):
@@ -338,7 +342,7 @@ def test_settings_that_do_not_fit_are_told(row, changes, sentence, tiny, tmp_pat
 
 
 @pytest.mark.parametrize("function", [fit_tokenizer, pretrain])
-def test_absent_perceptual_weights_are_told_before_anything_is_written(
+def test_missing_perceptual_weights_are_refused_before_anything_is_written(
     function, tiny, tmp_path, monkeypatch
 ):
     def unreachable(*args, **kwargs):
@@ -351,7 +355,7 @@ def test_absent_perceptual_weights_are_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_published_pixels_can_not_be_changed(tiny, tmp_path):
+def test_pixel_statistics_of_published_weights_cannot_be_changed(tiny, tmp_path):
     config = tiny("dit", tokenizer__pretrained="x", data__stats="imagenet")
-    with pytest.raises(InputError, match="sees pixels in .-1, 1."):
+    with pytest.raises(InputError, match="takes pixels in .-1, 1."):
         fit_tokenizer(config, tmp_path / "run", "dit")

@@ -1,4 +1,4 @@
-"""The exactness of a run: interrupted, killed, divided over ranks, it is the same run."""
+"""A pre-training is the same when interrupted, killed or divided over ranks."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from PIL import Image
 
 import ldae
 from ldae import distributed, tree
-from ldae.commands import pretrain as verb
+from ldae.commands import pretrain as command_module
 from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
 from ldae.runs import kinds
@@ -41,7 +41,7 @@ def assert_equal(one, other):
 
 
 def lines(run):
-    """What the metrics say; the last line may be half written yet."""
+    """Return the records of metrics.jsonl; its last line may be incomplete."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
@@ -57,7 +57,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("row", ["l_dae", "l_dae_single", "patch_pca", "predict_latent"])
-def test_a_run_leaves_what_it_says(row, tiny, tmp_path, capsys):
+def test_a_run_writes_its_files(row, tiny, tmp_path, capsys):
     run = tmp_path / "run"
     config = tiny(row, system__log_every=4, optim__epochs=3)
     pretrain(config, run, row)
@@ -69,7 +69,7 @@ def test_a_run_leaves_what_it_says(row, tiny, tmp_path, capsys):
     assert kinds.settings_of(run, "pretraining") == config
     records = lines(run)
     assert records[-1]["images"] == 192
-    if row.startswith("l_dae"):  # eps takes longer than this to be predicted better than by 0
+    if row.startswith("l_dae"):  # predicting eps better than by 0 takes longer
         assert records[-1]["loss"] < records[0]["loss"]
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"] == metadata.version("torch")
@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_says(row, tiny, tmp_path, capsys):
     assert Image.open(run / "denoised.png").size[1] > 3 * 64
     before = weights(run)
     capsys.readouterr()
-    pretrain(config, run, row)  # a finished run is left as it is
+    pretrain(config, run, row)  # a finished run stays as it is
     assert_equal(weights(run), before)
     assert lines(run) == records
 
@@ -88,11 +88,11 @@ def test_a_flat_folder_without_labels_trains(folder, tiny, tmp_path):
 
 
 def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
-    """Ctrl-C after a few steps, then the same call again."""
+    """The run gets Ctrl-C after a few steps, twice."""
     config = tiny(optim__epochs=2, system__log_every=3, optim__ema=0.9)
     pretrain(config, tmp_path / "whole", "l_dae")
     run, calls = tmp_path / "parts", []
-    original = verb.LDAE.forward
+    original = command_module.LDAE.forward
 
     def forward(self, *args):
         calls.append(1)
@@ -100,7 +100,7 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args)
 
-    monkeypatch.setattr(verb.LDAE, "forward", forward)
+    monkeypatch.setattr(command_module.LDAE, "forward", forward)
     for seen in (32, 72):
         with pytest.raises(Interrupted, match=f"stopped at image {seen} of 128") as stopped:
             pretrain(config, run, "l_dae")
@@ -115,7 +115,7 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
 
 
 def command(run, *launcher, **changes):
-    """The command line of a tiny run, its settings in a file beside the run folder."""
+    """Return the command line of a tiny run; its settings lie beside the run folder."""
     given = TINY | {"optim.epochs": 4, "system.save_minutes": 0, "system.log_every": 1} | changes
     config = tree.replace(ldae.config("l_dae"), given)
     file = run.with_suffix(".yaml")
@@ -124,12 +124,12 @@ def command(run, *launcher, **changes):
     return [*python, "ldae", "pretrain", str(file), "--run", str(run)]
 
 
-# As the README has it: without -- torchrun takes --run for the start of one of its own options.
+# Without --, torchrun takes --run for an abbreviation of its own option.
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--")
 
 
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny, tmp_path):
-    """kill -9 while it trains or saves; data workers included."""
+    """The run gets kill -9 while it trains or saves, with data workers."""
     config = tiny(
         data__source="scattered-digits:100",
         optim__epochs=4,
@@ -155,7 +155,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny, tmp_path
 
 
 def seen(run):
-    """Images, by the last line of the metrics."""
+    """Return the images seen in the last line of the metrics."""
     return lines(run)[-1]["images"] if (run / "metrics.jsonl").exists() and lines(run) else 0
 
 
@@ -171,7 +171,7 @@ def assert_close(run, other):
 
 
 def half(run, to):
-    """A copy of a run as it was when a half was done."""
+    """Copy a run and delete the checkpoints of the second half."""
     shutil.copytree(run, to)
     for path in Checkpoints(to).paths():
         if path.name > "images-000000000032.pt":
@@ -179,9 +179,9 @@ def half(run, to):
     return to
 
 
-def test_two_gloo_ranks_are_one_process_and_each_goes_on_for_the_other(tiny, tmp_path, on_ranks):
-    """Tokenizer, data, noise and gradients: the same global batch, to fp32 tolerance. Copies of the
-    model by torchrun; then shares of it, with accumulation, from the half of the run of one."""
+def test_two_gloo_ranks_equal_one_and_resume_each_other(tiny, tmp_path, on_ranks):
+    """To fp32 tolerance. First replicas by torchrun, then shards with accumulation, which resume
+    the run of one rank."""
     changes = {"optim.epochs": 1, "optim.blr": 1e-3, "tokenizer.fit_images": 32, "system.keep": 0}
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command(two, *TORCHRUN, **changes), check=True, capture_output=True)
@@ -191,14 +191,14 @@ def test_two_gloo_ranks_are_one_process_and_each_goes_on_for_the_other(tiny, tmp
     pretrain(config, half(two, tmp_path / "two then one"), "l_dae")
     assert_close(one, tmp_path / "two then one")
     shares = {"system.fsdp": True, "system.device_batch": 2, "system.knn_every": 1}
-    goes_on = half(one, tmp_path / "one, then two")
-    assert on_ranks(lambda: pretrain(tree.replace(config, shares), goes_on, "l_dae")) == ["", ""]
-    assert 0 < lines(goes_on)[-1].pop("top1_k20") < 100
-    assert_close(one, goes_on)
-    assert (goes_on / "denoised.png").read_bytes()
+    resumed = half(one, tmp_path / "one then two")
+    assert on_ranks(lambda: pretrain(tree.replace(config, shares), resumed, "l_dae")) == ["", ""]
+    assert 0 < lines(resumed)[-1].pop("top1_k20") < 100
+    assert_close(one, resumed)
+    assert (resumed / "denoised.png").read_bytes()
 
 
-def test_accumulation_is_the_whole_batch(tiny, tmp_path):
+def test_accumulation_equals_the_full_batch(tiny, tmp_path):
     pretrain(tiny(optim__blr=1e-3), tmp_path / "whole", "l_dae")
     pretrain(tiny(optim__blr=1e-3, system__device_batch=2), tmp_path / "parts", "l_dae")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -206,7 +206,7 @@ def test_accumulation_is_the_whole_batch(tiny, tmp_path):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_a_half_set_launch_environment_is_refused(monkeypatch):
+def test_an_incomplete_launch_environment_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(InputError, match="incomplete, missing .*MASTER_ADDR"):
@@ -214,20 +214,20 @@ def test_a_half_set_launch_environment_is_refused(monkeypatch):
             pass
 
 
-def test_a_dry_run_tells_and_touches_nothing(tiny, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, capsys):
     pretrain(tiny(), tmp_path / "run", "l_dae", dry_run=True)
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     for part in (
         "blr: 0.01",
         "parameters",
         "tokens per image  16",
         "8 of 8 images, 64 images seen",
     ):
-        assert part in told
+        assert part in out
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bad_image_stops_or_is_skipped_and_counted(folder, tiny, tmp_path):
+def test_a_bad_image_stops_the_run_or_is_skipped_and_counted(folder, tiny, tmp_path):
     config = tiny(data__source=str(folder), tokenizer__fit_images=8, system__log_every=1)
     pretrain(config, tmp_path / "fits", "l_dae")
     tokenizer = str(tmp_path / "fits" / "tokenizer.safetensors")
@@ -246,7 +246,7 @@ def test_a_bad_image_stops_or_is_skipped_and_counted(folder, tiny, tmp_path):
     assert lines(tmp_path / "stops")[-1]["images"] == 24
 
 
-def test_online_knn_is_in_the_metrics(tiny, tmp_path):
+def test_the_metrics_hold_online_knn(tiny, tmp_path):
     config = tiny(system__knn_every=1, optim__epochs=2, system__log_every=8)
     config = tree.replace(config, {"data.source": "scattered-digits:64"})
     pretrain(config, tmp_path / "run", "l_dae")
@@ -258,7 +258,7 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
     pretrain(tiny(), run, "l_dae")
     with pytest.raises(InputError, match="tokenizer.dim is 6 there, 7 here"):
         pretrain(tiny(tokenizer__dim=7), run, "l_dae")
-    pretrain(tiny(system__log_every=3), run, "l_dae")  # how it runs may change
+    pretrain(tiny(system__log_every=3), run, "l_dae")  # settings of the execution may change
     pretrain(tiny(data__bad_images="skip"), run, "l_dae")
     with pytest.raises(InputError, match="images was 64 then, and is 65 now"):
         moved = tmp_path / "moved"
@@ -282,15 +282,15 @@ def test_a_run_folder_in_use_is_refused(tiny, tmp_path, on_ranks):
     """Two processes are started on one run folder."""
     run = tmp_path / "run"
 
-    def start():  # they are no ranks of each other
+    def start():  # not as ranks of one run
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name)
         pretrain(tiny(optim__epochs=10), run, "l_dae")
 
-    told = on_ranks(start)
-    assert "" in told
-    if told != ["", ""]:  # else one had ended before the other began
-        (refused,) = (words for words in told if words)
+    errors = on_ranks(start)
+    assert "" in errors
+    if errors != ["", ""]:  # else one had ended before the other began
+        (refused,) = filter(None, errors)
         assert re.match(
             rf"InputError: run folder {run} is in use by process \d+ on \S+, since", refused
         )
@@ -298,18 +298,18 @@ def test_a_run_folder_in_use_is_refused(tiny, tmp_path, on_ranks):
     assert not list(run.rglob("*.partial"))
 
 
-def test_the_images_of_a_run_may_move_and_not_change(folder, tiny, tmp_path, monkeypatch):
-    """As from one machine to another, where the path and every time of a file is new."""
+def test_the_images_of_a_run_may_move_but_not_change(folder, tiny, tmp_path, monkeypatch):
+    """On another machine, the path and the times of the files are new."""
     config = tiny(data__source=str(folder), optim__epochs=2)
     pretrain(config, tmp_path / "whole", "l_dae")
-    original = verb.LDAE.forward
+    original = command_module.LDAE.forward
 
     def forward(self, *args):
         os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at image 8 of 48"):
-        patch.setattr(verb.LDAE, "forward", forward)
+        patch.setattr(command_module.LDAE, "forward", forward)
         pretrain(config, tmp_path / "run", "l_dae")
     moved = tmp_path / "elsewhere"
     folder.rename(moved)
@@ -327,7 +327,7 @@ def test_the_images_of_a_run_may_move_and_not_change(folder, tiny, tmp_path, mon
     assert kinds.settings_of(tmp_path / "copy", "pretraining") == config
 
 
-def test_a_first_start_that_failed_leaves_the_folder_free(tiny, tmp_path):
+def test_a_run_without_a_checkpoint_may_start_again_with_other_settings(tiny, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(InputError, match="loss is nan|loss is inf"):
         pretrain(tiny(optim__blr=1e30, optim__warmup_epochs=0), run, "l_dae")
@@ -336,9 +336,9 @@ def test_a_first_start_that_failed_leaves_the_folder_free(tiny, tmp_path):
     assert weights(run)["tokenizer.scales"].shape == (5,)
 
 
-def test_a_data_worker_that_dies_is_one_sentence(tiny, tmp_path, monkeypatch):
-    """Its death reaches the main process in the middle of the forward pass."""
-    original, calls = verb.LDAE.forward, []
+def test_the_death_of_a_data_worker_is_reported(tiny, tmp_path, monkeypatch):
+    """The main process notices in the middle of the forward pass."""
+    original, calls = command_module.LDAE.forward, []
 
     def forward(self, *args):
         calls.append(1)
@@ -347,7 +347,7 @@ def test_a_data_worker_that_dies_is_one_sentence(tiny, tmp_path, monkeypatch):
             time.sleep(1)
         return original(self, *args)
 
-    monkeypatch.setattr(verb.LDAE, "forward", forward)
+    monkeypatch.setattr(command_module.LDAE, "forward", forward)
     with pytest.raises(InputError, match="a data worker was killed"):
         pretrain(tiny(system__workers=1, optim__epochs=20), tmp_path / "run", "l_dae")
     assert multiprocessing.active_children() == []
@@ -364,14 +364,14 @@ def test_a_data_worker_that_dies_is_one_sentence(tiny, tmp_path, monkeypatch):
         ({"data__mean": (0.5, 0.5, 0.5)}, "data.std needs one number"),
     ],
 )
-def test_settings_that_do_not_fit_are_told(changes, sentence, tiny, tmp_path):
+def test_wrong_settings_are_refused(changes, sentence, tiny, tmp_path):
     if "device" in str(changes) and torch.cuda.is_available():
         changes, sentence = {"system__device": "meta:1"}, "meta"
     with pytest.raises(InputError, match=sentence):
         pretrain(tiny(**changes), tmp_path / "run", "l_dae")
 
 
-def test_a_wrong_start_is_told_before_the_tokenizer_is_fitted(tiny, tmp_path):
+def test_a_wrong_init_from_is_refused_before_the_tokenizer_is_fitted(tiny, tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(InputError, match="model is not an exported backbone"):
         pretrain(tiny(init_from=str(tmp_path / "model")), tmp_path / "run", "l_dae")

@@ -1,4 +1,4 @@
-"""The verb: the same pictures however they are made, and files that are whole or absent."""
+"""The samples of a run are reproducible, and their files are complete or absent."""
 
 import errno
 import os
@@ -40,18 +40,18 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(row, **changes): a run folder, made once."""
-    made = {}
+    """trained(row, **changes): a run folder, trained once."""
+    runs = {}
 
     def make(row="l_dae", **changes):
         given = {name.replace("__", "."): value for name, value in changes.items()}
         key = (row, *given.items())
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(row) / "run"
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp(row) / "run"
             pretrain(
-                tree.replace(ldae.config(row), TINY | {"optim.epochs": 10} | given), made[key], row
+                tree.replace(ldae.config(row), TINY | {"optim.epochs": 10} | given), runs[key], row
             )
-        return made[key]
+        return runs[key]
 
     return make
 
@@ -66,8 +66,8 @@ def draw(run, out, images=10, batch_size=64, **how):
     return sample(run, images, out, batch_size=batch_size, workers=0, device="cpu", how=how)
 
 
-def opened(folder):
-    """Its pictures in order, int (N, H, W[, C])."""
+def read_images(folder):
+    """Return the images of a folder in order, int (N, H, W[, C])."""
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("*.png"))])
 
 
@@ -75,12 +75,12 @@ def opened(folder):
 def test_the_batch_size_does_not_matter(kind, trained, tmp_path):
     row, changes, how = KINDS[kind]
     run = trained(row, **{name.replace(".", "__"): value for name, value in changes.items()})
-    whole = opened(draw(run, tmp_path / "whole", **how))
+    whole = read_images(draw(run, tmp_path / "whole", **how))
     assert whole.shape == (10, 32, 32, 3) and whole.std() > 5
     for batch_size in (1, 3, 7):
-        found = opened(draw(run, tmp_path / str(batch_size), batch_size=batch_size, **how))
-        assert np.abs(found - whole).max() <= 1
-    other = opened(draw(run, tmp_path / "seed", **how | {"seed": 1}))
+        images = read_images(draw(run, tmp_path / str(batch_size), batch_size=batch_size, **how))
+        assert np.abs(images - whole).max() <= 1
+    other = read_images(draw(run, tmp_path / "seed", **how | {"seed": 1}))
     assert np.abs(other - whole).max(axis=(1, 2, 3)).min() > 1
     assert np.abs(whole[1:] - whole[:-1]).max(axis=(1, 2, 3)).min() > 1
 
@@ -99,12 +99,12 @@ with process_group(torch.device("cpu")):
 """
 
 
-def test_two_ranks_draw_what_one_draws(run, tmp_path):
-    """Seven pictures in batches of two: neither comes out even. The Gaussian is fitted by both."""
+def test_two_ranks_equal_one(run, tmp_path):
+    """Seven images in batches of two do not divide evenly. Both ranks fit the Gaussian."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    for made in ("samples", LATENTS):
-        path = copy / made
+    for name in ("samples", LATENTS):
+        path = copy / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -118,14 +118,14 @@ def test_two_ranks_draw_what_one_draws(run, tmp_path):
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    alone = opened(draw(run, tmp_path / "alone", 7))
+    expected = read_images(draw(run, tmp_path / "one rank", 7))
     shared, single = (LatentGaussian.load(path / LATENTS) for path in (copy, run))
     torch.testing.assert_close(shared.covariance, single.covariance)
-    assert np.abs(opened(tmp_path / "folder") - alone).max() <= 1
-    assert np.abs(np.load(tmp_path / "one.npz")["arr_0"].astype(int) - alone).max() <= 1
-    (sheet,) = (copy / "samples").iterdir()
-    ours = Image.open(draw(run, None, 7))
-    assert np.abs(np.asarray(Image.open(sheet)).astype(int) - np.asarray(ours)).max() <= 1
+    assert np.abs(read_images(tmp_path / "folder") - expected).max() <= 1
+    assert np.abs(np.load(tmp_path / "one.npz")["arr_0"].astype(int) - expected).max() <= 1
+    (grid,) = (copy / "samples").iterdir()
+    expected = np.asarray(Image.open(draw(run, None, 7)))
+    assert np.abs(np.asarray(Image.open(grid)).astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["folder", "file.npz"])
@@ -146,45 +146,45 @@ def test_interrupted_equals_uninterrupted(name, run, tmp_path, monkeypatch):
         draw(run, tmp_path / "parts" / name, batch_size=4)
     assert not (tmp_path / "parts" / "file.npz").exists()
 
-    def go_on(self, number, picture):
-        assert number not in kept, "made twice"
+    def resume(self, number, picture):
+        assert number not in kept, "generated twice"
         save(self, number, picture)
 
-    monkeypatch.setattr(Album, "save", go_on)
+    monkeypatch.setattr(Album, "save", resume)
     draw(run, tmp_path / "parts" / name, batch_size=4)
     if name == "folder":
-        one, other = (opened(tmp_path / part / name) for part in ("whole", "parts"))
+        one, other = (read_images(tmp_path / part / name) for part in ("whole", "parts"))
     else:
         one, other = (np.load(tmp_path / part / name)["arr_0"] for part in ("whole", "parts"))
         assert os.listdir(tmp_path / "parts") == [name]
     assert len(one) == 10 and np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
-def test_what_is_there_is_not_made_again(run, tmp_path, monkeypatch):
+def test_existing_images_are_not_generated_again(run, tmp_path, monkeypatch):
     draw(run, tmp_path / "folder", 4)
     draw(run, tmp_path / "file.npz", 4)
-    before = opened(tmp_path / "folder")
-    monkeypatch.setattr(Album, "save", lambda *_: pytest.fail("made again"))
+    before = read_images(tmp_path / "folder")
+    monkeypatch.setattr(Album, "save", lambda *_: pytest.fail("generated again"))
     draw(run, tmp_path / "folder", 4)
     draw(run, tmp_path / "file.npz", 4)
     monkeypatch.undo()
     draw(run, tmp_path / "folder", 6)
-    assert np.array_equal(opened(tmp_path / "folder")[:4], before)
-    assert len(opened(tmp_path / "folder")) == 6
+    assert np.array_equal(read_images(tmp_path / "folder")[:4], before)
+    assert len(read_images(tmp_path / "folder")) == 6
 
 
-def test_a_file_is_as_the_adm_suite_has_it(trained, run, tmp_path):
+def test_an_npz_file_has_the_format_of_the_adm_suite(trained, run, tmp_path):
     with np.load(draw(run, tmp_path / "file.npz")) as file:
         assert file.files == ["arr_0"]
         assert file["arr_0"].shape == (10, 32, 32, 3) and file["arr_0"].dtype == np.uint8
         pixels = file["arr_0"]
-    assert np.array_equal(opened(draw(run, tmp_path / "folder")), pixels)
+    assert np.array_equal(read_images(draw(run, tmp_path / "folder")), pixels)
     labelled = trained("patch_pca", model__class_conditional=True)
     with np.load(draw(labelled, tmp_path / "labels.npz", 5, labels=("7", "2"))) as file:
         assert file["arr_1"].tolist() == [7, 2, 7, 2, 7] and file["arr_1"].dtype == np.int64
 
 
-def test_the_grid_is_named_by_what_decides_it(trained, run):
+def test_the_name_of_a_grid_holds_its_settings(trained, run):
     path = draw(run, None, 12)
     assert path == run / "samples" / "ddim-6-at=640.png"
     assert Image.open(path).size[0] > 8 * 64
@@ -198,7 +198,7 @@ def test_the_grid_is_named_by_what_decides_it(trained, run):
     assert len(many.name) < 200 and many.exists()
 
 
-def test_other_samples_are_not_mixed(run, tmp_path):
+def test_samples_of_different_settings_are_not_mixed(run, tmp_path):
     draw(run, tmp_path / "folder", 2)
     with pytest.raises(InputError, match="folder holds other samples: seed is 0 there, 1 here"):
         draw(run, tmp_path / "folder", 2, seed=1)
@@ -208,7 +208,7 @@ def test_other_samples_are_not_mixed(run, tmp_path):
     state["model"]["denoiser.final.linear.bias"] += 1
     torch.save(state, newest)
     with pytest.raises(InputError, match="folder holds other samples: weights is"):
-        draw(other, tmp_path / "folder", 3)  # of the same name, at as many images
+        draw(other, tmp_path / "folder", 3)  # with the same name and the same images seen
     draw(run, tmp_path / "file.npz", 2)
     with pytest.raises(InputError, match="file.npz holds other samples: images is 2 there, 3 here"):
         draw(run, tmp_path / "file.npz", 3)
@@ -225,7 +225,7 @@ def test_other_samples_are_not_mixed(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["folder", "file.npz", None])
-def test_a_full_disk_is_one_sentence(name, run, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(name, run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -240,22 +240,22 @@ def test_a_full_disk_is_one_sentence(name, run, tmp_path, monkeypatch):
     assert draw(run, name and tmp_path / name, 2).exists()
 
 
-def test_grey_and_many_channels(trained, tmp_path):
+def test_grey_images_and_other_numbers_of_channels(trained, tmp_path):
     grey = trained(data__in_chans=1)
-    assert opened(draw(grey, tmp_path / "grey", 2)).shape == (2, 32, 32)
+    assert read_images(draw(grey, tmp_path / "grey", 2)).shape == (2, 32, 32)
     many = tmp_path / "images"
     many.mkdir()
     rng = np.random.default_rng(0)
     for number in range(8):
         np.save(many / f"{number}.npy", rng.integers(0, 255, (32, 32, 5), dtype=np.uint8))
     five = trained(data__in_chans=5, data__source=str(many))
-    with pytest.raises(InputError, match="1 or 3 channels and this run 5: name an --out .npz"):
+    with pytest.raises(InputError, match="1 or 3 channels, this run 5: name an --out .npz"):
         draw(five, tmp_path / "five", 2)
     assert np.load(draw(five, tmp_path / "five.npz", 2))["arr_0"].shape == (2, 32, 32, 5)
     assert draw(five, None, 2).exists()
 
 
-def test_a_single_noise_level_is_one_step(trained, tmp_path):
+def test_a_single_noise_level_takes_one_step(trained, tmp_path):
     single = trained("l_dae_single")
     assert sample(single, 3, workers=0, device="cpu").name == "ddim-1-at=640.png"
     with pytest.raises(InputError, match="steps 2 is more than the 1 noise level"):
@@ -263,7 +263,7 @@ def test_a_single_noise_level_is_one_step(trained, tmp_path):
 
 
 def test_a_saved_linear_probe_guides_to_its_classes(trained, tmp_path, capsys):
-    """By the commands: the classes that the probe itself sees in the samples are those asked for."""
+    """The probe recognises the requested classes in the samples."""
     run = str(trained("patch_pca", optim__epochs=30))
     data, probe = "scattered-digits:300", str(tmp_path / "probe")
     how = ["--workers", "0", "--device", "cpu", "--out", str(tmp_path / "results")]
@@ -306,7 +306,7 @@ def test_a_saved_linear_probe_guides_to_its_classes(trained, tmp_path, capsys):
         (["RUN", "--classifier", "resnet1"], "no timm model of that name; the nearest is 'resnet"),
     ],
 )
-def test_wrong_input_is_one_sentence(argv, sentence, run, capsys):
+def test_wrong_input_is_refused(argv, sentence, run, capsys):
     argv = [str(run) if word == "RUN" else word for word in argv]
     capsys.readouterr()
     assert cli.main(["sample", *argv, "--device", "cpu", "--workers", "0"]) == 2

@@ -1,4 +1,4 @@
-"""The kind of a run is written, read back, inferred from older folders, and never mistaken."""
+"""The kind of a run is written, read back, and inferred from older folders."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -19,16 +19,16 @@ from ldae.tree import flatten
 
 # The kinds are the names of its folders.
 BEFORE = Path(__file__).parent / "written_before"
-WORDS = {
+NOUNS = {
     "pretraining": "a pre-training",
     "tokenizer": "a tokenizer",
     "fine-tuning": "a fine-tuning",
 }
-PAIRS = [(own, other) for own in WORDS for other in WORDS if own != other]
+PAIRS = [(own, other) for own in NOUNS for other in NOUNS if own != other]
 
 
-def before(kind: str) -> Path:
-    """The folder that a run of this kind was written into before runs had one."""
+def older_run(kind: str) -> Path:
+    """Return the folder of a run of this kind that was written before runs had a kind."""
     return BEFORE / kind.replace("-", "")
 
 
@@ -41,11 +41,11 @@ def settings(kind: str) -> object:
     return FinetuneConfig() if kind == "fine-tuning" else Config()
 
 
-def in_words(own: str, other: str) -> str:
-    return f"holds {WORDS[own]}, not {WORDS[other]}"
+def refusal(own: str, other: str) -> str:
+    return f"holds {NOUNS[own]}, not {NOUNS[other]}"
 
 
-@pytest.mark.parametrize("kind", WORDS)
+@pytest.mark.parametrize("kind", NOUNS)
 def test_a_kind_is_written_and_read_back(kind, tmp_path):
     open_as(tmp_path, kind, settings(kind))
     assert (tmp_path / "config.yaml").read_text().splitlines()[0] == f"kind: {kind}"
@@ -55,38 +55,38 @@ def test_a_kind_is_written_and_read_back(kind, tmp_path):
 
 
 @pytest.mark.parametrize("own, other", PAIRS)
-def test_a_run_is_not_taken_for_another(own, other, tmp_path):
+def test_a_run_of_another_kind_is_refused(own, other, tmp_path):
     open_as(tmp_path, own, settings(own))
     written = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(InputError, match=in_words(own, other)):
+    with pytest.raises(InputError, match=refusal(own, other)):
         open_as(tmp_path, other, settings(other))
-    with pytest.raises(InputError, match=in_words(own, other)):
+    with pytest.raises(InputError, match=refusal(own, other)):
         kinds.settings_of(tmp_path, other)
     assert (tmp_path / "config.yaml").read_text() == written
 
 
-@pytest.mark.parametrize("kind", WORDS)
-def test_an_older_folder_is_recognised_and_gets_its_kind(kind, tmp_path):
-    run = shutil.copytree(before(kind), tmp_path / "run")
+@pytest.mark.parametrize("kind", NOUNS)
+def test_the_kind_of_an_older_folder_is_inferred_and_written(kind, tmp_path):
+    run = shutil.copytree(older_run(kind), tmp_path / "run")
     assert "kind" not in (run / "config.yaml").read_text()
     assert kinds.kind_of(run) == kind
-    for other in WORDS.keys() - {kind}:
-        with pytest.raises(InputError, match=in_words(kind, other)):
+    for other in NOUNS.keys() - {kind}:
+        with pytest.raises(InputError, match=refusal(kind, other)):
             open_as(run, other, settings(other))
     open_as(run, kind, kinds.settings_of(run, kind))
     assert (run / "config.yaml").read_text().splitlines()[0] == f"kind: {kind}"
-    assert kinds.settings_of(run, kind) == kinds.settings_of(before(kind), kind)
+    assert kinds.settings_of(run, kind) == kinds.settings_of(older_run(kind), kind)
 
 
-@pytest.mark.parametrize("kind", WORDS)
-def test_an_older_folder_without_a_checkpoint_is_judged_by_its_settings(kind, tmp_path):
-    shutil.copy(before(kind) / "config.yaml", tmp_path)
-    alike = ("pretraining", "tokenizer")
-    for asked in WORDS:
-        if asked == kind or {asked, kind} == {*alike}:  # whose settings are the same
+@pytest.mark.parametrize("kind", NOUNS)
+def test_the_kind_of_an_older_folder_without_a_checkpoint_follows_from_its_settings(kind, tmp_path):
+    shutil.copy(older_run(kind) / "config.yaml", tmp_path)
+    same_settings = {"pretraining", "tokenizer"}
+    for asked in NOUNS:
+        if asked == kind or {asked, kind} == same_settings:
             assert kinds.settings_of(tmp_path, asked)
         else:
-            with pytest.raises(InputError, match=f"not {WORDS[asked]}"):
+            with pytest.raises(InputError, match=f"not {NOUNS[asked]}"):
                 kinds.settings_of(tmp_path, asked)
     open_as(tmp_path, kind, kinds.settings_of(tmp_path, kind))
     assert kinds.kind_of(tmp_path) == kind
@@ -103,14 +103,14 @@ COMMANDS = [
 
 @pytest.mark.parametrize("kind", ["tokenizer", "fine-tuning"])
 @pytest.mark.parametrize("argv", COMMANDS, ids=lambda argv: argv[0])
-def test_a_command_for_pretrainings_names_what_it_was_given(
+def test_a_command_for_pretrainings_names_the_kind_of_another_run(
     argv, kind, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    run = str(before(kind))
+    run = str(older_run(kind))
     assert cli.main([run if word == "RUN" else word for word in argv]) == 2
-    told = capsys.readouterr().err
-    assert in_words(kind, "pretraining") in told and len(told.splitlines()) == 1
+    err = capsys.readouterr().err
+    assert refusal(kind, "pretraining") in err and len(err.splitlines()) == 1
 
 
 TO_FOLDERS = [
@@ -140,7 +140,7 @@ SMALL = ["--data.img-size", "32", "--model.name", "vit_tiny_patch16_224"]
     ],
     ids=lambda part: part[0] if isinstance(part, list) else "",
 )
-def test_a_folder_that_is_no_run_is_told_so(argv, sentence, capsys, monkeypatch, tmp_path):
+def test_a_folder_without_a_run_is_refused(argv, sentence, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("RUN").mkdir()
     Path("RUN", "config.yaml").write_text("trainer: {gpus: 8}\n")  # another program's
@@ -149,8 +149,8 @@ def test_a_folder_that_is_no_run_is_told_so(argv, sentence, capsys, monkeypatch,
     assert kinds.kind_of(Path("RUN")) is None
     assert folder_of(SlurmSettings(), ["RUN"]) == Path()
     assert cli.main(argv) == 2
-    told = capsys.readouterr().err
-    assert sentence in told and len(told.splitlines()) == 1
+    err = capsys.readouterr().err
+    assert sentence in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -158,46 +158,41 @@ def test_a_folder_that_is_no_run_is_told_so(argv, sentence, capsys, monkeypatch,
     [
         ("", "run is damaged: its config.yaml is empty"),
         ("{", "config.yaml is not a YAML file"),
-        ("kind: [1]\n", "run is of the kind '\\[1\\]', and there are pretraining, tokenizer"),
-        ("kind: mae\n", "run is of the kind 'mae', and there are pretraining, tokenizer, fine-tun"),
+        ("kind: [1]\n", "run is of the unknown kind '\\[1\\]'; kinds are pretraining, tokenizer"),
+        (
+            "kind: mae\n",
+            "run is of the unknown kind 'mae'; kinds are pretraining, tokenizer, fine-tun",
+        ),
         (
             "kind: pretraining\nmodel: {deep: 1}\n",
             "no setting 'model.deep'; the nearest is 'model.d",
         ),
     ],
 )
-def test_a_damaged_folder_is_told_in_a_sentence(content, sentence, tmp_path):
+def test_a_damaged_folder_is_refused(content, sentence, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(content)
     with pytest.raises(InputError, match=sentence):
         kinds.settings_of(tmp_path / "run", "pretraining")
 
 
-def test_the_settings_of_a_run_stand_in_place_of_a_row(capsys, tmp_path):
-    """And those of another kind do not."""
-    verbs = {"pretraining": "pretrain", "tokenizer": "fit-tokenizer"}
-    for kind, verb in verbs.items():
-        for given in WORDS:
+def test_the_settings_of_a_run_of_the_same_kind_may_replace_a_row(capsys, tmp_path):
+    commands = {"pretraining": "pretrain", "tokenizer": "fit-tokenizer"}
+    for kind, command in commands.items():
+        for given in NOUNS:
             file = tmp_path / f"{given}.yaml"
             file.write_text(kinds.to_yaml(settings(given), given))
-            argv = [
-                verb,
-                str(file),
-                "--data",
-                "scattered-digits:64",
-                "--run",
-                str(tmp_path / "run"),
-            ]
-            status, told = cli.main([*argv, "--dry-run"]), capsys.readouterr()
+            argv = [command, str(file), "--data", "scattered-digits:64"]
+            status = cli.main([*argv, "--run", str(tmp_path / "run"), "--dry-run"])
+            out, err = capsys.readouterr()
             if given == kind:
-                assert status == 0 and "kind:" not in told.out
+                assert status == 0 and "kind:" not in out
             else:
                 assert status == 2
-                assert f"{given}.yaml is of the kind '{given}', not '{kind}'" in told.err
+                assert f"{given}.yaml is of the kind '{given}', not '{kind}'" in err
 
 
-def test_a_kind_is_no_setting(capsys):
-    """It is a line of config.yaml alone: no flag, and in no tree of settings."""
+def test_a_kind_is_neither_a_setting_nor_a_flag(capsys):
     for kind in kinds.KINDS.values():
         assert "kind" not in {name.partition(".")[0] for name in flatten(kind.defaults())}
     with pytest.raises(SystemExit):
@@ -207,7 +202,7 @@ def test_a_kind_is_no_setting(capsys):
 
 @dataclass(frozen=True)
 class MadeUp:
-    """The settings of a kind that is not there."""
+    """The settings of another kind."""
 
     data: DataSettings = field(default_factory=DataSettings)
     system: ExecutionSettings = field(default_factory=ExecutionSettings)
@@ -215,7 +210,7 @@ class MadeUp:
     seed: int = 0
 
 
-def test_a_class_and_a_line_are_another_kind(monkeypatch, tmp_path):
+def test_a_settings_class_and_a_registry_line_add_a_kind(monkeypatch, tmp_path):
     line = kinds.Kind("a masked pre-training", f"{__name__}:MadeUp")
     monkeypatch.setitem(kinds.KINDS, "masked", line)
     run = tmp_path / "run"
@@ -229,5 +224,5 @@ def test_a_class_and_a_line_are_another_kind(monkeypatch, tmp_path):
     Checkpoints(run).save(state | {"describe": {"row": "masked 0.5"}})
     with pytest.raises(InputError, match="masked is 0.5 there, 0.6 here"):
         open_as(run, "masked", MadeUp(masked=0.6))
-    for kind in WORDS:
-        assert kinds.kind_of(before(kind)) == kind
+    for kind in NOUNS:
+        assert kinds.kind_of(older_run(kind)) == kind

@@ -16,18 +16,18 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_what_a_killed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
+def test_records_after_the_last_checkpoint_are_dropped(tmp_path):
     metrics = Metrics(tmp_path, 0)
     for images in (128, 256, 384):
         metrics.write({"images": images})
     metrics.close()
     with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(b'\x00\xff no text\n{"images": 51')  # the kill came in the middle of a line
+        file.write(b'\x00\xff no text\n{"images": 51')  # a line that a kill cut in half
     Metrics(tmp_path, 256).close()
     assert [line["images"] for line in lines(tmp_path)] == [128, 256]
 
 
-def test_progress_tells_loss_speed_wait_and_time_left():
+def test_a_line_of_progress_shows_loss_speed_wait_and_time_left():
     line = progress_line(RECORD, total=1512)
     for part in ("512/1,512", "epoch 0.50", "loss 0.2500", "100 images/s", "data 2%", "00:00:10"):
         assert part in line
@@ -47,7 +47,7 @@ def test_tensorboard_events_are_written(tmp_path):
 @pytest.mark.parametrize(
     "extra, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
 )
-def test_a_logger_that_is_not_installed_is_told(tmp_path, monkeypatch, extra, module):
+def test_a_logger_that_is_not_installed_is_refused(tmp_path, monkeypatch, extra, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf"system.{extra} needs .*ldae\[{extra}\]"):
         Metrics(tmp_path, 0, **{extra: "project" if extra == "wandb" else True})

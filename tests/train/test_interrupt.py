@@ -1,4 +1,4 @@
-"""A signal is a request; only Ctrl-C means more when it is repeated."""
+"""A stop signal is recorded; only a second Ctrl-C interrupts at once."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from ldae.train.interrupt import SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted_and_afterwards_forgotten(number):
+def test_a_signal_is_recorded_and_the_handlers_are_restored(number):
     before = [signal.getsignal(other) for other in SIGNALS]
     with StopRequest() as stop:
         assert stop.received == 0
@@ -18,8 +18,8 @@ def test_a_signal_is_noted_and_afterwards_forgotten(number):
     assert [signal.getsignal(other) for other in SIGNALS] == before
 
 
-def test_schedulers_repeat_themselves():
-    """USR2, then TERM, TERM again: one request, the first of which gives the exit status."""
+def test_repeated_signals_of_a_scheduler_are_one_request():
+    """The first of them gives the exit status."""
     with StopRequest() as stop:
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
             os.kill(os.getpid(), number)

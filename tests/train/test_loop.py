@@ -25,7 +25,7 @@ SYSTEM = SystemSettings(log_every=2, workers=0)
 
 
 class Line(nn.Module):
-    """Fits y = w x to images that are numbers; a stand-in with the method's interface."""
+    """A stand-in with the method's interface, which fits y = w x to images that are numbers."""
 
     def __init__(self):
         super().__init__()
@@ -36,6 +36,8 @@ class Line(nn.Module):
 
 
 def batches_from(micro_batches=1, bad_at=None, nan_at=None, wild=()):
+    """A stream of batches, with NaN or an error from an image on, and with some wild batches."""
+
     def stream(start):
         size = 4 // micro_batches
         for n in range(start, 48, size):
@@ -80,7 +82,7 @@ def run(
     return trained.w.item(), records
 
 
-def test_it_learns_and_tells(tmp_path, capsys):
+def test_a_run_learns_logs_and_saves(tmp_path, capsys):
     weight, records = run(tmp_path, optim=OptimSettings(batch_size=4, blr=40.0, warmup_epochs=0.5))
     assert abs(weight - 3) < 1
     assert [record["images"] for record in records] == [8, 16, 24, 32, 40, 48]
@@ -96,7 +98,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
 
 
 class LineInParts(Line):
-    """Tells the largest number of each batch and the weight beside its loss."""
+    """Returns the largest number of the batch and the weight as parts of the loss."""
 
     def forward(self, images, positions, labels):
         loss = super().forward(images, positions, labels)
@@ -104,8 +106,8 @@ class LineInParts(Line):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_parts_of_the_loss_are_told_as_means(micro_batches, tmp_path):
-    """Over the micro batches of a step, and over the steps between two records."""
+def test_parts_of_the_loss_are_logged_as_means(micro_batches, tmp_path):
+    """The means are over micro batches and over the steps between two records."""
     stream = batches_from(micro_batches)
     plain, without = run(tmp_path / "plain", stream, micro_batches=micro_batches)
     weight, records = run(
@@ -121,7 +123,7 @@ def test_parts_of_the_loss_are_told_as_means(micro_batches, tmp_path):
     assert records[0]["weight"] < records[-1]["weight"] < 3
 
 
-def test_bad_data_stops_with_everything_before_it_saved(tmp_path):
+def test_bad_data_stops_the_run_after_a_checkpoint(tmp_path):
     with pytest.raises(InputError, match="cat.jpg is truncated"):
         run(tmp_path, batches_from(bad_at=22))
     assert Checkpoints(tmp_path).load()["images_seen"] == 24
@@ -129,7 +131,7 @@ def test_bad_data_stops_with_everything_before_it_saved(tmp_path):
     assert resumed == run(tmp_path / "undisturbed")[0]
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_without_a_checkpoint(tmp_path):
     system = SystemSettings(log_every=100, save_minutes=0)
     with pytest.raises(InputError, match="loss is nan in step 6 \\(images 20 to 23, lr"):
         run(tmp_path, batches_from(nan_at=20), system=system)
@@ -138,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 
 
 def slow_line(left_out=(), rate=40.0):
-    """The weight after 48 images but those left out, by torch's own AdamW step after step."""
+    """Return the weight after 48 images without those left out, by torch's own AdamW."""
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW([weight], weight_decay=0.0, betas=(0.9, 0.999))
     peak, warmup = rate * 4 / 256, 8
@@ -159,7 +161,7 @@ WILD = OptimSettings(batch_size=4, blr=40.0, epochs=3, warmup_epochs=0.5)
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(watchdog, "_LEAST", 3)
+    monkeypatch.setattr(watchdog, "_MIN_LOSSES", 3)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -167,19 +169,19 @@ def impatient(monkeypatch):
 def test_an_explosion_is_undone_and_its_batch_left_out(
     minutes, micro_batches, impatient, tmp_path, capsys
 ):
-    """Whenever it was saved, the run is that which never saw the batch."""
+    """The run equals a run that never saw the batch, whenever it was saved."""
     system = SystemSettings(log_every=2, save_minutes=minutes, explosion=20)
     stream = batches_from(micro_batches, wild=(24,))
     weight, _ = run(tmp_path, stream, WILD, system, micro_batches)
     assert weight == pytest.approx(slow_line(left_out=(24,)), rel=1e-5)
     assert weight != pytest.approx(slow_line(), rel=1e-5)
-    told = capsys.readouterr().out
-    assert told.count("back to the last checkpoint") == 1
-    assert "in step 7 (images 24 to 27, lr" in told
+    out = capsys.readouterr().out
+    assert out.count("back to the last checkpoint") == 1
+    assert "in step 7 (images 24 to 27, lr" in out
     assert Checkpoints(tmp_path).load()["watchdog"]["left_out"] == [24]
 
 
-def test_what_was_left_out_stays_so_after_a_stop(impatient, tmp_path):
+def test_a_batch_stays_left_out_after_a_stop(impatient, tmp_path):
     system = SystemSettings(log_every=2, explosion=20)
     whole, _ = run(tmp_path / "whole", batches_from(wild=(24,)), WILD, system)
     with pytest.raises(InputError, match="cat.jpg"):
@@ -187,8 +189,8 @@ def test_what_was_left_out_stays_so_after_a_stop(impatient, tmp_path):
     assert run(tmp_path / "parts", batches_from(wild=(24,)), WILD, system)[0] == whole
 
 
-def test_metrics_tell_of_what_was_kept_alone(impatient, tmp_path):
-    """One line a step, and none of the batch that is left out."""
+def test_metrics_hold_no_step_that_was_undone(impatient, tmp_path):
+    """The metrics are opened again at the last checkpoint."""
     system = SystemSettings(log_every=1, explosion=20)
     starts, model = [], Line()
     log = SimpleNamespace(write=lambda record: None, close=lambda: None)
@@ -197,10 +199,10 @@ def test_metrics_tell_of_what_was_kept_alone(impatient, tmp_path):
         device=torch.device("cpu"), checkpoints=Checkpoints(tmp_path),
         open_metrics=lambda seen: starts.append(seen) or log, describe={},
     ).train()  # fmt: skip
-    assert starts == [0, 0]  # the file is cut where the run goes on
+    assert starts == [0, 0]  # the file is truncated there
 
 
-def test_explosions_without_end_end_the_run(impatient, tmp_path):
+def test_repeated_explosions_end_the_run(impatient, tmp_path):
     system = SystemSettings(log_every=2, explosion=20)
     with pytest.raises(InputError, match="step 9 .*second time since the last checkpoint"):
         run(tmp_path / "one", batches_from(wild=(24, 32)), WILD, system)
@@ -210,7 +212,7 @@ def test_explosions_without_end_end_the_run(impatient, tmp_path):
 
 
 class Heavy(Line):
-    """Of a megabyte."""
+    """A model of one megabyte."""
 
     def __init__(self):
         super().__init__()
@@ -218,15 +220,15 @@ class Heavy(Line):
 
 
 @pytest.mark.parametrize("minutes", [0, 10])
-def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(minutes, tmp_path):
-    """A real refusal: of the system, to let a file grow beyond half a megabyte."""
+def test_a_full_disk_ends_the_run_and_loses_nothing(minutes, tmp_path):
+    """The system refuses to let a file grow beyond half a megabyte."""
     with pytest.raises(InputError, match="cat.jpg"):
         run(tmp_path, batches_from(bad_at=16), model=Heavy())
     before = {path: path.read_bytes() for path in Checkpoints(tmp_path).folder.iterdir()}
     least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, most))
     try:
-        with pytest.raises(InputError, match="could not be saved .*last good one: .*0016.pt$"):
+        with pytest.raises(InputError, match="could not be saved .*last good one is .*0016.pt$"):
             run(tmp_path, system=SystemSettings(log_every=2, save_minutes=minutes), model=Heavy())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
@@ -235,8 +237,8 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(minutes, tmp
     assert resumed == run(tmp_path / "undisturbed")[0]
 
 
-def test_the_training_goes_on_while_it_is_saved(tmp_path, monkeypatch):
-    """The disk is as slow as can be: each state is written once the step after it is taken."""
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """Each checkpoint is written only after the next step has begun."""
     steps, saved, original = [], [], Checkpoints.save
 
     def save(self, state):
@@ -256,11 +258,11 @@ def test_the_training_goes_on_while_it_is_saved(tmp_path, monkeypatch):
     weight, _ = run(tmp_path, system=SystemSettings(log_every=100, save_minutes=0), model=Watched())
     assert saved == list(range(4, 49, 4))
     kept = [torch.load(path)["model"]["w"].item() for path in Checkpoints(tmp_path).paths()]
-    assert kept[-1] == weight and len(set(kept[1:])) == 11  # of warm-up's first step the rate is 0
+    assert kept[-1] == weight and len(set(kept[1:])) == 11  # the first step has a rate of 0
 
 
-def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
-    """And not when it comes to its end, days later."""
+def test_a_failed_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    """The run does not first go on to its end, days later."""
     steps, savers, stepping = [], [], threading.Event()
 
     class Kept(Saver):
@@ -287,7 +289,7 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
     assert len(steps) == 1
 
 
-def test_ranks_that_see_different_folders_are_told(on_ranks, tmp_path):
+def test_ranks_with_different_folders_are_refused(on_ranks, tmp_path):
     def work():
         with distributed.process_group(torch.device("cpu"), rank_timeout=1):
             folder = tmp_path / str(distributed.rank())
@@ -299,7 +301,7 @@ def test_ranks_that_see_different_folders_are_told(on_ranks, tmp_path):
     sentence = (
         "InputError: the ranks see different checkpoints in .*, of 0, 8 images: is it the same"
     )
-    assert all(re.match(sentence, told) for told in on_ranks(work))
+    assert all(re.match(sentence, error) for error in on_ranks(work))
 
 
 def test_the_average_follows_its_recurrence(tmp_path, monkeypatch):
@@ -320,14 +322,14 @@ def test_the_average_follows_its_recurrence(tmp_path, monkeypatch):
     assert averaged == pytest.approx(expected, rel=1e-6) and len(seen) == 12
 
 
-def test_the_average_survives_a_stop(tmp_path):
+def test_the_average_resumes_after_a_stop(tmp_path):
     optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
     with pytest.raises(InputError):
         run(tmp_path, batches_from(bad_at=24), optim)
     assert run(tmp_path, optim=optim)[0] == run(tmp_path / "undisturbed", optim=optim)[0]
 
 
-def test_clipping_bounds_the_step(tmp_path, monkeypatch):
+def test_gradients_are_clipped_in_every_step(tmp_path, monkeypatch):
     norms = []
     original = nn.utils.clip_grad_norm_
     monkeypatch.setattr(
@@ -342,14 +344,14 @@ def test_clipping_bounds_the_step(tmp_path, monkeypatch):
     assert len(norms) == 12
 
 
-def test_hooks_run_when_their_images_are_seen(tmp_path):
+def test_hooks_run_every_so_many_images(tmp_path):
     calls = []
     hook = Hook(16, lambda model: {"knn": float(len(calls))} | {"n": calls.append(1) or 0})
     _, records = run(tmp_path, hooks=(hook,))
     assert [r["images"] for r in records if "knn" in r] == [16, 32, 48]
 
 
-def test_hooks_see_the_average_where_there_is_one(tmp_path):
+def test_hooks_get_the_average_where_there_is_one(tmp_path):
     seen = []
     hook = Hook(16, lambda model: {"w": seen.append(model) or 0.0})
     model = Line()
@@ -373,7 +375,7 @@ class NoisyLine(Line):
         return super().forward(images * (1 + 0.1 * torch.randn(())), positions, labels)
 
 
-def test_what_a_model_draws_depends_on_seed_and_place_alone(tmp_path):
+def test_random_draws_depend_only_on_seed_and_position(tmp_path):
     for name, global_seed in (("whole", 1), ("parts", 2)):
         torch.manual_seed(global_seed)
         if name == "parts":
@@ -385,7 +387,7 @@ def test_what_a_model_draws_depends_on_seed_and_place_alone(tmp_path):
     assert weight != run(tmp_path / "without noise")[0]
 
 
-def test_the_average_has_averaged_statistics(tmp_path):
+def test_buffers_are_averaged_too(tmp_path):
     optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.5)
     run(tmp_path, optim=optim, model=NoisyLine())
     expected = 0.0
@@ -395,21 +397,21 @@ def test_the_average_has_averaged_statistics(tmp_path):
 
 
 class Centred(Line):
-    """Centres images by a running mean, which moves after the step by each micro batch in turn."""
+    """Subtracts a running mean, updated after each step by the micro batches in order."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(1))
-        self.left = []
+        self.means = []
 
     def forward(self, images, positions, labels):
-        self.left.append(images.mean())
+        self.means.append(images.mean())
         return super().forward(images - self.mean, positions, labels)
 
     def after_step(self):
-        for mean in self.left:
+        for mean in self.means:
             self.mean.lerp_(mean, 0.1)
-        self.left.clear()
+        self.means.clear()
 
 
 def momentum(model, optim):
@@ -417,7 +419,7 @@ def momentum(model, optim):
 
 
 def slow_centred(decay):
-    """Centred by SGD with momentum in plain numbers: the weight, the mean and their averages."""
+    """Train Centred by SGD in plain numbers; return the weight, the mean and their averages."""
     w = mean = moment = 0.0
     averages = [0.0, 0.0]
     for n in range(0, 48, 4):
@@ -429,13 +431,13 @@ def slow_centred(decay):
             means.append(sum(images) / 2)
         moment = 0.9 * moment + slope
         w -= 4 / 256 * (n / 8 if n < 8 else cosine) * moment
-        for found in means:
-            mean += 0.1 * (found - mean)
+        for batch_mean in means:
+            mean += 0.1 * (batch_mean - mean)
         averages = [decay * old + (1 - decay) * new for old, new in zip(averages, (w, mean))]
     return w, mean, *averages
 
 
-def test_optimizer_and_buffers_are_what_the_run_says(tmp_path):
+def test_another_optimizer_and_buffers_train_and_resume(tmp_path):
     optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.75)
     how = {"optim": optim, "micro_batches": 2, "optimizer": momentum}
     run(tmp_path / "whole", batches_from(2), model=Centred(), **how)
@@ -454,8 +456,8 @@ def test_optimizer_and_buffers_are_what_the_run_says(tmp_path):
 BOXES = [{"boxes": torch.ones(n, 4), "of": (torch.tensor(n), [])} for n in range(3)]
 
 
-def test_a_tree_of_targets_is_moved_and_keeps_its_structure():
-    """To a device without memory: what was left behind is elsewhere."""
+def test_a_tree_of_targets_keeps_its_structure_on_the_device():
+    """The device is torch's meta device."""
     batch = Batch(torch.zeros(3), BOXES, torch.arange(3), [])
     images, positions, targets = on_device(batch, torch.device("meta"))
     assert images.is_meta and positions.is_meta and len(targets) == 3
@@ -464,7 +466,7 @@ def test_a_tree_of_targets_is_moved_and_keeps_its_structure():
         assert type(target["of"]) is tuple and target["of"][0].is_meta and target["of"][1] == []
 
 
-def test_a_model_may_learn_from_a_tree_of_targets(tmp_path):
+def test_a_model_may_train_on_a_tree_of_targets(tmp_path):
     class Counts(Line):
         def forward(self, images, positions, targets):
             labels = torch.stack([target["boxes"].sum() for target in targets])
@@ -477,7 +479,7 @@ def test_a_model_may_learn_from_a_tree_of_targets(tmp_path):
     assert run(tmp_path / "tree", stream, model=Counts())[0] == run(tmp_path / "labels")[0]
 
 
-def test_plans_divide_the_batch_or_refuse():
+def test_a_plan_divides_the_batch_or_is_refused():
     assert plan_run(100, OptimSettings(batch_size=32, epochs=2), SystemSettings()) == Plan(
         100, 224, 32, 1
     )

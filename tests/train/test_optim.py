@@ -8,11 +8,11 @@ from ldae.settings import OptimSettings
 from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
 
 
-def test_the_rate_scales_with_the_batch():
+def test_the_peak_rate_is_proportional_to_the_batch():
     assert peak_lr(OptimSettings(batch_size=2048, blr=1e-4)) == pytest.approx(8e-4)
 
 
-def test_warmup_is_linear_and_the_rest_half_a_cosine():
+def test_the_rate_is_a_linear_warmup_and_a_half_cosine():
     def rate(seen):
         return lr_at(seen, peak=2.0, warmup=100, total=300)
 
@@ -22,12 +22,12 @@ def test_warmup_is_linear_and_the_rest_half_a_cosine():
     assert lr_at(0, peak=2.0, warmup=0, total=300) == 2.0
 
 
-def test_the_cosine_ends_at_the_least_rate():
-    rates = [lr_at(n, peak=2.0, warmup=100, total=300, least=0.5) for n in (50, 100, 200, 300)]
+def test_the_cosine_ends_at_the_minimum_rate():
+    rates = [lr_at(n, peak=2.0, warmup=100, total=300, minimum=0.5) for n in (50, 100, 200, 300)]
     assert rates == pytest.approx([1.0, 2.0, 1.25, 0.5])
 
 
-def test_a_model_may_declare_its_groups():
+def test_a_model_may_declare_its_parameter_groups():
     class Layers(nn.Linear):
         def parameter_groups(self, weight_decay):
             return [
@@ -37,8 +37,8 @@ def test_a_model_may_declare_its_groups():
 
     optimizer = adamw(Layers(2, 3), OptimSettings(weight_decay=0.1))
     set_lr(optimizer, 0.8)
-    told = [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
-    assert told == [(0.1, 0.2), (0.0, 0.8)]
+    groups = [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
+    assert groups == [(0.1, 0.2), (0.0, 0.8)]
 
 
 def test_only_matrices_are_decayed():

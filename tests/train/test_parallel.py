@@ -1,4 +1,4 @@
-"""Copies or shares of a model, on one rank or on two: the same run, whose checkpoints all open."""
+"""Replicated, sharded or on one rank: the same training, with interchangeable checkpoints."""
 
 import functools
 import shutil
@@ -25,7 +25,7 @@ STEPS, HALF = 6, 24
 
 
 class Stack(nn.Module):
-    """Blocks, a layer without one, a frozen part and a statistic."""
+    """A network of blocks, with a layer outside of them, a frozen layer and a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -55,23 +55,23 @@ def stream(start, micro_batches):
 
 
 class Centred(Stack):
-    """Centres images by a running mean, which follows the micro batches of all ranks in order."""
+    """Subtracts a running mean, updated by the micro batches of all ranks in order."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(3))
-        self.left = []
+        self.means = []
 
     def forward(self, images, positions, labels):
-        self.left.append(images.mean(0))
+        self.means.append(images.mean(0))
         return super().forward(images - self.mean, positions, labels)
 
     def after_step(self):
-        means = torch.zeros(len(self.left), distributed.world_size(), 3)
-        means[:, distributed.rank()] = torch.stack(self.left)
+        means = torch.zeros(len(self.means), distributed.world_size(), 3)
+        means[:, distributed.rank()] = torch.stack(self.means)
         for mean in distributed.all_reduce_sum(means).flatten(0, 1):
             self.mean.lerp_(mean, 0.1)
-        self.left.clear()
+        self.means.clear()
 
 
 def momentum(model, optim):
@@ -80,7 +80,7 @@ def momentum(model, optim):
 
 
 def run(folder, fsdp=False, micro_batches=1, model=Stack, optimizer=adamw):
-    """To the end, from what is there; every state is kept."""
+    """Train to the end from the newest checkpoint; all checkpoints are kept."""
     seen = []
     hook = Hook(8, lambda model: {"w": seen.append(model.head.weight.sum().item()) or 0.0})
     with distributed.process_group(CPU, rank_timeout=1):
@@ -105,8 +105,8 @@ def run(folder, fsdp=False, micro_batches=1, model=Stack, optimizer=adamw):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one-rank")
     run(folder)
     return folder
 
@@ -118,13 +118,13 @@ def assert_close(folder, other):
         assert one[part].keys() == two[part].keys()
     for state in (one, two):
         for part in ("model", "average"):
-            del state[part]["level"]  # counts the calls, which micro batches are more of
+            del state[part]["level"]  # counts the forward passes
     for part in ("model", "average", "optimizer"):
         torch.testing.assert_close(two[part], one[part], rtol=1e-4, atol=1e-6, msg=part)
 
 
 def half(folder, to):
-    """The run as it was when a half was done."""
+    """Copy a run and delete its checkpoints after the first half."""
     shutil.copytree(folder, to)
     for path in Checkpoints(to).paths():
         if path.name > f"images-{HALF:012}.pt":
@@ -133,22 +133,20 @@ def half(folder, to):
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_ranks_learn_what_one_learns_and_each_goes_on_for_the_other(
-    fsdp, alone, on_ranks, tmp_path
-):
+def test_two_ranks_equal_one_and_resume_each_other(fsdp, one_rank, on_ranks, tmp_path):
     both = tmp_path / "both"
     assert on_ranks(lambda: run(both, fsdp, micro_batches=2)) == ["", ""]
-    assert_close(alone, both)
+    assert_close(one_rank, both)
     one = half(both, tmp_path / "two then one")
     run(one)
-    assert_close(alone, one)
-    two = half(alone, tmp_path / "one then two")
+    assert_close(one_rank, one)
+    two = half(one_rank, tmp_path / "one then two")
     assert on_ranks(lambda: run(two, fsdp)) == ["", ""]
-    assert_close(alone, two)
+    assert_close(one_rank, two)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_ranks_share_buffers_and_any_optimizer(fsdp, on_ranks, tmp_path):
+def test_two_ranks_equal_one_with_buffers_and_another_optimizer(fsdp, on_ranks, tmp_path):
     how = {"model": Centred, "optimizer": momentum}
     run(tmp_path / "one", micro_batches=4, **how)
     both = tmp_path / "both"
@@ -163,31 +161,31 @@ def test_ranks_share_buffers_and_any_optimizer(fsdp, on_ranks, tmp_path):
         assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
 
 
-def test_one_rank_is_never_spread(alone, tmp_path):
+def test_fsdp_on_one_rank_changes_nothing(one_rank, tmp_path):
     run(tmp_path, fsdp=True)
-    assert_close(alone, tmp_path)
+    assert_close(one_rank, tmp_path)
 
 
-def test_shares_are_shares(on_ranks):
-    """Of each parameter, and of its gradient, which is reduced once a step."""
+def test_shards_are_parts_of_parameters_and_gradients(on_ranks):
+    """Gradients are reduced once a step."""
 
     def work():
         with distributed.process_group(CPU, rank_timeout=1):
             model = Stack()
-            spread = parallel.spread(model, None, fsdp=True, device=CPU, compiled=False)
+            parallelized = parallel.parallelize(model, None, fsdp=True, device=CPU, compiled=False)
             for parameter in model.parameters():
                 assert parameter.to_local().shape[0] < parameter.shape[0] or parameter.shape[0] == 1
             trained = [part for part in model.parameters() if part.requires_grad]
             for now in (False, False, True):
-                with spread.averaging(now):
+                with parallelized.gradient_sync(now):
                     batch = next(stream(0, 1))
-                    spread.network(batch.images, batch.positions, batch.targets).backward()
+                    parallelized.network(batch.images, batch.positions, batch.targets).backward()
                 assert [part.grad is not None for part in trained] == [now] * len(trained)
 
     assert on_ranks(work) == ["", ""]
 
 
-def test_copies_reduce_once_a_step(on_ranks, monkeypatch):
+def test_replicas_reduce_gradients_once_a_step(on_ranks, monkeypatch):
     class Counting(parallel.DistributedDataParallel):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -204,11 +202,13 @@ def test_copies_reduce_once_a_step(on_ranks, monkeypatch):
 
     def work():
         with distributed.process_group(CPU, rank_timeout=1):
-            spread = parallel.spread(Stack(), None, fsdp=False, device=CPU, compiled=False)
+            parallelized = parallel.parallelize(
+                Stack(), None, fsdp=False, device=CPU, compiled=False
+            )
             for now in (False, False, True):
-                with spread.averaging(now):
+                with parallelized.gradient_sync(now):
                     batch = next(stream(0, 1))
-                    spread.network(batch.images, batch.positions, batch.targets).backward()
+                    parallelized.network(batch.images, batch.positions, batch.targets).backward()
                 assert len(calls) == now
 
     assert on_ranks(work) == ["", ""]

@@ -10,7 +10,7 @@ from ldae.train.saver import Saver
 
 
 class Slow(Checkpoints):
-    """Waits for ``disk`` before it saves."""
+    """Checkpoints whose saving waits for the event ``disk``."""
 
     def __init__(self, run):
         super().__init__(run)
@@ -28,7 +28,7 @@ def state(seen, weight=1.0):
     return {"images_seen": seen, "model": model, "average": None, "optimizer": {}, "describe": {}}
 
 
-def test_a_save_is_begun_and_the_next_one_waits_for_it(tmp_path):
+def test_a_save_returns_at_once_and_the_next_one_waits_for_it(tmp_path):
     slow = Slow(tmp_path)
     with Saver(slow) as saver:
         saver.save(state(8))
@@ -41,7 +41,7 @@ def test_a_save_is_begun_and_the_next_one_waits_for_it(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["check", "save", "wait", "end"])
-def test_what_a_write_raises_is_told_at_the_next_call(how, tmp_path):
+def test_the_error_of_a_write_is_raised_by_the_next_call(how, tmp_path):
     slow = Slow(tmp_path)
     slow.disk.set()
     with pytest.raises(InputError, match="the disk is full"), Saver(slow) as saver:
@@ -56,7 +56,7 @@ def test_what_a_write_raises_is_told_at_the_next_call(how, tmp_path):
     assert slow.load()["images_seen"] == 8
 
 
-def test_an_error_of_the_training_is_not_hidden_by_one_of_the_disk(tmp_path):
+def test_an_error_of_the_disk_does_not_hide_an_error_of_the_training(tmp_path):
     slow = Slow(tmp_path)
     with pytest.raises(RuntimeError, match="of the training"), Saver(slow) as saver:
         saver.save(state(13))
@@ -64,7 +64,7 @@ def test_an_error_of_the_training_is_not_hidden_by_one_of_the_disk(tmp_path):
         raise RuntimeError("of the training")
 
 
-def test_a_write_is_finished_whatever_ends_the_training(tmp_path):
+def test_a_write_is_finished_when_an_exception_ends_the_training(tmp_path):
     slow = Slow(tmp_path)
     with pytest.raises(KeyboardInterrupt), Saver(slow) as saver:
         saver.save(state(8))
@@ -73,8 +73,8 @@ def test_a_write_is_finished_whatever_ends_the_training(tmp_path):
     assert slow.load()["images_seen"] == 8
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
-    with pytest.raises(InputError, match="w is not a number after image 8, which is not saved"):
+def test_nan_weights_are_not_saved(tmp_path):
+    with pytest.raises(InputError, match="w is not a number after image 8, and this state is not"):
         with Saver(Checkpoints(tmp_path)) as saver:
             saver.save(state(8, weight=float("nan")))
     assert Checkpoints(tmp_path).paths() == []

@@ -1,16 +1,16 @@
-"""What is captured is a copy, and what is restored is what was captured."""
+"""A captured state is a copy, and restoring it restores the training."""
 
 import torch
 from torch import nn
 
 from ldae.settings import OptimSettings, SystemSettings
 from ldae.train.optim import adamw
-from ldae.train.state import State, each_tensor
+from ldae.train.state import State, map_tensors
 
 CPU = torch.device("cpu")
 
 
-def made(ema=0.5):
+def new_state(ema=0.5):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optim = OptimSettings(batch_size=4, blr=1.0, ema=ema)
@@ -19,14 +19,14 @@ def made(ema=0.5):
 
 def step(state, seed):
     images = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
-    state.spread.network(images).square().sum().backward()
+    state.parallel.network(images).square().sum().backward()
     state.update()
 
 
 def tensors(state):
-    found = []
-    each_tensor(state, lambda name, part: found.append((name, part.clone())))
-    return found
+    pairs = []
+    map_tensors(state, lambda name, part: pairs.append((name, part.clone())))
+    return pairs
 
 
 def assert_same(one, other):
@@ -34,28 +34,29 @@ def assert_same(one, other):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
 
 
-def test_a_captured_state_does_not_follow_the_training():
-    state = made()
+def test_training_does_not_change_a_captured_state():
+    state = new_state()
     step(state, 0)
     captured, _ = state.capture()
     before = tensors(captured)
     step(state, 1)
     assert_same(tensors(captured), before)
-    held = captured["model"]["0.weight"].data_ptr()
-    assert state.capture()[0]["model"]["0.weight"].data_ptr() == held  # the memory is used again
+    address = captured["model"]["0.weight"].data_ptr()
+    assert state.capture()[0]["model"]["0.weight"].data_ptr() == address  # the memory is reused
 
 
-def test_a_restored_run_goes_on_as_the_other():
-    state, other = made(), made()
+def test_a_restored_training_equals_the_captured_one():
+    state, other = new_state(), new_state()
     for seed in range(3):
         step(state, seed)
-    captured = each_tensor(state.capture()[0], lambda _, part: part.clone())
+    captured = map_tensors(state.capture()[0], lambda _, part: part.clone())
     step(state, 3)
     other.restore(captured)
     step(other, 3)
     assert_same(tensors(other.capture()[0]), tensors(state.capture()[0]))
     assert len(tensors(captured)) > 7 + 7 + 4 * 3 - 1
-    assert state.shown() is state.average and made(ema=0).shown().training
+    assert state.inference_model() is state.average
+    assert new_state(ema=0).inference_model().training
 
 
 class Counts(nn.Linear):
@@ -64,7 +65,7 @@ class Counts(nn.Linear):
         self.calls, self.started = 0, False
 
 
-def test_plain_counts_begin_anew():
+def test_plain_counts_are_reset():
     model = nn.Sequential(Counts())
     state = State(model, OptimSettings(), SystemSettings(), CPU, False, adamw)
     model[0].calls, model[0].started, weight = 7, True, model[0].weight
@@ -72,7 +73,7 @@ def test_plain_counts_begin_anew():
     assert (model[0].calls, model[0].started) == (0, False) and model[0].weight is weight
 
 
-def test_forgetting_leaves_the_mode_of_the_model_alone():
+def test_a_reset_keeps_the_mode_of_the_model():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout()).eval()  # as a backbone is opened
     state = State(model, OptimSettings(batch_size=4), SystemSettings(), CPU, False, adamw)
