@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
 
-from ldae.errors import LOST_RANK, InputError, LostRank, unknown
+from ldae.errors import InputError, exit_status, report, unknown
 from ldae.train.interrupt import SIGNALS, Interrupted
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    The exit status is 0, 2 for wrong input, ``LOST_RANK`` for a lost process of the same run, or 128
-    + the signal that stopped it.
+    Returns: the exit status, which is 0, 2 for wrong input, ``LOST_RANK`` for a lost rank, or 128 +
+        the number of the signal that stopped the command.
     """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help", "help"):
@@ -66,25 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if verb not in VERBS:
-        return _refuse(str(_no_command(verb)))
     try:
+        _check_verb(verb)
         with _stopped_by_schedulers():
             _run(verb, rest)
-    except LostRank as error:
-        _refuse(str(error))
-        return LOST_RANK
-    except InputError as error:
-        return _refuse(str(error))
+    except (InputError, Interrupted) as error:
+        report(error)
+        return error.exit_status
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 141
     except KeyboardInterrupt as stopped:
         print("ldae: stopped", file=sys.stderr)
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-    except Interrupted as stopped:
-        print(f"ldae: {stopped}", file=sys.stderr)
-        return stopped.exit_status
+        return exit_status(stopped)
     return 0
 
 
@@ -142,8 +136,7 @@ def parse(verb: str, argv: Sequence[str]) -> None:
 
     from ldae.tree import check
 
-    if verb not in VERBS:
-        raise _no_command(verb)
+    _check_verb(verb)
     if verb == "finetune":  # whose backbone would be opened for its size, and may not be there yet
         argv = ["--size", "B", *argv]
 
@@ -155,8 +148,10 @@ def parse(verb: str, argv: Sequence[str]) -> None:
     _call(verb, argv, check_settings)
 
 
-def _no_command(verb: str) -> InputError:
-    return unknown("there is no command", verb, VERBS, " (`ldae --help`)")
+def _check_verb(verb: str) -> None:
+    """Check that there is such a command. Raises: InputError that names the nearest one."""
+    if verb not in VERBS:
+        raise unknown("there is no command", verb, VERBS, " (`ldae --help`)")
 
 
 def _usage() -> str:
@@ -169,11 +164,6 @@ def _usage() -> str:
         "cluster.\n"
         "Start with: ldae demo, or ldae pretrain l_dae --scale small --data DIR --run runs/first"
     )
-
-
-def _refuse(sentence: str) -> int:
-    print(f"ldae: {sentence}", file=sys.stderr)
-    return 2
 
 
 def _call(verb: str, argv: Sequence[str], function: Callable | None = None) -> None:

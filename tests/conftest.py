@@ -146,16 +146,33 @@ def run(method, tiny, tmp_path):
     return make
 
 
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """launch(**changes): set the variables that torchrun sets, for one rank; None removes one."""
+
+    def make(**changes: str | None) -> None:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (alone | {"MASTER_PORT": _free_port()} | changes).items():
+            monkeypatch.setenv(name, value or "")
+            if value is None:
+                monkeypatch.delenv(name)
+
+    return make
+
+
 @pytest.fixture
 def on_ranks():
     """on_ranks(function): call it as each of two ranks, in processes of their own, and return what
     they raised, in words. One that does not end so many seconds after the first is killed, and None."""
 
     def run(function, ranks: int = 2, seconds: float = 60) -> list[str | None]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         context = multiprocessing.get_context("fork")  # torch is imported already
 
         def rank(number: int, told) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from ldae.cli import graders
-from ldae.distributed import barrier, device_for, is_main, process_group
+from ldae.distributed import barrier, device_for, is_lost_connection, is_main, process_group
 from ldae.errors import InputError, LostRank, first_line
 from ldae.evals.evaluation import Setup, changes, open_backbone, open_classifier
 from ldae.evals.features import extracted_once
@@ -91,6 +91,8 @@ def _try(
     except (Interrupted, LostRank):  # the command was asked to end, or cannot go on
         raise
     except Exception as error:
+        if is_lost_connection(error):
+            raise
         failures[cell.results] = _sentence(error)
         print(f"ldae: {cell}: {failures[cell.results]}", file=sys.stderr, flush=True)
 
