@@ -20,7 +20,8 @@ from ldae.settings import ExecutionSettings
 NAMES_HASH = "the hash of the images' names"  # in what a checkpoint says about its run
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # when a run is resumed
 _NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # in a folder where no run has begun
-_OF_THE_SETTINGS = (layout.TOKENIZER, layout.RECONSTRUCTION)  # made before the first checkpoint
+# Made before the first checkpoint, and not of use to a run with other settings.
+_OF_THE_SETTINGS = (layout.TOKENIZER, layout.RECONSTRUCTION, layout.WANDB_ID)
 
 
 class Settings(Protocol):

@@ -10,6 +10,7 @@ LOCK = "running.json"  # there while a process works in the folder
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb-id.txt"  # the id of the run at Weights & Biases
 
 # The tokenizer, of a run of its own or of a pre-training
 TOKENIZER = "tokenizer.safetensors"

@@ -1,6 +1,7 @@
 """What a run writes down while it trains: metrics.jsonl, lines of progress, TensorBoard, W&B."""
 
 import json
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.files import report_write_errors, write
 from ldae.runs import layout
+from ldae.tree import flatten_table, read_yaml
 
 
 class Metrics:
@@ -16,6 +18,9 @@ class Metrics:
 
     Lines beyond ``seen``, which a killed process wrote after its last checkpoint, are dropped, so
     the file of a resumed run reads as if nothing had happened.
+
+    TensorBoard gets a folder in the run folder. W&B gets one run for each run folder, with the
+    settings in its config.yaml.
 
     Raises: InputError when a logger that was asked for is not installed.
     """
@@ -40,7 +45,14 @@ class Metrics:
                 import wandb as client
             except ImportError:
                 raise _missing("wandb") from None
-            self.wandb = client.init(project=wandb, name=run.name, id=run.name, resume="allow")
+            self.wandb = client.init(
+                project=wandb,
+                name=run.name,
+                id=_wandb_id(run / layout.WANDB_ID),
+                resume="allow",
+                config=flatten_table(read_yaml(run / layout.CONFIG)),
+                allow_val_change=True,  # some settings may change when a run is resumed
+            )
 
     def write(self, record: dict) -> None:
         """Add one record, which holds ``images`` seen and numbers."""
@@ -70,6 +82,13 @@ def _images(line: str) -> float:
         return json.loads(line)["images"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _wandb_id(path: Path) -> str:
+    """Return the id of the run at W&B, which is drawn once and kept in the file ``path``."""
+    if not path.exists():
+        write(path, secrets.token_hex(8).encode())
+    return path.read_text()
 
 
 def _missing(extra: str) -> InputError:
