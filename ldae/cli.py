@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
 
-from ldae.errors import LOST_RANK, InputError, LostRank, unknown
+from ldae.errors import InputError, exit_status, report, unknown
 from ldae.train.interrupt import SIGNALS, Interrupted
 
 if TYPE_CHECKING:
@@ -65,25 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if command not in COMMANDS:
-        return _refuse(str(_no_command(command)))
     try:
+        _check_command(command)
         with _stopped_by_schedulers():
             _run(command, rest)
-    except LostRank as error:
-        _refuse(str(error))
-        return LOST_RANK
-    except InputError as error:
-        return _refuse(str(error))
+    except (InputError, Interrupted) as error:
+        report(error)
+        return error.exit_status
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 141
     except KeyboardInterrupt as stopped:
         print("ldae: stopped", file=sys.stderr)
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-    except Interrupted as stopped:
-        print(f"ldae: {stopped}", file=sys.stderr)
-        return stopped.exit_status
+        return exit_status(stopped)
     return 0
 
 
@@ -140,8 +134,7 @@ def parse(command: str, argv: Sequence[str]) -> None:
 
     from ldae.tree import check
 
-    if command not in COMMANDS:
-        raise _no_command(command)
+    _check_command(command)
     if command == "finetune":  # with a size, the backbone is not opened, which may not exist yet
         argv = ["--size", "B", *argv]
 
@@ -153,8 +146,10 @@ def parse(command: str, argv: Sequence[str]) -> None:
     _call(command, argv, check_settings)
 
 
-def _no_command(command: str) -> InputError:
-    return unknown("there is no command", command, COMMANDS, " (`ldae --help`)")
+def _check_command(command: str) -> None:
+    """Check that there is such a command. Raises: InputError that names the nearest one."""
+    if command not in COMMANDS:
+        raise unknown("there is no command", command, COMMANDS, " (`ldae --help`)")
 
 
 def _usage() -> str:
@@ -167,11 +162,6 @@ def _usage() -> str:
         "to a cluster.\n"
         "Start with: ldae demo, or ldae pretrain l_dae --scale small --data DIR --run runs/first"
     )
-
-
-def _refuse(sentence: str) -> int:
-    print(f"ldae: {sentence}", file=sys.stderr)
-    return 2
 
 
 def _call(command: str, argv: Sequence[str], function: Callable | None = None) -> None:

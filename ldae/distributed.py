@@ -1,21 +1,28 @@
 """Process start-up, and the few collectives that the package uses."""
 
+import atexit
 import os
 import platform
 import re
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from ldae.errors import InputError, LostRank, first_line
+from ldae.errors import InputError, LostRank, exit_status, first_line, report
 
 # torchrun sets all of these. When a launcher sets only some of them, the start can hang.
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _REPORT_SECONDS = 20.0  # time that a rank which lost the others waits for their reports
+_ABORT_SECONDS = 5.0  # time that a rank which fails takes to abort the process group
+
+# Errors of NCCL that this rank causes itself.
+_OWN_NCCL_ERRORS = "ncclInvalidArgument|ncclInvalidUsage|ncclUnhandledCudaError"
 
 
 def rank() -> int:
@@ -80,6 +87,11 @@ def process_group(device: torch.device, rank_timeout: float = 30) -> Iterator[No
 
     It does nothing without torchrun's variables, or inside another ``process_group``.
 
+    The ranks leave together at the end, and when all of them agree to stop. A rank that fails
+    prints its error and does not wait for the others. If it cannot leave within a few seconds, its
+    process ends without the interpreter's teardown, which would wait for the others too. The exit
+    status is then that of the error.
+
     Args:
         device: device of this rank; NCCL connects CUDA devices, gloo all others.
         rank_timeout: minutes that the ranks wait for each other.
@@ -104,20 +116,86 @@ def process_group(device: torch.device, rank_timeout: float = 30) -> Iterator[No
             f"ranks at {_address()}: {first_line(error)}"
         ) from None
     reports = _Reports()
-    try:
+    stop = None
+    with _abort_on_error(reports), _explain_lost_ranks(reports):
         reports.post("process", f"process {os.getpid()} on {platform.node()}")
+        try:
+            yield
+        except Exception as error:
+            if exit_status(error) < 128:
+                raise
+            stop = error  # after a signal: all ranks have agreed to stop
+        teardown = _Teardown(dist.destroy_process_group)
+        teardown.join(timeout.total_seconds())
+        if teardown.is_blocked():
+            raise dist.DistError("the other ranks did not leave the process group")
+    if stop:
+        raise stop
+
+
+@contextmanager
+def _abort_on_error(reports: "_Reports") -> Iterator[None]:
+    """Print and post the error of this rank, and abort the process group."""
+    try:
         yield
-    except InputError as error:
-        reports.post("end", str(error))
+    except BaseException as error:
+        if isinstance(error, InputError):
+            report(error)
+        if not isinstance(error, LostRank):
+            reports.post("end", first_line(error) if isinstance(error, Exception) else "stopped")
+        _abort(exit_status(error))
         raise
+
+
+@contextmanager
+def _explain_lost_ranks(reports: "_Reports") -> Iterator[None]:
+    """Raise LostRank, with the lost ranks named, in place of an error of a broken connection."""
+    try:
+        yield
     except RuntimeError as error:
-        if not re.search("gloo|NCCL|connection|time", str(error), re.IGNORECASE):
-            reports.post("end", first_line(error))
+        if not is_lost_connection(error):
             raise
         reports.post("end", "")
         raise LostRank(f"rank {rank()} lost the other ranks: {reports.explain_loss()}") from error
-    finally:
-        dist.destroy_process_group()
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Return whether a collective raised ``error`` because another rank has ended or hangs."""
+    if isinstance(error, dist.DistError):
+        return not re.search(_OWN_NCCL_ERRORS, str(error))
+    # gloo's errors have no type of their own, but begin with the path of its source file.
+    return isinstance(error, RuntimeError) and bool(re.search(r"\bgloo/", str(error)))
+
+
+class _Teardown(threading.Thread):
+    """A thread in which ``leave`` leaves the process group, because this may block for ever."""
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        super().__init__(target=leave, daemon=True)
+        self.start()
+
+    def is_blocked(self) -> bool:
+        """Return whether this process has not left the process group yet."""
+        return self.is_alive() or dist.is_initialized()
+
+
+def _abort(status: int) -> None:
+    """Leave the process group without waiting for the other ranks.
+
+    If this blocks, the process ends with ``status`` when the interpreter comes to its end.
+    """
+    teardown = _Teardown(dist.distributed_c10d._abort_process_group)
+    with suppress(KeyboardInterrupt):  # the error stands, whoever stops this process meanwhile
+        teardown.join(_ABORT_SECONDS)
+
+    def end() -> None:
+        if teardown.is_blocked():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    if teardown.is_blocked():
+        atexit.register(end)
 
 
 def _address() -> str:

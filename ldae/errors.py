@@ -1,6 +1,8 @@
-"""The exceptions with messages for the user."""
+"""The exceptions with messages for the user, and how a process ends with them."""
 
 import difflib
+import signal
+import sys
 from collections.abc import Iterable
 
 LOST_RANK = 75  # exit status EX_TEMPFAIL of sysexits.h: a temporary failure, try again later
@@ -9,16 +11,33 @@ LOST_RANK = 75  # exit status EX_TEMPFAIL of sysexits.h: a temporary failure, tr
 class InputError(ValueError):
     """Wrong input, described in one sentence that names the file or the setting.
 
-    The command line prints the sentence without a traceback and exits with status 2.
+    The command line prints the sentence without a traceback and exits with ``exit_status``.
     """
+
+    exit_status = 2
 
 
 class LostRank(InputError):
     """The loss of another rank, which has ended or hangs.
 
-    The input is not wrong, and another start may succeed. The command line exits with status
-    ``LOST_RANK``, after which a job is requeued.
+    The input is not wrong, and another start may succeed: a job with this status is requeued.
     """
+
+    exit_status = LOST_RANK
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the exit status of a process that ends with ``error``."""
+    if isinstance(error, KeyboardInterrupt):  # by Ctrl-C, or with the number of another signal
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    return getattr(error, "exit_status", 1)
+
+
+def report(error: Exception) -> None:
+    """Print the sentence of an error to stderr, once: several callers may report the same error."""
+    if not getattr(error, "is_reported", False):
+        print(f"ldae: {error}", file=sys.stderr, flush=True)
+        error.is_reported = True
 
 
 def first_line(error: Exception) -> str:

@@ -274,14 +274,15 @@ def update(base: Any, table: dict) -> Any:
 
     Raises: InputError as ``replace`` does.
     """
-    changes: dict[str, Any] = {}
+    return replace(base, flatten_table(table))
 
-    def collect(part: dict, prefix: str) -> None:
-        for key, value in part.items():
-            if isinstance(value, dict):
-                collect(value, f"{prefix}{key}.")
-            else:
-                changes[f"{prefix}{key}"] = value
 
-    collect(table, "")
-    return replace(base, changes)
+def flatten_table(table: dict, prefix: str = "") -> dict[str, Any]:
+    """Return every value of nested tables under its dotted name."""
+    values = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            values |= flatten_table(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values

@@ -145,6 +145,26 @@ def run(method, tiny, tmp_path):
     return make
 
 
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """launch(**changes): set the variables that torchrun sets, for one rank; None removes one."""
+
+    def make(**changes: str | None) -> None:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (alone | {"MASTER_PORT": _free_port()} | changes).items():
+            monkeypatch.setenv(name, value or "")
+            if value is None:
+                monkeypatch.delenv(name)
+
+    return make
+
+
 @pytest.fixture
 def on_ranks():
     """on_ranks(function): call a function on two ranks, each in a process, and return their errors.
@@ -154,10 +174,7 @@ def on_ranks():
     """
 
     def run(function, ranks: int = 2, seconds: float = 60) -> list[str | None]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         context = multiprocessing.get_context("fork")  # torch is imported already
 
         def rank(number: int, pipe) -> None:

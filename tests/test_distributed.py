@@ -3,13 +3,17 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from ldae import distributed
-from ldae.errors import InputError, LostRank
+from ldae.errors import LOST_RANK, InputError, LostRank
+from ldae.train.interrupt import Interrupted
 
 
 def test_without_a_launcher_there_is_one_rank():
@@ -33,23 +37,27 @@ def test_device_names():
 @pytest.mark.parametrize(
     "error, lost",
     [
-        (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), True),
+        (RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting"), True),
+        (dist.DistBackendError("NCCL error in: x.cpp:1\nncclRemoteError: A call failed"), True),
+        (dist.DistNetworkError("Connection reset by peer"), True),
+        (dist.DistBackendError("ncclInvalidUsage: Duplicate GPU detected"), False),
+        (dist.DistBackendError("ncclUnhandledCudaError: 'out of memory'"), False),
         (RuntimeError("shape mismatch"), False),
+        (RuntimeError("the shape is unknown at runtime"), False),
+        (RuntimeError("the connection to the hub timed out"), False),
     ],
 )
 def test_a_broken_connection_is_a_lost_rank_and_another_error_is_raised_as_it_is(
-    error, lost, monkeypatch, tmp_path
+    error, lost, launch
 ):
-    for name, value in {
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    kind = LostRank if lost else RuntimeError
-    with pytest.raises(kind, match="rank 0 lost the other ranks" if lost else "shape mismatch"):
+    launch()
+    with pytest.raises(LostRank if lost else type(error)) as caught:
         with distributed.process_group(torch.device("cpu")):
             assert distributed.world_size() == 1
             raise error
+    assert (caught.value is error) == (not lost)
+    assert not lost or str(caught.value).startswith("rank 0 lost the other ranks")
     assert not dist.is_initialized()
 
 
@@ -64,15 +72,110 @@ def test_a_broken_connection_is_a_lost_rank_and_another_error_is_raised_as_it_is
         ({"RANK": None, "WORLD_SIZE": None}, "incomplete, missing RANK, WORLD_SIZE;"),
     ],
 )
-def test_an_incomplete_or_invalid_launch_environment_is_refused(changes, message, monkeypatch):
-    complete = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    for name, value in (complete | {"MASTER_PORT": "29517"} | changes).items():
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
+def test_an_incomplete_or_invalid_launch_environment_is_refused(changes, message, launch):
+    launch(**({"WORLD_SIZE": "2"} | changes))
     with pytest.raises(InputError, match=message):
         with distributed.process_group(torch.device("cpu")):
             pass
+
+
+BLOCKED = """
+import atexit, sys, threading
+import torch
+import torch.distributed as dist
+
+from ldae import cli, distributed
+from ldae.cluster.send import Job
+from ldae.commands import show
+from ldae.errors import InputError
+from ldae.train.interrupt import Interrupted
+
+def block():
+    threading.Event().wait()
+
+dist.destroy_process_group = dist.distributed_c10d._abort_process_group = block
+atexit.register(block)  # the group would also block the end of the interpreter
+distributed._ABORT_SECONDS = 0.1
+
+def work(row: str = "", /) -> None:
+    with distributed.process_group(torch.device("cpu"), rank_timeout=0.01):
+        {work}
+
+show.show = work
+if {is_job}:
+    Job(("show",), ".", {folder!r})()
+sys.exit(cli.main(["show"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "is_job, work, status, message",
+    [
+        (False, "raise InputError('cat.jpg is bad')", 2, "ldae: cat.jpg is bad\n"),
+        (True, "raise InputError('cat.jpg is bad')", 2, "ldae: cat.jpg is bad\n"),
+        (False, "raise TypeError('no such key')", 1, "TypeError: no such key\n"),
+        (True, "raise RuntimeError('gloo/x.cc: closed')", LOST_RANK, "ldae: rank 0 lost the other"),
+        (False, "pass", LOST_RANK, "ldae: rank 0 lost the other ranks"),
+        (False, "raise Interrupted(15, 'saved')", LOST_RANK, "ldae: rank 0 lost the other ranks"),
+    ],
+)
+def test_a_teardown_that_blocks_delays_neither_the_error_nor_the_end_of_the_process(
+    is_job, work, status, message, launch, tmp_path, monkeypatch
+):
+    launch()
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    task = {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "sln1"}
+    for name, value in (task | {"SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}).items():
+        monkeypatch.setenv(name, value)
+    code = BLOCKED.format(is_job=is_job, work=work, folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done
+    assert done.stderr.count(message) == 1, done
+    if is_job:
+        assert (tmp_path / "7" / "0.status").read_text() == str(status)
+
+
+def test_ranks_that_agree_to_stop_leave_together(launch, monkeypatch):
+    launch()
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", None)
+    with pytest.raises(Interrupted):
+        with distributed.process_group(torch.device("cpu")):
+            raise Interrupted(signal.SIGTERM, "it is saved")
+    assert not dist.is_initialized()
+
+
+def test_a_signal_during_the_abort_does_not_replace_the_error(on_ranks, monkeypatch):
+    abort = dist.distributed_c10d._abort_process_group
+
+    def stopped() -> None:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        abort()
+
+    def work() -> None:
+        with distributed.process_group(torch.device("cpu")):
+            raise InputError("image cat.jpg is truncated")
+
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", stopped)
+    assert on_ranks(work, ranks=1) == ["InputError: image cat.jpg is truncated"]
+
+
+def test_a_rank_that_fails_does_not_wait_for_the_collective_that_it_has_begun(
+    on_ranks, monkeypatch
+):
+    monkeypatch.setattr(distributed, "_ABORT_SECONDS", 0.1)
+
+    def work():
+        with distributed.process_group(torch.device("cpu")):
+            distributed.barrier()
+            if distributed.rank() == 0:
+                time.sleep(1e4)
+            begun = dist.all_reduce(torch.ones(1), async_op=True)
+            raise InputError(f"image cat.jpg is truncated, {begun.is_completed()}")
+
+    assert on_ranks(work, seconds=1) == [None, "InputError: image cat.jpg is truncated, False"]
 
 
 def test_a_rank_that_hangs_is_named(on_ranks, monkeypatch):

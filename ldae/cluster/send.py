@@ -21,7 +21,7 @@ import ldae
 from ldae import files
 from ldae.cluster import requeue
 from ldae.cluster.settings import SlurmSettings, check_settings, parse_time_limit
-from ldae.errors import InputError
+from ldae.errors import InputError, report
 from ldae.runs import layout
 from ldae.runs.environment import git_state
 
@@ -61,8 +61,8 @@ class Job:
             sys.argv = ["ldae", *self.command]
             runpy.run_module("ldae", run_name="__main__")
         except InputError as error:
-            print(f"ldae: {error}", file=sys.stderr)
-            status = 2
+            report(error)
+            status = error.exit_status
         except SystemExit as end:
             status = end.code or 0
         finally:

@@ -13,7 +13,7 @@ import tyro
 
 from ldae.cli import graders
 from ldae.console import print_main
-from ldae.distributed import barrier, device_for, is_main, process_group
+from ldae.distributed import barrier, device_for, is_lost_connection, is_main, process_group
 from ldae.errors import InputError, LostRank, first_line
 from ldae.evals.evaluation import Setup, changes, open_backbone, open_classifier
 from ldae.evals.features import cache_features
@@ -89,6 +89,8 @@ def _run(
     except (Interrupted, LostRank):  # the whole command has to end
         raise
     except Exception as error:
+        if is_lost_connection(error):
+            raise
         failures[cell.results] = _sentence(error)
         print(f"ldae: {cell}: {failures[cell.results]}", file=sys.stderr, flush=True)
 

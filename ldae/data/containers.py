@@ -1,5 +1,6 @@
 """Containers: folders, ZIP and tar archives as named entries that are read in place."""
 
+import errno
 import io
 import os
 import re
@@ -100,16 +101,29 @@ class Folder:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     name = prefix + entry.name
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         yield name + "/"
                         yield from self._walk(name + "/", (*parents, identity))
-                    elif entry.is_file() or entry.is_symlink():  # a broken link is a bad image
+                    elif entry.is_symlink() or entry.is_file():  # a broken link is a bad image
                         yield name
         except OSError as error:
             raise InputError(f"folder {folder} cannot be read: {error.strerror}") from error
 
     def open(self, name: bytes, location: Location) -> bytes:
         return os.path.join(os.fsencode(self.path), name)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a folder or a link to one. A link to itself is neither.
+
+    Raises: OSError when the target of a link cannot be examined.
+    """
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 class _Archive:

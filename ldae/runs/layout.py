@@ -10,6 +10,7 @@ LOCK = "running.json"  # exists while a process uses the folder
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb-id.txt"  # the id of the run at Weights & Biases
 
 # A tokenizer, or the tokenizer of a pre-training
 TOKENIZER = "tokenizer.safetensors"

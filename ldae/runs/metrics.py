@@ -1,6 +1,7 @@
 """The metrics of a training: metrics.jsonl, lines of progress, TensorBoard and W&B."""
 
 import json
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.files import report_write_errors, write
 from ldae.runs import layout
+from ldae.tree import flatten_table, read_yaml
 
 
 class Metrics:
@@ -16,7 +18,10 @@ class Metrics:
 
     Lines beyond ``seen``, which a killed process wrote after its last checkpoint, are dropped.
 
-    Raises: InputError when a requested logger is not installed.
+    TensorBoard gets a folder in the run folder. W&B gets one run for each run folder, with the
+    settings in its config.yaml.
+
+    Raises: InputError when a logger that was asked for is not installed.
     """
 
     def __init__(self, run: Path, seen: int, tensorboard: bool = False, wandb: str = "") -> None:
@@ -39,7 +44,14 @@ class Metrics:
                 import wandb as client
             except ImportError:
                 raise _missing("wandb") from None
-            self.wandb = client.init(project=wandb, name=run.name, id=run.name, resume="allow")
+            self.wandb = client.init(
+                project=wandb,
+                name=run.name,
+                id=_wandb_id(run / layout.WANDB_ID),
+                resume="allow",
+                config=flatten_table(read_yaml(run / layout.CONFIG)),
+                allow_val_change=True,  # some settings may change when a run is resumed
+            )
 
     def write(self, record: dict) -> None:
         """Write a record: ``images``, the number of images seen, and other numbers by name."""
@@ -69,6 +81,13 @@ def _images(line: str) -> float:
         return json.loads(line)["images"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _wandb_id(path: Path) -> str:
+    """Return the id of the run at W&B, which is drawn once and kept in the file ``path``."""
+    if not path.exists():
+        write(path, secrets.token_hex(8).encode())
+    return path.read_text()
 
 
 def _missing(extra: str) -> InputError:

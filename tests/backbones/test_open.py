@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -161,6 +163,26 @@ def test_run_folder_gives_the_exported_backbone_or_its_control(run, tmp_path):
         assert torch.equal(features(load_backbone(folder, **how), x), expected)
     other = load_backbone(folder, random_init=True, seed=2)
     assert not torch.allclose(features(other, x), expected)
+
+
+WITHOUT_UNIX = """
+import os, signal, sys
+
+sys.modules["fcntl"] = sys.modules["resource"] = None
+del os.pread, os.pwrite, os.sched_getaffinity, signal.SIGUSR1, signal.SIGUSR2
+import ldae
+
+for spec in sys.argv[1:]:
+    print(ldae.load_backbone(spec, random_init=spec == "test_vit").num_features)
+"""
+
+
+def test_backbones_open_where_python_has_nothing_of_unix(run, tmp_path):
+    """As on Windows."""
+    specs = [VIT, run(), export(run("patch_pca"), tmp_path / "exported")]
+    command = [sys.executable, "-c", WITHOUT_UNIX, *map(str, specs)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["64", "32", "32"], done.stderr
 
 
 # Classifiers

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from ldae.data.image import BadImage
+from ldae.data.loader import train_batches
 from ldae.data.open import open_source, open_splits
+from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 
 
@@ -84,6 +86,24 @@ def test_a_bad_image_is_named(make_tree, pack):
     source.image(0)
     with pytest.raises(BadImage, match=r"a/2\.jpg cannot be decoded"):
         source.image(1)
+
+
+def test_a_link_to_itself_is_a_bad_image_like_any_other(make_tree):
+    root = make_tree("t", ["a/1.png", "a/2.png", "b/3.png"])
+    (root / "a/loop.jpg").symlink_to("loop.jpg")
+    (root / "b/there.png").symlink_to("back.png")
+    (root / "b/back.png").symlink_to("there.png")
+    (root / "b/folder").symlink_to("folder")  # without the extension of an image
+    source = open_source(str(root), "train")
+    loops = {"a/loop.jpg", "b/back.png", "b/there.png"}
+    assert names(source) == sorted({"a/1.png", "a/2.png", "b/3.png"} | loops)
+    with pytest.raises(BadImage, match=r"a/loop\.jpg cannot be decoded: Too many levels of symb"):
+        source.image(names(source).index("a/loop.jpg"))
+    options = {"seed": 0, "start": 0, "stop": 6, "batch_size": 6}
+    (batch,) = train_batches(source, CropTransform(8), bad_images="skip", **options)
+    assert set(batch.bad) == loops and len(batch.images) == 6
+    with pytest.raises(BadImage, match="Too many levels of symbolic links"):
+        list(train_batches(source, CropTransform(8), bad_images="stop", **options))
 
 
 def test_images_of_a_truncated_or_missing_file_are_bad(make_tree, pack):
