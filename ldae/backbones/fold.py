@@ -8,24 +8,34 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ldae import tokenizers
+from ldae import noise, tokenizers
 from ldae.errors import InputError, first_line
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT
 from ldae.tokenizers import PatchTokenizer
 
-TIMESTEP = 10  # of 1000, the best of the paper's appendix with clean input
 TOLERANCE = 1e-5  # relative, in float32
 
 
+def default_timestep(method: LDAE) -> int:
+    """Return the t of a backbone's features: 10 of 1000, or the same share of another schedule.
+
+    Source: paper, appendix; it is the best t with clean input.
+    """
+    return noise.level_of_1000(10, len(method.sigma))
+
+
 @torch.no_grad()
-def fold(method: LDAE, timestep: int = TIMESTEP) -> VisionTransformer:
+def fold(method: LDAE, timestep: int | None = None) -> VisionTransformer:
     """Fold the encoder at a fixed t and with clean input into a VisionTransformer in eval mode.
 
     The ViT maps images (B, C, H, W), normalised by the tokenizer's pixel statistics, to averaged
     features (B, W). Projection, latent scale, gamma_t, inverse projection and embedding are all
-    affine in a patch, so they become the one convolution of the patch embedding. Rows of a single
-    noise level have t = 0 only. Class-conditional rows get the null label.
+    affine in a patch, so they become the one convolution of the patch embedding. Class-conditional
+    rows get the null label.
+
+    Args:
+        timestep: the t; by default ``default_timestep``.
 
     Raises: NoPlainViT when the tokenizer is a network or the encoder is not a plain ViT; InputError
         when folded and unfolded features differ by more than 1e-5.
@@ -36,7 +46,7 @@ def fold(method: LDAE, timestep: int = TIMESTEP) -> VisionTransformer:
             "folded into a timm ViT"
         )
     vit = stock_vit(method).eval()
-    t = min(timestep, len(method.sigma) - 1)
+    t = default_timestep(method) if timestep is None else timestep
     exact = copy.deepcopy(method).cpu().double().eval()
     exact.bf16 = False
     condition = exact.denoiser.condition(torch.tensor([t]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldae.backbones.fold import TIMESTEP, fold, pretrained_cfg, stock_vit
+from ldae.backbones.fold import default_timestep, fold, pretrained_cfg, stock_vit
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.models.contract import NoPlainViT
@@ -60,7 +60,7 @@ def backbone_of(method: LDAE) -> nn.Module:
     except NoPlainViT:
         method = copy.deepcopy(method).eval()
         method.bf16 = False
-        return TokenizerAndEncoder(method, min(TIMESTEP, len(method.sigma) - 1))
+        return TokenizerAndEncoder(method, default_timestep(method))
 
 
 def backbone_of_run(run: str | Path) -> nn.Module:

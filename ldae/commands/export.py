@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ldae.backbones.card import model_card
-from ldae.backbones.fold import TIMESTEP, fold
+from ldae.backbones.fold import default_timestep, fold
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.errors import InputError
@@ -24,7 +24,7 @@ def export(
     run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
     out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
     /,
-    timestep: int = TIMESTEP,
+    timestep: int | None = None,
 ) -> Path:
     """Write the backbone of a run as a folder that timm and the Hugging Face hub open.
 
@@ -35,16 +35,17 @@ def export(
     Args:
         run: a run folder; its newest checkpoint is exported.
         out: the folder to write; it must not exist yet, or must hold this export already.
-        timestep: the t that is folded into the weights.
+        timestep: the t that is folded into the weights; by default 10 of 1000 noise levels, or
+            the same share of another number.
 
     Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, or the
         verification fails.
     """
     run, out = Path(run), Path(out)
     method, state = load_run(run)
+    timestep = default_timestep(method) if timestep is None else timestep
     if not 0 <= timestep < len(method.sigma):
-        if len(method.sigma) > 1:
-            raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
+        raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
     try:
         vit = fold(method, timestep)
     except NoPlainViT as error:
@@ -97,7 +98,7 @@ def _model_card(run: Path, vit: VisionTransformer, method: LDAE, state: dict, ti
             "pre-trained on": f"{describe['images']:,} images, {state['images_seen']:,} seen",
             "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
             f"scale {tokenizer.scale}",
-            "folded at": f"t = {min(timestep, len(method.sigma) - 1)}, clean input",
+            "folded at": f"t = {timestep}, clean input",
         },
         f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
     )

@@ -36,8 +36,8 @@ class GridProtocol(SweepProtocol):
     total_batch: Fixed[int] = SweepProtocol.total_batch
     name: Fixed[str] = "grid"
     version: Fixed[int] = 1
-    timesteps: tuple[int, ...] = (0, 10, 20, 40, 80)  # the paper's
-    """The fixed t; of the default ones those that the run has."""
+    timesteps: tuple[int, ...] = (0, 10, 20, 40, 80)  # the paper's, of 1000
+    """The fixed t; the default ones are scaled to the run's number of noise levels."""
     leading: tuple[int, ...] = ()
     """Numbers of leading blocks, of encoder and decoder, that are called the encoder; none: all."""
     inputs: tuple[Input, ...] = ("clean",)
@@ -76,8 +76,8 @@ def grid(
     method, _ = load_run(Path(run))
     steps, blocks = len(method.sigma), method.denoiser.stages
     if protocol.timesteps == GridProtocol.timesteps:
-        own = tuple(t for t in protocol.timesteps if t < steps)
-        protocol = replace(protocol, timesteps=own)
+        scaled = dict.fromkeys(noise.level_of_1000(t, steps) for t in protocol.timesteps)
+        protocol = replace(protocol, timesteps=tuple(scaled))
     for what, values, allowed in (
         ("timesteps", protocol.timesteps, range(steps)),
         ("leading", protocol.leading, range(1, blocks + 1)),

@@ -26,7 +26,7 @@ def relative_error(actual, expected):
 
 def assert_folded_equals_unfolded(unfolded, images):
     x = unfolded.tokenizer.normalize(images)
-    t = min(10, len(unfolded.sigma) - 1)
+    t = 0 if len(unfolded.sigma) == 1 else 10
     with torch.no_grad():
         assert relative_error(fold(unfolded)(x), unfolded.features(x, t)) < 1e-5
 
@@ -80,6 +80,19 @@ def test_fold_depends_on_t(method, images):
         early, late = fold(trained, 10)(x), fold(trained, 900)(x)
         assert not torch.allclose(early, late, atol=1e-3)
         torch.testing.assert_close(late, trained.features(x, 900), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps, t", [(1000, 10), (500, 5), (4000, 40), (60, 1), (3, 0)])
+def test_default_t_is_the_same_share_of_every_schedule(steps, t, method, images):
+    trained = method(
+        "linear_gamma2", num_classes=0, tokenizer__name="patch_pca", noise__steps=steps
+    )
+    x = trained.tokenizer.normalize(images)
+    with torch.no_grad():
+        assert relative_error(fold(trained)(x), trained.features(x, t)) < 1e-5
+    trained = method("linear_gamma2", noise__steps=steps)  # a conv tokenizer, which is not folded
+    with torch.no_grad():
+        assert torch.equal(backbone_of(trained)(x), trained.features(x, t))
 
 
 def test_features_of_a_class_conditional_row_do_not_depend_on_labels(method, images):
@@ -185,6 +198,8 @@ def test_export_refuses_other_folders_and_missing_checkpoints(run, tmp_path):
         export(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(InputError, match="timestep 1000 is not in 0 .. 999"):
         export(folder, tmp_path / "out", timestep=1000)
+    with pytest.raises(InputError, match="timestep -1 is not in 0 .. 999"):
+        export(folder, tmp_path / "out", timestep=-1)
     for path in (folder / "checkpoints").iterdir():
         path.unlink()
     with pytest.raises(InputError, match="has no checkpoint yet"):
