@@ -72,6 +72,8 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 def load(tokenizer: Tokenizer, path: Path) -> None:
     """Fill ``tokenizer`` from a file that ``save`` wrote.
 
+    A patch-wise tokenizer may have been fitted to images of another size.
+
     Raises: InputError when the file is missing or damaged, or fits another tokenizer.
     """
     try:
@@ -87,8 +89,10 @@ def load(tokenizer: Tokenizer, path: Path) -> None:
             f"tokenizer file {path} is damaged ({first_line(error)}): put a copy in its place, or "
             "fit it again in a new run"
         ) from None
-    wanted = describe(tokenizer)
-    for key, value in wanted.items():
+    described = describe(tokenizer)
+    if isinstance(tokenizer, PatchTokenizer):
+        del described["img_size"]
+    for key, value in described.items():
         if found.get(key) != value:
             raise InputError(f"tokenizer file {path} has {key} {found.get(key)}, this run {value}")
     try:
