@@ -28,6 +28,11 @@ def levels(schedule: str, **settings: float) -> Levels:
     return function(**taken_by(function, settings))
 
 
+def level_of_1000(t: int, steps: int) -> int:
+    """Return the t of a schedule of ``steps`` levels at the same share as t of the paper's 1000."""
+    return min(round(t / 1000 * steps), steps - 1)
+
+
 def ddpm(steps: int) -> Levels:
     """Let beta rise linearly from 1e-4 to 0.02 (Ho et al. 2020)."""
     return _preserving((1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)).cumprod(0))

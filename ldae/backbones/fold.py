@@ -1,4 +1,4 @@
-"""Fold an encoder into a stock timm VisionTransformer, and the way back."""
+"""Fold an encoder into a stock timm VisionTransformer, and start an encoder from such a ViT."""
 
 import copy
 from pathlib import Path
@@ -8,28 +8,36 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ldae import tokenizers
+from ldae import noise, tokenizers
 from ldae.errors import InputError, first_line
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT
 from ldae.tokenizers import PatchTokenizer
 
-TIMESTEP = 10  # of 1000, the best of the paper's appendix with clean input
 TOLERANCE = 1e-5  # relative, in float32
 
 
+def default_timestep(method: LDAE) -> int:
+    """Return the t of a backbone's features: 10 of 1000, or the same share of another schedule.
+
+    Source: paper, appendix; it is the best t with clean input.
+    """
+    return noise.level_of_1000(10, len(method.sigma))
+
+
 @torch.no_grad()
-def fold(method: LDAE, timestep: int = TIMESTEP) -> VisionTransformer:
-    """Return the encoder at a fixed t and with clean input as a VisionTransformer in eval mode.
+def fold(method: LDAE, timestep: int | None = None) -> VisionTransformer:
+    """Fold the encoder at a fixed t and with clean input into a VisionTransformer in eval mode.
 
-    It takes images normalised by the tokenizer's pixel statistics, (B, C, H, W), and gives averaged
-    features (B, W). Everything between the pixels and the first block is affine in a patch
-    (projection, latent scale, gamma_t, inverse projection, embedding), so it becomes the one
-    convolution of the patch embedding. The denoiser gives the rest.
+    The ViT maps images (B, C, H, W), normalised by the tokenizer's pixel statistics, to averaged
+    features (B, W). Projection, latent scale, gamma_t, inverse projection and embedding are all
+    affine in a patch, so they become the one convolution of the patch embedding. Class-conditional
+    rows get the null label.
 
-    Rows of a single noise level have a single t; class-conditional rows get the null label.
+    Args:
+        timestep: the t; by default ``default_timestep``.
 
-    Raises: NoPlainViT when the tokenizer is a network or the encoder is no plain ViT; InputError
+    Raises: NoPlainViT when the tokenizer is a network or the encoder is not a plain ViT; InputError
         when folded and unfolded features differ by more than 1e-5.
     """
     if not isinstance(method.tokenizer, PatchTokenizer):
@@ -38,7 +46,7 @@ def fold(method: LDAE, timestep: int = TIMESTEP) -> VisionTransformer:
             "folded into a timm ViT"
         )
     vit = stock_vit(method).eval()
-    t = min(timestep, len(method.sigma) - 1)
+    t = default_timestep(method) if timestep is None else timestep
     exact = copy.deepcopy(method).cpu().double().eval()
     exact.bf16 = False
     condition = exact.denoiser.condition(torch.tensor([t]))
@@ -49,11 +57,11 @@ def fold(method: LDAE, timestep: int = TIMESTEP) -> VisionTransformer:
 
 
 def stock_vit(method: LDAE) -> VisionTransformer:
-    """Return timm's ViT of the encoder's architecture on images, with timm's random initialisation.
+    """Build timm's ViT of the encoder's architecture, with timm's random initialisation.
 
-    Its ``model_args`` are what timm needs to build it again.
+    Its ``model_args`` are the arguments with which timm builds it again.
 
-    Raises: NoPlainViT when the encoder is no plain ViT.
+    Raises: NoPlainViT when the encoder is not a plain ViT.
     """
     plain, tokenizer = method.denoiser.plain_vit(), method.tokenizer
     args = {
@@ -69,7 +77,7 @@ def stock_vit(method: LDAE) -> VisionTransformer:
 
 
 def _fold_embedding(method: LDAE, t: int) -> dict[str, torch.Tensor]:
-    """The path from a normalised patch to the embedded token, read off its values at 0 and at I."""
+    """Return the affine map from a normalised patch to its embedded token as a patch embedding."""
     tokenizer = method.tokenizer
 
     def embed(patches: torch.Tensor) -> torch.Tensor:
@@ -85,12 +93,13 @@ def _fold_embedding(method: LDAE, t: int) -> dict[str, torch.Tensor]:
 
 
 def _verify(exact: LDAE, vit: VisionTransformer, t: int) -> None:
+    """Raises: InputError when the features of random images differ."""
     tokenizer = exact.tokenizer
     generator = torch.Generator().manual_seed(0)
     size = (4, tokenizer.in_chans, tokenizer.img_size, tokenizer.img_size)
     images = torch.randn(size, generator=generator)
-    wanted = exact.features(images.double(), t)
-    error = (vit(images) - wanted).norm() / wanted.norm()
+    unfolded = exact.features(images.double(), t)
+    error = (vit(images) - unfolded).norm() / unfolded.norm()
     if not error < TOLERANCE:
         raise InputError(
             f"not exported: the folded backbone differs from the encoder by {error:.1e} on random "
@@ -99,7 +108,10 @@ def _verify(exact: LDAE, vit: VisionTransformer, t: int) -> None:
 
 
 def pretrained_cfg(method: LDAE) -> dict:
-    """Return timm's record of the preprocessing; every key that it would inherit wrongly is set."""
+    """Return timm's record of the preprocessing.
+
+    It sets every key for which timm would otherwise record that of its own weights.
+    """
     tokenizer = method.tokenizer
     side = tokenizer.img_size
     return {
@@ -120,10 +132,11 @@ def pretrained_cfg(method: LDAE) -> dict:
 
 
 def open_exported(folder: str | Path, method: LDAE) -> VisionTransformer:
-    """Return the backbone in a folder, for the encoder of ``method`` to start from.
+    """Open an exported backbone of the architecture of the method's encoder.
 
-    Raises: InputError when the folder holds no backbone of this shape, and when the tokenizer is a
-        network, for whose latents no image model was trained; NoPlainViT when the encoder is none.
+    Raises: InputError when the folder holds no such backbone, and when the tokenizer is a network,
+        since no backbone of images was trained on its latents; NoPlainViT when the encoder is not a
+        plain ViT.
     """
     if not isinstance(method.tokenizer, PatchTokenizer):
         raise InputError(
@@ -131,13 +144,13 @@ def open_exported(folder: str | Path, method: LDAE) -> VisionTransformer:
         )
     try:
         vit = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # those of json, timm and safetensors have nothing in common
+    except Exception as error:  # json, timm and safetensors share no type of exception
         raise InputError(
             f"init_from {folder} is not an exported backbone: {first_line(error)}"
         ) from None
     with torch.device("meta"):
-        wanted = stock_vit(method)
-    if _shapes(vit) != _shapes(wanted):
+        expected = stock_vit(method)
+    if _shapes(vit) != _shapes(expected):
         raise InputError(
             f"init_from {folder} holds a model of another shape than this run's encoder"
         )
@@ -146,10 +159,9 @@ def open_exported(folder: str | Path, method: LDAE) -> VisionTransformer:
 
 @torch.no_grad()
 def init_from(method: LDAE, vit: VisionTransformer) -> None:
-    """Start the encoder of ``method``, whose tokenizer is fitted, from an exported backbone.
+    """Set the encoder's weights to those of an exported backbone; the tokenizer must be fitted.
 
-    This is the fold backwards: the patch embedding is taken back through the tokenizer, and the
-    denoiser takes the rest. The decoder stays as it is.
+    This inverts the fold. The decoder stays as it is.
     """
     tokenizer, embed = method.tokenizer, method.denoiser.embed
     weight, bias = vit.patch_embed.proj.weight.flatten(1), vit.patch_embed.proj.bias
@@ -164,7 +176,7 @@ def init_from(method: LDAE, vit: VisionTransformer) -> None:
 
 
 def _shapes(vit: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights, but of positions, which depend on the image size."""
+    """Return the shapes of the weights, without the positions, which depend on the image size."""
     state = vit.state_dict()
     heads = vit.blocks[0].attn.num_heads if isinstance(vit, VisionTransformer) else 0
     shapes = {name: tuple(value.shape) for name, value in state.items() if name != "pos_embed"}

@@ -1,4 +1,4 @@
-"""A run's encoder as a backbone."""
+"""Open the encoder of a run as a backbone."""
 
 import copy
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldae.backbones.fold import TIMESTEP, fold, pretrained_cfg, stock_vit
+from ldae.backbones.fold import default_timestep, fold, pretrained_cfg, stock_vit
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.models.contract import NoPlainViT
@@ -16,11 +16,11 @@ from ldae.runs.layout import CONFIG
 
 
 def load_run(run: Path) -> tuple[LDAE, dict]:
-    """The method of a run folder with the weights of its newest checkpoint, and that checkpoint.
+    """Load the newest checkpoint of a run folder; return its method and the whole checkpoint.
 
-    The moving average of the weights is taken where the run has one.
+    The method has the moving average of the weights if the run has one.
 
-    Raises: InputError when the folder holds no pre-training, or one without a checkpoint yet.
+    Raises: InputError when the folder holds no pre-training, or no checkpoint yet.
     """
     config = settings_of(run, "pretraining")
     state = Checkpoints(run).load()
@@ -30,14 +30,14 @@ def load_run(run: Path) -> tuple[LDAE, dict]:
     try:
         method.load_state_dict(state["average"] or state["model"])
     except RuntimeError:
-        raise InputError(f"run folder {run}: {CONFIG} is not that of its checkpoints") from None
+        raise InputError(f"run folder {run}: {CONFIG} does not fit its checkpoints") from None
     return method.eval(), state
 
 
 class TokenizerAndEncoder(nn.Module):
-    """A run's tokenizer and encoder, where no timm ViT computes what they do.
+    """The tokenizer and the encoder of a run, when no timm ViT computes the same.
 
-    It is graded as any backbone is, but it is no timm model and is not exported.
+    This is a backbone for evaluations, but not a timm model, and it cannot be exported.
     """
 
     def __init__(self, method: LDAE, timestep: int) -> None:
@@ -51,20 +51,20 @@ class TokenizerAndEncoder(nn.Module):
 
 
 def backbone_of(method: LDAE) -> nn.Module:
-    """Return the encoder as evaluators see it: normalised images (B, C, H, W) to features (B, W).
+    """Return the encoder as a backbone: normalised images (B, C, H, W) -> features (B, W).
 
     Raises: InputError when the encoder is a plain ViT and the fold is wrong.
     """
     try:
         return fold(method)
     except NoPlainViT:
-        alone = copy.deepcopy(method).eval()
-        alone.bf16 = False
-        return TokenizerAndEncoder(alone, min(TIMESTEP, len(method.sigma) - 1))
+        method = copy.deepcopy(method).eval()
+        method.bf16 = False
+        return TokenizerAndEncoder(method, default_timestep(method))
 
 
 def backbone_of_run(run: str | Path) -> nn.Module:
-    """Return the encoder of a run's newest checkpoint, see ``backbone_of``.
+    """Return the encoder of a run's newest checkpoint as a backbone, see ``backbone_of``.
 
     Raises: InputError as ``load_run`` and ``backbone_of`` do.
     """

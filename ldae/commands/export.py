@@ -1,4 +1,4 @@
-"""``ldae export``: write a run's backbone as a folder for timm and the hub."""
+"""``ldae export``: write the backbone of a run as a folder for timm and the hub."""
 
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ldae.backbones.card import model_card
-from ldae.backbones.fold import TIMESTEP, fold
+from ldae.backbones.fold import default_timestep, fold
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.errors import InputError
@@ -24,27 +24,28 @@ def export(
     run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
     out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
     /,
-    timestep: int = TIMESTEP,
+    timestep: int | None = None,
 ) -> Path:
     """Write the backbone of a run as a folder that timm and the Hugging Face hub open.
 
-    The folder holds config.json, model.safetensors and a model card, README.md. It is verified
-    before it appears under its name: the folded encoder against the unfolded one, and the file
-    as timm reads it against what was written.
+    The folder holds config.json, model.safetensors and a model card, README.md. Before it appears
+    under its name, the folded encoder is compared with the unfolded one, and the file that timm
+    reads with the weights that were written.
 
     Args:
         run: a run folder; its newest checkpoint is exported.
-        out: the folder to write, which must not exist yet, or hold just this export.
-        timestep: the t that is folded into the weights.
+        out: the folder to write; it must not exist yet, or must hold this export already.
+        timestep: the t that is folded into the weights; by default 10 of 1000 noise levels, or
+            the same share of another number.
 
     Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, or the
         verification fails.
     """
     run, out = Path(run), Path(out)
     method, state = load_run(run)
+    timestep = default_timestep(method) if timestep is None else timestep
     if not 0 <= timestep < len(method.sigma):
-        if len(method.sigma) > 1:
-            raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
+        raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
     try:
         vit = fold(method, timestep)
     except NoPlainViT as error:
@@ -61,16 +62,17 @@ def export(
 
 
 def _holds(out: Path, vit: VisionTransformer) -> bool:
-    """Whether a folder has just these weights."""
+    """Return whether a folder has these weights and no others."""
     try:
-        there = load_file(out / "model.safetensors")
+        written = load_file(out / "model.safetensors")
     except (OSError, SafetensorError):
         return False
-    own = vit.state_dict()
-    return there.keys() == own.keys() and all(torch.equal(there[n], own[n]) for n in own)
+    state = vit.state_dict()
+    return written.keys() == state.keys() and all(torch.equal(written[n], state[n]) for n in state)
 
 
 def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> None:
+    """Raises: InputError when the opened file and the ViT differ on random images."""
     side = method.tokenizer.img_size
     images = torch.randn(2, method.tokenizer.in_chans, side, side)
     with torch.no_grad():
@@ -90,12 +92,13 @@ def _model_card(run: Path, vit: VisionTransformer, method: LDAE, state: dict, ti
         "ldae: a plain ViT, no class token, averaged features.",
         {
             "row of the paper": describe["row"],
-            "architecture": f"{name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, {heads} heads",
+            "architecture": f"{name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, "
+            f"{heads} heads",
             "input": f"{tokenizer.in_chans} x {side} x {side}, patch {patch}",
             "pre-trained on": f"{describe['images']:,} images, {state['images_seen']:,} seen",
             "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
             f"scale {tokenizer.scale}",
-            "folded at": f"t = {min(timestep, len(method.sigma) - 1)}, clean input",
+            "folded at": f"t = {timestep}, clean input",
         },
         f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
     )

@@ -35,8 +35,8 @@ class GridProtocol(SweepProtocol):
     total_batch: Fixed[int] = SweepProtocol.total_batch
     name: Fixed[str] = "grid"
     version: Fixed[int] = 1
-    timesteps: tuple[int, ...] = (0, 10, 20, 40, 80)  # the paper's
-    """Timesteps to probe at; of the default ones those that the run has."""
+    timesteps: tuple[int, ...] = (0, 10, 20, 40, 80)  # the paper's, of 1000
+    """Timesteps to probe at; the default ones are scaled to the run's number of noise levels."""
     leading: tuple[int, ...] = ()
     """Numbers of leading blocks, of encoder and decoder, to probe after; by default all."""
     inputs: tuple[Input, ...] = ("clean",)
@@ -75,7 +75,8 @@ def grid(
     method, _ = load_run(Path(run))
     steps, blocks = len(method.sigma), method.denoiser.stages
     if protocol.timesteps == GridProtocol.timesteps:
-        protocol = replace(protocol, timesteps=tuple(t for t in protocol.timesteps if t < steps))
+        scaled = dict.fromkeys(noise.level_of_1000(t, steps) for t in protocol.timesteps)
+        protocol = replace(protocol, timesteps=tuple(scaled))
     for name, allowed in (("timesteps", range(steps)), ("leading", range(1, blocks + 1))):
         for value in getattr(protocol, name):
             if value not in allowed:

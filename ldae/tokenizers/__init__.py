@@ -75,6 +75,8 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 def load(tokenizer: Tokenizer, path: Path) -> None:
     """Load a file that ``save`` wrote into ``tokenizer``.
 
+    A patch-wise tokenizer may have been fitted to images of another size.
+
     Raises: InputError when the file is missing or damaged, or belongs to another tokenizer.
     """
     try:
@@ -90,7 +92,10 @@ def load(tokenizer: Tokenizer, path: Path) -> None:
             f"tokenizer file {path} is damaged ({first_line(error)}): replace it by a copy, or fit "
             "the tokenizer again in a new run"
         ) from None
-    for key, value in describe(tokenizer).items():
+    described = describe(tokenizer)
+    if isinstance(tokenizer, PatchTokenizer):
+        del described["img_size"]
+    for key, value in described.items():
         if saved.get(key) != value:
             raise InputError(f"tokenizer file {path} has {key} {saved.get(key)}, this run {value}")
     try:

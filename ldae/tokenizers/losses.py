@@ -33,10 +33,10 @@ class TokenizerLoss(nn.Module):
         + CHW * (perceptual * distance + codebook loss)
         + adversarial * adaptive weight * -D(x_hat)
 
-    The first term is the absolute error summed over an image (LDM). When the tokenizer is
-    patch-wise, it is the squared error (paper, section 4.2). CHW is the count of numbers in an
-    image. It weighs the terms that are means as in LDM and VQGAN, which average all terms over the
-    numbers of an image.
+    The first term is the absolute error of pixels in [-1, 1], summed over an image, as in LDM, the
+    source of the weights. When the tokenizer is patch-wise, it is the squared error of normalised
+    pixels (paper, section 4.2). CHW is the count of numbers in an image. It weighs the terms that
+    are means as in LDM and VQGAN, which average all terms over the numbers of an image.
 
     From step ``adversarial_start`` on, the discriminator's hinge loss is added. The discriminator
     sees detached reconstructions, and the tokenizer's adversarial term uses a frozen discriminator,
@@ -87,8 +87,11 @@ class TokenizerLoss(nn.Module):
         with self._autocast():
             x_hat, kl, codebook = self.tokenizer.reconstruct(x, eps)
         error = x_hat - x  #                                    (B, C, H, W)
-        squared = isinstance(self.tokenizer, PatchTokenizer)
-        error = error.square() if squared else error.abs()
+        if isinstance(self.tokenizer, PatchTokenizer):
+            error = error.square()
+        else:
+            std = 2 * self.tokenizer.pixel_std[:, None, None]  # of pixels in [-1, 1]
+            error = (std * error).abs()
         reconstruction = error.flatten(1).sum(1).mean()
         parts = {"reconstruction": reconstruction}
         numel = x[0].numel()

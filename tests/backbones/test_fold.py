@@ -1,72 +1,71 @@
+"""The fold, the export, and the start from an exported backbone."""
+
 import json
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
-from ldae.backbones.fold import fold
+from ldae.backbones.fold import fold, init_from, open_exported
 from ldae.backbones.open import load_backbone
 from ldae.backbones.run import backbone_of, load_run
 from ldae.commands.export import export
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, extract_share
+from ldae.method import build
 from ldae.models.contract import NoPlainViT
 from ldae.models.dit import DiT
 
 ROWS = range(6, 15)
 
 
-def normalised(method, images):
-    return method.tokenizer.normalize(images)
+def relative_error(actual, expected):
+    return (actual - expected).norm() / expected.norm()
+
+
+def assert_folded_equals_unfolded(unfolded, images):
+    x = unfolded.tokenizer.normalize(images)
+    t = 0 if len(unfolded.sigma) == 1 else 10
+    with torch.no_grad():
+        assert relative_error(fold(unfolded)(x), unfolded.features(x, t)) < 1e-5
 
 
 @pytest.mark.parametrize("scale", ["raw", "per-axis"])
 @pytest.mark.parametrize("row", ROWS)
 def test_folded_equals_unfolded(row, scale, method, images):
-    unfolded = method(row, tokenizer__scale=scale)
-    x = normalised(unfolded, images)
-    t = min(10, len(unfolded.sigma) - 1)
-    with torch.no_grad():
-        wanted, found = unfolded.features(x, t), fold(unfolded)(x)
-    assert (found - wanted).norm() / wanted.norm() < 1e-5
+    assert_folded_equals_unfolded(method(row, tokenizer__scale=scale), images)
 
 
 @pytest.mark.parametrize("row", [8, 13])
-def test_pixels_fold_too(row, method, images):
+def test_pixel_tokenizers_fold(row, method, images):
     unfolded = method(row, tokenizer__name="pixel", tokenizer__dim=12)
-    x = normalised(unfolded, images)
-    with torch.no_grad():
-        wanted, found = unfolded.features(x, 10), fold(unfolded)(x)
-    assert (found - wanted).norm() / wanted.norm() < 1e-5
+    assert_folded_equals_unfolded(unfolded, images)
 
 
 @pytest.mark.parametrize("kind", ["patch_ae", "patch_vae"])
-def test_trained_patches_fold_with_image_input_too(kind, method, images):
-    unfolded = method("image_input", tokenizer__name=kind)
-    x = normalised(unfolded, images)
-    with torch.no_grad():
-        wanted, found = unfolded.features(x, 10), fold(unfolded)(x)
-    assert (found - wanted).norm() / wanted.norm() < 1e-5
+def test_trained_patch_tokenizers_fold_with_image_input(kind, method, images):
+    assert_folded_equals_unfolded(method("image_input", tokenizer__name=kind), images)
 
 
 @pytest.mark.parametrize("row", ["dit", "no_adversarial", "vqvae"])
-def test_a_tokenizer_that_is_a_network_is_graded_but_not_folded(row, method, images):
+def test_conv_tokenizers_are_graded_but_not_folded(row, method, images):
     trained = method(row, num_classes=10)
     with pytest.raises(InputError, match="conv_vae is a network, which cannot be folded"):
         fold(trained)
-    x = normalised(trained, images)
+    x = trained.tokenizer.normalize(images)
     with torch.no_grad():
-        found = backbone_of(trained)(x)
-        torch.testing.assert_close(found, trained.features(x, 10))
+        features = backbone_of(trained)(x)
+        torch.testing.assert_close(features, trained.features(x, 10))
         if row == "dit":
             trained.denoiser.y_embed.weight[:10].add_(1.0)
-            assert torch.equal(backbone_of(trained)(x), found)
+            assert torch.equal(backbone_of(trained)(x), features)
 
 
-def test_the_export_projects(method, images):
-    """Rows with image input never saw what PCA drops: the backbone must not react to it."""
+def test_backbone_ignores_what_the_tokenizer_drops(method, images):
+    """In rows with image input, PCA has removed these directions from all training images."""
     trained = method("l_dae")
-    x = normalised(trained, images)
+    x = trained.tokenizer.normalize(images)
     projected = trained.tokenizer.decode(trained.tokenizer.encode(x))
     backbone = fold(trained)
     with torch.no_grad():
@@ -74,36 +73,49 @@ def test_the_export_projects(method, images):
     assert not torch.allclose(projected, x, atol=0.05)
 
 
-def test_t_is_folded_in(method, images):
+def test_fold_depends_on_t(method, images):
     trained = method("l_dae")
-    x = normalised(trained, images)
+    x = trained.tokenizer.normalize(images)
     with torch.no_grad():
         early, late = fold(trained, 10)(x), fold(trained, 900)(x)
         assert not torch.allclose(early, late, atol=1e-3)
         torch.testing.assert_close(late, trained.features(x, 900), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps, t", [(1000, 10), (500, 5), (4000, 40), (60, 1), (3, 0)])
+def test_default_t_is_the_same_share_of_every_schedule(steps, t, method, images):
+    trained = method(
+        "linear_gamma2", num_classes=0, tokenizer__name="patch_pca", noise__steps=steps
+    )
+    x = trained.tokenizer.normalize(images)
+    with torch.no_grad():
+        assert relative_error(fold(trained)(x), trained.features(x, t)) < 1e-5
+    trained = method("linear_gamma2", noise__steps=steps)  # a conv tokenizer, which is not folded
+    with torch.no_grad():
+        assert torch.equal(backbone_of(trained)(x), trained.features(x, t))
+
+
 def test_features_of_a_class_conditional_row_do_not_depend_on_labels(method, images):
-    """The null label is folded in, so the folded encoder has no way to see another."""
+    """The null label is folded in."""
     trained = method("patch_pca", num_classes=10, model__class_conditional=True)
-    x = normalised(trained, images)
+    x = trained.tokenizer.normalize(images)
     before = fold(trained)(x)
     with torch.no_grad():
         trained.denoiser.y_embed.weight[:10].add_(1.0)
     assert torch.equal(fold(trained)(x), before)
 
 
-def test_a_fold_that_is_wrong_is_refused(method, monkeypatch):
-    trained, right = method(), DiT.plain_state
+def test_wrong_fold_is_refused(method, monkeypatch):
+    trained, original = method(), DiT.plain_state
     monkeypatch.setattr(DiT, "plain_state", lambda denoiser, c: {
         name: value * 1.001 if name.endswith("fc1.weight") else value
-        for name, value in right(denoiser, c).items()
+        for name, value in original(denoiser, c).items()
     })  # fmt: skip
     with pytest.raises(InputError, match="not exported: .* differs"):
         fold(trained)
 
 
-def test_an_encoder_that_is_no_vit_is_graded_but_not_exported(
+def test_encoder_that_is_not_a_vit_is_graded_but_not_exported(
     run, tmp_path, images, pictures, monkeypatch
 ):
     def refuse(denoiser):
@@ -112,7 +124,7 @@ def test_an_encoder_that_is_no_vit_is_graded_but_not_exported(
     monkeypatch.setattr(DiT, "plain_vit", refuse)
     folder = run()
     trained, _ = load_run(folder)
-    backbone, x = load_backbone(folder), normalised(trained, images)
+    backbone, x = load_backbone(folder), trained.tokenizer.normalize(images)
     with torch.no_grad():
         assert torch.equal(backbone(x), trained.features(x, 10))
     assert extract_share(Encoder(backbone, torch.device("cpu")), pictures(5)).features.shape == (
@@ -137,10 +149,9 @@ def test_timm_opens_the_exported_folder(run, tmp_path, images):
     }
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     trained, _ = load_run(tmp_path / "run-l_dae")
-    x = normalised(trained, images)
+    x = trained.tokenizer.normalize(images)
     with torch.no_grad():
-        wanted = trained.features(x, 10)
-        assert (model(x) - wanted).norm() / wanted.norm() < 1e-5
+        assert relative_error(model(x), trained.features(x, 10)) < 1e-5
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 32, 32) and data["crop_pct"] == 1.0
     mean = trained.tokenizer.pixel_mean.tolist()
@@ -149,19 +160,12 @@ def test_timm_opens_the_exported_folder(run, tmp_path, images):
     assert written["architecture"] == "vit_tiny_patch16_224" and written["num_classes"] == 0
     cfg = written["pretrained_cfg"]
     assert cfg["tag"] == "ldae" and cfg["license"] == "other" and "hf_hub_id" not in cfg
-    names = safetensors_names(out / "model.safetensors")
+    names = load_file(out / "model.safetensors")
     assert not [name for name in names if name.startswith(("encoder", "mask_token"))]
 
 
-def safetensors_names(path):
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
-
-
 @pytest.mark.parametrize(
-    "how, shape",
+    "arguments, shape",
     [
         ({"img_size": 64}, (2, 3, 64, 64)),
         ({"dynamic_img_size": True}, (2, 3, 48, 40)),
@@ -170,18 +174,18 @@ def safetensors_names(path):
         ({"features_only": True, "out_indices": (0, 1)}, (2, 3, 32, 32)),
     ],
 )
-def test_the_exported_folder_opens_in_timms_other_ways(how, shape, run, tmp_path):
+def test_timm_opens_the_exported_folder_with_other_arguments(arguments, shape, run, tmp_path):
     out = export(run(), tmp_path / "out")
-    model = timm.create_model(f"local-dir:{out}", pretrained=True, **how).eval()
+    model = timm.create_model(f"local-dir:{out}", pretrained=True, **arguments).eval()
     with torch.no_grad():
         result = model(torch.randn(shape))
     for part in result if isinstance(result, list) else [result]:
         assert part.isfinite().all() and len(part) == 2
-    if "num_classes" in how:
+    if "num_classes" in arguments:
         assert result.shape == (2, 5)
 
 
-def test_export_refuses(run, tmp_path):
+def test_export_refuses_other_folders_and_missing_checkpoints(run, tmp_path):
     folder = run()
     existing = tmp_path / "there"
     existing.mkdir()
@@ -197,8 +201,31 @@ def test_export_refuses(run, tmp_path):
         export(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(InputError, match="timestep 1000 is not in 0 .. 999"):
         export(folder, tmp_path / "out", timestep=1000)
+    with pytest.raises(InputError, match="timestep -1 is not in 0 .. 999"):
+        export(folder, tmp_path / "out", timestep=-1)
     for path in (folder / "checkpoints").iterdir():
         path.unlink()
     with pytest.raises(InputError, match="has no checkpoint yet"):
         export(folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("row", ["l_dae", "predict_latent"])
+def test_run_starts_with_the_features_of_an_exported_backbone(row, run, tiny, images, tmp_path):
+    out = export(run(), tmp_path / "out")
+    exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    fresh = build(tiny(row))
+    fresh.tokenizer.load_state_dict(load_run(tmp_path / "run-l_dae")[0].tokenizer.state_dict())
+    init_from(fresh, open_exported(out, fresh))
+    x = fresh.tokenizer.normalize(images)
+    inside = fresh.tokenizer.decode(fresh.tokenizer.encode(x))
+    t = 700  # the same at every t; a row that scales its input sees gamma_t z_0
+    gamma = fresh.gamma[t]
+    with torch.no_grad():
+        centred = inside - fresh.tokenizer.decode(torch.zeros_like(fresh.tokenizer.encode(x)))
+        expected = exported(inside + (gamma - 1) * centred)
+        torch.testing.assert_close(fresh.eval().features(x, t), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="another shape"):
+        open_exported(out, build(tiny(row, model__depth=3)))
+    with pytest.raises(InputError, match="nothing is not an exported backbone"):
+        open_exported(tmp_path / "nothing", fresh)

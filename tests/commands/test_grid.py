@@ -18,11 +18,6 @@ from ldae.evals.taps import Tap
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def run(run):
-    return run()
-
-
 @pytest.mark.parametrize("row", ["l_dae", "patch_pca", "dit"])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_blocks_equal_what_hooks_see(row, noisy, method, images):
@@ -86,7 +81,7 @@ def test_the_command_writes_a_table_a_picture_and_every_cell(run, tmp_path, caps
         learning_rates=(0.1, 1.0),
         epochs=1,
     )
-    record = grid(run, "digits", protocol=protocol, setup=setup)
+    record = grid(run(), "digits", protocol=protocol, setup=setup)
     results = record["results"]
     cells = results["cells"]
     assert [(c["input"], c["t"], c["leading"]) for c in cells] == [
@@ -117,6 +112,30 @@ def test_table_has_a_row_for_each_t():
 
 
 @pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, (0, 10, 20, 40, 80)),
+        ({"noise__steps": 500}, (0, 5, 10, 20, 40)),
+        ({"noise__steps": 50}, (0, 1, 2, 4)),
+        ({"noise__schedule": "single"}, (0,)),
+    ],
+)
+def test_default_timesteps_are_the_same_shares_of_every_schedule(
+    changes, expected, run, monkeypatch
+):
+    opened = []
+
+    def open_evaluation(task, spec, data, eval_data, protocol, setup):
+        opened.append(protocol.timesteps)
+        raise InputError("enough")
+
+    monkeypatch.setattr("ldae.commands.grid.open_evaluation", open_evaluation)
+    with pytest.raises(InputError, match="enough"):
+        grid(run(**changes), "digits")
+    assert opened == [expected]
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"timesteps": (1000,)}, "timesteps 1000: .* has timesteps 0 to 999"),
@@ -125,10 +144,11 @@ def test_table_has_a_row_for_each_t():
 )
 def test_what_a_run_lacks_is_refused_before_the_work(run, given, message, monkeypatch):
     monkeypatch.setattr("ldae.commands.grid.open_evaluation", None)
+    folder = run()
     with pytest.raises(InputError, match=message):
-        grid(run, "digits", protocol=GridProtocol(**given))
+        grid(folder, "digits", protocol=GridProtocol(**given))
     with pytest.raises(InputError, match="an untrained network has no t"):
-        grid(run, "digits", setup=Setup(random_init=True))
+        grid(folder, "digits", setup=Setup(random_init=True))
 
 
 def test_inputs_must_not_be_empty():

@@ -80,8 +80,10 @@ def test_loss_of_conv_rows_matches_its_equation(codes, images):
             divergence += posterior.kl().sum().item()
         x_hat.append(decoded.sample)
         x_all.append(x)
-        error += (decoded.sample - x).abs().sum() / 3
-        pixels = [part * tokenizer.pixel_std[:, None, None] for part in (decoded.sample, x)]
+        std, mean = (part[:, None, None] for part in (tokenizer.pixel_std, tokenizer.pixel_mean))
+        pixels = decoded.sample * std + mean, image.double()[None] / 255
+        inputs, outputs = (2 * part - 1 for part in pixels)  # LDM's pixels, in [-1, 1]
+        error += (inputs - outputs).abs().sum() / 3
         perceptual += distance(*pixels).sum() / 3
     x_hat, x_all = torch.cat(x_hat), torch.cat(x_all)
     reconstruction = error + 0.5 * numel * perceptual
