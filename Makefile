@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slurm clean
+.PHONY: demo test test-slurm lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldae demo
@@ -18,6 +18,11 @@ test-slurm: $(VENV)/installed-test
 		echo "test-slurm: skipped, because SLURM cannot be installed here"; \
 	else exit $$status; fi
 
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
 clean:
 	rm -rf $(VENV)
 
@@ -28,6 +33,6 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+$(VENV)/installed-%: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@

@@ -109,7 +109,10 @@ class LDAE(nn.Module):
 
     def network_input(self, z_t: torch.Tensor) -> torch.Tensor:
         """Return the denoiser's tokens for z_t: itself (B, N, d), or projected back (B, N, D)."""
-        return self.tokenizer.inverse(z_t) if self.image_input else z_t
+        if not self.image_input:
+            return z_t
+        assert isinstance(self.tokenizer, PatchTokenizer)  # as ``build`` checks
+        return self.tokenizer.inverse(z_t)
 
     def input_at(
         self, x: torch.Tensor, t: int, eps: torch.Tensor | None = None

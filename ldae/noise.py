@@ -60,8 +60,8 @@ def geometric(steps: int, min_sigma: float, max_sigma: float) -> Levels:
 
     Source: the variance-exploding process of Song et al. 2021.
     """
-    ends = torch.tensor([min_sigma, max_sigma], dtype=torch.float64).log()
-    return _unscaled(torch.linspace(*ends.tolist(), steps, dtype=torch.float64).exp())
+    low, high = torch.tensor([min_sigma, max_sigma], dtype=torch.float64).log().tolist()
+    return _unscaled(torch.linspace(low, high, steps, dtype=torch.float64).exp())
 
 
 def single(single_sigma: float) -> Levels:

@@ -1,7 +1,7 @@
 """The targets of the network, the weights of the noise levels, and the loss."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,15 +17,15 @@ Tensor = torch.Tensor
 class Target(NamedTuple):
     """The target of a network, and the z_0 that an output stands for."""
 
-    target: Callable[[Tokenizer, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    target: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """(tokenizer, x, z_0, eps, gamma, sigma) -> the target of the output.
 
     x (B, C, H, W) are clean images; z_0 and eps are (B, N, d); gamma and sigma are (B, 1, 1).
     """
-    clean: Callable[[Tokenizer, Tensor, Tensor, Tensor, Tensor], Tensor]
+    clean: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
     """(tokenizer, output, z_t, gamma, sigma) -> z_0 (B, N, d)."""
     tokenizer: type[Tokenizer] = Tokenizer
-    """The tokenizers for which the target exists."""
+    """The class of the tokenizers for which the target exists."""
     is_image: bool = False
     """Whether the target is patches of an image (B, N, D) instead of latents (B, N, d)."""
     has_residual: bool = False
@@ -110,6 +110,7 @@ class Objective(nn.Module):
         """Return the weighted mean square of error (B, N, C) at t (B,), a scalar."""
         square = error.square().sum(-1)
         if self.has_residual:
+            assert isinstance(tokenizer, OrthonormalTokenizer)  # as checked at the start
             # sum_i w_i r_i^2 with r = V error, w_i = 1 on the first d axes, residual_weight on the
             # others. V is orthonormal, so the others hold what the first d leave of |error|^2.
             kept = (error @ tokenizer.basis[: tokenizer.dim].T).square().sum(-1)

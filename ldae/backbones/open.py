@@ -13,7 +13,10 @@ from ldae.errors import InputError, first_line, nearest
 from ldae.runs.kinds import kind_of
 from ldae.runs.layout import CLASSIFIER
 
-_NO_HEAD = {"num_classes": 0}  # makes timm leave out the classifier
+_NO_HEAD: dict[str, Any] = {"num_classes": 0}  # makes timm leave out the classifier
+
+# A network with the attributes that timm sets: pretrained_cfg, num_classes; and with model_args.
+TimmModel = Any
 
 
 def load_backbone(
@@ -81,7 +84,7 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
     return model.eval().requires_grad_(False)
 
 
-def label_names(classifier: nn.Module) -> list[str]:
+def label_names(classifier: TimmModel) -> list[str]:
     """Return the names of a timm classifier's outputs; empty if its configuration has none."""
     names = classifier.pretrained_cfg.get("label_names") or ()
     return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
@@ -98,7 +101,7 @@ def backbone_folder(spec: str | Path) -> Path | None:
     return folder if kind_of(folder) or (folder / "config.json").is_file() else None
 
 
-def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> nn.Module:
+def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> TimmModel:
     folder = backbone_folder(spec)
     is_pixels = spec.partition(":")[0] == "pixels"
     if img_size is not None and (folder or is_pixels):
@@ -114,13 +117,14 @@ def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> 
     return _from_timm_name(spec, random_init, in_chans, img_size)
 
 
-def _from_run(folder: Path, random_init: bool) -> nn.Module:
+def _from_run(folder: Path, random_init: bool) -> TimmModel:
     from ldae.backbones.run import backbone_of_run, control_of_run
 
     return (control_of_run if random_init else backbone_of_run)(folder)
 
 
-def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> nn.Module:
+def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> TimmModel:
+    model: TimmModel
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = timm.create_model(
@@ -137,7 +141,7 @@ def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> nn
 
 def _from_timm_name(
     spec: str, random_init: bool, in_chans: int, img_size: int | None, head: bool = False
-) -> nn.Module:
+) -> TimmModel:
     from huggingface_hub.errors import HfHubHTTPError
 
     name, at, file = spec.partition("@")
@@ -151,7 +155,8 @@ def _from_timm_name(
             f"timm has no weights for {name}: name a checkpoint as {name}@FILE, "
             "or ask for the random initialisation"
         )
-    args = {"in_chans": in_chans}
+    model: TimmModel
+    args: dict[str, Any] = {"in_chans": in_chans}
     # Models of any input size have no img_size. Most models of the hub have a fixed size.
     if img_size is not None and (cfg is None or cfg.fixed_input_size):
         args["img_size"] = img_size
@@ -191,7 +196,7 @@ def _timm_cfg(name: str) -> Any:
     raise InputError(f"there is no folder {name} and no timm model of that name{hint}")
 
 
-def adapt_cfg(model: nn.Module, in_chans: int, img_size: int | None) -> None:
+def adapt_cfg(model: TimmModel, in_chans: int, img_size: int | None) -> None:
     """Adapt ``pretrained_cfg``, which describes timm's weights, to the model that was built."""
     cfg = dict(model.pretrained_cfg)
     own_chans, height, width = cfg["input_size"]
@@ -207,13 +212,13 @@ def adapt_cfg(model: nn.Module, in_chans: int, img_size: int | None) -> None:
     model.pretrained_cfg = model.default_cfg = cfg
 
 
-def _pixels(spec: str, random_init: bool, in_chans: int) -> nn.Module:
+def _pixels(spec: str, random_init: bool, in_chans: int) -> TimmModel:
     size = spec.partition(":")[2] or "32"
     if not size.isdecimal() or int(size) < 1:
         raise InputError(f"{spec} is not pixels:SIZE with a whole number of pixels")
     if random_init:
         raise InputError(f"{spec} has no weights to initialise at random")
-    model = nn.Flatten()
+    model: TimmModel = nn.Flatten()
     model.pretrained_cfg = {
         "architecture": "pixels",
         "input_size": (in_chans, int(size), int(size)),

@@ -1,9 +1,9 @@
 """The preprocessing of a backbone: timm's evaluation transform, from its ``pretrained_cfg``."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Callable
 
 import numpy as np
 import torch

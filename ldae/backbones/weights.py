@@ -3,8 +3,9 @@
 import argparse
 import pickle
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from timm.models import adapt_input_conv

@@ -111,7 +111,7 @@ class Denoiser(nn.Module):
         """
         for module in self.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = fused
+                module.fused_attn = fused  # type: ignore[assignment]  # a plain bool of timm's
 
     def plain_vit(self) -> PlainViT:
         """Return the timm ViT that the encoder is at a fixed condition.

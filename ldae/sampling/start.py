@@ -59,7 +59,7 @@ class LatentGaussian:
         on_axes = torch.einsum("amn,bna->bma", factor, normals)
         return gamma * self.mean.to(normals) + on_axes @ self.axes.to(normals)
 
-    @lru_cache(maxsize=1)  # all batches of a run start at the same level
+    @lru_cache(maxsize=1)  # noqa: B019  # all batches of a run start at one level
     def _factor(self, gamma: float, sigma: float) -> torch.Tensor:
         """Return the Cholesky factors of the covariances of z_t, (d, N, N)."""
         covariance = gamma**2 * self.covariance.double()

@@ -32,6 +32,10 @@ class Tokenizer(nn.Module):
     loss_weights: tuple[str, ...] = ()
     """Names of the settings that weigh the terms of the loss beside the reconstruction term."""
 
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+    scales: torch.Tensor
+
     def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str) -> None:
         super().__init__()
         if img_size % patch_size:

@@ -19,6 +19,10 @@ class OrthonormalTokenizer(PatchTokenizer):
     Raises: InputError when ``dim`` is out of range.
     """
 
+    patch_mean: torch.Tensor
+    basis: torch.Tensor
+    variances: torch.Tensor
+
     def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str) -> None:
         super().__init__(img_size, patch_size, in_chans, dim, scale)
         if not 1 <= dim <= self.patch_dim:
