@@ -227,7 +227,7 @@ def _call_with_protocol(command: str, argv: Sequence[str], function: Callable) -
     words = (word.partition("=")[0] for word in argv if word.startswith("--"))
     kind = grader.choose(named, (word[2:].replace("-", "_") for word in words))
 
-    def call(*args: object, name: str = kind.name, **kwargs: object) -> None:
+    def call(*args: object, name: str = named or next(iter(kinds)), **kwargs: object) -> None:
         function(*args, **kwargs)
 
     # Without a default, so that the protocol itself sets the fields that are not given.
@@ -237,12 +237,13 @@ def _call_with_protocol(command: str, argv: Sequence[str], function: Callable) -
     if len(kinds) > 1:
         parameters["name"] = inspect.signature(call).parameters["name"]
         summary = "; ".join(
-            f"{name}: {part.__doc__.splitlines()[0][:-1]}" for name, part in kinds.items()
+            f"{name}: {str(part.__doc__).splitlines()[0][:-1]}" for name, part in kinds.items()
         )
         option = tyro.conf.arg(name="protocol", help=f"{summary}. With --help: lists its settings.")
         types["name"] = Annotated[Literal[tuple(kinds)], option]
     call.__doc__, call.__annotations__ = function.__doc__, types
-    call.__signature__ = inspect.Signature(list(parameters.values()))
+    signature = inspect.Signature(list(parameters.values()))
+    call.__signature__ = signature  # type: ignore[attr-defined]  # for inspect
     _parse(command, argv, call)
 
 
@@ -337,7 +338,8 @@ def _call_with_settings(
     import tyro
 
     def call(
-        config: Annotated[type(base), tyro.conf.arg(name="")] = base,
+        # The flags are the fields of this class, which is known only here.
+        config: Annotated[type(base), tyro.conf.arg(name="")] = base,  # type: ignore[valid-type]
         *,
         run: Annotated[Path, tyro.conf.arg(help="The run folder, new or to resume.")],
         dry_run: Annotated[

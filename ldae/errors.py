@@ -37,7 +37,7 @@ def report(error: Exception) -> None:
     """Print the sentence of an error to stderr, once: several callers may report the same error."""
     if not getattr(error, "is_reported", False):
         print(f"ldae: {error}", file=sys.stderr, flush=True)
-        error.is_reported = True
+        error.is_reported = True  # type: ignore[attr-defined]  # a mark of this function
 
 
 def first_line(error: Exception) -> str:
@@ -48,7 +48,7 @@ def first_line(error: Exception) -> str:
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str:
-    """Return the known name that is most like ``name``; "" when none reaches ``likeness``, 0 to 1."""
+    """Return the known name most like ``name``; "" when none reaches ``likeness``, 0 to 1."""
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=likeness)), "")
 
 

@@ -279,7 +279,7 @@ def update(base: Any, table: dict) -> Any:
 
 def flatten_table(table: dict, prefix: str = "") -> dict[str, Any]:
     """Return every value of nested tables under its dotted name."""
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
             values |= flatten_table(value, f"{prefix}{key}.")

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Iterator
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -87,6 +87,7 @@ class Evaluation:
     def features(self, encoder: Encoder | None = None) -> tuple[Features, Features]:
         """Extract this rank's share of the features of the train and the evaluation split."""
         encoder, how = encoder or self.encoder(), (self.setup.batch_size, self.setup.workers)
+        assert self.train is not None  # the graders that read features have one
         train = extract_share(encoder, self.train, *how)
         return train, train if self.eval is self.train else extract_share(encoder, self.eval, *how)
 
@@ -101,6 +102,7 @@ class Evaluation:
         """
         constants = asdict(self.protocol) | follows | {"precision": self.setup.precision}
         if classes is None:
+            assert self.train is not None  # as in ``features``
             classes = len(known_labels(self.train).unique())
             constants["top5_over"] = min(5, classes)
         if "modified" not in constants:
@@ -238,7 +240,7 @@ def open_evaluation(
     """
     check(setup)
     if hasattr(protocol, "seed"):
-        protocol = replace(protocol, seed=setup.seed)
+        protocol = replace(protocol, seed=setup.seed)  # type: ignore[call-arg]  # as checked
     check_writable(setup.out or results_home(spec))
     device = device_for(setup.device)
     with process_group(device):

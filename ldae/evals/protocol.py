@@ -10,7 +10,7 @@ from tyro.conf import Fixed
 from ldae.errors import InputError, unknown
 from ldae.tree import check
 
-(_FIXED,) = Fixed[int].__metadata__
+_, _FIXED = get_args(Fixed[int])
 
 
 @dataclass(frozen=True)

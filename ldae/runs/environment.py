@@ -39,7 +39,7 @@ def environment(device: object = None) -> dict:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
     if str(device).startswith("cuda"):
-        record["gpu"] = torch.cuda.get_device_name(device)
+        record["gpu"] = torch.cuda.get_device_name(str(device))
         record["cuda"] = torch.version.cuda
     return record
 

@@ -318,7 +318,8 @@ class Meter:
 
     def __init__(self, since: int) -> None:
         self.since, self.start = since, time.perf_counter()
-        self.wait, self.reports, self.skipped = 0.0, [], 0
+        self.reports: list[Report] = []
+        self.wait, self.skipped = 0.0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -8,14 +8,15 @@ from ldae.evals.dense import confusion_matrix, iou_metrics
 
 def slow_rates(labels, predicted, classes: int) -> tuple[float, float, list]:
     """Compute IoU from sets of pixels."""
-    known = [(int(l), int(p)) for l, p in zip(labels.ravel(), predicted.ravel()) if l != 255]
+    pairs = zip(labels.ravel().tolist(), predicted.ravel().tolist())
+    known = [(label, guess) for label, guess in pairs if label != 255]
     each = []
     for c in range(classes):
-        true = {i for i, (l, _) in enumerate(known) if l == c}
-        said = {i for i, (_, p) in enumerate(known) if p == c}
+        true = {i for i, (label, _) in enumerate(known) if label == c}
+        said = {i for i, (_, guess) in enumerate(known) if guess == c}
         each.append(100 * len(true & said) / len(true | said) if true | said else None)
     there = [value for value in each if value is not None]
-    right = sum(l == p for l, p in known)
+    right = sum(label == guess for label, guess in known)
     return sum(there) / len(there), 100 * right / len(known), each
 
 
@@ -40,7 +41,7 @@ def test_metrics_follow_their_definition(classes):
 
 def test_confusion_matrices_of_parts_add_up():
     labels, predicted = maps(1)
-    parts = sum(confusion_matrix(l, p, 6) for l, p in zip(labels, predicted))
+    parts = sum(confusion_matrix(*pair, 6) for pair in zip(labels, predicted))
     assert torch.equal(parts, confusion_matrix(labels, predicted, 6)) and parts.dtype == torch.int64
 
 

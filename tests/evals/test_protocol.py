@@ -24,7 +24,8 @@ KINDS = [(verb, kind) for verb, grader in ALL.items() for kind in grader.protoco
 
 # For every flag a value that is not its default.
 OTHER = {
-    "k": (3, 7), "temperature": 0.5, "leave_one_out": True, "shots": (2,), "draws": 3, "C": (0.5, 2.0),
+    "k": (3, 7), "temperature": 0.5, "leave_one_out": True, "shots": (2,), "draws": 3,
+    "C": (0.5, 2.0),
     "learning_rates": (0.3, 3.0), "weight_decays": (0.1,), "epochs": 70, "total_batch": 1024,
     "blocks": (0, -1), "pools": ("cls",), "blr": 0.25, "warmup_epochs": 2, "optimizer": "adamw",
     "steps": 5, "learning_rate": 0.5, "class_map": "imagenet-a", "real_labels": True,
