@@ -7,7 +7,7 @@ import torch
 from ldae.errors import InputError
 from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import image_names, known_labels
-from ldae.evals.neighbours import KNNProtocol, check_enough, knn_accuracy
+from ldae.evals.neighbours import KNNProtocol, knn_accuracy, limit_k
 from ldae.evals.subsets import check_shots, grade_draws
 
 
@@ -35,8 +35,9 @@ def knn(
             evaluation = replace(evaluation, eval=evaluation.train)
         protocol, labels = evaluation.protocol, known_labels(evaluation.train)
         check_shots(protocol, labels, evaluation.train.classes)  # before features are extracted
-        for images in (len(labels), *(n * len(labels.unique()) for n in protocol.shots)):
-            check_enough(max(protocol.k), images, others)
+        fewest = min(protocol.shots) * len(labels.unique()) if protocol.shots else len(labels)
+        protocol = limit_k(protocol, fewest)
+        evaluation = replace(evaluation, protocol=protocol)
         train, test = evaluation.features()
 
         def grade(chosen: torch.Tensor | None = None) -> dict[str, float]:

@@ -1,14 +1,14 @@
 """Exact search of the nearest images by cosine, over the shares of all ranks, and the k-NN vote."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tyro.conf import Fixed
 
-from ldae.console import progress
+from ldae.console import print_main, progress
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.accuracy import label_ranks
@@ -178,7 +178,7 @@ class KNNProtocol(FewShotProtocol):
     name: Fixed[str] = "dino"
     version: Fixed[int] = 1
     k: Annotated[tuple[int, ...], COUNT] = (10, 20, 100, 200)
-    """Numbers of neighbours, each graded."""
+    """Numbers of neighbours, each graded; of the default ones those that the images allow."""
     temperature: Annotated[float, POSITIVE] = 0.07
     """A neighbour of cosine similarity s has the weight exp(s / temperature)."""
     leave_one_out: bool = False
@@ -187,6 +187,20 @@ class KNNProtocol(FewShotProtocol):
     @property
     def accuracies(self) -> tuple[str, ...]:
         return tuple(f"top{n}_k{k}" for k in self.k for n in (1, 5))
+
+
+def limit_k(protocol: KNNProtocol, images: int) -> KNNProtocol:
+    """Return ``protocol`` without the default k that so few images do not allow; print a note.
+
+    Raises: InputError when a k that was asked for, or every default k, is too large.
+    """
+    others = protocol.leave_one_out
+    asked = protocol.k != KNNProtocol.k
+    check_enough(max(protocol.k) if asked else min(protocol.k), images, others)
+    left_out = [k for k in protocol.k if k > images - others]
+    if left_out:
+        print_main(f"k = {', '.join(map(str, left_out))} left out: there are {images:,} images")
+    return replace(protocol, k=tuple(k for k in protocol.k if k not in left_out))
 
 
 def knn_accuracy(

@@ -211,6 +211,24 @@ def test_too_few_images_are_refused_before_extraction(given, message, monkeypatc
         knn("pixels:8", "digits", protocol=KNNProtocol(**given), setup=SETUP)
 
 
+def test_default_k_that_the_images_do_not_allow_are_left_out(tmp_path, capsys):
+    def graded(images, **given):
+        setup = Setup(out=tmp_path / "out", workers=0, device="cpu")
+        protocol = KNNProtocol(**given)
+        return knn("pixels:32", f"scattered-digits:{images}", protocol=protocol, setup=setup)
+
+    record = graded(67)
+    assert record["protocol"]["k"] == (10, 20)
+    assert record["protocol"]["modified"] == ["k=10-20"]
+    assert set(record["results"]) == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
+    assert "k = 100, 200 left out: there are 67 images" in capsys.readouterr().out
+    assert graded(20, leave_one_out=True)["protocol"]["k"] == (10,)
+    with pytest.raises(InputError, match="k = 10 is more neighbours than images: there are 9"):
+        graded(9)
+    with pytest.raises(InputError, match="k = 100 is more neighbours than images: there are 67"):
+        graded(67, k=(10, 100))
+
+
 def test_leave_one_out_takes_no_other_images():
     with pytest.raises(InputError, match="leave --eval-data out"):
         knn("pixels:8", "digits", "digits", protocol=KNNProtocol(leave_one_out=True), setup=SETUP)
