@@ -216,4 +216,4 @@ class Config:
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the weights, the data order, the augmentation and the noise."""
     init_from: str = ""
-    """An exported backbone to start the encoder from."""
+    """An exported backbone to start the encoder from, for a run with the same tokenizer."""

@@ -78,18 +78,24 @@ def stock_vit(method: LDAE) -> VisionTransformer:
 
 def _fold_embedding(method: LDAE, t: int) -> dict[str, torch.Tensor]:
     """Return the affine map from a normalised patch to its embedded token as a patch embedding."""
-    tokenizer = method.tokenizer
-
-    def embed(patches: torch.Tensor) -> torch.Tensor:
-        return method.denoiser.embed(
-            method.network_input(method.gamma[t] * tokenizer.project(patches))
-        )
-
-    unit = torch.eye(tokenizer.patch_dim, dtype=method.gamma.dtype)
-    bias = embed(torch.zeros_like(unit[:1]))[0]
-    weight = (embed(unit) - bias).T
+    tokenizer, embed = method.tokenizer, method.denoiser.embed
+    matrix, offset = _patch_to_token(method, t)
     shape = (-1, tokenizer.in_chans, tokenizer.patch_size, tokenizer.patch_size)
-    return {"patch_embed.proj.weight": weight.reshape(shape), "patch_embed.proj.bias": bias}
+    return {
+        "patch_embed.proj.weight": (embed.weight @ matrix).reshape(shape),
+        "patch_embed.proj.bias": embed(offset),
+    }
+
+
+def _patch_to_token(method: LDAE, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (in_dim, D) and a (in_dim,): the network sees a clean patch x as A x + a."""
+    unit = torch.eye(method.tokenizer.patch_dim, dtype=method.gamma.dtype)
+
+    def token(patches: torch.Tensor) -> torch.Tensor:
+        return method.network_input(method.gamma[t] * method.tokenizer.project(patches))
+
+    offset = token(torch.zeros_like(unit[0]))
+    return (token(unit) - offset).T, offset
 
 
 def _verify(exact: LDAE, vit: VisionTransformer, t: int) -> None:
@@ -159,19 +165,27 @@ def open_exported(folder: str | Path, method: LDAE) -> VisionTransformer:
 
 @torch.no_grad()
 def init_from(method: LDAE, vit: VisionTransformer) -> None:
-    """Set the encoder's weights to those of an exported backbone; the tokenizer must be fitted.
+    """Set the encoder's weights so that its fold is an exported backbone.
 
-    This inverts the fold. The decoder stays as it is.
+    The tokenizer must be fitted. The decoder stays as it is.
+
+    Raises: InputError when the tokenizer drops a part of the patches that the backbone reads.
     """
-    tokenizer, embed = method.tokenizer, method.denoiser.embed
-    weight, bias = vit.patch_embed.proj.weight.flatten(1), vit.patch_embed.proj.bias
-    if not method.image_input:
-        # patch = inverse(z), which is affine in z: W inverse(z) + b.
-        origin = tokenizer.inverse(torch.zeros(1, tokenizer.dim))
-        axes = tokenizer.inverse(torch.eye(tokenizer.dim)) - origin
-        weight, bias = weight @ axes.T, bias + weight @ origin[0]
-    embed.weight.copy_(weight)
-    embed.bias.copy_(bias)
+    exact = copy.deepcopy(method).cpu().double()
+    matrix, offset = _patch_to_token(exact, default_timestep(method))
+    weight = vit.patch_embed.proj.weight.flatten(1).double()
+    # W' (A x + a) + b' = W x + b for every patch x, if the rows of W lie in the row space of A.
+    # Singular values below float32's precision carry nothing of W.
+    embed = weight @ torch.linalg.pinv(matrix, rtol=1e-6)
+    dropped = (embed @ matrix - weight).norm() / weight.norm()
+    if not dropped < TOLERANCE:
+        raise InputError(
+            f"init_from: this run's tokenizer.name {tokenizers.name_of(method.tokenizer)} drops "
+            f"{100 * dropped:.2g} % of what the backbone reads from a patch; give the tokenizer of "
+            "the backbone's run by --tokenizer.path"
+        )
+    method.denoiser.embed.weight.copy_(embed)
+    method.denoiser.embed.bias.copy_(vit.patch_embed.proj.bias - embed @ offset)
     method.denoiser.load_plain_state(vit.state_dict())
 
 

@@ -16,6 +16,7 @@ from ldae.evals.features import Encoder, extract_share
 from ldae.method import build
 from ldae.models.contract import NoPlainViT
 from ldae.models.dit import DiT
+from ldae.tokenizers import TOKENIZERS, OrthonormalTokenizer
 
 ROWS = range(6, 15)
 
@@ -210,22 +211,82 @@ def test_export_refuses_other_folders_and_missing_checkpoints(run, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("row", ["l_dae", "predict_latent"])
-def test_run_starts_with_the_features_of_an_exported_backbone(row, run, tiny, images, tmp_path):
-    out = export(run(), tmp_path / "out")
-    exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    fresh = build(tiny(row))
-    fresh.tokenizer.load_state_dict(load_run(tmp_path / "run-l_dae")[0].tokenizer.state_dict())
-    init_from(fresh, open_exported(out, fresh))
-    x = fresh.tokenizer.normalize(images)
-    inside = fresh.tokenizer.decode(fresh.tokenizer.encode(x))
-    t = 700  # the same at every t; a row that scales its input sees gamma_t z_0
-    gamma = fresh.gamma[t]
+@pytest.fixture
+def start(method, tiny):
+    """start(trained, row): a new run of the row, with the tokenizer of the trained one, that begins
+    with its exported backbone."""
+
+    def make(trained, row, **changes):
+        started = build(tiny(row, **changes)).eval()
+        started.tokenizer.load_state_dict(trained.tokenizer.state_dict())
+        init_from(started, fold(trained))
+        return started
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "row, kind",
+    [
+        (row, kind)
+        for row in (*ROWS, "dae")
+        for kind in ("patch_pca", "pixel", "patch_ae", "patch_vae")
+        if row not in (13, 14, "dae") or issubclass(TOKENIZERS[kind], OrthonormalTokenizer)
+    ],
+)
+def test_fold_of_a_started_run_is_the_backbone_it_started_from(row, kind, method, start, images):
+    """This holds for every patch-wise row, with each tokenizer that the row takes."""
+    trained = method(row, tokenizer__name=kind)
+    exported, again = fold(trained), fold(start(trained, row, tokenizer__name=kind))
+    x = trained.tokenizer.normalize(images)
     with torch.no_grad():
-        centred = inside - fresh.tokenizer.decode(torch.zeros_like(fresh.tokenizer.encode(x)))
-        expected = exported(inside + (gamma - 1) * centred)
-        torch.testing.assert_close(fresh.eval().features(x, t), expected, rtol=1e-4, atol=1e-4)
+        assert relative_error(again(x), exported(x)) < 1e-5
+    for name, value in exported.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", ["l_dae", "predict_latent"])
+def test_run_starts_with_the_features_of_the_backbone_at_every_t(row, method, start, images):
+    """A row that scales its input sees gamma_t z_0."""
+    trained = method("l_dae")
+    exported, started = fold(trained), start(trained, row)
+    x, t = trained.tokenizer.normalize(images), 700
+    z_0 = started.encode(x)
+    scale = started.gamma[t] / started.gamma[10]
+    with torch.no_grad():
+        expected = exported(trained.tokenizer.decode(scale * z_0))
+        torch.testing.assert_close(started.features(x, t), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_backbone_starts_only_where_the_tokenizer_keeps_all_that_it_reads(
+    method, tiny, fitted, images
+):
+    exported = fold(method("l_dae"))  # it reads six principal axes
+    more = build(tiny("patch_pca", tokenizer__dim=9)).eval()
+    fitted(more.tokenizer)
+    init_from(more, exported)
+    x = more.tokenizer.normalize(images)
+    with torch.no_grad():
+        assert relative_error(fold(more)(x), exported(x)) < 1e-5
+    for changes in (
+        {"tokenizer__dim": 5},
+        {"tokenizer__name": "patch_ae"},
+        {"tokenizer__name": "pixel", "tokenizer__dim": 12},
+    ):
+        fewer = build(tiny("image_input", **changes))
+        fitted(fewer.tokenizer)
+        name = changes.get("tokenizer__name", "patch_pca")
+        with pytest.raises(InputError, match=f"init_from: .*tokenizer.name {name}.*tokenizer.path"):
+            init_from(fewer, exported)
+
+
+def test_only_exported_backbones_of_the_same_shape_are_opened(run, method, tiny, tmp_path):
+    out = export(run(), tmp_path / "out")
+    opened = open_exported(out, build(tiny("predict_latent")))
+    assert torch.equal(opened.patch_embed.proj.weight, fold(method()).patch_embed.proj.weight)
     with pytest.raises(InputError, match="another shape"):
-        open_exported(out, build(tiny(row, model__depth=3)))
+        open_exported(out, build(tiny(model__depth=3)))
     with pytest.raises(InputError, match="nothing is not an exported backbone"):
-        open_exported(tmp_path / "nothing", fresh)
+        open_exported(tmp_path / "nothing", build(tiny()))
+    with pytest.raises(InputError, match="init_from needs a patch-wise tokenizer"):
+        open_exported(out, build(tiny("no_adversarial")))
