@@ -159,7 +159,7 @@ def fid(
 
     Returns: what the results file holds.
 
-    Raises: InputError for images or networks that can not be opened, statistics of other features,
+    Raises: InputError for images or networks that cannot be opened, statistics of other features,
         and sets of fewer images than the features have dimensions.
     """
     check(setup)
@@ -205,7 +205,7 @@ def fid(
 
 
 def _check_files(setup: FIDSettings) -> None:
-    """Raises: InputError for a file that could not be written, or not be found again as what it is."""
+    """Check the files to write. Raises: InputError for a folder, or statistics without .npz."""
     for name, path in (("out", setup.out), ("save_stats", setup.save_stats)):
         if path and path.is_dir():
             raise InputError(f"{name} {path} is a folder, not a file")
@@ -300,8 +300,8 @@ def _check_enough(images: Images | Statistics, dim: int) -> None:
         count, spec = len(images), images.spec
     if count is not None and count < max(dim, 2):
         raise InputError(
-            f"{spec} has {count:,} images, fewer than the {dim:,} dimensions of the features: their "
-            "covariance can not be estimated"
+            f"{spec} has {count:,} images, fewer than the {dim:,} dimensions of the features: "
+            "their covariance cannot be estimated"
         )
 
 
