@@ -16,7 +16,7 @@ class DataSettings:
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
     """A folder, its .zip or .tar, torch/NAME@DIR, hfds/NAME, scattered-digits[:N] or digits."""
     eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
-    """Evaluation images of the online k-NN; empty: the evaluation split of the source."""
+    """Evaluation images of the online k-NN; empty: the evaluation split of its source."""
     img_size: Annotated[int, COUNT] = 256  # 16 x 16 tokens of 16 x 16 pixels
     """Side of the square image, in pixels."""
     in_chans: Annotated[int, COUNT] = 3
@@ -198,6 +198,8 @@ class SystemSettings(ExecutionSettings):
 
     knn_every: Annotated[int, NOT_NEGATIVE] = 0
     """Epochs between two online k-NN evaluations; 0: none."""
+    knn_source: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = ""
+    """Labelled images of the online k-NN; empty: the training images."""
     rank_timeout: Annotated[float, POSITIVE] = 30
     """Minutes that ranks wait for each other before they name the rank that hangs and end."""
 

@@ -4,6 +4,7 @@ import torch
 
 from ldae.backbones.run import backbone_of
 from ldae.data.open import open_splits
+from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.settings import Config
 from ldae.train.loop import Hook, Plan
@@ -18,12 +19,17 @@ def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, 
     """
     if not config.system.knn_every:
         return ()
-    from ldae.evals.features import Encoder, extract_share, known_labels
+    from ldae.evals.features import Encoder, extract_share
     from ldae.evals.neighbours import KNNProtocol, check_enough, knn_accuracy
 
-    splits = open_splits(config.data.source, config.data.eval_source or None)
+    images = config.system.knn_source or config.data.source
+    splits = open_splits(images, config.data.eval_source or None)
     for split in splits:
-        known_labels(split)
+        if split.labels is None:
+            raise InputError(
+                f"the online k-NN needs labels, and {split.spec} ({split.split}) has no labels: "
+                "name labelled images by system.knn_source"
+            )
     check_enough(_ONLINE_K, len(splits[0]))
 
     def measure(method: LDAE) -> dict[str, float]:

@@ -21,8 +21,11 @@ from PIL import Image
 import ldae
 from ldae import distributed, tree
 from ldae.commands import pretrain as command_module
+from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
+from ldae.evals.evaluation import Setup
+from ldae.evals.neighbours import KNNProtocol
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
@@ -251,6 +254,30 @@ def test_the_metrics_hold_online_knn(tiny, tmp_path):
     config = tree.replace(config, {"data.source": "scattered-digits:64"})
     pretrain(config, tmp_path / "run", "l_dae")
     assert [0 < line["top1_k20"] < 100 for line in lines(tmp_path / "run")] == [True, True]
+
+
+@pytest.mark.parametrize("eval_source", ["", "scattered-digits:40"])
+def test_online_knn_of_a_run_without_labels_has_labelled_images_of_its_own(
+    eval_source, tiny, pictures, tmp_path
+):
+    source, unlabelled = pictures(24), tmp_path / "unlabelled"
+    for i in range(24):
+        path = unlabelled / ("train" if i < 16 else "val") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source.image(i).save(path)
+    config = tiny(data__source=str(unlabelled), data__eval_source=eval_source, system__knn_every=1)
+    with pytest.raises(InputError, match="unlabelled .* has no labels: .* by system.knn_source"):
+        pretrain(config, tmp_path / "run", "l_dae")
+    pretrain(
+        tree.replace(config, {"system.knn_source": "scattered-digits:64"}),
+        tmp_path / "run",
+        "l_dae",
+    )
+    setup = Setup(workers=0, device="cpu")
+    images = ("scattered-digits:64", eval_source or None)
+    record = knn(str(tmp_path / "run"), *images, protocol=KNNProtocol(k=(20,)), setup=setup)
+    expected = record["results"]["top1_k20"]
+    assert lines(tmp_path / "run")[-1]["top1_k20"] == pytest.approx(expected)
 
 
 def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
