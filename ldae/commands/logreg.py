@@ -16,7 +16,7 @@ from ldae.errors import InputError
 from ldae.evals.accuracy import label_ranks, top_n
 from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import Features, gather_features, image_names, known_labels
-from ldae.evals.subsets import FewShotProtocol, check_shots, grade_draws, held_out
+from ldae.evals.subsets import FewShotProtocol, check_shots, fold_splits, grade_draws, held_out
 from ldae.tree import COUNT, POSITIVE
 
 _ROWS_AT_ONCE = 4096
@@ -27,7 +27,8 @@ class LogregProtocol(FewShotProtocol):
     """DINOv2's logistic regression, by scikit-learn. Source: DINOv2, eval/log_regression.py."""
 
     name: Fixed[str] = "dinov2"
-    version: Fixed[int] = 1
+    version: Fixed[int] = 2
+    """Version 1 chose the C of a draw on the held-out tenth of all train labels."""
     C: Annotated[tuple[float, ...], POSITIVE] = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
     """Inverse strengths of the L2 penalty; one is chosen on a held-out tenth of train."""
     # Every fit starts at zero: the result of a fit that max_iter ends depends on its start.
@@ -38,8 +39,11 @@ class LogregProtocol(FewShotProtocol):
     normalisation: Fixed[str] = "none"
     """Normalisation of features: none, as in DINOv2, because the grid of C fits raw features."""
     held_out: Fixed[int] = 10
-    """One in so many train images, by the hash of its name, is held out to choose C. For a few-shot
-    draw, the drawn images are left out of these."""
+    """One in so many train images, by the hash of its name, is held out to choose C."""
+    folds: Fixed[int] = 5
+    """Folds that choose the C of a few-shot draw: stratified, by the hash of names, as many as
+    the shots if these are fewer."""
+    C_of_one_shot: Fixed[float] = 1.0
 
 
 def logreg(
@@ -53,8 +57,9 @@ def logreg(
 ) -> dict:
     """Grade a backbone by logistic regression on its frozen features.
 
-    C is chosen on a held-out tenth of train, then the classifier is fitted to all of train. The
-    ranks share the values of C. Memory holds the features of both splits in float32 and in float64.
+    C is chosen on a held-out tenth of train, then the classifier is fitted to all of train. A
+    few-shot draw chooses C by cross-validation within the drawn images. The ranks share the values
+    of C. Memory holds the features of both splits in float32 and in float64.
 
     Returns: the content of results.json; its results are top-1 and top-5 in percent, the chosen C,
     the held-out top-1 of every C, and the values of C that did not converge.
@@ -71,12 +76,12 @@ def logreg(
             gather_features(share, source, device)
             for share, source in zip(evaluation.features(), splits, strict=True)
         )
-        results = logistic_regression(train, test, ~held, held, protocol, device)
+        everything = torch.ones_like(held)
+        results = logistic_regression(train, test, everything, [(~held, held)], protocol, device)
 
         def grade(chosen: torch.Tensor) -> dict[str, float]:
-            graded = logistic_regression(
-                train, test, chosen, held & ~chosen, protocol, device, chosen
-            )
+            folds = fold_splits(train.names, labels, chosen, protocol.folds)
+            graded = logistic_regression(train, test, chosen, folds, protocol, device)
             return {name: graded[name] for name in (*protocol.accuracies, "C")}
 
         results |= grade_draws(protocol, train.names, labels, grade)
@@ -86,47 +91,31 @@ def logreg(
 def logistic_regression(
     train: Features,
     test: Features,
-    fitted: torch.Tensor,
-    chooses: torch.Tensor,
+    chosen: torch.Tensor,
+    splits: list[tuple[torch.Tensor, torch.Tensor]],
     protocol: LogregProtocol = LogregProtocol(),
     device: torch.device = torch.device("cpu"),
-    refitted: torch.Tensor | None = None,
 ) -> dict:
-    """Return top-1 and top-5 on ``test`` in percent for the chosen C, and the record of the choice.
+    """Return top-1 and top-5 on ``test`` in percent for the best C, and the record of the choice.
 
     All features are on every rank; the ranks exchange on ``device``.
 
     Args:
-        fitted: bool (N,), the train images that each C is fitted to.
-        chooses: bool (N,), the train images that choose C.
-        refitted: bool (N,), the train images that the chosen C is fitted to; by default all.
+        chosen: bool (N,), the train images that the best C is fitted to.
+        splits: pairs of bool (N,): train images to fit every C to, and train images that choose C.
+            Without splits C is ``protocol.C_of_one_shot``.
 
-    Raises: InputError when no images choose, or the fitted images are of one class.
+    Raises: InputError when the images to fit to are of one class.
     """
-    if not chooses.any():
-        raise InputError(f"none of {len(train.labels)} train images are left to choose C by")
-    if len(train.labels[fitted].unique()) < 2:
-        raise InputError("the images to learn from are of one class")
-    held = Features(train.features[chooses], train.labels[chooses], [])
-    outcomes = torch.zeros(len(protocol.C), 3, dtype=torch.float64)
-    with progress(len(protocol.C), "C") as bar:
-        inputs = _inputs(train, fitted)
-        for i in range(rank(), len(protocol.C), world_size()):
-            model, converged = fit(*inputs, protocol.C[i], protocol)
-            outcomes[i] = torch.tensor(
-                [grade(model, held)[0], converged, model.n_iter_.max()], dtype=outcomes.dtype
-            )
-            bar.update(min(world_size(), len(protocol.C) - bar.n))
-    outcomes = all_reduce_sum(outcomes.to(device)).cpu().tolist()
-    tried = [
-        {"C": C, "held_out_top1": top1, "converged": bool(converged), "iterations": int(iterations)}
-        for C, (top1, converged, iterations) in zip(protocol.C, outcomes)
-    ]
-    best = max(tried, key=lambda outcome: (outcome["held_out_top1"], -outcome["C"]))["C"]
+    tried = _try(train, splits, protocol, device) if splits else []
+    best = protocol.C_of_one_shot
+    if tried:
+        best = max(tried, key=lambda outcome: (outcome["held_out_top1"], -outcome["C"]))["C"]
     final = torch.zeros(3, dtype=torch.float64)
     if is_main():
-        model, converged = fit(*_inputs(train, refitted), best, protocol)
-        final = torch.tensor([*grade(model, test), converged], dtype=final.dtype)
+        model, converged = fit(*_inputs(train, chosen), best, protocol)
+        placed = label_ranks_of(model, test)
+        final = torch.tensor([top_n(placed, 1), top_n(placed, 5), converged], dtype=final.dtype)
     top1, top5, converged = all_reduce_sum(final.to(device)).tolist()
     return {
         "top1": top1,
@@ -136,6 +125,37 @@ def logistic_regression(
         "unconverged": [outcome["C"] for outcome in tried if not outcome["converged"]],
         "sweep": tried,
     }
+
+
+def _try(
+    train: Features,
+    splits: list[tuple[torch.Tensor, torch.Tensor]],
+    protocol: LogregProtocol,
+    device: torch.device,
+) -> list[dict]:
+    """Return for every C its top-1 over the held-out images of all splits, and its convergence."""
+    if any(len(train.labels[fitted].unique()) < 2 for fitted, _ in splits):
+        raise InputError("the images to learn from are of one class")
+    parts = [
+        (_inputs(train, fitted), Features(train.features[held], train.labels[held], []))
+        for fitted, held in splits
+    ]
+    outcomes = torch.zeros(len(protocol.C), 3, dtype=torch.float64)
+    with progress(len(protocol.C), "C") as bar:
+        for i in range(rank(), len(protocol.C), world_size()):
+            fits = [(*fit(*inputs, protocol.C[i], protocol), held) for inputs, held in parts]
+            placed = torch.cat([label_ranks_of(model, held) for model, _, held in fits])
+            converged = all(converged for _, converged, _ in fits)
+            iterations = max(model.n_iter_.max() for model, _, _ in fits)
+            outcomes[i] = torch.tensor(
+                [top_n(placed, 1), converged, iterations], dtype=outcomes.dtype
+            )
+            bar.update(min(world_size(), len(protocol.C) - bar.n))
+    outcomes = all_reduce_sum(outcomes.to(device)).cpu().tolist()
+    return [
+        {"C": C, "held_out_top1": top1, "converged": bool(converged), "iterations": int(iterations)}
+        for C, (top1, converged, iterations) in zip(protocol.C, outcomes)
+    ]
 
 
 def fit(
@@ -152,8 +172,8 @@ def fit(
     return model, not caught
 
 
-def grade(model: LogisticRegression, features: Features) -> tuple[float, float]:
-    """Return top-1 and top-5 in percent; a class that the model has not seen is never found."""
+def label_ranks_of(model: LogisticRegression, features: Features) -> torch.Tensor:
+    """Return the rank of each true class; a class that the model has not seen is never found."""
     classes = int(max(model.classes_.max(), features.labels.max())) + 1
     placed = []
     blocks = features.features.split(_ROWS_AT_ONCE), features.labels.split(_ROWS_AT_ONCE)
@@ -164,9 +184,8 @@ def grade(model: LogisticRegression, features: Features) -> tuple[float, float]:
         scores = seen.new_full((len(rows), classes), torch.nan)
         scores[:, torch.from_numpy(model.classes_)] = seen
         placed.append(label_ranks(scores, labels))
-    return top_n(torch.cat(placed), 1), top_n(torch.cat(placed), 5)
+    return torch.cat(placed)
 
 
-def _inputs(train: Features, chosen: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    chosen = slice(None) if chosen is None else chosen
+def _inputs(train: Features, chosen: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return train.features[chosen].double().numpy(), train.labels[chosen].numpy()

@@ -1,4 +1,4 @@
-"""Subsets of the train images: held-out images, and few-shot draws."""
+"""Subsets of the train images: held-out images, few-shot draws and their folds."""
 
 import os
 import statistics
@@ -20,8 +20,7 @@ def held_out(names: list[str], labels: torch.Tensor, one_in: int) -> torch.Tenso
 
     Raises: InputError when no class has images in both parts.
     """
-    digests = (blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
-    held = torch.tensor([int.from_bytes(digest, "big") % one_in == 0 for digest in digests])
+    held = torch.tensor([int.from_bytes(_digest(name), "big") % one_in == 0 for name in names])
     if not torch.isin(labels[held], labels[~held]).any():
         raise InputError(
             f"{len(names)} train images of {len(labels.unique())} classes are too few to hold out "
@@ -67,6 +66,28 @@ def draw_images(
         chosen[i] = left[label] > 0
         left[label] -= 1
     return chosen
+
+
+def fold_splits(
+    names: list[str], labels: torch.Tensor, chosen: torch.Tensor, folds: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Divide the ``chosen`` images of every class into folds, by the hash of their names alone.
+
+    Returns: for each fold, which images are in the other folds and which in this one, bool (N,).
+    There are at most as many folds as images of a class, and none for one image a class.
+    """
+    folds = min(folds, int(labels[chosen].unique(return_counts=True)[1].min()))
+    dealt, fold = dict.fromkeys(labels.unique().tolist(), 0), torch.full_like(labels, -1)
+    for i in sorted(chosen.nonzero()[:, 0].tolist(), key=lambda i: _digest(names[i])):
+        label = int(labels[i])
+        fold[i] = dealt[label] % folds
+        dealt[label] += 1
+    held = [fold == number for number in range(folds if folds > 1 else 0)]
+    return [(chosen & ~part, part) for part in held]
+
+
+def _digest(name: str) -> bytes:
+    return blake2b(os.fsencode(name), digest_size=8).digest()
 
 
 def check_shots(protocol: FewShotProtocol, labels: torch.Tensor, classes: list[str] | None) -> None:

@@ -182,7 +182,7 @@ def grades(source: Source, folder: Path) -> dict:
         "knn": knn_accuracy(some, some, nearest),
         "few-shot knn": knn_accuracy(some, some, nearest, chosen=chosen),
         "retrieval": retrieval(some, some, order),
-        "logreg": logistic_regression(every, every, ~held, held, logistic),
+        "logreg": logistic_regression(every, every, held | ~held, [(~held, held)], logistic),
         "segmentation": segmentation(*token_maps(), 11, SegmentProtocol(steps=3, total_batch=4)),
     }
 

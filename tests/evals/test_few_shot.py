@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldae.errors import InputError
-from ldae.evals.subsets import FewShotProtocol, check_shots, draw_images, grade_draws
+from ldae.evals.subsets import FewShotProtocol, check_shots, draw_images, fold_splits, grade_draws
 
 NAMES = [f"{i}.jpg" for i in range(300)]
 LABELS = torch.arange(300) % 4
@@ -27,6 +27,22 @@ def test_draws_differ_and_contain_draws_of_fewer_shots():
 def test_a_draw_never_changes():
     found = draw_images([*NAMES[:39], "\udcff.jpg"], LABELS[:40], 2, 1, 0)
     assert found.nonzero()[:, 0].tolist() == [5, 11, 18, 24, 29, 32, 35, 38]
+
+
+@pytest.mark.parametrize(("shots", "folds"), [(1, 0), (2, 2), (5, 5), (13, 5)])
+def test_folds_are_stratified_and_depend_on_names_only(shots, folds):
+    chosen = draw_images(NAMES, LABELS, shots, 0, 0)
+    splits = fold_splits(NAMES, LABELS, chosen, 5)
+    assert len(splits) == folds
+    for fitted, held in splits:
+        assert torch.equal(fitted | held, chosen) and not (fitted & held).any()
+        assert set(torch.bincount(LABELS[held]).tolist()) <= {shots // folds, -(-shots // folds)}
+    if folds:
+        assert torch.equal(sum(held.int() for _, held in splits), chosen.int())
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    shuffled = fold_splits([NAMES[i] for i in order], LABELS[order], chosen[order], 5)
+    for (_, held), (_, moved) in zip(splits, shuffled, strict=True):
+        assert torch.equal(held[order], moved)
 
 
 def test_one_draw_has_no_spread():
