@@ -40,7 +40,8 @@ class GridProtocol(SweepProtocol):
     leading: tuple[int, ...] = ()
     """Numbers of leading blocks, of encoder and decoder, to probe after; by default all."""
     inputs: tuple[Input, ...] = ("clean",)
-    """clean: z_0, or gamma_t z_0 where the row scales its input; noisy: z_t."""
+    """clean: z_0, or gamma_t z_0 where the row scales its input; noisy: z_t, where each image has
+    one draw of noise, by --seed, at every t and in all epochs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,11 +87,12 @@ def grid(
         held = held_out(image_names(evaluation.train), labels, evaluation.protocol.held_out)
         cells = list(_cells(evaluation, method, held, int(labels.max()) + 1))
         best = max(cells, key=lambda cell: cell["held_out_top1"])
-        folder = evaluation.folder
+        folder, seed = evaluation.folder, evaluation.protocol.seed
         if is_main():
-            write(folder / layout.GRID_TABLE, table(cells, best).encode())
+            write(folder / layout.GRID_TABLE, table(cells, best, seed).encode())
             save_heat_maps(heat_maps(cells, best), folder / layout.GRID_PICTURE)
-        return evaluation.write({**best, "cells": cells}, method.denoiser.width)
+        draw = {"draws_per_image": 1, "seed": seed} if "noisy" in protocol.inputs else None
+        return evaluation.write({**best, "cells": cells}, method.denoiser.width, noise=draw)
 
 
 class BlockReader:
@@ -172,11 +174,19 @@ def _probe(
         }
 
 
-def table(cells: list[dict], best: dict) -> str:
-    """Return top-1 of every cell as Markdown: a table for each input, the best cell in bold."""
+def table(cells: list[dict], best: dict, seed: int) -> str:
+    """Return top-1 of every cell as Markdown: a table for each input, the best cell in bold.
+
+    ``seed`` is the seed of the noise.
+    """
     text = ""
     for kind, steps, leading, by_place in _tables(cells):
-        text += f"Top-1 in percent, {kind} input\n\n"
+        text += f"Top-1 in percent, {kind} input"
+        if kind == "noisy":
+            text += (
+                f": each image has one draw of noise, by seed {seed}, at every t and in all epochs"
+            )
+        text += "\n\n"
         text += f"| t \\ leading blocks | {' | '.join(map(str, leading))} |\n"
         text += "|---" * (len(leading) + 1) + "|\n"
         for t in steps:

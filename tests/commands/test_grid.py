@@ -1,12 +1,13 @@
 """The cells of a grid are the run's blocks at each t."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from ldae import noise
+from ldae import cli, noise
 from ldae.backbones.fold import fold
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.grid import BlockReader, GridProtocol, grid, table
@@ -73,7 +74,7 @@ def test_noise_depends_on_images_and_not_on_batches(method, pictures):
 
 
 def test_the_command_writes_a_table_a_picture_and_every_cell(run, tmp_path, capsys):
-    setup = Setup(workers=0, device="cpu", out=tmp_path / "out")
+    setup = Setup(workers=0, device="cpu", out=tmp_path / "out", seed=3)
     protocol = GridProtocol(
         timesteps=(0, 40),
         leading=(3, 1),
@@ -81,7 +82,8 @@ def test_the_command_writes_a_table_a_picture_and_every_cell(run, tmp_path, caps
         learning_rates=(0.1, 1.0),
         epochs=1,
     )
-    record = grid(run(), "digits", protocol=protocol, setup=setup)
+    folder = run()
+    record = grid(folder, "digits", protocol=protocol, setup=setup)
     results = record["results"]
     cells = results["cells"]
     assert [(c["input"], c["t"], c["leading"]) for c in cells] == [
@@ -94,6 +96,22 @@ def test_the_command_writes_a_table_a_picture_and_every_cell(run, tmp_path, caps
     assert written.count("**") == 2 and f"**{results['top1']:.2f}**" in written
     assert "chosen on the images that it is measured on" in written
     assert Image.open(tmp_path / "out" / "grid.png").width > 200
+    assert record["protocol"]["noise"] == {"draws_per_image": 1, "seed": 3}
+    assert (
+        written.count("each image has one draw of noise, by seed 3, at every t and in all epochs")
+        == 1
+    )
+    clean = replace(protocol, inputs=("clean",))
+    record = grid(folder, "digits", protocol=clean, setup=setup)
+    assert record["protocol"]["noise"] is None
+    assert "draw of noise" not in (tmp_path / "out" / "grid.md").read_text()
+
+
+def test_help_says_that_each_image_has_one_draw_of_noise(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["grid", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "each image has one draw of noise, by --seed, at every t and in all epochs" in words
 
 
 def test_table_has_a_row_for_each_t():
@@ -102,7 +120,7 @@ def test_table_has_a_row_for_each_t():
         for t in (0, 1)
         for n in (1, 2)
     ]
-    lines = table(cells, cells[0]).splitlines()
+    lines = table(cells, cells[0], seed=0).splitlines()
     assert lines[2:6] == [
         "| t \\ leading blocks | 1 | 2 |",
         "|---|---|---|",
