@@ -99,8 +99,6 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
 
 def _check(config: FinetuneConfig) -> None:
     tree.check(config)
-    if not config.data.source:
-        raise InputError("no images: name their source with --data SOURCE")
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise InputError(
             f"optim.warmup_epochs {config.optim.warmup_epochs:g} must be fewer than optim.epochs "

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from ldae import distributed
+from ldae import distributed, tree
 from ldae.console import describe, print_main
+from ldae.data.open import open_source
 from ldae.errors import InputError
-from ldae.pretraining.tokenizer import Fit, fit_or_load, open_fit, open_images, prepare
+from ldae.pretraining.tokenizer import Fit, fit_or_load, open_fit, prepare
 from ldae.runs import layout
 from ldae.settings import Config
 from ldae.train.run import describe_training, runs_in_bf16
@@ -23,10 +24,10 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
     run = Path(run)
     device = distributed.device_for(config.system.device)
     with distributed.process_group(device, config.system.rank_timeout):
-        source = open_images(config)
+        tree.check(config)
         if config.tokenizer.path:
             raise InputError("tokenizer.path names a fitted tokenizer, but this command fits one")
-        fit = prepare(config, source, device, run)
+        fit = prepare(config, open_source(config.data.source, "train"), device, run)
         if dry_run:
             print(describe(config, _facts(fit)))
             return

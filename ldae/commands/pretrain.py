@@ -4,15 +4,16 @@ from pathlib import Path
 
 import torch
 
-from ldae import distributed
+from ldae import distributed, tree
 from ldae.backbones.fold import init_from, open_exported
 from ldae.console import describe
+from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.plots.pictures import save_denoising, save_filters
 from ldae.pretraining.online_knn import online_knn
-from ldae.pretraining.tokenizer import open_images, prepare, sample_images, tokenizer_of_run
+from ldae.pretraining.tokenizer import prepare, sample_images, tokenizer_of_run
 from ldae.runs import layout
 from ldae.runs.folder import open_run
 from ldae.settings import Config
@@ -35,7 +36,8 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
     run = Path(run)
     device = distributed.device_for(config.system.device)
     with distributed.process_group(device, config.system.rank_timeout):
-        source = open_images(config)
+        tree.check(config)
+        source = open_source(config.data.source, "train")
         if config.model.class_conditional and source.labels is None:
             raise InputError(f"model.class_conditional needs labels; {source.spec} has none")
         plan = plan_run(len(source), config.optim, config.system)
@@ -44,9 +46,6 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         # Everything is checked before anything is written.
         hooks = online_knn(config, plan, device)
         fit = prepare(config, source, device, run)
-        path = config.tokenizer.path
-        if path and not Path(path).exists():
-            raise InputError(f"tokenizer.path: there is no {path}")
         exported = open_exported(config.init_from, method) if config.init_from else None
         if dry_run:
             print(describe(config, _facts(config, method, plan, source, device)))

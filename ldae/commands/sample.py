@@ -28,6 +28,7 @@ from ldae.runs import layout
 from ldae.sampling.album import Album, check_same_record, pack_npz
 from ldae.sampling.generation import Generate, ResolvedSettings, cycled, prepare_generation
 from ldae.sampling.settings import SamplingSettings, check_settings
+from ldae.tree import COUNT, NOT_NEGATIVE
 
 _COLUMNS = 8
 _NOT_FOLDERS = (".png", ".jpg", ".jpeg", ".npy", ".zip", ".tar")
@@ -166,13 +167,9 @@ def _write_grid(
 
 
 def _check_request(images: int, batch_size: int, workers: int, out: Path | None) -> None:
-    for name, value, minimum in (
-        ("images", images, 1),
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 0),
-    ):
-        if value < minimum:
-            raise InputError(f"{name} must be at least {minimum}, not {value}")
+    COUNT.check("images", images)
+    COUNT.check("batch_size", batch_size)
+    NOT_NEGATIVE.check("workers", workers)
     if out is not None and out.suffix in _NOT_FOLDERS:
         raise InputError(f"out {out} must be a folder, or a file that ends in .npz")
 

@@ -66,8 +66,10 @@ def _splits(spec: str, splits_of_files: SplitsOfFiles) -> Splits:
     if rest and kind in timm_datasets.SOURCES:
         source = timm_datasets.SOURCES[kind]
         return {split: partial(source, spec, split) for split in ("train", "eval")}
+    if not spec:
+        raise InputError("no images: name their source with --data SOURCE")
     path = Path(os.path.expanduser(spec))
-    if not spec or not os.path.exists(path):
+    if not os.path.exists(path):
         close = nearest(name, BUILT_IN, likeness=0.6)
         hint = f"; did you mean {close}?" if close else ""
         raise InputError(f"no folder, archive or built-in data set is named {spec!r}{hint}")

@@ -82,17 +82,6 @@ class Fit:
         return distances
 
 
-def open_images(config: Config) -> Source:
-    """Check the settings and open the training images.
-
-    Raises: InputError for a wrong setting, and when the images are missing.
-    """
-    tree.check(config)
-    if not config.data.source:
-        raise InputError("no images: name their source with --data SOURCE")
-    return open_source(config.data.source, "train")
-
-
 def prepare(config: Config, source: Source, device: torch.device, run: Path) -> Fit:
     """Check everything that a fit in ``run`` needs; nothing is written.
 

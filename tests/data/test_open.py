@@ -57,7 +57,7 @@ def test_training_on_only_an_evaluation_split_is_refused(make_tree):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("", "is named ''"),
+        ("", "no images: name their source with --data"),
         ("/no/such/place", "is named '/no/such/place'$"),
         ("scatered-digits:100", "did you mean scattered-digits"),
         ("digits:5", "neither digits nor"),
