@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,11 +54,11 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather_values(value: int) -> list[int]:
+def gather_values(value: Any) -> list[Any]:
     """Return the values of all ranks, in the order of the ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
-    values = [0] * dist.get_world_size()
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

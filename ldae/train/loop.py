@@ -20,10 +20,11 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.metrics import Metrics, progress_line
 from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.train.interrupt import Interrupted, StopRequest
+from ldae.train.lookahead import Lookahead
 from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
 from ldae.train.saver import Saver
 from ldae.train.state import State, map_tensors
-from ldae.train.watchdog import Exploded, Report, Watchdog
+from ldae.train.watchdog import Agreement, Exploded, Report, Watchdog
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Loop:
     compiled: bool = False
     hooks: tuple[Hook, ...] = ()
     seed: int = 0
+    mixing: Callable[[Batch], Batch] | None = None
+    """Changes each batch before the model sees it."""
     optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer] = adamw
     """Creates the optimizer; the loop sets the learning rate before each step."""
 
@@ -118,8 +121,8 @@ class Loop:
 
         Returns: the model, or its moving average where the recipe has one, unsharded on every rank.
 
-        Raises: InputError when the loss is not finite, and for bad data, after the progress until
-            then is saved; Interrupted after a stop signal.
+        Raises: InputError when the loss is not finite, and on all ranks when the data of a rank
+            are bad, after the steps before them are saved; Interrupted after a stop signal.
         """
         self.state = State(
             self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
@@ -153,7 +156,7 @@ class Loop:
             _check_same_run(checkpoint["describe"], self.describe)
             self.state.restore(checkpoint)
         self.seen = checkpoint["images_seen"] if checkpoint else 0
-        self.report: Report | None = None  # of the last step, if it is not saved yet
+        self.report: Report | None = None  # of the last step
         self.watchdog.restore(checkpoint and checkpoint["watchdog"])
         if self.system.explosion and not checkpoint:
             self._save()  # so that there is a checkpoint to go back to
@@ -165,18 +168,27 @@ class Loop:
         """
         self.state.model.train()
         self.metrics, self.meter = self.open_metrics(self.seen), Meter(self.seen)
-        self.batches, saved_at = self.batches_from(self.seen), time.monotonic()
+        self.batches = Lookahead(self.batches_from(self.seen), self.plan.micro_batches)
+        saved_at = time.monotonic()
         try:
+            for _ in range(1 + report_lag(self.device) if self.seen < self.plan.total else 0):
+                self._fetch()
+            self.batches.raise_errors()
             while self.seen < self.plan.total:
                 late = time.monotonic() - saved_at >= 60 * self.system.save_minutes
-                stop_now, save_now = self._step(late and distributed.is_main())
+                if late:
+                    saved_at = time.monotonic()  # ask for one checkpoint, though it may come late
+                agreed = self._step(late and distributed.is_main())
                 at_end = self.seen >= self.plan.total
                 if self.seen // self.plan.batch_size % self.system.log_every == 0 or at_end:
                     self._log()
-                if save_now or stop_now or at_end:
+                if agreed.save or agreed.stop or agreed.bad_data or at_end:
                     self._save()
                     saved_at = time.monotonic()
-                if stop_now and not at_end:
+                if agreed.bad_data:
+                    self.saver.wait()
+                    self.batches.raise_errors()
+                if agreed.stop and not at_end:
                     self.saver.wait()
                     raise Interrupted(
                         self.stop.received or signal.SIGTERM,
@@ -188,12 +200,10 @@ class Loop:
             self.metrics.close()
             self.batches.close()  # ends the data workers now instead of with the process
 
-    def _step(self, late: bool) -> tuple[bool, bool]:
-        """Train on the next batch, and return whether all ranks stop and whether they save.
-
-        ``late`` requests a checkpoint.
-        """
+    def _step(self, late: bool) -> Agreement:
+        """Train on the next batch, and return what the ranks agree on. ``late`` asks to save."""
         self.saver.check()
+        self._fetch()
         size, plan = self.plan.batch_size, self.plan
         self.lr = lr_at(
             self.seen,
@@ -206,33 +216,41 @@ class Loop:
         first, left_out = self.seen, self.seen in self.watchdog.left_out
         losses = self._skip_batch() if left_out else self._update()
         self.seen += size
-        # The ranks agree by one small sum. On a GPU the sum is read a step late, so that the device
-        # never waits for the host; nothing is saved in between.
+        # The ranks agree by one small sum. Batches are fetched ahead, so a rank reports bad data
+        # before the step that it cannot do, and all ranks have read the sum before that step.
         where = (
             f"step {self.seen // size:,} (images {first:,} to {self.seen - 1:,}, lr {self.lr:.3g})"
         )
         previous = self.report
-        self.report = Report.of(losses, self.stop.received > 0, late, first, where)
+        self.report = Report.of(
+            losses,
+            stop=self.stop.received > 0,
+            save=late,
+            bad_data=self.batches.error is not None,
+            first=first,
+            where=where,
+        )
         if not left_out:
             self.meter.reports.append(self.report)
-        agreed = self.report if self.device.type == "cpu" else previous
-        self.watchdog.check(agreed)
-        return agreed.read()[1:] if agreed else (False, False)
+        known = previous if report_lag(self.device) else self.report
+        self.watchdog.check(known)
+        return known.read() if known else Agreement()
 
     def _update(self) -> dict[str, torch.Tensor]:
         """Update the weights once, and return this rank's mean loss and its parts."""
-        state, pieces = self.state, self.plan.micro_batches
+        state, batches = self.state, self.batches.next_step()
         means = {"loss": torch.zeros((), device=self.device)}
-        for micro in range(pieces):
-            batch = self._next()
+        for micro, batch in enumerate(batches):
             self.meter.skipped += len(batch.bad)
+            if self.mixing:
+                batch = self.mixing(batch)
             torch.manual_seed(_seed_of(self.seed, batch))
-            with state.parallel.gradient_sync(micro == pieces - 1):
+            with state.parallel.gradient_sync(micro == len(batches) - 1):
                 output = state.parallel.network(*on_device(batch, self.device))
                 loss, parts = output if isinstance(output, tuple) else (output, {})
-                (loss / pieces).backward()
+                (loss / len(batches)).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
-                means[name] = means.get(name, 0) + value / pieces
+                means[name] = means.get(name, 0) + value / len(batches)
         if self.optim.clip_grad:
             nn.utils.clip_grad_norm_(state.model.parameters(), self.optim.clip_grad)
         state.update()
@@ -240,22 +258,13 @@ class Loop:
 
     def _skip_batch(self) -> dict[str, torch.Tensor]:
         """Skip the next batch, and return a loss of zero."""
-        for _ in range(self.plan.micro_batches):
-            self._next()
+        self.batches.next_step()
         self.state.reset_counts()
         return {"loss": torch.zeros((), device=self.device)}
 
-    def _next(self) -> Batch:
-        """Return the next micro batch. Save a checkpoint when the data are bad."""
-        try:
-            with self.meter.waiting():
-                return next(self.batches)
-        except InputError:
-            # All ranks must take part in saving shards, but the others are elsewhere.
-            if not self.state.parallel.sharded:
-                self._save()
-                self.saver.wait()
-            raise
+    def _fetch(self) -> None:
+        with self.meter.waiting():
+            self.batches.fetch()
 
     def _log(self) -> None:
         """Call the hooks that are due, write a record of metrics and print a line of progress."""
@@ -279,13 +288,20 @@ class Loop:
     def _save(self) -> None:
         """Check the loss of the last step, and begin to write a checkpoint."""
         self.watchdog.check(self.report)
-        self.report = None  # the request to stop or save that it may hold is now fulfilled
         self.saver.wait()
         state, copied = self.state.capture()
         watchdog = self.watchdog.capture()
         if state:
             state |= {"images_seen": self.seen, "describe": self.describe, "watchdog": watchdog}
             self.saver.save(state, copied)
+
+
+def report_lag(device: torch.device) -> int:
+    """Return how many steps late the report of a step is read.
+
+    On a GPU the report is read one step late, so that the device never waits for the host.
+    """
+    return 0 if device.type == "cpu" else 1
 
 
 def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Any]:

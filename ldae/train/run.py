@@ -1,7 +1,6 @@
 """Training in a run folder, on a source of images."""
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
@@ -43,8 +42,8 @@ def train_in(
         mixing: applied to each batch before the model sees it.
     """
 
-    def batches_from(start: int) -> Iterator[Batch]:
-        batches = train_batches(
+    def batches_from(start: int) -> Generator[Batch]:
+        return train_batches(
             source,
             transform,
             seed=config.seed,
@@ -58,7 +57,6 @@ def train_in(
             bad_images=config.data.bad_images,
             pin_memory=device.type == "cuda",
         )
-        return _mix(batches, mixing) if mixing else batches
 
     def open_metrics(seen: int) -> Metrics:
         print_main(f"{run}: {row}, {plan.total:,} images in {plan.steps:,} steps, from {seen:,}")
@@ -82,13 +80,8 @@ def train_in(
         compiled=compiled,
         hooks=hooks,
         seed=config.seed,
+        mixing=mixing,
     ).train()
-
-
-def _mix(batches: Iterator[Batch], mixing: Callable[[Batch], Batch]) -> Iterator[Batch]:
-    with closing(batches):
-        for batch in batches:
-            yield mixing(batch)
 
 
 def describe_training(

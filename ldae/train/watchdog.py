@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,14 +14,24 @@ _WINDOW = 100  # last losses of which the median is taken
 _MIN_LOSSES = 10  # with fewer losses, nothing is compared with their median
 
 
+class Agreement(NamedTuple):
+    """The mean loss of a step, and the requests of all ranks."""
+
+    loss: float = math.nan
+    stop: bool = False
+    save: bool = False
+    bad_data: bool = False
+    """Whether the batch of the next step is missing on a rank."""
+
+
 class Report:
-    """One step, averaged over all ranks: the loss and its parts, and whether to stop or to save.
+    """One step over all ranks: the mean loss and its parts, and the requests of the ranks.
 
     A GPU copies the values to the host in the background, and only ``read`` waits for the copy.
     Reading a step later never makes the host wait for queued work.
 
     Args:
-        values: whether to stop, whether to save, the loss and its parts.
+        values: whether to stop, whether to save, whether data are bad, the loss and its parts.
         names: the names of the loss and its parts.
         first: the first image of the step's batch.
         where: the name of the step in messages.
@@ -30,7 +40,7 @@ class Report:
     def __init__(
         self, values: torch.Tensor, names: tuple[str, ...], first: int, where: str
     ) -> None:
-        self.losses, self.names, self.first, self.where = values[2:], names, first, where
+        self.losses, self.names, self.first, self.where = values[3:], names, first, where
         self.checked = False
         self.host, self.copied = values.to("cpu", non_blocking=True), None
         if values.is_cuda:
@@ -39,21 +49,28 @@ class Report:
 
     @classmethod
     def of(
-        cls, losses: dict[str, torch.Tensor], stop: bool, save: bool, first: int, where: str
+        cls,
+        losses: dict[str, torch.Tensor],
+        *,
+        stop: bool = False,
+        save: bool = False,
+        bad_data: bool = False,
+        first: int,
+        where: str,
     ) -> "Report":
-        """Average over all ranks. The request of one rank to stop or to save counts for all."""
+        """Average the losses over all ranks. The request of one rank counts for all."""
         # new_full, since the copy of a tensor from the host could wait for the queue.
-        flags = [losses["loss"].new_full((), float(flag)) for flag in (stop, save)]
+        flags = [losses["loss"].new_full((), float(flag)) for flag in (stop, save, bad_data)]
         means = [value.float() / distributed.world_size() for value in losses.values()]
         values = distributed.all_reduce_sum(torch.stack([*flags, *means]))
         return cls(values, tuple(losses), first, where)
 
-    def read(self) -> tuple[float, bool, bool]:
-        """Return the loss, whether to stop and whether to save."""
+    def read(self) -> Agreement:
+        """Wait for the values, and return them."""
         if self.copied:
             self.copied.synchronize()
-        stop, save, loss = self.host.tolist()[:3]
-        return loss, stop > 0, save > 0
+        *requests, loss = self.host.tolist()[:4]
+        return Agreement(loss, *(count > 0 for count in requests))
 
 
 class Exploded(Exception):
@@ -86,7 +103,7 @@ class Watchdog:
         if report is None or report.checked or report.first in self.left_out:
             return
         report.checked = True
-        loss = report.read()[0]
+        loss = report.read().loss
         median = statistics.median(self.losses) if len(self.losses) >= _MIN_LOSSES else math.inf
         if self.factor and 0 < median < math.inf and not loss <= self.factor * median:
             sentence = f"the loss is {loss:.4g} in {report.where}, after a median of {median:.4g}"

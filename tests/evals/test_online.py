@@ -183,7 +183,7 @@ def test_a_stopped_or_killed_probe_resumes_to_the_same_bits(vit, pictures, stopp
     source, encoder = pictures(61), Encoder(vit, CPU)
     whole, record = train_online(encoder, source, SHORT, 64, 0, tmp_path / "whole")
     folder = tmp_path / "parts"
-    with pytest.raises(Interrupted, match="stopped at image 96 of 264; it is saved"):
+    with pytest.raises(Interrupted, match="stopped at image 96 of 264; all progress is saved"):
         train_online(stopped_at(4), source, SHORT, 64, 0, folder)
     how = (stopped_at(2, signal.SIGKILL), source, SHORT, 64, 0, folder)
     killed = multiprocessing.get_context("fork").Process(target=train_online, args=how)

@@ -11,9 +11,10 @@ from torch import nn
 
 from ldae import distributed
 from ldae.data.loader import Batch
+from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import OptimSettings, SystemSettings
-from ldae.train import parallel
+from ldae.train import loop, parallel
 from ldae.train.loop import Hook, Loop, Plan
 from ldae.train.optim import adamw
 
@@ -43,12 +44,15 @@ class Stack(nn.Module):
         return (self.head(x)[:, 0] - labels).square().mean()
 
 
-def stream(start, micro_batches):
+def stream(start, micro_batches, bad_at=None):
+    """Yield this rank's micro batches; those of the last rank are bad from ``bad_at`` on."""
     rank, world = distributed.rank(), distributed.world_size()
     size = 8 // world // micro_batches
     for n in range(start, 8 * STEPS, 8):
         for micro in range(micro_batches):
             first = n + (micro * world + rank) * size
+            if bad_at is not None and first >= bad_at and rank == world - 1:
+                raise InputError("image cat.jpg is truncated")
             positions = torch.arange(first, first + size)
             images = torch.stack([torch.sin(positions * k / 7) for k in (1.0, 2.0, 3.0)], 1)
             yield Batch(images, images.sum(1) ** 2, positions, [])
@@ -79,17 +83,19 @@ def momentum(model, optim):
     return torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=optim.weight_decay)
 
 
-def run(folder, fsdp=False, micro_batches=1, model=Stack, optimizer=adamw):
+def run(
+    folder, fsdp=False, micro_batches=1, model=Stack, optimizer=adamw, bad_at=None, save_minutes=0
+):
     """Train to the end from the newest checkpoint; all checkpoints are kept."""
     seen = []
     hook = Hook(8, lambda model: {"w": seen.append(model.head.weight.sum().item()) or 0.0})
     with distributed.process_group(CPU, rank_timeout=1):
         trained = Loop(
             model(),
-            functools.partial(stream, micro_batches=micro_batches),
+            functools.partial(stream, micro_batches=micro_batches, bad_at=bad_at),
             Plan(epoch=16, total=8 * STEPS, batch_size=8, micro_batches=micro_batches),
             OPTIM,
-            SystemSettings(log_every=1, save_minutes=0, fsdp=fsdp),
+            SystemSettings(log_every=1, save_minutes=save_minutes, fsdp=fsdp),
             device=CPU,
             checkpoints=Checkpoints(folder),
             open_metrics=lambda seen: SimpleNamespace(write=print, close=lambda: None),
@@ -159,6 +165,35 @@ def test_two_ranks_equal_one_with_buffers_and_another_optimizer(fsdp, on_ranks, 
     whole, parts = (Checkpoints(path).load() for path in (both, again))
     for part in ("model", "average"):
         assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_bad_data_on_one_rank_stop_all_ranks_after_a_checkpoint(
+    fsdp, lag, on_ranks, tmp_path, monkeypatch
+):
+    """The bad image is in the second micro batch of step 5. With a lag, reports are read late, as
+    on a GPU. Once the image is mended, the run equals an undisturbed one bit for bit."""
+    monkeypatch.setattr(loop, "report_lag", lambda device: lag)
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    how = {"fsdp": fsdp, "micro_batches": 2, "save_minutes": 10}
+    errors = on_ranks(lambda: run(folder, **how, bad_at=36))
+    sentence = "image cat.jpg is truncated"
+    assert errors == [f"InputError: rank 1 reported: {sentence}", f"InputError: {sentence}"]
+    assert Checkpoints(folder).load()["images_seen"] == 32
+    for path in (folder, whole):
+        assert on_ranks(lambda: run(path, **how)) == ["", ""]
+    one, two = (Checkpoints(path).load() for path in (whole, folder))
+    for part in ("model", "average"):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_bad_data_in_the_first_step_stop_all_ranks(lag, on_ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "report_lag", lambda device: lag)
+    errors = on_ranks(lambda: run(tmp_path, bad_at=0))
+    assert [error and error[-26:] for error in errors] == ["image cat.jpg is truncated"] * 2
+    assert Checkpoints(tmp_path).paths() == []
 
 
 def test_fsdp_on_one_rank_changes_nothing(one_rank, tmp_path):

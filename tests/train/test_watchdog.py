@@ -9,7 +9,7 @@ from ldae.train.watchdog import Exploded, Report, Watchdog
 
 def report(loss, first=0):
     losses = {"loss": torch.tensor(float(loss))}
-    return Report.of(losses, False, False, first, f"step {first // 4 + 1} (images {first} to 3)")
+    return Report.of(losses, first=first, where=f"step {first // 4 + 1} (images {first} to 3)")
 
 
 def check_all(watchdog, losses):
@@ -20,8 +20,8 @@ def check_all(watchdog, losses):
 
 def test_a_report_on_one_rank_holds_the_given_losses_and_requests():
     losses = {"loss": torch.tensor(2.0), "part": torch.tensor(3.0)}
-    report = Report.of(losses, True, False, 4, "here")
-    assert report.read() == (2.0, True, False)
+    report = Report.of(losses, stop=True, first=4, where="here")
+    assert report.read() == (2.0, True, False, False)
     assert report.names == ("loss", "part") and report.losses.tolist() == [2.0, 3.0]
 
 
