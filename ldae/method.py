@@ -19,8 +19,8 @@ from ldae.tree import taken_by
 class LDAE(nn.Module):
     """A tokenizer, a noise schedule, a denoiser and an objective.
 
-    Rows differ in these four and share one forward pass. B images (C, H, W) are N tokens each, of
-    d numbers as latents or of D as patches of pixels.
+    Rows differ in these four and share one forward pass. An image (C, H, W) is N tokens: latents of
+    d numbers, or patches of D = C p^2 numbers.
 
     Args:
         gamma, sigma: every level of the schedule, (T,) each.
@@ -81,8 +81,7 @@ class LDAE(nn.Module):
     def encode(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Return z_0 (B, N, d) of normalised images (B, C, H, W).
 
-        Of a tokenizer with a posterior, z_0 is the mean. With ``positions`` (B,) it is their draw,
-        if the method samples the posterior.
+        A posterior gives its mean or, if the method samples it, the draw of ``positions`` (B,).
         """
         eps = None
         if self.samples_posterior and positions is not None:
@@ -119,7 +118,7 @@ class LDAE(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the denoiser's tokens and condition for normalised images x (B, C, H, W) at t.
 
-        Without ``eps`` (B, N, d) the tokens are gamma_t z_0, without noise.
+        Without ``eps`` (B, N, d) the tokens are clean: those of gamma_t z_0.
         """
         z_t = self.gamma[t] * self.encode(x)
         if eps is not None:
@@ -129,7 +128,7 @@ class LDAE(nn.Module):
 
     @torch.no_grad()
     def features(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the encoder's features of clean normalised images at t, token mean: (B, W)."""
+        """Return the encoder's features of clean normalised images at t, token means (B, W)."""
         return self.denoiser.encode(*self.input_at(x, t)).mean(1)
 
     def denoise(
@@ -192,9 +191,7 @@ class LDAE(nn.Module):
 
 
 def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
-    """Return the untrained method of a configuration, with weights drawn from its seed.
-
-    The tokenizer is not fitted yet.
+    """Return the method of a configuration, with weights drawn from its seed and no fit.
 
     Raises: InputError when settings do not fit together.
     """
