@@ -321,7 +321,7 @@ def _statistics(
 def _record_of(reference: SourceImages | Statistics, spec: str) -> dict:
     if isinstance(reference, SourceImages):
         return reference.record()
-    features = reference.claim or "not told by the file, taken for those of Inception-v3"
+    features = reference.claim or "not stated by the file, taken for those of Inception-v3"
     return {"spec": spec, "images": reference.count, "features": features}
 
 

@@ -74,7 +74,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 def load_statistics(path: Path) -> Statistics | None:
     """The statistics in a .npz file, None when there are none in it.
 
-    Raises: InputError when the file can not be read, or what it holds can not be statistics.
+    Raises: InputError when the file cannot be read, or what it holds cannot be statistics.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -24,7 +24,7 @@ class Inception(nn.Module):
     Args:
         weights: a file of its weights; None: the published ones, downloaded once into torch's hub.
 
-    Raises: InputError without the package, and when the weights can not be had or do not fit.
+    Raises: InputError without the package, and when the weights cannot be had or do not fit.
     """
 
     dim = 2048
@@ -70,7 +70,7 @@ def _download(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(file), PUBLISHED, progress=False)
         except (OSError, RuntimeError) as error:  # of network, disk or hash
             raise InputError(
-                f"the weights of Inception-v3 can not be downloaded ({first_line(error)}): give "
+                f"the weights of Inception-v3 cannot be downloaded ({first_line(error)}): give "
                 f"the file by --weights, as {url} has it"
             ) from error
     return file

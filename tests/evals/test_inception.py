@@ -101,7 +101,7 @@ def test_failed_download_is_told_with_the_way_around(error, tmp_path, monkeypatc
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(InputError, match=f"can not be downloaded .{error}.: .*--weights"):
+    with pytest.raises(InputError, match=f"cannot be downloaded .{error}.: .*--weights"):
         Inception(None)
 
 
