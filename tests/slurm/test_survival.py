@@ -82,7 +82,8 @@ def test_a_cancelled_job_saves_and_is_not_requeued(send):
     shell("scancel", job.id)
     assert job.finish() == "CANCELLED"
     assert [status.state for status in read_statuses(job.run)] == ["cancelled"]
-    stopped = int(re.search(r"stopped at image (\d+) of 256; all progress is saved", job.output())[1])
+    sentence = r"stopped at image (\d+) of 256; all progress is saved"
+    stopped = int(re.search(sentence, job.output())[1])
     assert Checkpoints(job.run).load()["images_seen"] == stopped
     time.sleep(20)  # a requeued job would start after 10 s
     assert job.field("JobState") == "CANCELLED" and job.field("Restarts") == "0"
