@@ -218,7 +218,7 @@ def test_statistics_of_an_unknown_network_are_taken_for_inceptions(sets, incepti
     rows = quarters(sets["b"]).numpy()
     np.savez("adm.npz", sets["a"][:1], mu=rows.mean(0), sigma=np.cov(rows, rowvar=False))
     record = fid("a", "adm.npz", setup=inception)
-    assert record["reference"]["images"] is None and "not told" in record["reference"]["features"]
+    assert record["reference"]["images"] is None and "not stated" in record["reference"]["features"]
     assert record["results"]["fid"] == pytest.approx(
         fid("a", "b", setup=inception)["results"]["fid"]
     )
