@@ -57,6 +57,8 @@ class OptimSettings:
     """Largest norm of the gradient; 0: no clipping."""
     ema: Annotated[float, DECAY] = 0.0
     """Decay per step of the average of the weights, which evaluations then use; 0: no average."""
+    ema_warmup: bool = False
+    """Let the decay of the average rise from 0, so that it forgets the initial weights."""
 
 
 @dataclass(frozen=True)
