@@ -278,7 +278,7 @@ def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> Non
 
 
 def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> None:
-    """Read the backbone, ``--recipe`` and ``--size`` first, as they set the settings' defaults."""
+    """Read what sets the defaults first: backbone, recipe, its version in the run, and size."""
     from ldae.finetuning import recipes
     from ldae.tree import replace
 
@@ -294,7 +294,9 @@ def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> 
     else:
         recipes.find_recipe(chosen.recipe)  # refuse a wrong name before the backbone is opened
         size = chosen.size or recipes.default_size(backbone)
-        base = replace(recipes.config(chosen.recipe, size), {"backbone": backbone})
+        run = _read_options(rest, run="")[0].run
+        version = recipes.version_of(Path(run), chosen.recipe) if run else None
+        base = replace(recipes.config(chosen.recipe, size, version), {"backbone": backbone})
     _call_with_settings(
         command,
         function,

@@ -57,6 +57,8 @@ class OptimSettings:
     """Largest norm of the gradient; 0: no clipping."""
     ema: Annotated[float, DECAY] = 0.0
     """Decay per step of the average of the weights, which evaluations then use; 0: no average."""
+    ema_warmup: bool = False
+    """Let the decay of the average rise from 0, so that it forgets the initial weights."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ class TokenizerSettings:
     """The kind of tokenizer."""
     dim: Annotated[int, COUNT] = 32  # the best of 8 to 128 for PCA of 16 x 16 patches (Table 2)
     """Dimension d of a latent token."""
-    scale: Literal["raw", "global", "per-axis"] = "per-axis"  # benchmarks/results/cifar10-latents
-    """Scale of the latents: unchanged, unit mean variance, or unit variance of each axis."""
+    scale: Literal["auto", "raw", "global", "per-axis"] = "auto"
+    """Scale of the latents: raw (unchanged, or with the published factor), global (unit mean
+    variance) or per-axis (unit variance of each axis). auto: per-axis for patch-wise tokenizers,
+    global for conv_vae, raw for published weights."""
     posterior: Literal["sample", "mean"] = "sample"  # DiT's
     """Latents of a VAE in pre-training: samples from the posterior, or its mean."""
     fit_images: Annotated[int, NOT_NEGATIVE] = 20_000  # 5 million patches, for 768 axes

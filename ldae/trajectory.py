@@ -43,7 +43,7 @@ ROWS = (
         {"tokenizer.adversarial_weight": 0.0}, 59.0, 75.6),
     Row(5, "linear_gamma2", "replace the noise schedule",
         {"noise.schedule": "linear_gamma2"}, 63.4, 93.2),
-    Row(6, "patch_vae", "patch-wise VAE",
+    Row(6, "patch_vae", "patch-wise VAE; each latent axis has its own scale",
         {"tokenizer.name": "patch_vae", "tokenizer.kl_weight": 1.0}, 64.9),
     Row(7, "patch_ae", "patch-wise AE",
         {"tokenizer.name": "patch_ae", "tokenizer.kl_weight": 0.0}, 64.7),

@@ -3,7 +3,7 @@ import pytest
 import ldae
 from ldae import trajectory
 from ldae.errors import InputError
-from ldae.method import build
+from ldae.method import build, build_tokenizer
 from ldae.settings import Config
 from ldae.tree import difference, flatten, replace
 
@@ -34,6 +34,17 @@ def test_rows_1_3_and_4_differ_by_one_number_each():
     assert difference(ldae.config("no_perceptual"), ldae.config("no_adversarial")) == {
         "tokenizer.adversarial_weight": (0.5, 0.0)
     }
+
+
+def test_latent_scale_changes_with_the_tokenizer_of_row_6(tiny):
+    """One factor as in DiT, until tokenizers are patch-wise: then a factor for each axis."""
+    rows = (*trajectory.ROWS, *trajectory.BESIDE)
+    scales = {row.number or row.name: build_tokenizer(tiny(row.name)).scale for row in rows}
+    assert all(
+        scales[number] == ("global" if number < 6 else "per-axis") for number in range(1, 15)
+    )
+    assert "scale" in trajectory.row(6).summary and "scale" not in trajectory.row(5).summary
+    assert (scales["dae"], scales["vqvae"], scales["vqgan"]) == ("raw", "global", "global")
 
 
 # The numbers of the paper, copied a second time from its text.

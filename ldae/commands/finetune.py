@@ -23,6 +23,7 @@ from ldae.finetuning.network import ClassificationLoss, build_network
 from ldae.finetuning.recipes import changed_constants
 from ldae.finetuning.settings import AugmentSettings, FinetuneConfig, FinetuneModelSettings
 from ldae.runs import layout
+from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Plan, plan_run
@@ -63,8 +64,11 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
 
     The folder gets config.yaml, environment.json, metrics.jsonl with the loss and the accuracy on
     the evaluation split, checkpoints/, results.json and classifier/, a folder for timm. Where the
-    recipe has a moving average of the weights, the average is graded and written. A finished run
-    stays as it is. A dry run prints the settings and the plan, and writes nothing.
+    recipe has a moving average of the weights, the average is graded and written, and the weights
+    are graded too, as weights_top1 and weights_top5. A finished run stays as it is. A dry run
+    prints the settings and the plan, and writes nothing.
+
+    Networks are graded in float32, since logits in bfloat16 often tie.
 
     On a CPU, an interrupted run equals an uninterrupted one bit for bit. Order, augmentation,
     erasing and mixing do not depend on the number of ranks and micro batches. Drop path and the
@@ -83,7 +87,6 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
         seed=config.seed,
         out=run,
         workers=config.system.workers,
-        precision="bf16" if bf16 else "fp32",
         device=config.system.device,
     )
     data = (config.data.source, config.data.eval_source or None)
@@ -135,6 +138,10 @@ def _train_and_grade(tuning: FineTuning, run: Path) -> dict:
     device = evaluation.device
     start = " from scratch" if config.model.random_init else ""
     every = round(config.system.eval_every * tuning.plan.epoch)
+
+    def grade(model: ClassificationLoss) -> dict[str, float]:
+        return accuracy(model.network, evaluation)
+
     model = ClassificationLoss(evaluation.model, config.model.layer_decay, tuning.bf16).to(device)
     trained = train_in(
         run,
@@ -148,10 +155,14 @@ def _train_and_grade(tuning: FineTuning, run: Path) -> dict:
         mixing=tuning.mixing,
         device=device,
         compiled=compiles(config.system.compile, device),
-        hooks=(Hook(every, lambda model: accuracy(model.network, evaluation)),) if every else (),
+        hooks=(Hook(every, grade, weights_too=True),) if every else (),
     )
     network = trained.network
-    results = accuracy(network, evaluation)
+    results = grade(trained)
+    if config.optim.ema:
+        weights = copy.deepcopy(trained)  # the last checkpoint is written, as rank 0 has graded
+        weights.load_state_dict(Checkpoints(run).load_on_all_ranks()["model"])
+        results |= {f"weights_{name}": value for name, value in grade(weights).items()}
     if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
         save(network, run / layout.CLASSIFIER, tuning, results)
     record = replace(evaluation, model=network).write(results, evaluation.model.num_features)

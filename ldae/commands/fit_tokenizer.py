@@ -29,7 +29,7 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
             raise InputError("tokenizer.path names a fitted tokenizer, but this command fits one")
         fit = prepare(config, open_source(config.data.source, "train"), device, run)
         if dry_run:
-            print(describe(config, _facts(fit)))
+            print(describe(fit.config, _facts(fit)))
             return
         with open_fit(fit, run):
             fit_or_load(fit, run, row)

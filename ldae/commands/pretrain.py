@@ -46,6 +46,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         # Everything is checked before anything is written.
         hooks = online_knn(config, plan, device)
         fit = prepare(config, source, device, run)
+        config = fit.config
         exported = open_exported(config.init_from, method) if config.init_from else None
         if dry_run:
             print(describe(config, _facts(config, method, plan, source, device)))

@@ -1,11 +1,13 @@
 """The recipes of fine-tuning, by name and version, and their constants for each size of ViT."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ldae.backbones.open import load_backbone
 from ldae.errors import InputError, unknown
 from ldae.finetuning.settings import FinetuneConfig
+from ldae.runs.kinds import kind_of, settings_of
 from ldae.tree import difference, replace
 
 WIDTHS = {"B": 768, "L": 1024, "H": 1280}
@@ -14,13 +16,17 @@ WIDTHS = {"B": 768, "L": 1024, "H": 1280}
 
 @dataclass(frozen=True)
 class Recipe:
-    """All constants of a recipe: ``constants`` for all sizes, ``sizes`` for each size."""
+    """All constants of a recipe: ``constants`` for all sizes, ``sizes`` for each size.
+
+    ``former`` holds the constants that former versions had instead, by version.
+    """
 
     name: str
     version: int
     summary: str
     constants: dict[str, Any] = field(hash=False)
     sizes: dict[str, dict[str, Any]] = field(hash=False)
+    former: dict[int, dict[str, Any]] = field(default_factory=dict, hash=False)
 
 
 # MAE, main_finetune.py and FINETUNE.md. H differs from L only in its drop path rate.
@@ -32,15 +38,18 @@ _MAE = {
     "model.pool": "fc_norm", "model.head_std": 2e-5,
     "optim.batch_size": 1024, "optim.weight_decay": 0.05, "optim.betas": (0.9, 0.999),
     "optim.warmup_epochs": 5.0, "optim.min_lr": 1e-6, "optim.clip_grad": 0.0, "optim.ema": 0.0,
+    "optim.ema_warmup": False,
 }  # fmt: skip
 
 _LARGE = {"optim.epochs": 50.0, "optim.blr": 1e-3, "model.layer_decay": 0.75}
 
 # The l-DAE paper, table in the appendix. Constants that it does not state are MAE's, since it says
 # that its linear probe follows MAE. 4e-3 at batch 1024 is a blr of 1e-3. The paper has no H; H gets
-# the constants of L.
+# the constants of L. Without the warm-up, the average of version 1 still had 61 % of the initial
+# weights after 100 epochs on CIFAR-10, and 91 % on Imagenette.
 _LDAE = _MAE | {
-    "optim.blr": 1e-3, "optim.epochs": 100.0, "optim.ema": 0.9999, "model.drop_path": 0.1,
+    "optim.blr": 1e-3, "optim.epochs": 100.0, "optim.ema": 0.9999, "optim.ema_warmup": True,
+    "model.drop_path": 0.1,
 }  # fmt: skip
 
 RECIPES = (
@@ -50,11 +59,11 @@ RECIPES = (
         "L": _LARGE | {"model.drop_path": 0.2},
         "H": _LARGE | {"model.drop_path": 0.3},
     }),
-    Recipe("ldae", 1, "the l-DAE paper's (Chen et al. 2024)", _LDAE, {
+    Recipe("ldae", 2, "the l-DAE paper's (Chen et al. 2024)", _LDAE, {
         "B": {"model.layer_decay": 0.85},
         "L": {"model.layer_decay": 0.65},
         "H": {"model.layer_decay": 0.65},
-    }),
+    }, former={1: {"optim.ema_warmup": False}}),
 )  # fmt: skip
 
 
@@ -70,16 +79,28 @@ def find_recipe(name: str) -> Recipe:
     raise unknown("there is no recipe", name, names, f", and there are {', '.join(names)}")
 
 
-def config(name: str = "mae", size: str = "B") -> FinetuneConfig:
+def config(name: str = "mae", size: str = "B", version: int | None = None) -> FinetuneConfig:
     """Return the settings of a recipe for a size of ViT: B, L or H.
+
+    ``version`` is by default the newest.
 
     Raises: InputError when there is no such recipe or size.
     """
     chosen = find_recipe(name)
     if size not in chosen.sizes:
         raise InputError(f"there is no size {size!r}; there are {', '.join(chosen.sizes)}")
-    head = {"recipe": chosen.name, "version": chosen.version, "size": size}
-    return replace(FinetuneConfig(), head | chosen.constants | chosen.sizes[size])
+    version = version or chosen.version
+    changes = {"recipe": chosen.name, "version": version, "size": size}
+    changes |= chosen.constants | chosen.sizes[size] | chosen.former.get(version, {})
+    return replace(FinetuneConfig(), changes)
+
+
+def version_of(run: Path, name: str) -> int | None:
+    """Return the version of the recipe that the fine-tuning in a run folder began with, if any."""
+    if kind_of(run) != "fine-tuning":
+        return None
+    settings = settings_of(run, "fine-tuning")
+    return settings.version if settings.recipe == name else None
 
 
 def default_size(spec: str) -> str:
@@ -97,5 +118,5 @@ def changed_constants(used: FinetuneConfig) -> dict[str, tuple[Any, Any]]:
     """Return the constants that differ from the recipe: name -> (recipe's value, used value)."""
     chosen = find_recipe(used.recipe)
     constants = {*chosen.constants, *chosen.sizes[used.size]}
-    changes = difference(config(used.recipe, used.size), used)
+    changes = difference(config(used.recipe, used.size, used.version), used)
     return {name: values for name, values in changes.items() if name in constants}

@@ -85,10 +85,13 @@ class Fit:
 def prepare(config: Config, source: Source, device: torch.device, run: Path) -> Fit:
     """Check everything that a fit in ``run`` needs; nothing is written.
 
+    The settings of the returned fit name the latent scale instead of ``auto``.
+
     Raises: InputError when settings contradict each other, or a perceptual network is missing.
     """
     _check_settings(config)
     tokenizer = build_tokenizer(config)
+    config = tree.replace(config, {"tokenizer.scale": tokenizer.scale})
     plan = None
     if tokenizer.trained and not config.tokenizer.pretrained:
         plan = plan_run(len(source), config.tokenizer.optim, config.system)

@@ -20,11 +20,14 @@ class Tokenizer(nn.Module):
 
     Args:
         scale: ``raw`` leaves latents as they are, ``global`` gives them unit mean variance by one
-            factor, ``per-axis`` gives every axis unit variance.
+            factor, ``per-axis`` gives every axis unit variance. ``auto`` is the class's
+            ``auto_scale``, and the attribute ``scale`` then has that name.
 
     Raises: InputError when ``patch_size`` does not divide ``img_size``.
     """
 
+    auto_scale = "per-axis"  # benchmarks/results/cifar10-latents
+    """The scale that ``auto`` means."""
     trained = False
     """Whether gradients train the tokenizer."""
     stochastic = False
@@ -43,7 +46,8 @@ class Tokenizer(nn.Module):
                 f"data.img_size {img_size} is not a multiple of model.patch_size {patch_size}"
             )
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
-        self.dim, self.patch_dim, self.scale = dim, in_chans * patch_size**2, scale
+        self.dim, self.patch_dim = dim, in_chans * patch_size**2
+        self.scale = self.auto_scale if scale == "auto" else scale
         self.register_buffer("pixel_mean", torch.zeros(in_chans))
         self.register_buffer("pixel_std", torch.ones(in_chans))
         self.register_buffer("scales", torch.ones(dim))

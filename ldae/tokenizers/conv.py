@@ -28,12 +28,14 @@ class ConvTokenizer(TrainedTokenizer):
             then stay constant.
         codes: size of the codebook; 0 builds none.
         pretrained: a published network of either kind, used as it is. It is a folder, or USER/NAME
-            on the hub, or USER/NAME/SUBFOLDER. It brings its own codebook.
+            on the hub, or USER/NAME/SUBFOLDER. It brings its own codebook, and a factor and a shift
+            of its latents, which the scales ``auto`` and ``raw`` use.
 
     Raises: InputError when a size does not fit, the network cannot be opened, or diffusers is not
         installed.
     """
 
+    auto_scale = "global"  # DiT's latents have one factor
     loss_weights = ("kl_weight", "perceptual_weight", "adversarial_weight")
 
     def __init__(
@@ -47,6 +49,7 @@ class ConvTokenizer(TrainedTokenizer):
         codes: int = 0,
         pretrained: str = "",
     ) -> None:
+        scale = "raw" if pretrained and scale == "auto" else scale
         super().__init__(img_size, patch_size, in_chans, dim, scale)
         factor, rest = divmod(patch_size, 2)
         if rest or factor & (factor - 1):

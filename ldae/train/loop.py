@@ -21,7 +21,7 @@ from ldae.runs.metrics import Metrics, progress_line
 from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.lookahead import Lookahead
-from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
+from ldae.train.optim import adamw, ema_decay, lr_at, peak_lr, set_lr
 from ldae.train.saver import Saver
 from ldae.train.state import State, map_tensors
 from ldae.train.watchdog import Agreement, Exploded, Report, Watchdog
@@ -73,6 +73,8 @@ class Hook:
 
     every: int
     call: Callable[[nn.Module], dict[str, float]]
+    weights_too: bool = False
+    """Whether the model is evaluated beside its average; these names begin with ``weights_``."""
 
     def due(self, before: int, now: int) -> bool:
         """Return whether a multiple of ``every`` lies between two numbers of images seen."""
@@ -253,7 +255,7 @@ class Loop:
                 means[name] = means.get(name, 0) + value / len(batches)
         if self.optim.clip_grad:
             nn.utils.clip_grad_norm_(state.model.parameters(), self.optim.clip_grad)
-        state.update()
+        state.update(ema_decay(self.seen // self.plan.batch_size, self.optim))
         return means
 
     def _skip_batch(self) -> dict[str, torch.Tensor]:
@@ -280,6 +282,9 @@ class Loop:
             model = self.state.inference_model()
             for hook in due:
                 record |= hook.call(model)
+                if hook.weights_too and self.state.average:
+                    values = hook.call(self.state.inference_model(averaged=False))
+                    record |= {f"weights_{name}": value for name, value in values.items()}
             self.state.model.train()
         self.metrics.write(record)
         print_main(progress_line(record, plan.total))

@@ -39,6 +39,17 @@ def peak_lr(optim: OptimSettings) -> float:
     return optim.blr * optim.batch_size / 256
 
 
+def ema_decay(step: int, optim: OptimSettings) -> float:
+    """Return the decay of the moving average after so many earlier steps.
+
+    With a warm-up, the decay rises from 0 to ``optim.ema``, so the initial weights have no share in
+    the average.
+
+    Source: timm's ModelEmaV3 with use_warmup.
+    """
+    return min(optim.ema, 1 - (1 + step) ** (-2 / 3)) if optim.ema_warmup else optim.ema
+
+
 def lr_at(seen: int, *, peak: float, warmup: int, total: int, minimum: float = 0.0) -> float:
     """Return the learning rate after ``seen`` of ``total`` images.
 

@@ -24,7 +24,7 @@ class State:
         compiled: bool,
         optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer],
     ) -> None:
-        self.model, self.decay, self.device = model, optim.ema, device
+        self.model, self.device = model, device
         self.average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
         self.parallel = parallelize(
             model, self.average, fsdp=system.fsdp, device=device, compiled=compiled
@@ -33,18 +33,21 @@ class State:
         self._initial_counts = {module: _counts(module) for module in model.modules()}
         self._host = HostCopy(device)
 
-    def update(self) -> None:
-        """Step the optimizer, then the model's own buffers, then the moving average of both."""
+    def update(self, decay: float) -> None:
+        """Step the optimizer, then the model's own buffers, then the moving average of both.
+
+        ``decay`` is the share of the former average in the new one.
+        """
         self.optimizer.step()
         self.optimizer.zero_grad()
         if hasattr(self.model, "after_step"):
             self.model.after_step()
         if self.average:
-            _move_average(self.average, self.model, self.decay)
+            _move_average(self.average, self.model, decay)
 
-    def inference_model(self) -> nn.Module:
-        """Return the moving average where there is one, otherwise the model."""
-        return self.parallel.full_module(self.average or self.model)
+    def inference_model(self, averaged: bool = True) -> nn.Module:
+        """Return the moving average, or the model if there is none or it is not ``averaged``."""
+        return self.parallel.full_module(averaged and self.average or self.model)
 
     def capture(self) -> tuple[dict[str, Any] | None, torch.cuda.Event | None]:
         """Return a copy of the state on the host, and on a GPU the event that completes the copy.

@@ -71,6 +71,16 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def top1(network):
+    """Top-1 accuracy on the evaluation split of digits, in percent."""
+    source, transform = open_source("digits", "eval"), preprocessing(network)
+    rng = np.random.default_rng(0)
+    images = torch.stack([transform(source.image(i), rng) for i in range(len(source))])
+    with torch.no_grad():
+        predicted = network(transform.normalize(images)).argmax(1)
+    return 100 * (predicted == torch.from_numpy(source.labels)).double().mean().item()
+
+
 def assert_same_state(one, other):
     for part in ("model", "average"):
         states = [Checkpoints(run).load()[part] for run in (one, other)]
@@ -109,14 +119,9 @@ def test_a_fine_tuning_learns_and_writes_its_files(tiny, exported, tmp_path, cap
 
     opened = load_classifier(run).eval()
     assert opened.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
-    source, transform = open_source("digits", "eval"), preprocessing(opened)
+    transform = preprocessing(opened)
     assert transform.mean == (0.1, 0.2, 0.3) and transform.input_size == (3, 32, 32)
-    rng = np.random.default_rng(0)
-    images = torch.stack([transform(source.image(i), rng) for i in range(len(source))])
-    with torch.no_grad():
-        found = opened(transform.normalize(images)).argmax(1)
-    right = (found == torch.from_numpy(source.labels)).double().mean()
-    assert on_disk["results"]["top1"] == pytest.approx(100 * right.item())
+    assert on_disk["results"]["top1"] == pytest.approx(top1(opened))
     assert load_backbone(run).num_classes == 0  # what evaluators grade
 
     before = (run / "classifier" / "model.safetensors").stat().st_mtime_ns
@@ -133,8 +138,52 @@ def test_the_written_folder_has_the_logits_of_the_average(tiny, tmp_path):
     for name, value in opened.state_dict().items():
         assert torch.equal(value, state[f"network.{name}"]), name
     card = (run / "classifier" / "README.md").read_text()
-    assert "| recipe | ldae, version 1, size B |" in card and "fine-tuned from vit" in card
+    assert "| recipe | ldae, version 2, size B |" in card and "fine-tuned from vit" in card
     assert "pypi.org" not in card
+
+
+def test_the_average_and_the_weights_are_graded_in_float32(tiny, tmp_path):
+    """A network that is trained in bfloat16 too, whose logits would tie."""
+    run = tmp_path / "run"
+    config = tiny("ldae", optim__epochs=2, optim__blr=0.03, system__precision="bf16")
+    record = finetune(config, run)
+    assert record["protocol"]["precision"] == "fp32"
+    results, last, state = record["results"], lines(run)[-1], Checkpoints(run).load()
+    assert results.keys() == {"top1", "top5", "weights_top1", "weights_top5"}
+    assert results["top1"] != results["weights_top1"]
+    network = timm.create_model(f"local-dir:{run / 'classifier'}", pretrained=True).eval()
+    for part, prefix in (("average", ""), ("model", "weights_")):
+        weights = {name.removeprefix("network."): w for name, w in state[part].items()}
+        network.load_state_dict(weights)
+        assert results[f"{prefix}top1"] == pytest.approx(top1(network))
+        assert results[f"{prefix}top1"] == pytest.approx(last[f"{prefix}top1"])
+
+
+def test_a_run_of_a_former_version_resumes_with_its_constants(
+    tiny, exported, tmp_path, monkeypatch, capsys
+):
+    """The same command continues it, though the recipe has a new version."""
+    config = tree.replace(tiny("ldae", optim__ema_warmup=False), {"version": 1})
+    finetune(config, tmp_path / "whole")
+    run, original = tmp_path / "parts", ClassificationLoss.forward
+
+    def forward(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(ClassificationLoss, "forward", forward)
+        finetune(config, run)
+    with pytest.raises(InputError, match="version is 1 there, 2 here.*ema_warmup is False there"):
+        finetune(tiny("ldae"), run)
+    command = ["finetune", exported, "--recipe", "ldae", "--run", str(run)]
+    for name, value in TINY.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    assert cli.main([*command, "--optim.ema-warmup"]) == 2
+    assert "optim.ema_warmup is False there, True here" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert settings_of(run, "fine-tuning") == config
+    assert_same_state(run, tmp_path / "whole")
 
 
 def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
@@ -265,7 +314,7 @@ def test_the_command_line_uses_the_recipe_of_the_size(exported, tmp_path, capsys
     assert cli.main([*argv, "--recipe", "ldae", *own]) == 0
     out = capsys.readouterr().out
     assert "layer_decay: 0.85" in out and "ema: 0.9999" in out
-    assert "ldae, version 1, size B; changed: augment.mix_images=8" in out
+    assert "ldae, version 2, size B; changed: augment.mix_images=8" in out
     assert cli.main([*argv, "--recipe", "ldae", "--size", "L"]) == 0
     assert "layer_decay: 0.65" in capsys.readouterr().out
     for wrong, sentence in (

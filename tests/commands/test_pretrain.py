@@ -69,7 +69,8 @@ def test_a_run_writes_its_files(row, tiny, tmp_path, capsys):
         "config.yaml", "environment.json", "tokenizer.safetensors", "metrics.jsonl",
         "checkpoints", "filters.png", "denoised.png", "reconstruction.json", "reconstructed.png",
     }  # fmt: skip
-    assert kinds.settings_of(run, "pretraining") == config
+    resolved = tree.replace(config, {"tokenizer.scale": "per-axis"})  # auto of patch_pca
+    assert kinds.settings_of(run, "pretraining") == resolved
     records = lines(run)
     assert records[-1]["images"] == 192
     if row.startswith("l_dae"):  # predicting eps better than by 0 takes longer
@@ -290,7 +291,7 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="images was 64 then, and is 65 now"):
         moved = tmp_path / "moved"
         shutil.copytree(run, moved)
-        config = tiny(data__source="scattered-digits:65")
+        config = tiny(data__source="scattered-digits:65", tokenizer__scale="per-axis")
         (moved / "config.yaml").write_text(kinds.to_yaml(config, "pretraining"))
         pretrain(config, moved, "l_dae")
     (run / "config.yaml").write_text("")
@@ -327,7 +328,7 @@ def test_a_run_folder_in_use_is_refused(tiny, tmp_path, on_ranks):
 
 def test_the_images_of_a_run_may_move_but_not_change(folder, tiny, tmp_path, monkeypatch):
     """On another machine, the path and the times of the files are new."""
-    config = tiny(data__source=str(folder), optim__epochs=2)
+    config = tiny(data__source=str(folder), optim__epochs=2, tokenizer__scale="per-axis")
     pretrain(config, tmp_path / "whole", "l_dae")
     original = command_module.LDAE.forward
 

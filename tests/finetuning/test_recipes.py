@@ -14,7 +14,7 @@ COMMON = {
     "augment.label_smoothing": 0.1, "augment.policy": "rand-m9-mstd0.5-inc1",
     "augment.erasing": 0.25, "augment.mixup": 0.8, "augment.cutmix": 1.0, "augment.mix_prob": 1.0,
     "augment.switch_prob": 0.5, "augment.min_area": 0.08, "augment.flip": 0.5,
-    "model.pool": "fc_norm", "model.head_std": 2e-5, "model.random_init": False, "version": 1,
+    "model.pool": "fc_norm", "model.head_std": 2e-5, "model.random_init": False,
 }  # fmt: skip
 PER_SIZE = {  # epochs, blr, layer decay, drop path, moving average
     ("mae", "B"): (100, 5e-4, 0.65, 0.1, 0),
@@ -32,7 +32,8 @@ def test_recipes_have_the_published_constants(name, size):
     expected = COMMON | {
         "optim.epochs": epochs, "optim.blr": blr, "optim.ema": ema,
         "model.layer_decay": layer_decay, "model.drop_path": drop_path,
-        "recipe": name, "size": size,
+        "recipe": name, "size": size, "version": 2 if name == "ldae" else 1,
+        "optim.ema_warmup": name == "ldae",
     }  # fmt: skip
     actual = tree.flatten(recipes.config(name, size))
     assert {key: actual[key] for key in expected} == expected
@@ -54,6 +55,16 @@ def test_recipes_state_every_constant(name):
             if key.startswith(("augment.", "model.", "optim.")) and key != "model.random_init"
         }
         assert constants == {*stated.constants, *constants_of_size}
+
+
+@pytest.mark.parametrize("size", ["B", "L", "H"])
+def test_former_versions_keep_their_constants(size):
+    """Version 1 of the recipe ldae averaged the weights with one decay from the first step on."""
+    former, newest = recipes.config("ldae", size, version=1), recipes.config("ldae", size)
+    assert tree.difference(former, newest) == {
+        "version": (1, 2), "optim.ema_warmup": (False, True)
+    }  # fmt: skip
+    assert recipes.changed_constants(former) == {}
 
 
 def test_changed_constants_are_listed():

@@ -60,3 +60,16 @@ def test_a_setting_that_contradicts_an_older_run_is_named(before, capsys):
     command = [*EXPECTED["pretraining"]["command"], "--optim.min-lr", "0.1"]
     assert cli.main(command) == 2
     assert "optim.min_lr is 0.0 there, 0.1 here" in capsys.readouterr().err
+
+
+def test_an_older_run_of_a_conv_tokenizer_keeps_its_scale(before, capsys):
+    """Its latents were scaled per axis, which was the default of every row."""
+    command = ["fit-tokenizer", "no_adversarial", *EXPECTED["tokenizer"]["command"][2:-2]]
+    command[command.index("--tokenizer.dim") + 1] = "8"
+    command += ["--tokenizer.width", "8", "--run", "conv"]
+    assert cli.main([*command, "--tokenizer.scale", "per-axis"]) == 0
+    (before / "conv" / "tokenizer.safetensors").unlink()  # as of a run that is not finished
+    assert cli.main(command) == 2
+    assert "tokenizer.scale is 'per-axis' there, 'global' here" in capsys.readouterr().err
+    assert cli.main(["fit-tokenizer", "conv/config.yaml", "--run", "conv"]) == 0
+    assert "scale: per-axis" in (before / "conv" / "config.yaml").read_text()

@@ -57,6 +57,15 @@ def test_latents_have_the_variance_of_their_scale(name, scale, unfitted, fitted,
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizer_describes_itself_by_the_scale_that_auto_means(name, unfitted, fitted, images):
+    scale = "per-axis" if name in PATCH_WISE else "global"
+    default, named = fitted(unfitted(name, "auto")), fitted(unfitted(name, scale))
+    assert tokenizers.describe(default) == tokenizers.describe(named)
+    assert tokenizers.describe(default)["scale"] == scale
+    assert torch.equal(default.scales, named.scales)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_fit_does_not_depend_on_the_batches(name, unfitted, fitted, images):
     expected = fitted(unfitted(name)).state_dict()
     stream = fitted(unfitted(name), images.split([3, 1, 4])).state_dict()

@@ -181,8 +181,12 @@ def test_published_autoencoder_is_used_unchanged(images, published):
         torch.testing.assert_close(z.square().sum(), latents.square().sum())
         torch.testing.assert_close(z[:, 0, :4], latents[:, 0, :2, :2].flatten(1))
         torch.testing.assert_close(tokenizer.decode(z), network.decode(2 * latents + 0.25).sample)
-    axes = make_tokenizer(4, 16, pretrained=folder)
-    axes.fit_latents([images])
+    default = make_tokenizer(4, 16, scale="auto", pretrained=folder)
+    axes = make_tokenizer(4, 16, scale="per-axis", pretrained=folder)
+    for other in (default, axes):
+        other.fit_latents([images])
+    assert torch.equal(default.scales, torch.full((16,), 0.5))
+    assert torch.equal(default.latent_mean, torch.full((16,), 0.25))
     assert not torch.equal(axes.scales, tokenizer.scales)
 
 

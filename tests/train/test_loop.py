@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from ldae import distributed
@@ -19,6 +20,7 @@ from ldae.train import loop, watchdog
 from ldae.train.loop import Hook, Loop, Plan, on_device, plan_run
 from ldae.train.optim import adamw
 from ldae.train.saver import Saver
+from ldae.train.state import State
 
 OPTIM = OptimSettings(batch_size=4, blr=1.0, epochs=3, warmup_epochs=0.5)
 SYSTEM = SystemSettings(log_every=2, workers=0)
@@ -322,8 +324,27 @@ def test_the_average_follows_its_recurrence(tmp_path, monkeypatch):
     assert averaged == pytest.approx(expected, rel=1e-6) and len(seen) == 12
 
 
-def test_the_average_resumes_after_a_stop(tmp_path):
-    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
+def test_a_warm_average_equals_timms(tmp_path, monkeypatch):
+    weights, original = [], State.update
+
+    def update(state, decay):
+        original(state, decay)
+        weights.append(state.model.w.item())
+
+    monkeypatch.setattr(State, "update", update)
+    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.8, ema_warmup=True)
+    averaged, _ = run(tmp_path, optim=optim)
+    model = Line()
+    reference = ModelEmaV3(model, 0.8, use_warmup=True)
+    for step, weight in enumerate(weights, start=1):
+        model.w.data.fill_(weight)
+        reference.update(model, step)
+    assert averaged == pytest.approx(reference.module.w.item(), rel=1e-6) and len(weights) == 12
+
+
+@pytest.mark.parametrize("ema_warmup", [False, True])
+def test_the_average_resumes_after_a_stop(ema_warmup, tmp_path):
+    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9, ema_warmup=ema_warmup)
     with pytest.raises(InputError):
         run(tmp_path, batches_from(bad_at=24), optim)
     assert run(tmp_path, optim=optim)[0] == run(tmp_path / "undisturbed", optim=optim)[0]
@@ -361,6 +382,17 @@ def test_hooks_get_the_average_where_there_is_one(tmp_path):
     optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
     averaged, _ = run(tmp_path / "averaged", optim=optim, hooks=(hook,), model=model)
     assert all(other is not model for other in seen) and seen[-1].w.item() == averaged
+
+
+def test_a_hook_may_evaluate_the_weights_beside_their_average(tmp_path):
+    hook = Hook(16, lambda model: {"w": model.w.item()}, weights_too=True)
+    plain = run(tmp_path / "plain", hooks=(hook,))[1][-1]
+    assert "w" in plain and "weights_w" not in plain
+    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
+    model = Line()
+    averaged, records = run(tmp_path / "averaged", optim=optim, hooks=(hook,), model=model)
+    assert records[-1]["w"] == averaged and records[-1]["weights_w"] == model.w.item()
+    assert averaged != model.w.item()
 
 
 class NoisyLine(Line):

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from ldae.settings import OptimSettings
-from ldae.train.optim import adamw, lr_at, peak_lr, set_lr
+from ldae.train.optim import adamw, ema_decay, lr_at, peak_lr, set_lr
 
 
 def test_the_peak_rate_is_proportional_to_the_batch():
@@ -25,6 +26,24 @@ def test_the_rate_is_a_linear_warmup_and_a_half_cosine():
 def test_the_cosine_ends_at_the_minimum_rate():
     rates = [lr_at(n, peak=2.0, warmup=100, total=300, minimum=0.5) for n in (50, 100, 200, 300)]
     assert rates == pytest.approx([1.0, 2.0, 1.25, 0.5])
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9999])
+def test_the_decay_of_the_average_warms_up_as_timms(decay):
+    reference = ModelEmaV3(nn.Linear(1, 1), decay, use_warmup=True)
+    optim = OptimSettings(ema=decay, ema_warmup=True)
+    for step in (0, 1, 2, 3, 10, 1000, 10**6, 10**8):  # timm counts the update itself
+        assert ema_decay(step, optim) == pytest.approx(reference.get_decay(step + 1))
+        assert ema_decay(step, OptimSettings(ema=decay)) == decay
+
+
+@pytest.mark.parametrize("steps, share", [(4_883, 0.61), (925, 0.91)])
+def test_a_warm_average_forgets_the_initial_weights(steps, share):
+    """100 epochs of the recipe ldae at batch 1024, on CIFAR-10 and on Imagenette."""
+    for warmup, expected in ((False, share), (True, 0.0)):
+        optim = OptimSettings(ema=0.9999, ema_warmup=warmup)
+        left = math.prod(ema_decay(step, optim) for step in range(steps))
+        assert left == pytest.approx(expected, abs=0.005)
 
 
 def test_a_model_may_declare_its_parameter_groups():

@@ -88,7 +88,12 @@ def run(
 ):
     """Train to the end from the newest checkpoint; all checkpoints are kept."""
     seen = []
-    hook = Hook(8, lambda model: {"w": seen.append(model.head.weight.sum().item()) or 0.0})
+
+    def call(model):
+        seen.append(model.head.weight.sum().item())
+        return {"w": seen[-1]}
+
+    hook = Hook(8, call, weights_too=True)
     with distributed.process_group(CPU, rank_timeout=1):
         trained = Loop(
             model(),
@@ -104,10 +109,11 @@ def run(
             optimizer=optimizer,
         ).train()
         assert type(trained) is model and type(trained.head.weight) is nn.Parameter
-        assert seen[-1] == trained.head.weight.sum().item()
         distributed.barrier()  # rank 0 has saved
-        last = Checkpoints(folder).load()["average"]
-        assert torch.equal(trained.head.weight, last["head.weight"])
+        last = Checkpoints(folder).load()
+        assert torch.equal(trained.head.weight, last["average"]["head.weight"])
+        parts = [last[part]["head.weight"].sum().item() for part in ("average", "model")]
+        assert seen[-2:] == parts and len(set(parts)) == 2
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def new_state(ema=0.5):
 def step(state, seed):
     images = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
     state.parallel.network(images).square().sum().backward()
-    state.update()
+    state.update(0.5)
 
 
 def tensors(state):
