@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 _KIND_OF_RUN = {"pretrain": "pretraining", "fit-tokenizer": "tokenizer"}  # commands that take a row
 _WITHOUT_JOBS = ("jobs", "show", "diff")
-_NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # parts of a docstring
+_NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # sections of a docstring
 
 # The function of a command has the command's name and lies in the file of that name. The file is
 # imported when the command is called.
 GRADERS = {
-    "knn": "evaluate a backbone: accuracy of nearest neighbours",
-    "linear": "evaluate a backbone: accuracy of a linear probe",
-    "logreg": "evaluate a backbone: accuracy of logistic regression, also few-shot",
-    "retrieve": "evaluate a backbone: mAP and recall of image retrieval",
-    "segment": "evaluate a backbone: mean IoU of semantic segmentation",
-    "validate": "measure a classifier's accuracy, also on robustness sets and corrupted images",
+    "knn": "grade a backbone: accuracy of nearest neighbours",
+    "linear": "grade a backbone: accuracy of a linear probe",
+    "logreg": "grade a backbone: accuracy of logistic regression, also few-shot",
+    "retrieve": "grade a backbone: mAP and recall of image retrieval",
+    "segment": "grade a backbone: mean IoU of semantic segmentation",
+    "validate": "grade a finished classifier: accuracy, also on robustness sets, or corrupted",
 }
 """The commands with a protocol, which may be part of a suite."""
 COMMANDS = {
@@ -37,12 +37,12 @@ COMMANDS = {
     "fit-tokenizer": "fit or train only the tokenizer of a row; the same command resumes",
     "finetune": "fine-tune a backbone by a recipe; the same command resumes",
     **GRADERS,
-    "evaluate": "evaluate many backbones on many data sets, into one table; resumes too",
+    "evaluate": "run many gradings of a suite file into one table; resumes too",
     "grid": "probe the encoder of a run at many noise levels and after every block",
     "fid": "measure the FID of generated images to reference images",
     "sample": "generate images from a run: a grid, a folder or a file.npz",
     "export": "write the backbone of a run as a folder for timm and the hub",
-    "submit": "send a pre-training and its evaluations to a cluster",
+    "submit": "send a pre-training and the jobs that follow it to a cluster",
     "jobs": "list the running, waiting and failed jobs",
     "show": "show the rows of the paper, or the settings of one row",
     "diff": "show the settings that differ between two rows",

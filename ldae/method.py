@@ -118,7 +118,7 @@ class LDAE(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the denoiser's tokens and condition for normalised images x (B, C, H, W) at t.
 
-        Without ``eps`` (B, N, d) the tokens are clean: those of gamma_t z_0.
+        Without ``eps`` (B, N, d) no noise is added: z_t = gamma_t z_0.
         """
         z_t = self.gamma[t] * self.encode(x)
         if eps is not None:

@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 
 
 class Target(NamedTuple):
-    """The target of a network, and the z_0 that an output stands for."""
+    """What a network predicts, and how z_0 follows from its output."""
 
     target: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """(tokenizer, x, z_0, eps, gamma, sigma) -> the target of the output.
@@ -54,8 +54,8 @@ TARGETS = {name: _of_latents(prediction) for name, prediction in PREDICTIONS.ite
         has_residual=True,
     ),
 }
-"""The targets by name: two images, and the prediction types, such as eps (rows 1 to 8) and latent
-(rows 9 to 11)."""
+"""The targets by name: projected, image, and the prediction types, such as eps (rows 1 to 8) and
+latent (rows 9 to 11)."""
 
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uniform": lambda gamma, sigma: torch.ones_like(gamma),
@@ -67,7 +67,9 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Objective(nn.Module):
-    """The loss of one row: lambda_t |target - output|^2 in the coordinates of the row.
+    """The loss of one row: lambda_t |error|^2, where the error is target - output.
+
+    With the target image, the square is weighted by principal axis, see ``loss``.
 
     Args:
         target: a key of ``TARGETS``.

@@ -14,7 +14,8 @@ class DataSettings:
     """The images, and how they are cropped and normalised."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
-    """A folder, its .zip or .tar, torch/NAME@DIR, hfds/NAME, scattered-digits[:N] or digits."""
+    """A folder, its .zip or .tar; torch/NAME@DIR (torchvision); hfds/NAME (Hugging Face datasets);
+    scattered-digits[:N] or digits (built in)."""
     eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
     """Evaluation images of the online k-NN; empty: the evaluation split of its source."""
     img_size: Annotated[int, COUNT] = 256  # 16 x 16 tokens of 16 x 16 pixels
@@ -141,7 +142,7 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The denoiser. name to num_heads describe DiT's encoder; its decoder has as many blocks."""
+    """The choice of a denoiser, and the sizes of DiT: its encoder, and a decoder as deep."""
 
     denoiser: Annotated[str, Choice("ldae.models:DENOISERS")] = "dit"
     """The kind of denoiser."""
@@ -186,8 +187,9 @@ class ExecutionSettings:
     keep: Annotated[int, NOT_NEGATIVE] = 2
     """Newest checkpoints to keep; 0: all."""
     explosion: Annotated[float, Range(1, open_low=True, or_zero=True)] = 0.0
-    """Go back to the last checkpoint, once, and leave out the batch when the loss is above this
-    multiple of the median of the last 100 steps. 0: never."""
+    """If the loss exceeds this multiple of the median of the last 100 steps, return to the last
+    checkpoint and leave out the batch. A second time before the next checkpoint ends the run. 0:
+    off."""
     fsdp: bool = False
     """Shard weights, gradients and optimizer moments over the ranks (FSDP2)."""
     tensorboard: bool = False

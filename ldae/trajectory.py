@@ -10,10 +10,10 @@ from ldae.tree import flatten, put
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the paper's trajectory, with its ImageNet numbers (DiT-L, 400 epochs)."""
+    """A row of the table, with its published ImageNet numbers (DiT-L, 400 epochs)."""
 
     number: int | None
-    """Place in the trajectory; None for a row that is not part of the trajectory."""
+    """Place in the trajectory; None for a row of ``BESIDE``."""
     name: str
     summary: str
     changes: dict[str, Any] = field(hash=False)
@@ -79,7 +79,7 @@ class Scale:
     changes: dict[str, Any] = field(hash=False)
     """Changes that are applied after those of the row."""
     sizes: dict[str, dict[int, int]] = field(hash=False)
-    """Replacements of the row's numbers: setting -> number at the paper's scale -> number."""
+    """Setting -> number at the paper's scale -> number at this scale."""
 
 
 SCALES: dict[str, Scale] = {
@@ -117,7 +117,7 @@ def row(name: str | int) -> Row:
     """
     rows = (*ROWS, *BESIDE)
     for candidate in rows:
-        if str(name) in (candidate.name, str(candidate.number)):
+        if str(name) in (candidate.name, str(candidate.number or "")):
             return candidate
     raise unknown("there is no row", name, [row.name for row in rows], " (`ldae show` lists all)")
 

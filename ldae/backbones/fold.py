@@ -116,7 +116,7 @@ def _verify(exact: LDAE, vit: VisionTransformer, t: int) -> None:
 def pretrained_cfg(method: LDAE) -> dict:
     """Return timm's record of the preprocessing.
 
-    It sets every key for which timm would otherwise record that of its own weights.
+    It sets every key that timm would otherwise fill with the value of its own weights.
     """
     tokenizer = method.tokenizer
     side = tokenizer.img_size

@@ -1,4 +1,4 @@
-"""What happens when a job's command ends: the job ends too, or is requeued to resume.
+"""The end of a job: when its command has ended, the job ends too, or is requeued to resume.
 
 ``python -m ldae.cluster.requeue STATUS JOBS`` is the last line of the batch script. This process
 outlives all ranks, and needs nothing but SLURM's own commands.
@@ -21,7 +21,8 @@ from ldae.runs import layout
 
 _INTERRUPTED = 128 + signal.SIGINT
 LOCAL_REQUEUE = 144  # exit status that makes submitit's local cluster start the job again
-# Seconds between requests. KillWait, 30 s by default, is all the time that a batch script may have.
+# Seconds between requests. A batch script has at least SLURM's KillWait, 30 s by default: the time
+# from SIGTERM to SIGKILL.
 _PAUSES = (1, 2, 4, 8)
 _NO_PROGRESS = "nothing new was saved since the last requeue, so the job is not requeued again"
 
@@ -109,7 +110,7 @@ def _cause(status: int, folder: Path) -> int:
     """Return the exit status that explains why a job ended, and delete the records of its ranks.
 
     srun returns the highest status, which may be that of a rank that it killed because another one
-    failed. When no rank recorded a failure, a node did not start a rank, or lost one.
+    failed. When no rank recorded a failure, a rank was never started, or its node was lost.
     """
     ranks = []
     for path in sorted(folder.glob(f"*{layout.RANK_STATUS}")):
@@ -117,7 +118,7 @@ def _cause(status: int, folder: Path) -> int:
         path.unlink()  # the next start may end before this rank writes a status
     if status in (0, _INTERRUPTED):
         return status
-    if any(ranks):  # a failure that a requeue cannot help comes first
+    if any(ranks):  # prefer a failure that a requeue cannot help
         return min(filter(None, ranks), key=_may_help)
     return status if _may_help(status) else LOST_RANK
 
@@ -153,9 +154,9 @@ def _has_progressed(folder: Path) -> bool:
 def measure_progress(folder: Path) -> int:
     """Return a number that changes whenever the command of a job saves something.
 
-    With --run: the images that the newest checkpoints of the run have seen. With --out: the number
-    of files there, and the images that a probe there has seen. Otherwise: the images that the
-    probes of the backbone have seen.
+    With --run, it counts the images that the newest checkpoints of the run have seen. With --out,
+    it counts the files there, and the images that a probe there has seen. Otherwise it counts the
+    images that the probes of the backbone have seen.
     """
     try:
         record = json.loads((folder / layout.JOB_RECORD).read_text(encoding="utf-8"))
@@ -199,7 +200,7 @@ def _conclude(folder: Path, status: int, message: str = "", **changes: object) -
 
 
 def _conclude_requeue(folder: Path, status: int) -> None:
-    """Record that a job ended to be started again; print the reason to its log."""
+    """Record that a job was requeued; print the reason to its log."""
     requeues = read_state(folder).get("requeues", 0) + 1
     message = f"{_signal_name(status)}; requeued"
     _conclude(folder, status, message, state="waiting", requeues=requeues)

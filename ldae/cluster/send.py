@@ -71,7 +71,7 @@ class Job:
             if rank == 0 and environment.cluster != "slurm":  # there the batch script does this
                 status = requeue.finish_local(status, folder)
         if rank > 0 and status > 128:
-            # The ranks agreed to stop, and the job's status is rank 0's. Rank 0 may still be
+            # All ranks stopped on purpose, and rank 0's status is the job's. Rank 0 may still be
             # saving; with --kill-on-bad-exit, srun would kill it if this rank failed.
             status = 0
         # submitit would record a returned value or an exception as the end of the job.

@@ -1,4 +1,4 @@
-"""The command that submits a pre-training and the jobs that follow it."""
+"""``ldae submit``: send a pre-training to a cluster, and the jobs that follow it."""
 
 import shlex
 import time
@@ -39,13 +39,14 @@ def submit(pipeline: Path, /, flags: Annotated[Sequence[str], tyro.conf.Suppress
     """Submit a pre-training, and the jobs that follow when it is done.
 
     All jobs are submitted at once, and wait in the queue until the pre-training is done. Jobs with
-    the same settings form an array. A job that fails does not stop the others. --slurm flags change
+    the same settings form an array. They do not run when the pre-training fails; when one of them
+    fails, the others go on. --slurm flags change
     the settings of all jobs. With --slurm.cluster local or debug, the jobs run on this machine, and
     the command returns when all have ended.
 
     Args:
-        pipeline: TOML file with the tables [pretrain] and [jobs.NAME]. Each has a command, and a
-            table slurm where its settings differ from the table [slurm].
+        pipeline: TOML file with the tables [pretrain] and [jobs.NAME]. Each has a command, and may
+            have a table slurm, whose settings replace those of the table [slurm].
         flags: the --slurm flags of the command line.
 
     Raises: InputError that names the file and the key, before anything is submitted.
@@ -161,7 +162,7 @@ def _run_local(stages: Sequence[Stage], folder: Path) -> list[str]:
 def _wait(jobs: Sequence[Any], folder: Path) -> list[str]:
     """Wait for jobs on this machine, and return their final states.
 
-    A job of the cluster debug runs here, when ``done`` is called.
+    With --slurm.cluster debug, ``done`` runs the job in this process.
     """
     for job in jobs:
         try:

@@ -21,9 +21,10 @@ _POLICY = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)(\d+(\.\d+)?)|-mstdinf|-t[0-9a
 
 @contextmanager
 def seed_global_rng(rng: np.random.Generator, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the global generators, from which timm draws, with ``rng`` and restore them at the end.
+    """Seed the global generators, from which timm draws, and restore them at the end.
 
-    They are Python's, NumPy's, torch's CPU generator and, if ``device`` is a GPU, that GPU's.
+    ``rng`` gives the seeds of Python's, NumPy's and torch's CPU generator and, if ``device`` is a
+    GPU, of that GPU's.
     """
     python_state, numpy_generator = random.getstate(), np.random.get_bit_generator()
     devices = [device] if device is not None and device.type == "cuda" else []
@@ -44,7 +45,7 @@ def seed_global_rng(rng: np.random.Generator, device: torch.device | None = None
 
 @dataclass(frozen=True)
 class Augmentation:
-    """timm's training transform to uint8 (C, H, W): random resized crop, flip and RandAugment.
+    """timm's training transform: random resized crop, flip and RandAugment, to uint8 (C, H, W).
 
     Channels that are not RGB are augmented one by one, all with the same random numbers.
 

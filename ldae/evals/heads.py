@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 1024
 # As many logits as fit the cache of a CPU; with more, heads of a thousand classes are slower.
 _LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}
 _BATCHNORM_MOMENTUM = 0.1  # PyTorch's
-_FEW_UPDATES = 50  # after 50 updates 0.9^50, half a percent, is left of the initial statistics
+_FEW_UPDATES = 50  # after 50 updates, 0.9^50 = 0.5 % of the initial statistics is left
 
 
 class HeadConstants(typing.Protocol):
@@ -71,7 +71,8 @@ class SweepProtocol(Protocol):
     batchnorm_eps: Fixed[float] = 1e-6
     init_std: Fixed[float] = 0.01
     held_out: Fixed[int] = 10
-    """One in so many train images, by the hash of its name, is held out to choose the head."""
+    """One of this many train images, chosen by a hash of its name, is held out to choose the
+    head."""
     seed: Fixed[int] = 0
     """Seed of the initial weights and of the order of the batches."""
 

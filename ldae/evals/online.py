@@ -139,7 +139,7 @@ def check_batch_sizes(encoder: Encoder, images: int, protocol: OnlineProtocol) -
 
 
 class _Probe(Heads):
-    """A head behind a frozen encoder, which is not part of the state. A micro-batch is a group."""
+    """A head behind a frozen encoder. The encoder is not saved. A micro-batch is a group."""
 
     def __init__(
         self,

@@ -131,8 +131,8 @@ def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
 def open_fit(fit: Fit, run: Path) -> AbstractContextManager:
     """Open the run folder of a tokenizer, see ``open_run``."""
     config = tree.replace(fit.config, {"model.patch_size": fit.tokenizer.patch_size})
-    begun = (run / layout.TOKENIZER).exists()
-    return open_run(run, "tokenizer", config, fit.source, fit.device, _IGNORED, begun)
+    fixed = (run / layout.TOKENIZER).exists()
+    return open_run(run, "tokenizer", config, fit.source, fit.device, _IGNORED, fixed)
 
 
 def fit_or_load(fit: Fit, run: Path, row: str) -> None:

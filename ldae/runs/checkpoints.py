@@ -51,7 +51,7 @@ class Checkpoints:
                 f"checkpoint {path} could not be saved ({reason}); the last good one is {last}"
             ) from None
         if self.keep:
-            # A newer checkpoint does not count: it is damaged, or the run would have resumed there.
+            # Newer checkpoints are damaged, or the run would have resumed from them.
             for old in [saved for saved in self.paths() if saved <= path][: -self.keep]:
                 with report_write_errors(old):
                     old.unlink()

@@ -40,7 +40,7 @@ def open_run(
     source: Source,
     device: torch.device,
     ignored: tuple[str, ...] = (),
-    begun: bool = False,
+    fixed: bool = False,
 ) -> Iterator[None]:
     """Open the folder ``run`` for a new or resumed run, and keep other processes out.
 
@@ -54,7 +54,7 @@ def open_run(
         source: the training images; those of a run with a checkpoint may have moved.
         device: recorded in environment.json.
         ignored: prefixes of dotted names of settings that this run does not read.
-        begun: whether the run cannot start again, although there is no checkpoint.
+        fixed: whether the settings may not change, even if there is no checkpoint.
 
     Raises: InputError when the folder holds something else or another run, naming its kind or the
         settings that differ; and when another process uses the folder.
@@ -62,7 +62,7 @@ def open_run(
     with locked(run):
         before = _settings_before(run, kind)
         changed = {} if before is None else _changed(run, before, config, source, ignored)
-        if changed and (begun or Checkpoints(run).paths()):
+        if changed and (fixed or Checkpoints(run).paths()):
             names = ", ".join(
                 f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
             )

@@ -17,7 +17,7 @@ class Kind(NamedTuple):
     noun: str
     """The name in a sentence, with an article."""
     settings: str
-    """``module:Class`` of the settings. It is imported when needed, as its layer may be higher."""
+    """``module:Class`` of the settings, imported when needed: the module may import this one."""
 
     def defaults(self) -> Any:
         """Return the default settings of this kind."""

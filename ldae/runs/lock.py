@@ -17,7 +17,7 @@ from ldae.files import report_write_errors
 from ldae.runs import layout
 
 _HEARTBEAT_SECONDS = 5.0  # between two writes of the holder into its lock file
-_TIMEOUT_SECONDS = 30.0  # without a heartbeat, until a holder on another machine counts as dead
+_TIMEOUT_SECONDS = 30.0  # after so long without a heartbeat, a holder elsewhere counts as dead
 
 # Errors of file systems without locks, or without locks between machines.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -28,7 +28,7 @@ def locked(run: Path) -> Iterator[None]:
     """Hold the lock of the folder ``run``. On ranks other than 0 this does nothing.
 
     The operating system locks the file ``running.json`` for the process, and unlocks it when the
-    process dies, however it dies. On one machine, nothing has to wait and no stale lock remains.
+    process dies, however it dies. On one machine, no process waits and no stale lock remains.
 
     Locks between machines may not exist, or may outlive a machine that lost its power. So a lock
     file from another machine is watched for its heartbeat: the holder writes to it every few
@@ -82,7 +82,7 @@ def _acquire(path: Path) -> int:
                     raise InputError(_in_use_message(path, holder))
                 stale = content
             elif lock is False:
-                # A lock that outlived its machine stays with the removed file; try on a new one.
+                # A lock that outlived its machine belongs to this file, so try with a new file.
                 path.unlink()
             else:
                 _write_holder(fd, 0)
@@ -94,7 +94,9 @@ def _acquire(path: Path) -> int:
 
 
 def _try_lock(fd: int) -> bool | None:
-    """Lock a file without waiting; return whether that succeeded, or None without lock support.
+    """Lock a file without waiting; return whether that succeeded.
+
+    The result is None when the file system has no locks.
 
     The lock belongs to this process alone. Data workers, which may outlive it for seconds, do not
     inherit the lock.
@@ -132,7 +134,8 @@ def _has_heartbeat(path: Path, content: bytes) -> bool:
     holder = _parse_holder(content)
     print(
         f"{path}: process {holder.get('process', '?')} on {holder.get('host', '?')} used this run "
-        f"and did not record its end; waiting {_TIMEOUT_SECONDS:g} s to see whether it still runs",
+        f"and did not record its end; waiting {_TIMEOUT_SECONDS:g} s to see whether that process "
+        "is alive",
         flush=True,
     )
     until = time.monotonic() + _TIMEOUT_SECONDS
@@ -156,7 +159,7 @@ def _in_use_message(path: Path, holder: dict) -> str:
 
 
 def _machine_id() -> str:
-    """Return an id of this boot of this machine: host names of containers can be the same."""
+    """Return an id that changes with each boot; the host names of containers can be the same."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return platform.node()

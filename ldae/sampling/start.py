@@ -1,4 +1,4 @@
-"""A Gaussian fitted to a run's latents, from which samplers start when z_T is not pure noise."""
+"""A Gaussian fitted to a run's latents, where samplers start if the noisiest z_t has signal."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -21,10 +21,10 @@ from ldae.tokenizers.moments import Moments
 from ldae.train.run import transform_of
 
 _BATCH = 256
-_AXES_IMAGES = 1024  # each has at least 64 tokens, and there are at most 768 axes
+_AXES_IMAGES = 1024  # with at least 64 tokens each, for at most 768 axes
 
-# Added to the diagonal, as a share of an axis's largest variance. It exceeds the rounding errors of
-# float32, in which covariances are stored.
+# This share of an axis's largest variance is added to its diagonal. It exceeds the rounding errors
+# of float32, in which covariances are stored.
 _JITTER = 1e-6
 
 
@@ -32,7 +32,7 @@ class LatentGaussian:
     """A model of z_0 (N, d): one Gaussian over the N tokens for each principal axis of a token.
 
     A full covariance of N d numbers is too large. At the paper's scale it has 8192^2 entries, and
-    estimating it takes as many images. The principal axes of a token are uncorrelated within the
+    estimating it takes more than 8192 images. The principal axes of a token are uncorrelated in the
     token and nearly uncorrelated between tokens. On one axis, the tokens of an image are strongly
     correlated. So d covariances of N x N are stored.
     """
@@ -47,7 +47,7 @@ class LatentGaussian:
         self.covariance = covariance
         """Covariance of the tokens on each axis (d, N, N)."""
         self.record = record
-        """The source, the number of images and the hash of the tokenizer of the fit."""
+        """The source, the number of images and the hash of the tokenizer that it was fitted to."""
 
     def sample_noised(self, normals: torch.Tensor, gamma: float, sigma: float) -> torch.Tensor:
         """Turn standard normal numbers (B, N, d) into samples of z_t = gamma z_0 + sigma eps.
@@ -99,9 +99,9 @@ def load_or_fit_gaussian(
 ) -> LatentGaussian:
     """Return the Gaussian of a run's latents, from the run folder if it is there.
 
-    Otherwise it is fitted and written there. It is fitted to the first tokenizer.fit_images images,
-    in training order, of the source ``data``, by default the run's. It is fitted again when the
-    tokenizer of the run has changed, or when ``data`` is another source.
+    Otherwise, or when the run's tokenizer or the source ``data`` has changed, it is fitted to the
+    first tokenizer.fit_images images of ``data``, in training order, and written there. ``data`` is
+    by default the run's source.
 
     Raises: InputError when the source cannot be opened; BadImage when an image cannot be decoded.
     """

@@ -14,8 +14,9 @@ from ldae.tokenizers.moments import Moments
 class Tokenizer(nn.Module):
     """The map from uint8 images (B, C, H, W) to latents (B, N, dim) and back.
 
-    The mean and standard deviation of the pixels and the latent scale live here and nowhere else.
-    A subclass defines ``encode``, ``decode`` and ``fit``. A tokenizer that gradients train sets
+    The mean and standard deviation of the pixels and the latent scale are kept in the tokenizer
+    only; ``encode`` and ``decode`` apply the scale. A subclass defines ``encode``, ``decode`` and
+    ``fit``. A tokenizer that gradients train sets
     ``trained``, and defines ``reconstruct`` and ``fit_latents`` instead of ``fit``.
 
     Args:

@@ -33,10 +33,11 @@ class TokenizerLoss(nn.Module):
         + CHW * (perceptual * distance + codebook loss)
         + adversarial * adaptive weight * -D(x_hat)
 
-    The first term is the absolute error of pixels in [-1, 1], summed over an image, as in LDM, the
-    source of the weights. When the tokenizer is patch-wise, it is the squared error of normalised
-    pixels (paper, section 4.2). CHW is the count of numbers in an image. It weighs the terms that
-    are means as in LDM and VQGAN, which average all terms over the numbers of an image.
+    The first term is the absolute error of pixels in [-1, 1], summed over an image, as in latent
+    diffusion (LDM), whose weights are the defaults. When the tokenizer is patch-wise, it is the
+    squared error of normalised pixels (paper, section 4.2). The perceptual and the codebook term
+    are means. Times CHW, the count of numbers in an image, they have the share that LDM and VQGAN
+    give them. For the adaptive weight see ``adaptive_weight``.
 
     From step ``adversarial_start`` on, the discriminator's hinge loss is added. The discriminator
     sees detached reconstructions, and the tokenizer's adversarial term uses a frozen discriminator,
@@ -45,7 +46,7 @@ class TokenizerLoss(nn.Module):
     Args:
         perceptual: distance of the perceptual term; its network is not part of this module.
         batch_size: images per step, to convert positions to steps.
-        seed: seed of the posterior's samples, which depend only on it and on the image's position.
+        seed: with an image's position, it determines the sample of the posterior.
         bf16: run the trained networks under autocast.
     """
 
@@ -132,7 +133,7 @@ class TokenizerLoss(nn.Module):
         """Return whether these images belong to step ``adversarial_start`` or a later one.
 
         Reading a position makes the host wait for the GPU. Steps only increase, and each step takes
-        at least one call. So positions are read only when the start may have come, never after it.
+        at least one call. So no position is read until the start may have come, nor after it.
         """
         if self._calls_to_start:
             self._calls_to_start -= 1

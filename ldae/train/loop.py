@@ -177,10 +177,10 @@ class Loop:
                 self._fetch()
             self.batches.raise_errors()
             while self.seen < self.plan.total:
-                late = time.monotonic() - saved_at >= 60 * self.system.save_minutes
-                if late:
-                    saved_at = time.monotonic()  # ask for one checkpoint, though it may come late
-                agreed = self._step(late and distributed.is_main())
+                save_due = time.monotonic() - saved_at >= 60 * self.system.save_minutes
+                if save_due:
+                    saved_at = time.monotonic()  # so that only one checkpoint is asked for
+                agreed = self._step(save_due and distributed.is_main())
                 at_end = self.seen >= self.plan.total
                 if self.seen // self.plan.batch_size % self.system.log_every == 0 or at_end:
                     self._log()
@@ -202,8 +202,8 @@ class Loop:
             self.metrics.close()
             self.batches.close()  # ends the data workers now instead of with the process
 
-    def _step(self, late: bool) -> Agreement:
-        """Train on the next batch, and return what the ranks agree on. ``late`` asks to save."""
+    def _step(self, save_due: bool) -> Agreement:
+        """Train on the next batch, and return what the ranks agree on."""
         self.saver.check()
         self._fetch()
         size, plan = self.plan.batch_size, self.plan
@@ -218,8 +218,8 @@ class Loop:
         first, left_out = self.seen, self.seen in self.watchdog.left_out
         losses = self._skip_batch() if left_out else self._update()
         self.seen += size
-        # The ranks agree by one small sum. Batches are fetched ahead, so a rank reports bad data
-        # before the step that it cannot do, and all ranks have read the sum before that step.
+        # The ranks agree by one small sum. Batches are fetched ahead, so a rank reports a missing
+        # batch one step early, and all ranks stop before the step that this rank cannot do.
         where = (
             f"step {self.seen // size:,} (images {first:,} to {self.seen - 1:,}, lr {self.lr:.3g})"
         )
@@ -227,7 +227,7 @@ class Loop:
         self.report = Report.of(
             losses,
             stop=self.stop.received > 0,
-            save=late,
+            save=save_due,
             bad_data=self.batches.error is not None,
             first=first,
             where=where,

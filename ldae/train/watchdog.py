@@ -1,4 +1,4 @@
-"""The check of every step's loss, on all ranks, which may end the run or undo the step."""
+"""Check the loss of every step on all ranks; a bad loss ends the run or undoes the step."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from ldae import distributed
 from ldae.errors import InputError
 
 _WINDOW = 100  # last losses of which the median is taken
-_MIN_LOSSES = 10  # with fewer losses, nothing is compared with their median
+_MIN_LOSSES = 10  # with fewer losses, their median is not used
 
 
 class Agreement(NamedTuple):
@@ -27,8 +27,8 @@ class Agreement(NamedTuple):
 class Report:
     """One step over all ranks: the mean loss and its parts, and the requests of the ranks.
 
-    A GPU copies the values to the host in the background, and only ``read`` waits for the copy.
-    Reading a step later never makes the host wait for queued work.
+    A GPU copies the values to the host in the background, and only ``read`` waits for the copy. If
+    it is read one step late, the host never waits for queued work.
 
     Args:
         values: whether to stop, whether to save, whether data are bad, the loss and its parts.
@@ -59,7 +59,7 @@ class Report:
         where: str,
     ) -> "Report":
         """Average the losses over all ranks. The request of one rank counts for all."""
-        # new_full, since the copy of a tensor from the host could wait for the queue.
+        # new_full creates the flags on the device. A copy from the host could wait for the queue.
         flags = [losses["loss"].new_full((), float(flag)) for flag in (stop, save, bad_data)]
         means = [value.float() / distributed.world_size() for value in losses.values()]
         values = distributed.all_reduce_sum(torch.stack([*flags, *means]))
@@ -84,10 +84,10 @@ class Exploded(Exception):
 class Watchdog:
     """A check of every loss.
 
-    A loss that is not finite ends the run. With a ``factor``, the step is undone instead, and also
-    when its loss exceeds ``factor`` times the median of the last 100. The run returns to its last
-    checkpoint and leaves out the batch, so its weights are those of a run that never saw the batch.
-    A second such loss before the next checkpoint ends the run.
+    A loss that is not finite ends the run. With a ``factor``, and once there are ten losses, a step
+    is undone if its loss is not finite or exceeds ``factor`` times the median of the last 100. The
+    run then returns to its last checkpoint and leaves out the batch, so its weights are those of a
+    run that never saw the batch. A second such loss before the next checkpoint ends the run.
     """
 
     def __init__(self, factor: float = 0.0) -> None:
