@@ -2,12 +2,15 @@
 
 import csv
 import json
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from tyro.conf import Fixed
 
 from ldae import cli
 from ldae.commands.evaluate import evaluate
@@ -49,7 +52,7 @@ def setup(tmp_path):
 
 @pytest.fixture
 def called(monkeypatch):
-    """The cells that a fake command computed; ``stops`` holds what it raises instead."""
+    """The cells that fake commands computed; ``stops`` holds what they raise instead."""
     made = []
 
     def grader(kind):
@@ -66,7 +69,8 @@ def called(monkeypatch):
 
     monkeypatch.setattr("ldae.commands.knn.knn", grader(KNNProtocol))
     monkeypatch.setattr("ldae.commands.retrieve.retrieve", grader(RetrievalProtocol))
-    called_by = type("Called", (), {"made": made, "stops": {}})
+    parts = {"made": made, "stops": {}, "grader": staticmethod(grader)}
+    called_by = type("Called", (), parts)
     return called_by
 
 
@@ -94,6 +98,9 @@ def test_the_table_holds_the_results_of_the_cells_files(suite, setup, capsys):
     for cell in table["cells"]:
         record = json.loads((setup.out / cell["file"]).read_text())
         assert record["backbone"]["spec"] == cell["spec"]
+        assert record["suite"]["weights"] == record["backbone"]["sha256"]
+        for name in ("fingerprint", "eval_fingerprint"):
+            assert record["suite"][name] == record["data"][name]
         for metric, value in record["results"].items():
             wanted[cell["backbone"], cell["data"], cell["protocol"], metric] = value
     assert len(table["cells"]) == 6 and by_json == by_csv == wanted
@@ -154,6 +161,36 @@ def test_other_weights_under_the_same_name_are_graded_again(suite, setup, called
     monkeypatch.setattr("ldae.commands.evaluate.state_hash", lambda state: "other")
     evaluate(("pixels:8",), suite=suite, setup=setup)
     assert len(called.made) == 2
+
+
+def test_other_images_under_the_same_name_are_graded_again(suite, setup, called, tmp_path):
+    for name in ("train/a/1", "train/b/2", "val/a/3", "val/b/4"):
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 9).save(path)
+    suite.write_text(f"{SUITE}\n[data.folder]\ntrain = '{tmp_path / 'images'}'")
+    for _ in range(2):
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert len(called.made) == 4
+    for number, split in ((5, "train/a/1"), (6, "val/b/4")):
+        path = tmp_path / "images" / f"{split}.png"
+        status = path.stat()
+        Image.new("L", (8, 8), 8).save(path)  # of the same size
+        assert path.stat().st_size == status.st_size
+        os.utime(path, (status.st_atime, status.st_mtime + number))
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+        assert called.made[4:] == ["pixels-8/folder/knn"] * (number - 4)
+
+
+def test_another_version_of_a_protocol_is_another_cell(suite, setup, called, monkeypatch):
+    @dataclass(frozen=True)
+    class NextVersion(RetrievalProtocol):
+        version: Fixed[int] = RetrievalProtocol.version + 1
+
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    monkeypatch.setattr("ldae.commands.retrieve.retrieve", called.grader(NextVersion))
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert called.made[3:] == ["pixels-8/same/retrieve"]
 
 
 def test_a_cell_fails_alone(suite, setup, called, capsys):
@@ -229,16 +266,16 @@ def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypat
     monkeypatch.setattr("ldae.evals.evaluation.load_classifier", lambda *_: loaded)
     path = tmp_path / "my.toml"
     path.write_text(
-        "[data.a]\ntrain = 'x'\n[data.b]\ntrain = 'x'\neval = 'y'\n"
+        "[data.a]\ntrain = 'digits'\n[data.b]\ntrain = 'x'\neval = 'scattered-digits:9'\n"
         "[protocols.validate]\nreal_labels = true\ndata = ['b']"
     )
     for times in (1, 1, 2):
         evaluate(("somewhere",), suite=path, setup=setup)
-        assert given == [("somewhere", "y", True)] * times
+        assert given == [("somewhere", "scattered-digits:9", True)] * times
     path.write_text(path.read_text().replace("['b']", "['a']"))
     heads = iter([{}])
     evaluate(("somewhere",), suite=path, setup=setup)
-    assert given[-1] == ("somewhere", "x", True)
+    assert given[-1] == ("somewhere", "digits", True)
 
 
 @pytest.mark.parametrize("error", [LostRank("rank 1 hangs"), RuntimeError("gloo/x.cc: closed")])
