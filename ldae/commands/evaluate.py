@@ -14,7 +14,14 @@ import tyro
 from ldae.cli import graders
 from ldae.console import print_main
 from ldae.data.open import open_source
-from ldae.distributed import barrier, device_for, is_lost_connection, is_main, process_group
+from ldae.distributed import (
+    agree,
+    device_for,
+    gather_values,
+    is_lost_connection,
+    is_main,
+    process_group,
+)
 from ldae.errors import InputError, LostRank, first_line
 from ldae.evals.evaluation import Setup, changes, open_backbone, open_classifier
 from ldae.evals.features import cache_features
@@ -37,7 +44,8 @@ def evaluate(
     with its settings. The folder of --out gets table.md, table.json, table.csv and the results.json
     of each cell. To continue, run the same command again: a cell is skipped if its results were
     made by the same protocol, with the same weights and images. If a cell fails, the others are
-    still run. Features that several protocols need are extracted once.
+    still run; if it fails on some ranks only, the command ends. Features that several protocols
+    need are extracted once.
 
     Args:
         backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], in
@@ -56,8 +64,9 @@ def evaluate(
     keys = _Keys()
     failures: dict[Path, str] = {}
     with process_group(device_for(setup.device)):
-        done = [cell for cell in cells if keys.is_finished(cell)]
-        barrier()  # so that all ranks have read before the first one writes
+        # Rank 0 decides, once all ranks have read: on other machines, files may have other times.
+        finished = gather_values([keys.is_finished(cell) for cell in cells])[0]
+        done = list(itertools.compress(cells, finished))
         numbered = enumerate(cells, 1)
         for _, group in itertools.groupby(numbered, lambda pair: (pair[1].opened, pair[1].data)):
             with cache_features():
@@ -78,7 +87,11 @@ def evaluate(
 
 
 def _run(cell: Cell, keys: "_Keys", done: list[Cell], failures: dict[Path, str]) -> None:
-    """Run a cell, or record why it failed, so that the other cells are not lost."""
+    """Run a cell, or record why it failed, so that the other cells are not lost.
+
+    Raises: InputError, to end all ranks, when not all of them fail in the same way: ranks that go
+        on alone would wait for the others in different places.
+    """
     try:
         key = keys.of(cell)
         record = cell.run()
@@ -90,8 +103,11 @@ def _run(cell: Cell, keys: "_Keys", done: list[Cell], failures: dict[Path, str])
     except Exception as error:
         if is_lost_connection(error):
             raise
-        failures[cell.results] = _sentence(error)
-        print(f"ldae: {cell}: {failures[cell.results]}", file=sys.stderr, flush=True)
+        sentence = _sentence(error)
+        if not agree(f"failure of {cell}", sentence):
+            raise InputError(f"{cell}: {sentence}") from error
+        failures[cell.results] = sentence
+        print(f"ldae: {cell}: {sentence}", file=sys.stderr, flush=True)
 
 
 class _Keys:

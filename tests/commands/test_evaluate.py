@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tyro.conf import Fixed
 
-from ldae import cli
+from ldae import cli, distributed
 from ldae.commands.evaluate import evaluate
 from ldae.commands.retrieve import RetrievalProtocol, retrieve
 from ldae.commands.validate import ValidationProtocol
@@ -284,3 +284,43 @@ def test_a_lost_rank_is_no_cells_fault(error, suite, setup, called):
     with pytest.raises(type(error)) as caught:
         evaluate(("pixels:8",), suite=suite, setup=setup)
     assert caught.value is error and len(called.made) == 2
+
+
+@pytest.mark.parametrize("failing", [(1,), (0, 1)])
+def test_ranks_fail_together(failing, suite, setup, monkeypatch, on_ranks):
+    """A rank that fails alone ends all. If all of them fail, the other cells are still run."""
+
+    def knn(backbone, /, data, eval_data=None, *, protocol: KNNProtocol, setup: Setup):
+        if setup.out.parent.name == "digits" and distributed.rank() in failing:
+            raise InputError("cat.png is truncated")
+        distributed.barrier()
+        return {"results": {protocol.headlines[0]: 50.0}}
+
+    monkeypatch.setattr("ldae.commands.knn.knn", knn)
+    monkeypatch.setattr(distributed, "_REPORT_SECONDS", 2.0)
+    suite.write_text(SUITE.partition("[protocols.retrieve]")[0])
+    one, two = on_ranks(lambda: evaluate(("pixels:8",), suite=suite, setup=setup), seconds=20)
+    sentence = "knn of pixels-8 on digits: cat.png is truncated"
+    if len(failing) == 1:
+        assert two == f"InputError: {sentence}"
+        assert one == f"LostRank: rank 0 lost the other ranks: rank 1 reported: {sentence}"
+    else:
+        assert one == two and one.startswith("InputError: 1 of 2 cells failed")
+        by_json, _, text = numbers(setup.out)
+        assert len(by_json) == 1 and sentence in text
+
+
+def test_ranks_that_see_different_files_run_the_same_cells(suite, setup, monkeypatch, on_ranks):
+    """Rank 0 decides which cells are finished."""
+    suite.write_text(SUITE.partition("[data.same]")[0] + "[protocols.knn]\nk = [1]")
+    read = "ldae.commands.evaluate._images"
+
+    def knn(backbone, /, data, eval_data=None, *, protocol: KNNProtocol, setup: Setup):
+        distributed.barrier()
+        return {"results": {protocol.headlines[0]: 50.0}}
+
+    monkeypatch.setattr("ldae.commands.knn.knn", knn)
+    for seen in (["", ""], ["", "later"], ["later", "later"]):
+        monkeypatch.setattr(read, lambda *_: seen[distributed.rank()])
+        errors = on_ranks(lambda: evaluate(("pixels:8",), suite=suite, setup=setup), seconds=20)
+        assert errors == ["", ""]
