@@ -19,7 +19,7 @@ from ldae.errors import InputError, LostRank, exit_status, first_line, report
 
 # torchrun sets all of these. When a launcher sets only some of them, the start can hang.
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_REPORT_SECONDS = 20.0  # time that a rank which lost the others waits for their reports
+_REPORT_SECONDS = 20.0  # time that a rank waits for what the others report
 _ABORT_SECONDS = 5.0  # time that a rank which fails takes to abort the process group
 
 # Errors of NCCL that this rank causes itself.
@@ -61,6 +61,24 @@ def gather_values(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def agree(topic: str, text: str) -> bool:
+    """Return whether all ranks call this function with the same topic and text.
+
+    A rank waits some seconds for the others. It need not know what they do: unlike a collective,
+    this disturbs no rank that waits in another collective. Each topic can be used once.
+    """
+    if not dist.is_initialized():
+        return True
+    store = dist.PrefixStore("agree", dist.distributed_c10d._get_default_store())
+    keys = [f"{topic}/{other}" for other in range(world_size())]
+    try:
+        store.set(f"{topic}/{rank()}", text)
+        store.wait(keys, timedelta(seconds=_REPORT_SECONDS))
+        return all(store.get(key).decode() == text for key in keys)
+    except RuntimeError:  # a rank is silent, or the process that serves the store has ended
+        return False
 
 
 def device_for(name: str = "auto") -> torch.device:

@@ -228,3 +228,21 @@ def test_an_error_of_one_rank_is_named_by_the_others(on_ranks):
     assert (
         lost == "LostRank: rank 0 lost the other ranks: rank 1 reported: image cat.jpg is truncated"
     )
+
+
+@pytest.mark.parametrize("texts, agreed", [("aa", True), ("ab", False), ("a", False)])
+def test_ranks_agree_when_all_of_them_say_the_same(texts, agreed, on_ranks, monkeypatch):
+    """A silent rank may wait in a collective meanwhile, which is not disturbed."""
+    monkeypatch.setattr(distributed, "_REPORT_SECONDS", 1.0)
+
+    def work():
+        with distributed.process_group(torch.device("cpu")):
+            if distributed.rank() < len(texts):
+                assert distributed.agree("topic", texts[distributed.rank()]) == agreed
+            assert distributed.all_reduce_sum(torch.ones(1)) == 2
+
+    assert on_ranks(work) == ["", ""]
+
+
+def test_one_rank_agrees_with_itself():
+    assert distributed.agree("topic", "text")

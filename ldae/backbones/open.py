@@ -15,7 +15,8 @@ from ldae.runs.layout import CLASSIFIER
 
 _NO_HEAD: dict[str, Any] = {"num_classes": 0}  # makes timm leave out the classifier
 
-# A network with the attributes that timm sets: pretrained_cfg, num_classes; and with model_args.
+# A network with the attributes that timm sets: pretrained_cfg, num_classes; with model_args; and,
+# when ldae pre-trained it, with images_seen.
 TimmModel = Any
 
 
@@ -30,7 +31,8 @@ def load_backbone(
     """Open a timm model without classifier in eval mode: normalised (B, C, H, W) -> (B, D).
 
     Its ``pretrained_cfg`` describes the preprocessing, see ``ldae.backbones.preprocessing``. Its
-    ``model_args`` are the arguments with which timm builds it again.
+    ``model_args`` are the arguments with which timm builds it again. Its ``images_seen`` is the
+    number of images that ldae pre-trained it on, for a run or an exported folder.
 
     Args:
         spec: one of
@@ -136,6 +138,7 @@ def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> Ti
             reason = "it holds pickled code, which is not run here"
         raise InputError(f"{folder} cannot be opened by timm: {reason}") from error
     model.model_args = config.get("model_args", {})
+    model.images_seen = None if random_init else config.get("images_seen")
     return model
 
 

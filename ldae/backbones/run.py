@@ -66,10 +66,14 @@ def backbone_of(method: LDAE) -> nn.Module:
 def backbone_of_run(run: str | Path) -> nn.Module:
     """Return the encoder of a run's newest checkpoint as a backbone, see ``backbone_of``.
 
+    Its ``images_seen`` is the checkpoint's.
+
     Raises: InputError as ``load_run`` and ``backbone_of`` do.
     """
-    method, _ = load_run(Path(run))
-    return backbone_of(method)
+    method, state = load_run(Path(run))
+    backbone = backbone_of(method)
+    backbone.images_seen = state["images_seen"]
+    return backbone
 
 
 def control_of_run(run: str | Path) -> nn.Module:

@@ -24,7 +24,8 @@ def write_timm_folder(
     """Write a model to the folder ``out``, which appears only after ``verify`` has accepted it.
 
     The folder holds config.json, model.safetensors and, if ``card`` is given, README.md. It is
-    written under another name and renamed at the end.
+    written under another name and renamed at the end. config.json has the model's ``images_seen``,
+    if any.
 
     Args:
         model_args: arguments with which timm builds the architecture.
@@ -34,6 +35,7 @@ def write_timm_folder(
 
     Raises: InputError when the folder cannot be written; the exceptions of ``verify``.
     """
+    config = {"label_names": classes, "images_seen": getattr(model, "images_seen", None)}
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -41,7 +43,7 @@ def write_timm_folder(
         timm.models.save_for_hf(
             model,
             str(aside),
-            model_config={"label_names": classes} if classes else None,
+            model_config={name: value for name, value in config.items() if value is not None},
             model_args=model_args,
             safe_serialization=True,
         )

@@ -5,15 +5,23 @@ import itertools
 import json
 import sys
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from ldae.cli import graders
 from ldae.console import print_main
-from ldae.distributed import barrier, device_for, is_lost_connection, is_main, process_group
+from ldae.data.open import open_source
+from ldae.distributed import (
+    agree,
+    device_for,
+    gather_values,
+    is_lost_connection,
+    is_main,
+    process_group,
+)
 from ldae.errors import InputError, LostRank, first_line
 from ldae.evals.evaluation import Setup, changes, open_backbone, open_classifier
 from ldae.evals.features import cache_features
@@ -35,8 +43,9 @@ def evaluate(
     A suite file names protocols; each is a command that grades (`ldae knn`, `ldae linear`, ...)
     with its settings. The folder of --out gets table.md, table.json, table.csv and the results.json
     of each cell. To continue, run the same command again: a cell is skipped if its results were
-    made with the same settings and weights. If a cell fails, the others are still run. Features
-    that several protocols need are extracted once.
+    made by the same protocol, with the same weights and images. If a cell fails, the others are
+    still run; if it fails on some ranks only, the command ends. Features that several protocols
+    need are extracted once.
 
     Args:
         backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], in
@@ -52,11 +61,12 @@ def evaluate(
         raise InputError("say where the table goes: --out DIR")
     check_writable(setup.out)
     cells = read_suite(suite, backbones, setup, graders())
-    fingerprint = functools.cache(_fingerprint)
+    keys = _Keys()
     failures: dict[Path, str] = {}
     with process_group(device_for(setup.device)):
-        done = [cell for cell in cells if _is_finished(cell, fingerprint)]
-        barrier()  # so that all ranks have read before the first one writes
+        # Rank 0 decides, once all ranks have read: on other machines, files may have other times.
+        finished = gather_values([keys.is_finished(cell) for cell in cells])[0]
+        done = list(itertools.compress(cells, finished))
         numbered = enumerate(cells, 1)
         for _, group in itertools.groupby(numbered, lambda pair: (pair[1].opened, pair[1].data)):
             with cache_features():
@@ -64,7 +74,7 @@ def evaluate(
                     state = ", finished before" if cell in done else ""
                     print_main(f"cell {number} of {len(cells)}: {cell}{state}")
                     if cell not in done:
-                        _run(cell, fingerprint, done, failures)
+                        _run(cell, keys, done, failures)
                         write_table(setup.out, cells, done, failures)
         table = write_table(setup.out, cells, done, failures)
     print_main(f"{len(done)} of {len(cells)} cells; {setup.out / 'table.md'}")
@@ -76,12 +86,14 @@ def evaluate(
     return table
 
 
-def _run(
-    cell: Cell, fingerprint: functools.cache, done: list[Cell], failures: dict[Path, str]
-) -> None:
-    """Run a cell, or record why it failed, so that the other cells are not lost."""
+def _run(cell: Cell, keys: "_Keys", done: list[Cell], failures: dict[Path, str]) -> None:
+    """Run a cell, or record why it failed, so that the other cells are not lost.
+
+    Raises: InputError, to end all ranks, when not all of them fail in the same way: ranks that go
+        on alone would wait for the others in different places.
+    """
     try:
-        key = _key(cell, fingerprint)
+        key = keys.of(cell)
         record = cell.run()
         if is_main():  # rewritten with the key, without which the cell does not count as finished
             write_json(cell.results, record | {"suite": key})
@@ -91,42 +103,69 @@ def _run(
     except Exception as error:
         if is_lost_connection(error):
             raise
-        failures[cell.results] = _sentence(error)
-        print(f"ldae: {cell}: {failures[cell.results]}", file=sys.stderr, flush=True)
+        sentence = _sentence(error)
+        if not agree(f"failure of {cell}", sentence):
+            raise InputError(f"{cell}: {sentence}") from error
+        failures[cell.results] = sentence
+        print(f"ldae: {cell}: {sentence}", file=sys.stderr, flush=True)
 
 
-def _is_finished(cell: Cell, fingerprint: functools.cache) -> bool:
-    """Return whether results.json exists and was made with these settings and weights."""
-    try:
-        record = json.loads(cell.results.read_text(encoding="utf-8"))
-        key = record["suite"]
-        if key != _key(cell, lambda *_: key["weights"]):  # before the weights are read
-            return False
-        return isinstance(record["results"], dict) and key == _key(cell, fingerprint)
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
-    except InputError:  # the backbone cannot be opened, which running the cell will report
-        return False
+class _Keys:
+    """The keys of cells: everything that decides their numbers. Weights and images are read once.
+
+    They have fingerprints because they change under the same name: as a run goes on, or when an
+    image is replaced.
+    """
+
+    def __init__(self) -> None:
+        self._weights = functools.cache(_weights)
+        self._images = functools.cache(_images)
+
+    def of(self, cell: Cell) -> dict:
+        """Return the key of a cell, in JSON's types.
+
+        Raises: InputError when the images or the backbone cannot be opened.
+        """
+        graded = cell.eval or cell.train
+        learned, split = (cell.train, "train") if cell.learns else (graded, "eval")
+        return _settings(cell) | {
+            "fingerprint": self._images(learned, split),
+            "eval_fingerprint": self._images(graded, "eval"),
+            "weights": self._weights(*cell.opened, cell.takes_classifier),
+        }
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Return whether results.json exists and was made with the key of the cell."""
+        try:
+            record = json.loads(cell.results.read_text(encoding="utf-8"))
+            key = record["suite"]
+            if not _settings(cell).items() <= key.items():  # before images and weights are read
+                return False
+            return isinstance(record["results"], dict) and key == self.of(cell)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return False  # also after an InputError, which running the cell will report
 
 
-def _key(cell: Cell, fingerprint: functools.cache) -> dict:
-    """Return everything that decides the numbers of a cell, in JSON's types."""
-    setup = cell.setup
-    key = {
-        "verb": cell.column.grader.name,
+def _settings(cell: Cell) -> dict:
+    """Return the part of a cell's key that the suite decides, in JSON's types."""
+    column = cell.column
+    settings = {
+        "verb": column.grader.name,
         "backbone": cell.spec,
-        "random_init": setup.random_init,
-        "weights": fingerprint(*cell.opened, cell.takes_classifier),
+        "random_init": cell.setup.random_init,
         "data": cell.train,
         "eval_data": cell.eval,
-        "settings": cell.column.settings,
-        "setup": changes(replace(setup, random_init=False)),
+        "settings": asdict(column.protocol) | column.options,
+        "setup": changes(replace(cell.setup, random_init=False)),
     }
-    return json.loads(json.dumps(key))
+    return json.loads(json.dumps(settings))
 
 
-def _fingerprint(spec: str, setup: Setup, with_head: bool) -> str:
-    """Return the sha256 of the weights, which differ as a run goes on under the same name."""
+def _images(spec: str, split: Literal["train", "eval"]) -> str:
+    return open_source(spec, split).fingerprint()
+
+
+def _weights(spec: str, setup: Setup, with_head: bool) -> str:
     load = open_classifier if with_head else open_backbone
     return state_hash(load(spec, setup).state_dict())
 

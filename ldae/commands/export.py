@@ -55,6 +55,7 @@ def export(
             raise InputError(f"{out} exists already; export to another folder")
         print(f"{out} is this export already")
         return out
+    vit.images_seen = state["images_seen"]
     card = _model_card(run, vit, method, state, timestep)
     write_timm_folder(out, vit, vit.model_args, partial(_verify_file, vit, method), card=card)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")

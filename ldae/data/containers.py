@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import stat
 import struct
 import tarfile
 import zipfile
@@ -12,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+import numpy as np
+
 from ldae.errors import InputError
 
 _COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _MAX_MEMBER = 1 << 30  # bytes: no image needs more, and a forged archive can claim any size
+_MAX_EXAMINED = 100_000  # files; to examine a million takes minutes on a network drive
 _OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)")
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")
 Location = tuple[int, ...]
@@ -42,6 +46,12 @@ class Container(Protocol):
         """Return an entry as an opened file or as a path.
 
         Raises: OSError, ValueError, struct.error or zlib.error when its bytes cannot be read.
+        """
+
+    def stamp(self, names: list[bytes], locations: np.ndarray) -> bytes:
+        """Return bytes that change when entries are replaced, see ``Source.stamp``.
+
+        ``locations`` are those of the entries ``names``, int64 (N, length).
         """
 
 
@@ -112,6 +122,25 @@ class Folder:
 
     def open(self, name: bytes, location: Location) -> bytes:
         return os.path.join(os.fsencode(self.path), name)
+
+    def stamp(self, names: list[bytes], locations: np.ndarray) -> bytes:
+        return stamp_files(self.path, names)
+
+
+def stamp_files(root: Path, names: list[bytes]) -> bytes:
+    """Return the sizes and times of files below ``root``, see ``Source.stamp``."""
+    if len(names) > _MAX_EXAMINED:
+        names = sorted({os.path.dirname(name) for name in names})
+    return repr([_size_and_time(os.path.join(os.fsencode(root), name)) for name in names]).encode()
+
+
+def _size_and_time(path: bytes) -> tuple[int, int] | None:
+    """Return a file's size, 0 for a folder, and its time in nanoseconds; None without a file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return 0 if stat.S_ISDIR(status.st_mode) else status.st_size, status.st_mtime_ns
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -184,9 +213,12 @@ class Zip(_Archive):
             raise ValueError("its size or checksum differs from the archive's directory")
         return io.BytesIO(data)
 
+    def stamp(self, names: list[bytes], locations: np.ndarray) -> bytes:
+        return locations[:, [2, 4]].tobytes()  # size and checksum
+
 
 class Tar(_Archive):
-    """An uncompressed tar archive. A location is offset and size."""
+    """An uncompressed tar archive. A location is offset, size and time in seconds."""
 
     def entries(self) -> dict[str, Location]:
         entries = {}
@@ -196,9 +228,9 @@ class Tar(_Archive):
                     archive.members.clear()  # tarfile would keep every header in memory
                     name = member.name.removeprefix("./")
                     if member.isdir():
-                        entries[name + "/"] = (0, 0)
+                        entries[name + "/"] = (0, 0, 0)
                     elif member.isreg() and not member.issparse():
-                        entries[name] = (member.offset_data, member.size)
+                        entries[name] = (member.offset_data, member.size, int(member.mtime))
                     else:
                         raise InputError(
                             f"{self.path} contains {name}, a link, a device or a sparse file: pack "
@@ -209,4 +241,8 @@ class Tar(_Archive):
         return entries
 
     def open(self, name: bytes, location: Location) -> BinaryIO:
-        return io.BytesIO(self._read(*location))
+        offset, size, _ = location
+        return io.BytesIO(self._read(offset, size))
+
+    def stamp(self, names: list[bytes], locations: np.ndarray) -> bytes:
+        return locations[:, 1:].tobytes()  # size and time

@@ -60,6 +60,9 @@ class Digits(Source):
     def image(self, i: int) -> Image.Image:
         return Image.fromarray(self._images[i])
 
+    def stamp(self) -> bytes:
+        return self._images.tobytes()
+
 
 class ScatteredDigits(MapSource):
     """One digit of random size at a random place on a black 32x32 RGB canvas.
@@ -87,6 +90,10 @@ class ScatteredDigits(MapSource):
 
     def label_map(self, i: int) -> np.ndarray:
         return (np.asarray(self._canvas(i)) > 0) * np.uint8(1 + self.labels[i])
+
+    def stamp(self) -> bytes:
+        arrays = (self._images, self._sample, self._size, self._left, self._top)
+        return b"".join(array.tobytes() for array in arrays)
 
     def _canvas(self, i: int) -> Image.Image:
         side = int(self._size[i])

@@ -61,6 +61,10 @@ class FileSource(Source):
         except (OSError, ValueError, struct.error, zlib.error) as error:
             raise BadImage(f"{self.where(i)} cannot be read: {error}") from error
 
+    def stamp(self) -> bytes:
+        names = [self._encoded_name(i) for i in range(len(self))]
+        return self._container.stamp(names, self._locations)
+
 
 def file_splits(spec: str, container: Container) -> Splits:
     """Find the image files of a container and return functions that open its splits.

@@ -61,6 +61,9 @@ class PairedFiles(FileSource, MapSource):
             )
         return labels
 
+    def stamp(self) -> bytes:
+        return super().stamp() + self._maps.fingerprint().encode()
+
 
 def _paired_splits(spec: str, container: Container) -> Splits:
     """Pair the images of a container with their label maps; return functions that open its splits.

@@ -31,6 +31,7 @@ class NpzSource(Source):
                 if "arr_0" not in file:
                     raise InputError(f"{spec} contains no images: it has no array arr_0")
                 labels = file["arr_1"] if "arr_1" in file else None
+                members = file.zip.infolist()
             images = self._open()
         except InputError:
             raise
@@ -40,6 +41,7 @@ class NpzSource(Source):
             raise InputError(
                 f"arr_0 of {spec} is {images.dtype} {images.shape}, not uint8 (N, H, W, C)"
             )
+        self._checksums = [(m.filename, m.file_size, m.CRC) for m in members]
         classes = None
         if labels is not None:
             if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
@@ -59,6 +61,9 @@ class NpzSource(Source):
             return from_array(np.array(self._open()[i]))
         except (OSError, ValueError) as error:
             raise BadImage(f"{self.where(i)} cannot be read: {error}") from error
+
+    def stamp(self) -> bytes:
+        return repr(self._checksums).encode()
 
     def _open(self) -> np.ndarray:
         if self._images is None:

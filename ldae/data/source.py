@@ -1,5 +1,6 @@
 """The contract of an image source: images by index, with labels where they are known."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,38 @@ class Source:
         Raises: BadImage when the image cannot be read or decoded.
         """
         raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the images' names and classes and of ``stamp``, in hexadecimal.
+
+        It changes when an image is added, removed, renamed, moved to another class, or replaced as
+        far as ``stamp`` shows. It depends neither on the place of the source nor on the numbers of
+        the classes, and is the same on all ranks. No image is decoded.
+        """
+        lines = [self.name(i) for i in range(len(self))]
+        if self.classes is not None and self.labels is not None:
+            labels = (self.classes[label] for label in self.labels.tolist())
+            lines = [f"{name}\0{label}" for name, label in zip(lines, labels, strict=True)]
+        digest = hashlib.sha256("\n".join(lines).encode("utf-8", "backslashreplace"))
+        digest.update(self.stamp())
+        return digest.hexdigest()
+
+    def stamp(self) -> bytes:
+        """Return bytes that change when images are replaced under their names, at little cost.
+
+        - Files in a folder: size and time of each file; of more than 100,000 files, only the times
+          of their folders, which do not show that a file was overwritten in place.
+        - Files in a ZIP archive: size and checksum of each file, from the archive's directory.
+        - Files in a tar archive: size and time of each file, from its header.
+        - ``.npz``: size and checksum of each array.
+        - ``torch/``: the pixels, or size and time of each file as in a folder; nothing for
+          INaturalist.
+        - ``hfds/``: the fingerprint that the package datasets computes.
+        - Built-in digits: the pixels, and size and place of each scattered digit.
+
+        By default empty, for images that never change.
+        """
+        return b""
 
 
 class MapSource(Source):

@@ -1,10 +1,13 @@
 """Data sets that timm opens: torchvision's and those of the Hugging Face hub."""
 
+import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ldae.data.containers import stamp_files
 from ldae.data.image import BadImage, decode
 from ldae.data.image_files import EVAL_NAMES
 from ldae.data.source import Source
@@ -34,6 +37,13 @@ class TorchSource(Source):
             return self._dataset[i][0]
         except Exception as error:  # torchvision decodes, and Pillow raises nearly every type
             raise BadImage(f"{self.where(i)} cannot be decoded: {first_line(error)}") from error
+
+    def stamp(self) -> bytes:
+        if hasattr(self._dataset, "data"):
+            return hashlib.sha256(np.ascontiguousarray(self._dataset.data)).digest()
+        root, files = self._dataset.root, getattr(self._dataset, "imgs", ())
+        names = [os.fsencode(os.path.relpath(path, root)) for path, _ in files]
+        return b"\n".join(names) + stamp_files(Path(root), names)
 
 
 class HfdsSource(Source):
@@ -70,6 +80,9 @@ class HfdsSource(Source):
 
     def image(self, i: int) -> Image.Image | np.ndarray:
         return decode(self._reader[i][0], self.where(i))
+
+    def stamp(self) -> bytes:
+        return self._reader.dataset._fingerprint.encode()
 
 
 SOURCES = {"torch": TorchSource, "hfds": HfdsSource}

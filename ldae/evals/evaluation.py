@@ -22,7 +22,7 @@ from ldae.errors import InputError
 from ldae.evals.features import Encoder, Features, Precision, extract_share, known_labels
 from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Reader
-from ldae.files import check_writable, write_json
+from ldae.files import check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.tree import COUNT, NOT_NEGATIVE, check
@@ -116,6 +116,8 @@ class Evaluation:
                 "spec": self.spec,
                 "random_init": random_init,
                 "seed": self.setup.seed if random_init else None,
+                "sha256": state_hash(self.model.state_dict()),
+                "images_seen": getattr(self.model, "images_seen", None),
                 "params": sum(parameter.numel() for parameter in self.model.parameters()),
                 "dim": dim,
                 "preprocessing": asdict(self.transform),
@@ -123,6 +125,8 @@ class Evaluation:
             "data": {
                 "spec": (self.train or self.eval).spec,
                 "eval_spec": self.eval.spec,
+                "fingerprint": (self.train or self.eval).fingerprint(),
+                "eval_fingerprint": self.eval.fingerprint(),
                 "train_images": len(self.train) if self.train else None,
                 "eval_images": len(self.eval),
                 "classes": classes,

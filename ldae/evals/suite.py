@@ -30,8 +30,6 @@ class Column(NamedTuple):
     protocol: Protocol
     options: dict[str, Any]
     """Keywords of the grader other than protocol and setup."""
-    settings: dict[str, Any]
-    """The settings of protocol and options as given in the suite."""
     data: tuple[str, ...]
     """Names of the data sets."""
     changes: dict[str, Any]
@@ -65,6 +63,11 @@ class Cell:
         """Whether the grader takes a network with its head, not only a backbone."""
         return self.column.grader.takes("classifier")
 
+    @property
+    def learns(self) -> bool:
+        """Whether the grader learns from or searches the images of train."""
+        return self.column.grader.takes("eval_data")
+
     def run(self) -> dict:
         """Grade the backbone, and return the content of results.json.
 
@@ -74,7 +77,7 @@ class Cell:
         """
         grader, protocol, options = self.column.grader, self.column.protocol, self.column.options
         data = {"data": self.eval or self.train}
-        if grader.takes("eval_data"):
+        if self.learns:
             data = {"data": self.train, "eval_data": self.eval}
         return grader.function(self.spec, **data, protocol=protocol, **options, setup=self.setup)
 
@@ -187,8 +190,7 @@ def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, 
 
     with _place(where):
         protocol = kind(**part(constants))
-    settings = part(choice | constants | options)
-    return Column(name, grader, protocol, part(options), settings, on, part(setup))
+    return Column(name, grader, protocol, part(options), on, part(setup))
 
 
 def _tables(suite: dict, key: str) -> dict[str, object]:

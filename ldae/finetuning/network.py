@@ -59,7 +59,7 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
 
     The model has the backbone's weights, or with ``model.random_init`` timm's random weights, drawn
     by ``config.seed``. The two models are otherwise equal. ``model_args`` and ``pretrained_cfg`` of
-    the model let timm build it again.
+    the model let timm build it again. ``images_seen`` is the backbone's.
 
     Raises: InputError when the backbone is not a timm model, ends in more than a linear layer, or
         does not take the image size or the drop path rate.
@@ -89,6 +89,7 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
     if config.system.checkpoint_activations:
         network.set_grad_checkpointing()
     network.model_args = args
+    network.images_seen = getattr(backbone, "images_seen", None)
     network.pretrained_cfg = network.default_cfg = cfg | {"num_classes": num_classes}
     return network
 

@@ -2,14 +2,17 @@
 
 import csv
 import json
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from tyro.conf import Fixed
 
-from ldae import cli
+from ldae import cli, distributed
 from ldae.commands.evaluate import evaluate
 from ldae.commands.retrieve import RetrievalProtocol, retrieve
 from ldae.commands.validate import ValidationProtocol
@@ -49,7 +52,7 @@ def setup(tmp_path):
 
 @pytest.fixture
 def called(monkeypatch):
-    """The cells that a fake command computed; ``stops`` holds what it raises instead."""
+    """The cells that fake commands computed; ``stops`` holds what they raise instead."""
     made = []
 
     def grader(kind):
@@ -66,7 +69,8 @@ def called(monkeypatch):
 
     monkeypatch.setattr("ldae.commands.knn.knn", grader(KNNProtocol))
     monkeypatch.setattr("ldae.commands.retrieve.retrieve", grader(RetrievalProtocol))
-    called_by = type("Called", (), {"made": made, "stops": {}})
+    parts = {"made": made, "stops": {}, "grader": staticmethod(grader)}
+    called_by = type("Called", (), parts)
     return called_by
 
 
@@ -94,6 +98,9 @@ def test_the_table_holds_the_results_of_the_cells_files(suite, setup, capsys):
     for cell in table["cells"]:
         record = json.loads((setup.out / cell["file"]).read_text())
         assert record["backbone"]["spec"] == cell["spec"]
+        assert record["suite"]["weights"] == record["backbone"]["sha256"]
+        for name in ("fingerprint", "eval_fingerprint"):
+            assert record["suite"][name] == record["data"][name]
         for metric, value in record["results"].items():
             wanted[cell["backbone"], cell["data"], cell["protocol"], metric] = value
     assert len(table["cells"]) == 6 and by_json == by_csv == wanted
@@ -154,6 +161,36 @@ def test_other_weights_under_the_same_name_are_graded_again(suite, setup, called
     monkeypatch.setattr("ldae.commands.evaluate.state_hash", lambda state: "other")
     evaluate(("pixels:8",), suite=suite, setup=setup)
     assert len(called.made) == 2
+
+
+def test_other_images_under_the_same_name_are_graded_again(suite, setup, called, tmp_path):
+    for name in ("train/a/1", "train/b/2", "val/a/3", "val/b/4"):
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 9).save(path)
+    suite.write_text(f"{SUITE}\n[data.folder]\ntrain = '{tmp_path / 'images'}'")
+    for _ in range(2):
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert len(called.made) == 4
+    for number, split in ((5, "train/a/1"), (6, "val/b/4")):
+        path = tmp_path / "images" / f"{split}.png"
+        status = path.stat()
+        Image.new("L", (8, 8), 8).save(path)  # of the same size
+        assert path.stat().st_size == status.st_size
+        os.utime(path, (status.st_atime, status.st_mtime + number))
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+        assert called.made[4:] == ["pixels-8/folder/knn"] * (number - 4)
+
+
+def test_another_version_of_a_protocol_is_another_cell(suite, setup, called, monkeypatch):
+    @dataclass(frozen=True)
+    class NextVersion(RetrievalProtocol):
+        version: Fixed[int] = RetrievalProtocol.version + 1
+
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    monkeypatch.setattr("ldae.commands.retrieve.retrieve", called.grader(NextVersion))
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert called.made[3:] == ["pixels-8/same/retrieve"]
 
 
 def test_a_cell_fails_alone(suite, setup, called, capsys):
@@ -229,16 +266,16 @@ def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypat
     monkeypatch.setattr("ldae.evals.evaluation.load_classifier", lambda *_: loaded)
     path = tmp_path / "my.toml"
     path.write_text(
-        "[data.a]\ntrain = 'x'\n[data.b]\ntrain = 'x'\neval = 'y'\n"
+        "[data.a]\ntrain = 'digits'\n[data.b]\ntrain = 'x'\neval = 'scattered-digits:9'\n"
         "[protocols.validate]\nreal_labels = true\ndata = ['b']"
     )
     for times in (1, 1, 2):
         evaluate(("somewhere",), suite=path, setup=setup)
-        assert given == [("somewhere", "y", True)] * times
+        assert given == [("somewhere", "scattered-digits:9", True)] * times
     path.write_text(path.read_text().replace("['b']", "['a']"))
     heads = iter([{}])
     evaluate(("somewhere",), suite=path, setup=setup)
-    assert given[-1] == ("somewhere", "x", True)
+    assert given[-1] == ("somewhere", "digits", True)
 
 
 @pytest.mark.parametrize("error", [LostRank("rank 1 hangs"), RuntimeError("gloo/x.cc: closed")])
@@ -247,3 +284,43 @@ def test_a_lost_rank_is_no_cells_fault(error, suite, setup, called):
     with pytest.raises(type(error)) as caught:
         evaluate(("pixels:8",), suite=suite, setup=setup)
     assert caught.value is error and len(called.made) == 2
+
+
+@pytest.mark.parametrize("failing", [(1,), (0, 1)])
+def test_ranks_fail_together(failing, suite, setup, monkeypatch, on_ranks):
+    """A rank that fails alone ends all. If all of them fail, the other cells are still run."""
+
+    def knn(backbone, /, data, eval_data=None, *, protocol: KNNProtocol, setup: Setup):
+        if setup.out.parent.name == "digits" and distributed.rank() in failing:
+            raise InputError("cat.png is truncated")
+        distributed.barrier()
+        return {"results": {protocol.headlines[0]: 50.0}}
+
+    monkeypatch.setattr("ldae.commands.knn.knn", knn)
+    monkeypatch.setattr(distributed, "_REPORT_SECONDS", 2.0)
+    suite.write_text(SUITE.partition("[protocols.retrieve]")[0])
+    one, two = on_ranks(lambda: evaluate(("pixels:8",), suite=suite, setup=setup), seconds=20)
+    sentence = "knn of pixels-8 on digits: cat.png is truncated"
+    if len(failing) == 1:
+        assert two == f"InputError: {sentence}"
+        assert one == f"LostRank: rank 0 lost the other ranks: rank 1 reported: {sentence}"
+    else:
+        assert one == two and one.startswith("InputError: 1 of 2 cells failed")
+        by_json, _, text = numbers(setup.out)
+        assert len(by_json) == 1 and sentence in text
+
+
+def test_ranks_that_see_different_files_run_the_same_cells(suite, setup, monkeypatch, on_ranks):
+    """Rank 0 decides which cells are finished."""
+    suite.write_text(SUITE.partition("[data.same]")[0] + "[protocols.knn]\nk = [1]")
+    read = "ldae.commands.evaluate._images"
+
+    def knn(backbone, /, data, eval_data=None, *, protocol: KNNProtocol, setup: Setup):
+        distributed.barrier()
+        return {"results": {protocol.headlines[0]: 50.0}}
+
+    monkeypatch.setattr("ldae.commands.knn.knn", knn)
+    for seen in (["", ""], ["", "later"], ["later", "later"]):
+        monkeypatch.setattr(read, lambda *_: seen[distributed.rank()])
+        errors = on_ranks(lambda: evaluate(("pixels:8",), suite=suite, setup=setup), seconds=20)
+        assert errors == ["", ""]

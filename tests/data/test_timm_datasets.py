@@ -1,9 +1,12 @@
+import os
 import pickle
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from ldae.data import timm_datasets
 from ldae.data.open import open_source, open_splits
 from ldae.errors import InputError
 
@@ -48,3 +51,48 @@ def test_hfds_without_its_package_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"hfds/some/data needs the package datasets: pip install"):
         open_source("hfds/some/data", "train")
+
+
+def test_pixels_in_memory_have_a_fingerprint(cifar10):
+    root, pixels = cifar10
+
+    def prints() -> list[str]:
+        return [source.fingerprint() for source in open_splits(f"torch/cifar10@{root}", None)]
+
+    before = prints()
+    pixels[5] += 1
+    content = {"data": pixels[4:].reshape(2, -1), "labels": [0, 1]}
+    (root / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(content))
+    after = prints()
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_files_of_torchvision_have_a_fingerprint(make_tree, tmp_path):
+    root = make_tree("tree", ["cat/1.png", "dog/2.png"])
+    found = [open_source(f"torch/image_folder@{root}", "train").fingerprint()]
+    root = root.rename(tmp_path / "elsewhere")
+    found += [open_source(f"torch/image_folder@{root}", "train").fingerprint()]
+    os.utime(root / "cat/1.png", (1, 1))
+    found += [open_source(f"torch/image_folder@{root}", "train").fingerprint()]
+    assert found[0] == found[1] != found[2]
+
+
+def test_hfds_has_the_fingerprint_of_its_package(monkeypatch):
+    class Table:
+        column_names = ()
+
+    class Reader:
+        dataset, label_key, class_to_idx = Table(), "label", {}
+
+        def __len__(self):
+            return 3
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
+    monkeypatch.setattr(
+        timm_datasets, "_create_dataset", lambda *_: SimpleNamespace(reader=Reader())
+    )
+    found = []
+    for name in ("one", "one", "two"):
+        Table._fingerprint = name
+        found.append(open_source("hfds/some/data", "train").fingerprint())
+    assert found[0] == found[1] != found[2]

@@ -55,10 +55,8 @@ def test_cells_are_every_combination(read, tmp_path):
     assert [cell.column.grader.name for cell in cells[:3]] == ["knn", "knn", "linear"]
     assert (cells[0].train, cells[0].eval) == ("digits", None)
     assert (cells[1].train, cells[1].eval) == ("x.zip", "y.zip")
-    assert cells[0].column.settings == {"k": (10, 20)}
     assert cells[0].column.protocol == KNNProtocol(k=(10, 20))
     given = {"epochs": 2, "pools": ("avg",), "learning_rates": (1.0, 0.5)}
-    assert cells[2].column.settings == given
     assert cells[2].column.protocol == CachedProtocol(**given)
     assert (cells[0].setup.random_init, cells[0].setup.img_size) == (False, None)
     assert (cells[3].setup.random_init, cells[3].setup.img_size) == (True, 16)

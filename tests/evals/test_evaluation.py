@@ -1,0 +1,108 @@
+"""The record of every grader says which weights and which images its numbers come from."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+from ldae import cli, tree
+from ldae.backbones.open import load_backbone, load_classifier
+from ldae.backbones.timm_folder import write_timm_folder
+from ldae.commands.export import export
+from ldae.commands.finetune import finetune
+from ldae.commands.grid import grid
+from ldae.commands.knn import knn
+from ldae.data.label_maps import open_map_splits
+from ldae.data.open import open_splits
+from ldae.evals.evaluation import Setup
+from ldae.evals.neighbours import KNNProtocol
+from ldae.evals.protocol import Grader
+from ldae.files import state_hash
+from ldae.finetuning import recipes
+
+GRADERS = {**cli.graders(), "grid": Grader("grid", grid)}
+KINDS = [(verb, kind) for verb, grader in GRADERS.items() for kind in grader.protocols]
+SHORT = {
+    "k": (1,), "epochs": 2, "warmup_epochs": 1, "total_batch": 16, "C": (1.0,), "steps": 1,
+    "learning_rates": (0.1,), "timesteps": (10,), "leading": (1,),
+}  # fmt: skip
+SETUP = Setup(workers=0, device="cpu")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of two classes, and a folder of the same images with label maps."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        part = "train" if i < 30 else "val"
+        pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        places = [f"data/{part}/{i % 2}", f"maps/images/{part}", f"maps/labels/{part}"]
+        for place, image in zip(places, (pixels, pixels, pixels[..., 0] % 2)):
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / place / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A classifier of both classes whose backbone has seen 8 images."""
+    args = {"img_size": 16, "num_classes": 2}
+    model = timm.create_model("test_vit", **args)
+    model.images_seen = 8
+    classes = ["0", "1"]
+    write_timm_folder(tmp_path / "classifier", model, args, lambda _: None, classes=classes)
+    return tmp_path / "classifier"
+
+
+def check(record: dict, model, splits) -> None:
+    assert record["backbone"]["sha256"] == state_hash(model.state_dict())
+    assert record["backbone"]["images_seen"] == 8
+    found = [record["data"][name] for name in ("fingerprint", "eval_fingerprint")]
+    assert found == [split.fingerprint() for split in splits]
+
+
+@pytest.mark.parametrize(("verb", "name"), KINDS)
+def test_every_record_names_weights_and_images(verb, name, run, data, classifier, tmp_path):
+    grader = GRADERS[verb]
+    kind = grader.protocols[name]
+    given = {key: value for key, value in SHORT.items() if key in kind.__dataclass_fields__}
+    is_classifier = grader.takes("classifier")
+    spec = str(classifier if is_classifier else run())
+    splits = open_splits(str(data), None)
+    if verb == "segment":
+        data = data.with_name("maps")
+        splits = open_map_splits(str(data), None)
+    setup = replace(SETUP, out=tmp_path / "out")
+    record = grader.function(spec, str(data), protocol=kind(**given), setup=setup)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["data"] == record["data"]
+    model = (load_classifier if is_classifier else load_backbone)(spec)
+    check(record, model, splits if grader.takes("eval_data") else splits[1:] * 2)
+
+
+def test_a_fine_tuning_names_the_weights_that_it_wrote(run, data, tmp_path):
+    tiny = {
+        "backbone": str(run()), "data.source": str(data), "optim.batch_size": 10,
+        "optim.epochs": 1, "optim.warmup_epochs": 0.2, "augment.mix_images": 2,
+        "system.device": "cpu", "system.precision": "fp32", "system.workers": 0,
+    }  # fmt: skip
+    record = finetune(tree.replace(recipes.config("mae"), tiny), tmp_path / "tuned")
+    check(record, load_classifier(tmp_path / "tuned"), open_splits(str(data), None))
+
+
+def test_an_export_is_graded_as_its_run(run, data, tmp_path):
+    """The untrained control has seen no images."""
+    folder = run()
+    export(folder, tmp_path / "exported")
+    setup = replace(SETUP, out=tmp_path / "out")
+    records = [
+        knn(str(spec), str(data), protocol=KNNProtocol(k=(1,)), setup=how)
+        for spec in (folder, tmp_path / "exported")
+        for how in (setup, replace(setup, random_init=True))
+    ]
+    one, control, two, same_control = (record["backbone"] for record in records)
+    assert one["sha256"] == two["sha256"] and one["images_seen"] == two["images_seen"] == 8
+    assert control["sha256"] == same_control["sha256"] != one["sha256"]
+    assert control["images_seen"] is same_control["images_seen"] is None
