@@ -24,7 +24,7 @@ class FinetuneDataSettings:
     in_chans: Annotated[int, COUNT] = 3
     """Channels, when the backbone is a timm name; other backbones have a fixed number."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """For an undecodable image: stop the run, or count it and use the next image instead."""
+    """For an undecodable image: stop the run, or record it and use the next image instead."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.folder import open_run
+from ldae.runs.skipped import record_skipped
 from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS, Tokenizer
 from ldae.tokenizers.losses import LossWeights, TokenizerLoss
@@ -60,6 +61,8 @@ class Fit:
     """Mean and standard deviation of the pixels; empty to measure them."""
     plan: Plan | None
     """The plan of the training; None for a fit in one pass and for published weights."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Images that this rank could not decode and skipped: name -> reason."""
 
     @cached_property
     def perceptual(self) -> PerceptualDistance | None:
@@ -143,6 +146,7 @@ def fit_or_load(fit: Fit, run: Path, row: str) -> None:
         fit.tokenizer.to(fit.device)
     else:
         _train(fit, run, row) if fit.tokenizer.trained else _fit_statistics(fit)
+        record_skipped(run, fit.skipped)
         if distributed.is_main():
             tokenizers.save(fit.tokenizer, path)
     if not (run / layout.RECONSTRUCTION).exists():
@@ -284,6 +288,7 @@ class FitImages:
         )
         with console.progress(stop, "tokenizer") as bar:
             for batch in batches:
+                self.fit.skipped.update(batch.bad)
                 yield batch.images
                 bar.update(batch_size)
 

@@ -312,6 +312,18 @@ def test_each_pass_of_a_fit_gives_the_same_images(workers, tiny, tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("row", ["l_dae", "patch_ae"])
+def test_a_fit_names_the_images_that_it_skips(row, tiny, pictures, tmp_path):
+    source = pictures(16)
+    for i in range(16):
+        source.image(i).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "05.png").write_bytes(b"")
+    config = tiny(row, data__source=str(tmp_path), data__bad_images="skip")
+    fit_tokenizer(config, tmp_path / "run", row)
+    skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    assert skipped.keys() == {"05.png"} and "05.png cannot be decoded" in skipped["05.png"]
+
+
 def test_given_pixel_statistics_are_kept(tiny, tmp_path):
     given = {"data__mean": (0.5, 0.4, 0.3), "data__std": (0.2, 0.2, 0.1)}
     fit_tokenizer(tiny("patch_ae", **given), tmp_path / "run", "patch_ae")

@@ -23,6 +23,7 @@ from ldae import distributed, tree
 from ldae.commands import pretrain as command_module
 from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
+from ldae.data.loader import epoch_order
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
@@ -248,6 +249,33 @@ def test_a_bad_image_stops_the_run_or_is_skipped_and_counted(folder, tiny, tmp_p
     (folder / "11.png").write_bytes(good)
     pretrain(config, tmp_path / "stops", "l_dae")
     assert lines(tmp_path / "stops")[-1]["images"] == 24
+
+
+def test_skipped_images_are_named_once_over_epochs_stops_and_ranks(
+    folder, tiny, tmp_path, monkeypatch, on_ranks
+):
+    config = tiny(data__source=str(folder), tokenizer__scale="per-axis", optim__epochs=2)
+    pretrain(config, tmp_path / "fits", "l_dae")
+    tokenizer = str(tmp_path / "fits" / "tokenizer.safetensors")
+    config = tree.replace(config, {"tokenizer.path": tokenizer, "data.bad_images": "skip"})
+    run, order = tmp_path / "run", epoch_order(config.seed, 0, 24)
+    early, late = (f"{order[place]:02}.png" for place in (3, 12))
+    for name in (early, late):
+        (folder / name).write_bytes(b"")
+    original = command_module.LDAE.forward
+
+    def forward(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at image 8 of 48"):
+        patch.setattr(command_module.LDAE, "forward", forward)
+        pretrain(config, run, "l_dae")
+    skipped = json.loads((run / "skipped.json").read_text())
+    assert skipped.keys() == {early} and f"{folder}/{early} cannot be" in skipped[early]
+    assert on_ranks(lambda: pretrain(config, run, "l_dae")) == ["", ""]
+    resumed = json.loads((run / "skipped.json").read_text())
+    assert resumed.keys() == {early, late} and resumed[early] == skipped[early]
 
 
 def test_the_metrics_hold_online_knn(tiny, tmp_path):
