@@ -35,7 +35,7 @@ from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS, Tokenizer
 from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 from ldae.train.loop import Plan, plan_run
-from ldae.train.run import runs_in_bf16, train_in, transform_of
+from ldae.train.run import check_warmup, runs_in_bf16, train_in, transform_of
 
 _FIT_BATCH = 256
 _MEASURED_IMAGES = 5_000
@@ -100,6 +100,8 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
         plan = plan_run(len(source), config.tokenizer.optim, config.system)
     fit = Fit(config, source, device, tokenizer, _pixel_stats(config), plan)
     if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
+        inner = run / layout.TOKENIZER_RUN  # of a pre-training
+        check_warmup(inner if inner.exists() else run, config.tokenizer.optim, "tokenizer.optim")
         start = config.tokenizer.adversarial_start
         if config.tokenizer.adversarial_weight and start >= plan.steps:
             raise InputError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,6 +344,11 @@ def test_given_pixel_statistics_are_kept(tiny, tmp_path):
         ("dit", {"dim": 6}, "tokenizer.dim 6 is not a multiple of 4"),
         ("dit", {"path": "x.safetensors"}, "tokenizer.path names a fitted tokenizer"),
         ("dit", {"optim__batch_size": 9}, "9, cannot be cut into 2 equal parts"),
+        (
+            "patch_ae",
+            {"optim__warmup_epochs": 1},
+            "tokenizer.optim.warmup_epochs 1 must be fewer than tokenizer.optim.epochs 1",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(row, changes, sentence, tiny, tmp_path):
@@ -351,6 +357,27 @@ def test_wrong_settings_are_refused(row, changes, sentence, tiny, tmp_path):
     with pytest.raises(InputError, match=sentence):
         fit_tokenizer(config, tmp_path / "run", row)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [fit_tokenizer, pretrain])
+def test_a_half_done_training_with_a_long_warm_up_resumes(command, tiny, tmp_path):
+    """Older versions began such trainings."""
+    config = tiny("patch_ae", system__keep=0, system__save_minutes=0)
+    run = tmp_path / "run"
+    command(config, run, "patch_ae")
+    folder = run / "tokenizer" if command is pretrain else run
+    if command is pretrain:
+        shutil.rmtree(run / "checkpoints")
+        (run / "tokenizer.safetensors").unlink()
+    (folder / "tokenizer.safetensors").unlink()
+    for path in Checkpoints(folder).paths()[4:]:
+        path.unlink()
+    longer = {"tokenizer.optim.warmup_epochs": 2}
+    before = tree.replace(kinds.settings_of(folder, "tokenizer"), longer)
+    (folder / "config.yaml").write_text(kinds.to_yaml(before, "tokenizer"))
+    command(tree.replace(config, longer), run, "patch_ae")
+    assert lines(folder)[-1]["images"] == 64 and weights(folder)
+    assert lines(folder)[-1]["lr"] == pytest.approx(0.1 * 8 / 256 * 56 / 128)
 
 
 @pytest.mark.parametrize("function", [fit_tokenizer, pretrain])

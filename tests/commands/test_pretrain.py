@@ -392,6 +392,25 @@ def test_a_run_without_a_checkpoint_may_start_again_with_other_settings(tiny, tm
     assert weights(run)["tokenizer.scales"].shape == (5,)
 
 
+def test_a_warm_up_as_long_as_the_run_is_refused_but_a_half_done_run_resumes(
+    tiny, tmp_path, capsys
+):
+    """Older versions began such runs."""
+    with pytest.raises(InputError, match="^optim.warmup_epochs 1 must be fewer .*optim.epochs 1$"):
+        pretrain(tiny(optim__warmup_epochs=1), tmp_path / "run", "l_dae", dry_run=True)
+    assert not (tmp_path / "run").exists()
+    pretrain(tiny(system__keep=0, system__save_minutes=0), tmp_path / "whole", "l_dae")
+    run = half(tmp_path / "whole", tmp_path / "half")
+    config = tree.replace(kinds.settings_of(run, "pretraining"), {"optim.warmup_epochs": 4})
+    (run / "config.yaml").write_text(kinds.to_yaml(config, "pretraining"))
+    capsys.readouterr()
+    pretrain(config, run, "l_dae", dry_run=True)
+    assert "7.81e-05 at its peak" in capsys.readouterr().out  # a quarter of lr = 1e-2 * 8 / 256
+    pretrain(config, run, "l_dae")
+    assert lines(run)[-1]["images"] == 64
+    assert lines(run)[-1]["lr"] == pytest.approx(1e-2 * 8 / 256 * 56 / 256)
+
+
 def test_the_death_of_a_data_worker_is_reported(tiny, tmp_path, monkeypatch):
     """The main process notices in the middle of the forward pass."""
     original, calls = command_module.LDAE.forward, []
