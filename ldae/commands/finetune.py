@@ -193,9 +193,14 @@ def save(network: nn.Module, folder: Path, tuning: FineTuning, results: dict[str
 
     Raises: InputError when the folder cannot be written, or timm reads back another network.
     """
-    # On the CPU, since a GPU may compute float32 in TF32. The tag of the original weights is wrong.
+    # On the CPU, since a GPU may compute float32 in TF32.
     saved = copy.deepcopy(network).cpu().eval()
-    saved.pretrained_cfg = network.pretrained_cfg | {"tag": "finetuned", "custom_load": False}
+    # The tag and the license of the backbone's weights are wrong.
+    saved.pretrained_cfg = network.pretrained_cfg | {
+        "tag": "finetuned",
+        "custom_load": False,
+        "license": tuning.config.license or None,
+    }
     images = torch.randn(2, *preprocessing(network).input_size)
 
     @torch.no_grad()
@@ -234,6 +239,7 @@ def _model_card(
         },
         f"logits = model(transform(image).unsqueeze(0))  # (1, {network.num_classes})\n"
         'names = model.pretrained_cfg["label_names"]',
+        license=config.license,
     )
 
 
