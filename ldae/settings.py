@@ -33,7 +33,7 @@ class DataSettings:
     std: Annotated[tuple[float, ...], POSITIVE] = ()
     """Standard deviation of each channel, in [0, 1]."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """For an undecodable image: stop the run, or count it and use the next image instead."""
+    """For an undecodable image: stop the run, or record it and use the next image instead."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 
+import yaml
+
 
 def model_card(
-    title: str, tags: Sequence[str], description: str, facts: Mapping[str, object], usage: str
+    title: str,
+    tags: Sequence[str],
+    description: str,
+    facts: Mapping[str, object],
+    usage: str,
+    *,
+    license: str = "",
+    scores: str = "",
 ) -> str:
     """Return a model card as Markdown.
 
@@ -14,14 +23,15 @@ def model_card(
         description: one paragraph.
         facts: the rows of a table of two columns.
         usage: lines of Python about ``model`` and ``transform``, which the card defines.
+        license: of the weights, as the hub spells it; empty: the card names none.
+        scores: Markdown to show below the facts, if any.
     """
-    tag_lines = "\n".join(f"- {tag}" for tag in tags)
+    claimed = {"license": license} if license else {}
+    head = yaml.safe_dump({"library_name": "timm", **claimed, "tags": list(tags)}, sort_keys=False)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    below = f"\n{scores}\n" if scores else ""
     return f"""---
-library_name: timm
-tags:
-{tag_lines}
----
+{head}---
 # {title}
 
 {description}
@@ -29,7 +39,7 @@ tags:
 | | |
 |---|---|
 {rows}
-
+{below}
 ```python
 import timm
 

@@ -122,7 +122,6 @@ def pretrained_cfg(method: LDAE) -> dict:
     side = tokenizer.img_size
     return {
         "tag": "ldae",
-        "license": "other",
         "origin_url": "https://arxiv.org/abs/2401.14404",
         "input_size": (tokenizer.in_chans, side, side),
         "fixed_input_size": True,

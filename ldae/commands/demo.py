@@ -34,10 +34,10 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
     Raises: InputError when the exported backbone does not score as the run does.
     """
     start = time.perf_counter()
-    config = tree.replace(
-        trajectory.config("l_dae", scale="demo"),
-        {"data.source": DATA, "optim.epochs": epochs},
-    )
+    config = trajectory.config("l_dae", scale="demo")
+    warmup = min(config.optim.warmup_epochs, epochs / 2)
+    changes = {"data.source": DATA, "optim.epochs": epochs, "optim.warmup_epochs": warmup}
+    config = tree.replace(config, changes)
     pretrain(config, run, "l_dae")
     exported = run / layout.EXPORTED
     if not exported.exists():

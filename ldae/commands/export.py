@@ -1,5 +1,6 @@
 """``ldae export``: write the backbone of a run as a folder for timm and the hub."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from ldae.backbones.fold import default_timestep, fold
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.errors import InputError
+from ldae.evals.scores import score_table
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT
 
@@ -25,18 +27,21 @@ def export(
     out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
     /,
     timestep: int | None = None,
+    license: str = "",
 ) -> Path:
     """Write the backbone of a run as a folder that timm and the Hugging Face hub open.
 
     The folder holds config.json, model.safetensors and a model card, README.md. Before it appears
     under its name, the folded encoder is compared with the unfolded one, and the file that timm
-    reads with the weights that were written.
+    reads with the weights that were written. The card shows the scores that lie beside the run.
 
     Args:
         run: a run folder; its newest checkpoint is exported.
         out: the folder to write; it must not exist yet, or must hold this export already.
         timestep: the t that is folded into the weights; by default 10 of 1000 noise levels, or
             the same share of another number.
+        license: license of the weights, in the hub's spelling, such as cc-by-nc-4.0; by default
+            config.json and the card claim none.
 
     Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, or the
         verification fails.
@@ -51,22 +56,25 @@ def export(
     except NoPlainViT as error:
         raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
     if out.exists():
-        if not _holds(out, vit):
+        if not _holds(out, vit, license):
             raise InputError(f"{out} exists already; export to another folder")
-        print(f"{out} is this export already")
+        print(f"{out} is this export already; its model card stays as it is")
         return out
-    vit.images_seen = state["images_seen"]
-    card = _model_card(run, vit, method, state, timestep)
+    vit.images_seen, vit.pretrained_cfg["license"] = state["images_seen"], license or None
+    card = _model_card(run, vit, method, state, timestep, license)
     write_timm_folder(out, vit, vit.model_args, partial(_verify_file, vit, method), card=card)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")
     return out
 
 
-def _holds(out: Path, vit: VisionTransformer) -> bool:
-    """Return whether a folder has these weights and no others."""
+def _holds(out: Path, vit: VisionTransformer, license: str) -> bool:
+    """Return whether a folder has these weights and no others, and this license if one is given."""
     try:
         written = load_file(out / "model.safetensors")
-    except (OSError, SafetensorError):
+        claimed = json.loads((out / "config.json").read_text())["pretrained_cfg"].get("license")
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False
+    if license not in ("", claimed):
         return False
     state = vit.state_dict()
     return written.keys() == state.keys() and all(torch.equal(written[n], state[n]) for n in state)
@@ -81,8 +89,13 @@ def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> Non
             raise InputError("not exported: timm does not read back what was written")
 
 
-def _model_card(run: Path, vit: VisionTransformer, method: LDAE, state: dict, timestep: int) -> str:
+def _model_card(
+    run: Path, vit: VisionTransformer, method: LDAE, state: dict, timestep: int, license: str
+) -> str:
     tokenizer, describe = method.tokenizer, state["describe"]
+    params = sum(parameter.numel() for parameter in vit.parameters())
+    table = score_table(run, params, state["images_seen"])
+    measured = f"Scores in percent, measured on the run at t = {default_timestep(method)}:"
     name, heads = vit.pretrained_cfg["architecture"], vit.blocks[0].attn.num_heads
     patch, side = tokenizer.patch_size, tokenizer.img_size
     return model_card(
@@ -102,4 +115,6 @@ def _model_card(run: Path, vit: VisionTransformer, method: LDAE, state: dict, ti
             "folded at": f"t = {timestep}, clean input",
         },
         f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
+        license=license,
+        scores=f"{measured}\n\n{table}" if table else "",
     )

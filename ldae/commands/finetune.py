@@ -27,7 +27,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Plan, plan_run
-from ldae.train.run import compiles, describe_training, runs_in_bf16, train_in
+from ldae.train.run import check_warmup, compiles, describe_training, runs_in_bf16, train_in
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
     Raises: InputError for wrong settings, backbone or data; Interrupted after a stop signal.
     """
     run = Path(run)
-    _check(config)
+    tree.check(config)
+    check_warmup(run, config.optim)
     bf16 = runs_in_bf16(config.system.precision, distributed.device_for(config.system.device))
     setup = Setup(
         random_init=config.model.random_init,
@@ -98,15 +99,6 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
             return None
         with open_run(run, "fine-tuning", config, evaluation.train, evaluation.device):
             return _train_and_grade(tuning, run)
-
-
-def _check(config: FinetuneConfig) -> None:
-    tree.check(config)
-    if config.optim.warmup_epochs >= config.optim.epochs:
-        raise InputError(
-            f"optim.warmup_epochs {config.optim.warmup_epochs:g} must be fewer than optim.epochs "
-            f"{config.optim.epochs:g}"
-        )
 
 
 def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> FineTuning:
@@ -201,9 +193,14 @@ def save(network: nn.Module, folder: Path, tuning: FineTuning, results: dict[str
 
     Raises: InputError when the folder cannot be written, or timm reads back another network.
     """
-    # On the CPU, since a GPU may compute float32 in TF32. The tag of the original weights is wrong.
+    # On the CPU, since a GPU may compute float32 in TF32.
     saved = copy.deepcopy(network).cpu().eval()
-    saved.pretrained_cfg = network.pretrained_cfg | {"tag": "finetuned", "custom_load": False}
+    # The tag and the license of the backbone's weights are wrong.
+    saved.pretrained_cfg = network.pretrained_cfg | {
+        "tag": "finetuned",
+        "custom_load": False,
+        "license": tuning.config.license or None,
+    }
     images = torch.randn(2, *preprocessing(network).input_size)
 
     @torch.no_grad()
@@ -242,6 +239,7 @@ def _model_card(
         },
         f"logits = model(transform(image).unsqueeze(0))  # (1, {network.num_classes})\n"
         'names = model.pretrained_cfg["label_names"]',
+        license=config.license,
     )
 
 

@@ -19,7 +19,14 @@ from ldae.runs.folder import open_run
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
 from ldae.train.loop import Plan, plan_run
-from ldae.train.run import compiles, describe_training, runs_in_bf16, train_in, transform_of
+from ldae.train.run import (
+    check_warmup,
+    compiles,
+    describe_training,
+    runs_in_bf16,
+    train_in,
+    transform_of,
+)
 
 
 def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None:
@@ -37,6 +44,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
     device = distributed.device_for(config.system.device)
     with distributed.process_group(device, config.system.rank_timeout):
         tree.check(config)
+        check_warmup(run, config.optim)
         source = open_source(config.data.source, "train")
         if config.model.class_conditional and source.labels is None:
             raise InputError(f"model.class_conditional needs labels; {source.spec} has none")

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, C, H, W) uint8
     targets: Any  # labels (B,) int64, -1 when unlabelled; or what Source.target is in this source
     positions: torch.Tensor  # (B,) int64, in the endless training order, or indices in evaluation
-    bad: list[str]  # names of the images that could not be decoded and were replaced
+    bad: list[tuple[str, str]]  # images that could not be decoded and were replaced: name, reason
 
 
 def train_batches(
@@ -57,7 +57,7 @@ def train_batches(
     same images.
 
     With ``bad_images`` stop, a bad image raises BadImage. With skip, the next readable image in the
-    epoch's order replaces the bad image, and ``Batch.bad`` has the name of the bad image.
+    epoch's order replaces the bad image, and ``Batch.bad`` names the bad image and the reason.
 
     Raises: InputError for invalid settings, when no image of the source is readable, and when a
         worker process dies.
@@ -101,7 +101,7 @@ def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
-Sample = tuple[torch.Tensor, Any, int, list[str]]  # image, target, position, bad names
+Sample = tuple[torch.Tensor, Any, int, list[tuple[str, str]]]  # image, target, position, bad
 
 
 class _EvaluationOrder(Dataset):
@@ -141,7 +141,7 @@ class _TrainingOrder(Dataset):
             except BadImage as error:
                 if not self.skip:
                     return error
-                bad.append(self.source.name(index))
+                bad.append((self.source.name(index), str(error)))
         return InputError(f"none of the {len(order)} images of {self.source.spec} can be decoded")
 
 
@@ -165,8 +165,8 @@ def _collate(samples: list[Sample | InputError]) -> Batch | InputError:
         if isinstance(sample, InputError):
             return sample
     images, targets, positions, bad = zip(*samples)
-    names = list(itertools.chain(*bad))
-    return Batch(torch.stack(images), _collate_targets(targets), torch.tensor(positions), names)
+    skipped = list(itertools.chain(*bad))
+    return Batch(torch.stack(images), _collate_targets(targets), torch.tensor(positions), skipped)
 
 
 def _collate_targets(targets: tuple[Any, ...]) -> torch.Tensor | list:

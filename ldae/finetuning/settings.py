@@ -24,7 +24,7 @@ class FinetuneDataSettings:
     in_chans: Annotated[int, COUNT] = 3
     """Channels, when the backbone is a timm name; other backbones have a fixed number."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """For an undecodable image: stop the run, or count it and use the next image instead."""
+    """For an undecodable image: stop the run, or record it and use the next image instead."""
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,6 @@ class FinetuneConfig:
     system: FinetuneSystemSettings = field(default_factory=FinetuneSystemSettings)
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the new weights, the data order, the augmentation, the mixing and the drop path."""
+    license: str = ""
+    """License of the classifier's weights, in the hub's spelling, such as cc-by-nc-4.0; empty: its
+    config.json and model card claim none."""

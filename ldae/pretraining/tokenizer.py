@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -30,11 +30,12 @@ from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.folder import open_run
+from ldae.runs.skipped import record_skipped
 from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS, Tokenizer
 from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 from ldae.train.loop import Plan, plan_run
-from ldae.train.run import runs_in_bf16, train_in, transform_of
+from ldae.train.run import check_warmup, runs_in_bf16, train_in, transform_of
 
 _FIT_BATCH = 256
 _MEASURED_IMAGES = 5_000
@@ -60,6 +61,8 @@ class Fit:
     """Mean and standard deviation of the pixels; empty to measure them."""
     plan: Plan | None
     """The plan of the training; None for a fit in one pass and for published weights."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Images that this rank could not decode and skipped: name -> reason."""
 
     @cached_property
     def perceptual(self) -> PerceptualDistance | None:
@@ -97,6 +100,8 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
         plan = plan_run(len(source), config.tokenizer.optim, config.system)
     fit = Fit(config, source, device, tokenizer, _pixel_stats(config), plan)
     if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
+        inner = run / layout.TOKENIZER_RUN  # of a pre-training
+        check_warmup(inner if inner.exists() else run, config.tokenizer.optim, "tokenizer.optim")
         start = config.tokenizer.adversarial_start
         if config.tokenizer.adversarial_weight and start >= plan.steps:
             raise InputError(
@@ -143,6 +148,7 @@ def fit_or_load(fit: Fit, run: Path, row: str) -> None:
         fit.tokenizer.to(fit.device)
     else:
         _train(fit, run, row) if fit.tokenizer.trained else _fit_statistics(fit)
+        record_skipped(run, fit.skipped)
         if distributed.is_main():
             tokenizers.save(fit.tokenizer, path)
     if not (run / layout.RECONSTRUCTION).exists():
@@ -284,6 +290,7 @@ class FitImages:
         )
         with console.progress(stop, "tokenizer") as bar:
             for batch in batches:
+                self.fit.skipped.update(batch.bad)
                 yield batch.images
                 bar.update(batch_size)
 

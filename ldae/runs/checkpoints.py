@@ -19,7 +19,8 @@ class Checkpoints:
     """The checkpoints of one run folder. The newest ``keep`` are kept, or all if ``keep`` is 0."""
 
     def __init__(self, run: Path, keep: int = 0) -> None:
-        self.folder, self.keep = Path(run) / layout.CHECKPOINTS, keep
+        self.run, self.keep = Path(run), keep
+        self.folder = self.run / layout.CHECKPOINTS
 
     def paths(self) -> list[Path]:
         """Return the paths of all checkpoints, oldest first."""

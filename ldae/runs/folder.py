@@ -18,10 +18,11 @@ from ldae.runs.lock import locked
 from ldae.settings import ExecutionSettings
 
 NAMES_HASH = "the hash of the images' names"  # a key of checkpoints' descriptions
-_MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source")  # when a run resumes
+# When a run resumes.
+_MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source", "license")
 _NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # may lie in a folder before a run begins there
 # Written before the first checkpoint; of no use to a run with other settings.
-_OF_THE_SETTINGS = (layout.TOKENIZER, layout.RECONSTRUCTION, layout.WANDB_ID)
+_OF_THE_SETTINGS = (layout.TOKENIZER, layout.RECONSTRUCTION, layout.SKIPPED, layout.WANDB_ID)
 
 
 class Settings(Protocol):

@@ -9,6 +9,7 @@ ENVIRONMENT = "environment.json"  # versions, device, git state
 LOCK = "running.json"  # exists while a process uses the folder
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+SKIPPED = "skipped.json"  # images that could not be decoded: name -> reason
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb-id.txt"  # the id of the run at Weights & Biases
 

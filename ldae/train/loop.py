@@ -18,6 +18,7 @@ from ldae.data.loader import Batch, report_dead_worker
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.metrics import Metrics, progress_line
+from ldae.runs.skipped import record_skipped
 from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.lookahead import Lookahead
@@ -130,6 +131,7 @@ class Loop:
             self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
         )
         self.watchdog = Watchdog(self.system.explosion)
+        self.skipped: dict[str, str] = {}  # on this rank since the last checkpoint: name -> reason
         with (
             StopRequest() as self.stop,
             report_dead_worker(),
@@ -244,6 +246,7 @@ class Loop:
         means = {"loss": torch.zeros((), device=self.device)}
         for micro, batch in enumerate(batches):
             self.meter.skipped += len(batch.bad)
+            self.skipped.update(batch.bad)
             if self.mixing:
                 batch = self.mixing(batch)
             torch.manual_seed(_seed_of(self.seed, batch))
@@ -291,8 +294,10 @@ class Loop:
         self.meter = Meter(self.seen)
 
     def _save(self) -> None:
-        """Check the loss of the last step, and begin to write a checkpoint."""
+        """Check the last loss, record the skipped images, and begin to write a checkpoint."""
         self.watchdog.check(self.report)
+        record_skipped(self.checkpoints.run, self.skipped)
+        self.skipped.clear()
         self.saver.wait()
         state, copied = self.state.capture()
         watchdog = self.watchdog.capture()

@@ -11,12 +11,13 @@ from ldae.console import print_main
 from ldae.data.loader import Batch, Transform, train_batches
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
+from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import NAMES_HASH, Settings, names_hash
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config, OptimSettings
 from ldae.train.loop import Hook, Loop, Plan
-from ldae.train.optim import peak_lr
+from ldae.train.optim import lr_at, peak_lr
 
 
 def train_in(
@@ -84,13 +85,29 @@ def train_in(
     ).train()
 
 
+def check_warmup(run: Path, optim: OptimSettings, name: str = "optim") -> None:
+    """Check that the warm-up ends before the run in the folder ``run`` does.
+
+    A run with a checkpoint resumes with any warm-up, since older versions began such runs.
+
+    Raises: InputError with the settings, whose dotted names begin with ``name``.
+    """
+    if optim.warmup_epochs >= optim.epochs and not Checkpoints(run).paths():
+        raise InputError(
+            f"{name}.warmup_epochs {optim.warmup_epochs:g} must be fewer than {name}.epochs "
+            f"{optim.epochs:g}"
+        )
+
+
 def describe_training(
     plan: Plan, optim: OptimSettings, bf16: bool, device: torch.device
 ) -> dict[str, str]:
     """Return what a dry run prints about a training."""
+    warmup = round(optim.warmup_epochs * plan.epoch)  # longer than the run in some older runs
+    peak = lr_at(min(warmup, plan.total), peak=peak_lr(optim), warmup=warmup, total=plan.total)
     return {
         "steps": f"{plan.steps:,} of {plan.batch_size} images, {plan.total:,} images seen",
-        "learning rate": f"{peak_lr(optim):.3g} at its peak",
+        "learning rate": f"{peak:.3g} at its peak",
         "computed in": f"{'bfloat16' if bf16 else 'float32'} on {device}",
     }
 

@@ -1,12 +1,20 @@
 """What the hub and timm's users read of an exported network."""
 
+import json
 import re
 
+import pytest
 import yaml
 from PIL import Image
 
 from ldae.backbones.card import model_card
+from ldae.backbones.open import load_backbone
 from ldae.commands.export import export
+from ldae.commands.knn import knn
+from ldae.errors import InputError
+from ldae.evals.evaluation import Setup
+from ldae.evals.neighbours import KNNProtocol
+from ldae.files import write, write_json
 
 
 def test_a_card_is_front_matter_a_table_and_code():
@@ -26,3 +34,81 @@ def test_the_code_of_a_card_runs(run, tmp_path):
     wanted = re.search(r"# \(1, (\d+)\)", code)[1]
     assert names["features"].shape == (1, int(wanted))
     assert "arxiv.org/abs/2401.14404" in card and "pypi.org" not in card
+
+
+def front_matter(folder):
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def cfg_of(folder):
+    return json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+
+
+def test_the_license_is_the_users_choice_and_none_is_claimed_without_it(run, tmp_path):
+    folder = run()
+    plain = export(folder, tmp_path / "plain")
+    assert "license" not in front_matter(plain) and "license" not in cfg_of(plain)
+    out = export(folder, tmp_path / "out", license="cc-by-nc-4.0")
+    assert front_matter(out)["license"] == cfg_of(out)["license"] == "cc-by-nc-4.0"
+    assert export(folder, out) == export(folder, out, license="cc-by-nc-4.0") == out
+    with pytest.raises(InputError, match="out exists already"):
+        export(folder, out, license="mit")
+
+
+def scores(card):
+    """Return the rows of the card's table of scores."""
+    rows = [row.strip("| ").split(" | ") for row in card.splitlines() if row.startswith("| ")]
+    return [row for row in rows if len(row) == 4][1:]
+
+
+def test_the_card_shows_the_scores_beside_the_run(run, tmp_path):
+    """Those of the control, of other images seen and of older versions are marked."""
+    folder = run()
+    assert not scores((export(folder, tmp_path / "none") / "README.md").read_text())
+    setup = Setup(out=folder / "evals" / "knn-a", workers=0, device="cpu")
+    record = knn(str(folder), "digits", protocol=KNNProtocol(k=(3,)), setup=setup)
+    record["data"] |= {"spec": "/home/me/cifar.zip", "eval_spec": "/home/me/test.zip"}
+    for name, random_init, seen in (
+        ("b", True, None), ("c", False, 4), ("d", False, 8), ("e", False, None)
+    ):  # fmt: skip
+        record["backbone"] |= {"random_init": random_init, "images_seen": seen}
+        write_json(folder / "evals" / f"knn-{name}" / "results.json", record)
+    card = (export(folder, tmp_path / "out") / "README.md").read_text()
+    assert "measured on the run at t = 10:" in card and "/home" not in card
+    rows, count, results = scores(card), record["data"]["eval_images"], record["results"]
+    assert [row[0] for row in rows] == ["knn, k=3"] * 5
+    assert rows[0][1] == f"digits ({count} images)"
+    assert rows[1][1] == f"cifar.zip, graded on test.zip ({count} images)"
+    assert rows[0][2] == f"top1_k3 {results['top1_k3']:.2f}, top5_k3 {results['top5_k3']:.2f}"
+    assert [row[3] for row in rows[1:]] == [
+        "none: the untrained control", "4: another checkpoint", "8", "not recorded",
+    ]  # fmt: skip
+
+
+def test_broken_and_foreign_results_are_left_out(run, tmp_path):
+    folder = run()
+    params = sum(parameter.numel() for parameter in load_backbone(folder).parameters())
+    good = {
+        "task": "linear",
+        "protocol": {"modified": []},
+        "backbone": {"params": params, "random_init": False},
+        "data": {"spec": "a", "eval_spec": "a", "eval_images": 9},
+        "results": {"top1": 50.0, "learning_rate": 0.1},
+    }
+    files = {
+        "good": good,
+        "pixels": good | {"backbone": {"params": 0}},
+        "grid": good | {"task": "grid"},  # of other blocks and noise levels
+        "fid": {"task": "fid", "results": {"fid": 3.0}},
+        "words": good | {"results": {"top1": "high"}},
+        "none": good | {"data": None},
+        "list": [1],
+        "null": None,
+    }
+    for name, content in files.items():
+        write_json(folder / "evals" / name / "results.json", content)
+    write(folder / "evals" / "cut" / "results.json", b'{"task": "linear"')
+    write(folder / "evals" / "bytes" / "results.json", b"\xff")
+    (folder / "evals" / "folder" / "results.json").mkdir(parents=True)
+    card = (export(folder, tmp_path / "out") / "README.md").read_text()
+    assert scores(card) == [["linear", "a (9 images)", "top1 50.00", "not recorded"]]

@@ -39,6 +39,16 @@ def test_the_demo_prints_a_table_and_paths(stage, tmp_path, capsys):
         assert part in out
 
 
+@pytest.mark.parametrize("epochs, warmup", [(2.5, 0.5), (0.5, 0.25)])
+def test_the_warm_up_of_a_demo_ends_before_the_demo(epochs, warmup, stage, tmp_path, monkeypatch):
+    stage(SCORES)
+    configs = []
+    monkeypatch.setattr(demo, "pretrain", lambda config, run, row: configs.append(config))
+    (tmp_path / "run").mkdir()
+    demo.demo(tmp_path / "run", epochs)
+    assert (configs[0].optim.epochs, configs[0].optim.warmup_epochs) == (epochs, warmup)
+
+
 def test_an_export_with_another_score_is_refused(stage, tmp_path):
     stage(SCORES | {"exported": 29.0})
     with pytest.raises(InputError, match="exported backbone scores .*29.0.*run .*30.0"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -140,6 +141,31 @@ def test_the_written_folder_has_the_logits_of_the_average(tiny, tmp_path):
     card = (run / "classifier" / "README.md").read_text()
     assert "| recipe | ldae, version 2, size B |" in card and "fine-tuned from vit" in card
     assert "pypi.org" not in card
+
+
+def test_the_license_of_the_classifier_is_the_users_choice(tiny, tmp_path, monkeypatch):
+    """The license of the backbone's weights is not passed on, nor is any other claimed."""
+    from ldae.commands import finetune as module
+
+    original = module.build_network
+
+    def licensed(*args):
+        network = original(*args)
+        network.pretrained_cfg["license"] = "apache-2.0"
+        return network
+
+    monkeypatch.setattr(module, "build_network", licensed)
+    short = {"optim__epochs": 0.1, "optim__warmup_epochs": 0.01}
+    for license in ("", "cc-by-nc-4.0"):
+        folder = tmp_path / f"run-{license}" / "classifier"
+        finetune(tiny(license=license, **short), folder.parent)
+        cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+        assert cfg.get("license", "") == license
+        head = (folder / "README.md").read_text().split("---")[1]
+        assert ("license:" in head) == bool(license) and license in head
+    shutil.rmtree(folder)
+    finetune(tiny(license="mit", **short), folder.parent)  # it may change when a run resumes
+    assert "license: mit" in (folder / "README.md").read_text()
 
 
 def test_the_average_and_the_weights_are_graded_in_float32(tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,6 +313,18 @@ def test_each_pass_of_a_fit_gives_the_same_images(workers, tiny, tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("row", ["l_dae", "patch_ae"])
+def test_a_fit_names_the_images_that_it_skips(row, tiny, pictures, tmp_path):
+    source = pictures(16)
+    for i in range(16):
+        source.image(i).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "05.png").write_bytes(b"")
+    config = tiny(row, data__source=str(tmp_path), data__bad_images="skip")
+    fit_tokenizer(config, tmp_path / "run", row)
+    skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    assert skipped.keys() == {"05.png"} and "05.png cannot be decoded" in skipped["05.png"]
+
+
 def test_given_pixel_statistics_are_kept(tiny, tmp_path):
     given = {"data__mean": (0.5, 0.4, 0.3), "data__std": (0.2, 0.2, 0.1)}
     fit_tokenizer(tiny("patch_ae", **given), tmp_path / "run", "patch_ae")
@@ -331,6 +344,11 @@ def test_given_pixel_statistics_are_kept(tiny, tmp_path):
         ("dit", {"dim": 6}, "tokenizer.dim 6 is not a multiple of 4"),
         ("dit", {"path": "x.safetensors"}, "tokenizer.path names a fitted tokenizer"),
         ("dit", {"optim__batch_size": 9}, "9, cannot be cut into 2 equal parts"),
+        (
+            "patch_ae",
+            {"optim__warmup_epochs": 1},
+            "tokenizer.optim.warmup_epochs 1 must be fewer than tokenizer.optim.epochs 1",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(row, changes, sentence, tiny, tmp_path):
@@ -339,6 +357,27 @@ def test_wrong_settings_are_refused(row, changes, sentence, tiny, tmp_path):
     with pytest.raises(InputError, match=sentence):
         fit_tokenizer(config, tmp_path / "run", row)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [fit_tokenizer, pretrain])
+def test_a_half_done_training_with_a_long_warm_up_resumes(command, tiny, tmp_path):
+    """Older versions began such trainings."""
+    config = tiny("patch_ae", system__keep=0, system__save_minutes=0)
+    run = tmp_path / "run"
+    command(config, run, "patch_ae")
+    folder = run / "tokenizer" if command is pretrain else run
+    if command is pretrain:
+        shutil.rmtree(run / "checkpoints")
+        (run / "tokenizer.safetensors").unlink()
+    (folder / "tokenizer.safetensors").unlink()
+    for path in Checkpoints(folder).paths()[4:]:
+        path.unlink()
+    longer = {"tokenizer.optim.warmup_epochs": 2}
+    before = tree.replace(kinds.settings_of(folder, "tokenizer"), longer)
+    (folder / "config.yaml").write_text(kinds.to_yaml(before, "tokenizer"))
+    command(tree.replace(config, longer), run, "patch_ae")
+    assert lines(folder)[-1]["images"] == 64 and weights(folder)
+    assert lines(folder)[-1]["lr"] == pytest.approx(0.1 * 8 / 256 * 56 / 128)
 
 
 @pytest.mark.parametrize("function", [fit_tokenizer, pretrain])

@@ -23,6 +23,7 @@ from ldae import distributed, tree
 from ldae.commands import pretrain as command_module
 from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
+from ldae.data.loader import epoch_order
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
@@ -250,6 +251,33 @@ def test_a_bad_image_stops_the_run_or_is_skipped_and_counted(folder, tiny, tmp_p
     assert lines(tmp_path / "stops")[-1]["images"] == 24
 
 
+def test_skipped_images_are_named_once_over_epochs_stops_and_ranks(
+    folder, tiny, tmp_path, monkeypatch, on_ranks
+):
+    config = tiny(data__source=str(folder), tokenizer__scale="per-axis", optim__epochs=2)
+    pretrain(config, tmp_path / "fits", "l_dae")
+    tokenizer = str(tmp_path / "fits" / "tokenizer.safetensors")
+    config = tree.replace(config, {"tokenizer.path": tokenizer, "data.bad_images": "skip"})
+    run, order = tmp_path / "run", epoch_order(config.seed, 0, 24)
+    early, late = (f"{order[place]:02}.png" for place in (3, 12))
+    for name in (early, late):
+        (folder / name).write_bytes(b"")
+    original = command_module.LDAE.forward
+
+    def forward(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at image 8 of 48"):
+        patch.setattr(command_module.LDAE, "forward", forward)
+        pretrain(config, run, "l_dae")
+    skipped = json.loads((run / "skipped.json").read_text())
+    assert skipped.keys() == {early} and f"{folder}/{early} cannot be" in skipped[early]
+    assert on_ranks(lambda: pretrain(config, run, "l_dae")) == ["", ""]
+    resumed = json.loads((run / "skipped.json").read_text())
+    assert resumed.keys() == {early, late} and resumed[early] == skipped[early]
+
+
 def test_the_metrics_hold_online_knn(tiny, tmp_path):
     config = tiny(system__knn_every=1, optim__epochs=2, system__log_every=8)
     config = tree.replace(config, {"data.source": "scattered-digits:64"})
@@ -362,6 +390,25 @@ def test_a_run_without_a_checkpoint_may_start_again_with_other_settings(tiny, tm
     assert not (run / "checkpoints").exists()
     pretrain(tiny(tokenizer__dim=5), run, "l_dae")
     assert weights(run)["tokenizer.scales"].shape == (5,)
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused_but_a_half_done_run_resumes(
+    tiny, tmp_path, capsys
+):
+    """Older versions began such runs."""
+    with pytest.raises(InputError, match="^optim.warmup_epochs 1 must be fewer .*optim.epochs 1$"):
+        pretrain(tiny(optim__warmup_epochs=1), tmp_path / "run", "l_dae", dry_run=True)
+    assert not (tmp_path / "run").exists()
+    pretrain(tiny(system__keep=0, system__save_minutes=0), tmp_path / "whole", "l_dae")
+    run = half(tmp_path / "whole", tmp_path / "half")
+    config = tree.replace(kinds.settings_of(run, "pretraining"), {"optim.warmup_epochs": 4})
+    (run / "config.yaml").write_text(kinds.to_yaml(config, "pretraining"))
+    capsys.readouterr()
+    pretrain(config, run, "l_dae", dry_run=True)
+    assert "7.81e-05 at its peak" in capsys.readouterr().out  # a quarter of lr = 1e-2 * 8 / 256
+    pretrain(config, run, "l_dae")
+    assert lines(run)[-1]["images"] == 64
+    assert lines(run)[-1]["lr"] == pytest.approx(1e-2 * 8 / 256 * 56 / 256)
 
 
 def test_the_death_of_a_data_worker_is_reported(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,56 @@
+"""The results that lie beside a run, as a table for its model card."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from ldae.runs import layout
+
+# Beginnings of the names of scores, all in percent; other results are settings that were chosen.
+_SCORES = ("top1", "top5", "miou", "pixel_accuracy", "mean_average_precision", "recall_at")
+_NOT_OF_THE_BACKBONE = ("grid",)  # probes other blocks and noise levels
+
+
+def score_table(run: Path, params: int, images_seen: int) -> str:
+    """Return the scores of a run's backbone as a Markdown table; "" when there are none.
+
+    The untrained control is marked, and so are scores of another checkpoint, where results.json
+    has the number of images seen. Files that hold other results, or none, are left out.
+
+    Args:
+        params: the number of the backbone's parameters; results of others are left out.
+        images_seen: the number of images that the backbone has seen.
+    """
+    rows = []
+    for path in sorted((run / layout.EVALS).glob(f"*/{layout.RESULTS}")):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not our record
+            record = json.loads(path.read_text(encoding="utf-8"))
+            ours = record["backbone"]["params"] == params
+            if ours and record["task"] not in _NOT_OF_THE_BACKBONE:
+                rows.append(_row(record, images_seen))
+    if not rows:
+        return ""
+    head = ["| evaluation | data | scores | images seen |", "|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _row(record: dict, images_seen: int) -> tuple[str, str, str, str]:
+    data, results = record["data"], record["results"].items()
+    # The names alone, since a card is public and paths are of this machine.
+    names = dict.fromkeys(Path(data[key]).name for key in ("spec", "eval_spec"))
+    scores = [f"{name} {value:.2f}" for name, value in results if name.startswith(_SCORES)]
+    return (
+        ", ".join([record["task"], *record["protocol"]["modified"]]),
+        f"{', graded on '.join(names)} ({data['eval_images']:,} images)",
+        ", ".join(scores),
+        _seen(record["backbone"], images_seen),
+    )
+
+
+def _seen(backbone: dict, images_seen: int) -> str:
+    if backbone["random_init"]:
+        return "none: the untrained control"
+    seen = backbone.get("images_seen")
+    if seen is None:
+        return "not recorded"
+    return f"{seen:,}" if seen == images_seen else f"{seen:,}: another checkpoint"
