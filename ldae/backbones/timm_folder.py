@@ -20,6 +20,7 @@ def write_timm_folder(
     *,
     card: str = "",
     classes: list[str] | None = None,
+    whitening: dict[str, Any] | None = None,
 ) -> None:
     """Write a model to the folder ``out``, which appears only after ``verify`` has accepted it.
 
@@ -31,9 +32,11 @@ def write_timm_folder(
         verify: called with the model that timm reads back, in eval mode; raises if it differs.
         card: text of the README.md; empty: none.
         classes: names of the outputs.
+        whitening: the record of a head that whitens features; timm ignores it.
 
     Raises: InputError when the folder cannot be written; the exceptions of ``verify``.
     """
+    records = {"label_names": classes, "whitening": whitening}
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -41,7 +44,7 @@ def write_timm_folder(
         timm.models.save_for_hf(
             model,
             str(aside),
-            model_config={"label_names": classes} if classes else None,
+            model_config={name: record for name, record in records.items() if record},
             model_args=model_args,
             safe_serialization=True,
         )

@@ -1,5 +1,6 @@
 """``ldae export``: write the backbone of a run as a folder for timm and the hub."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +16,22 @@ from ldae.backbones.card import model_card
 from ldae.backbones.fold import default_timestep, fold
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
+from ldae.backbones.whitening import SHRINKAGE, add_whitening, whitening
+from ldae.data.open import open_source
+from ldae.data.source import Source
+from ldae.distributed import device_for
 from ldae.errors import InputError
+from ldae.evals.features import Encoder
+from ldae.evals.whitening import WhiteningProtocol
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT
+from ldae.tokenizers.moments import Moments
+
+_IMAGES_AT_ONCE = 256
+_WHITENED_BY = (
+    "`head`, from {images:,} images of {data} ({split}), shrinkage {shrinkage:g}; "
+    "`num_classes=0` leaves it out"
+)
 
 
 def export(
@@ -25,6 +39,10 @@ def export(
     out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
     /,
     timestep: int | None = None,
+    whiten: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
+    whiten_shrinkage: float = SHRINKAGE,
+    workers: int = 4,
+    device: str = "auto",
 ) -> Path:
     """Write the backbone of a run as a folder that timm and the Hugging Face hub open.
 
@@ -37,38 +55,74 @@ def export(
         out: the folder to write; it must not exist yet, or must hold this export already.
         timestep: the t that is folded into the weights; by default 10 of 1000 noise levels, or
             the same share of another number.
+        whiten: images, with or without labels; their train split gives the mean and covariance of
+            features. The layer ``head`` of the exported ViT whitens features by these.
+        whiten_shrinkage: as in ldae knn.
+        workers: processes that decode the images of whiten.
+        device: auto, cpu, cuda or cuda:N; it computes the features of whiten.
 
-    Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, or the
-        verification fails.
+    Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, the images of
+        ``whiten`` are too few, or the verification fails.
     """
     run, out = Path(run), Path(out)
     method, state = load_run(run)
     timestep = default_timestep(method) if timestep is None else timestep
     if not 0 <= timestep < len(method.sigma):
         raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
+    WhiteningProtocol(whiten is not None, whiten_shrinkage)  # checks the shrinkage
     try:
         vit = fold(method, timestep)
     except NoPlainViT as error:
         raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
+    source = open_source(whiten, "train") if whiten else None
+    record = _record(source, whiten_shrinkage) if source else None
     if out.exists():
-        if not _holds(out, vit):
+        if not _holds(out, vit, record):
             raise InputError(f"{out} exists already; export to another folder")
         print(f"{out} is this export already")
         return out
-    card = _model_card(run, vit, method, state, timestep)
-    write_timm_folder(out, vit, vit.model_args, partial(_verify_file, vit, method), card=card)
+    if source:
+        moments = _moments(vit, source, workers, device_for(device))
+        add_whitening(vit, whitening(moments, whiten_shrinkage))
+    card = _model_card(run, vit, method, state, timestep, record)
+    verify = partial(_verify_file, vit, method)
+    write_timm_folder(out, vit, vit.model_args, verify, card=card, whitening=record)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")
     return out
 
 
-def _holds(out: Path, vit: VisionTransformer) -> bool:
-    """Return whether a folder has these weights and no others."""
+def _record(source: Source, shrinkage: float) -> dict:
+    """Return what decides a whitening, beside the backbone."""
+    return {
+        "data": source.spec,
+        "split": source.split,
+        "images": len(source),
+        "shrinkage": shrinkage,
+    }
+
+
+def _moments(vit: VisionTransformer, source: Source, workers: int, device: torch.device) -> Moments:
+    """Return the moments of the features of all images."""
+    moments, encoder = Moments(vit.embed_dim), Encoder(vit, device)
+    for rows, _ in encoder.share(source, _IMAGES_AT_ONCE, workers):
+        moments.update(rows.double())
+    vit.cpu()
+    return moments
+
+
+def _holds(out: Path, vit: VisionTransformer, whitened: dict | None) -> bool:
+    """Return whether a folder has these weights and this record of a whitening, and no others."""
     try:
         written = load_file(out / "model.safetensors")
-    except (OSError, SafetensorError):
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError):
         return False
-    state = vit.state_dict()
-    return written.keys() == state.keys() and all(torch.equal(written[n], state[n]) for n in state)
+    state, head = vit.state_dict(), {"head.weight", "head.bias"} if whitened else set()
+    return (
+        config.get("whitening") == whitened
+        and written.keys() == state.keys() | head
+        and all(torch.equal(written[name], value) for name, value in state.items())
+    )
 
 
 def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> None:
@@ -80,7 +134,14 @@ def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> Non
             raise InputError("not exported: timm does not read back what was written")
 
 
-def _model_card(run: Path, vit: VisionTransformer, method: LDAE, state: dict, timestep: int) -> str:
+def _model_card(
+    run: Path,
+    vit: VisionTransformer,
+    method: LDAE,
+    state: dict,
+    timestep: int,
+    whitened: dict | None,
+) -> str:
     tokenizer, describe = method.tokenizer, state["describe"]
     name, heads = vit.pretrained_cfg["architecture"], vit.blocks[0].attn.num_heads
     patch, side = tokenizer.patch_size, tokenizer.img_size
@@ -99,6 +160,7 @@ def _model_card(run: Path, vit: VisionTransformer, method: LDAE, state: dict, ti
             "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
             f"scale {tokenizer.scale}",
             "folded at": f"t = {timestep}, clean input",
-        },
+        }
+        | ({"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}),
         f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
     )
