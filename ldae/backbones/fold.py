@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ldae import noise, tokenizers
+from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError, first_line
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT
@@ -137,7 +138,7 @@ def pretrained_cfg(method: LDAE) -> dict:
 
 
 def open_exported(folder: str | Path, method: LDAE) -> VisionTransformer:
-    """Open an exported backbone of the architecture of the method's encoder.
+    """Open an exported backbone of the architecture of the method's encoder, without whitening.
 
     Raises: InputError when the folder holds no such backbone, and when the tokenizer is a network,
         since no backbone of images was trained on its latents; NoPlainViT when the encoder is not a
@@ -153,6 +154,7 @@ def open_exported(folder: str | Path, method: LDAE) -> VisionTransformer:
         raise InputError(
             f"init_from {folder} is not an exported backbone: {first_line(error)}"
         ) from None
+    drop_whitening(vit)
     with torch.device("meta"):
         expected = stock_vit(method)
     if _shapes(vit) != _shapes(expected):

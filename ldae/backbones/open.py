@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldae.backbones.weights import load_weights
+from ldae.backbones.whitening import is_whitened
 from ldae.errors import InputError, first_line, nearest
 from ldae.runs.kinds import kind_of
 from ldae.runs.layout import CLASSIFIER
@@ -32,7 +33,8 @@ def load_backbone(
 
     Its ``pretrained_cfg`` describes the preprocessing, see ``ldae.backbones.preprocessing``. Its
     ``model_args`` are the arguments with which timm builds it again. Its ``images_seen`` is the
-    number of images that ldae pre-trained it on, for a run or an exported folder.
+    number of images that ldae pre-trained it on, for a run or an exported folder. The whitening of
+    ``ldae export --whiten`` is a part of the backbone, but not of its untrained control.
 
     Args:
         spec: one of
@@ -81,6 +83,8 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
         )
     else:
         model = _from_timm_name(spec, False, in_chans, img_size, head=True)
+    if is_whitened(model.pretrained_cfg):
+        raise InputError(f"{spec} has no classifier: its head whitens the features")
     if not model.num_classes:
         raise InputError(f"{spec} has no classifier: its num_classes is 0")
     return model.eval().requires_grad_(False)
@@ -129,6 +133,7 @@ def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> Ti
     model: TimmModel
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        head = head or (not random_init and is_whitened(config.get("pretrained_cfg", {})))
         model = timm.create_model(
             f"local-dir:{folder}", not random_init, **({} if head else _NO_HEAD)
         )
@@ -164,6 +169,9 @@ def _from_timm_name(
     if img_size is not None and (cfg is None or cfg.fixed_input_size):
         args["img_size"] = img_size
     try:
+        if is_hub and pretrained:
+            hub_cfg, *_ = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+            head = head or is_whitened(hub_cfg)
         model = timm.create_model(name, pretrained, **({} if head else _NO_HEAD), **args)
     except (OSError, HfHubHTTPError) as error:
         raise InputError(

@@ -20,6 +20,7 @@ def write_timm_folder(
     *,
     card: str = "",
     classes: list[str] | None = None,
+    whitening: dict[str, Any] | None = None,
 ) -> None:
     """Write a model to the folder ``out``, which appears only after ``verify`` has accepted it.
 
@@ -32,10 +33,12 @@ def write_timm_folder(
         verify: called with the model that timm reads back, in eval mode; raises if it differs.
         card: text of the README.md; empty: none.
         classes: names of the outputs.
+        whitening: the record of a head that whitens features; timm ignores it.
 
     Raises: InputError when the folder cannot be written; the exceptions of ``verify``.
     """
-    config = {"label_names": classes, "images_seen": getattr(model, "images_seen", None)}
+    images_seen = getattr(model, "images_seen", None)
+    config = {"label_names": classes, "images_seen": images_seen, "whitening": whitening}
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -16,10 +16,23 @@ from ldae.backbones.card import model_card
 from ldae.backbones.fold import default_timestep, fold
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
+from ldae.backbones.whitening import SHRINKAGE, add_whitening, whitening
+from ldae.data.open import open_source
+from ldae.data.source import Source
+from ldae.distributed import device_for
 from ldae.errors import InputError
+from ldae.evals.features import Encoder
 from ldae.evals.scores import score_table
+from ldae.evals.whitening import WhiteningProtocol
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT
+from ldae.tokenizers.moments import Moments
+
+_IMAGES_AT_ONCE = 256
+_WHITENED_BY = (
+    "`head`, from {images:,} images of {data} ({split}), shrinkage {shrinkage:g}; "
+    "`num_classes=0` leaves it out"
+)
 
 
 def export(
@@ -28,6 +41,10 @@ def export(
     /,
     timestep: int | None = None,
     license: str = "",
+    whiten: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
+    whiten_shrinkage: float = SHRINKAGE,
+    workers: int = 4,
+    device: str = "auto",
 ) -> Path:
     """Write the backbone of a run as a folder that timm and the Hugging Face hub open.
 
@@ -42,42 +59,81 @@ def export(
             the same share of another number.
         license: license of the weights, in the hub's spelling, such as cc-by-nc-4.0; by default
             config.json and the card claim none.
+        whiten: images, with or without labels; their train split gives the mean and covariance of
+            features. The layer ``head`` of the exported ViT whitens features by these.
+        whiten_shrinkage: as in ldae knn.
+        workers: processes that decode the images of whiten.
+        device: auto, cpu, cuda or cuda:N; it computes the features of whiten.
 
-    Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, or the
-        verification fails.
+    Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, the images of
+        ``whiten`` are too few, or the verification fails.
     """
     run, out = Path(run), Path(out)
     method, state = load_run(run)
     timestep = default_timestep(method) if timestep is None else timestep
     if not 0 <= timestep < len(method.sigma):
         raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
+    WhiteningProtocol(whiten is not None, whiten_shrinkage)  # checks the shrinkage
     try:
         vit = fold(method, timestep)
     except NoPlainViT as error:
         raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
+    source = open_source(whiten, "train") if whiten else None
+    record = _record(source, whiten_shrinkage) if source else None
     if out.exists():
-        if not _holds(out, vit, license):
+        if not _holds(out, vit, license, record):
             raise InputError(f"{out} exists already; export to another folder")
         print(f"{out} is this export already; its model card stays as it is")
         return out
     vit.images_seen, vit.pretrained_cfg["license"] = state["images_seen"], license or None
-    card = _model_card(run, vit, method, state, timestep, license)
-    write_timm_folder(out, vit, vit.model_args, partial(_verify_file, vit, method), card=card)
+    card = _model_card(run, vit, method, state, timestep, license, record)
+    if source:
+        moments = _moments(vit, source, workers, device_for(device))
+        add_whitening(vit, whitening(moments, whiten_shrinkage))
+    verify = partial(_verify_file, vit, method)
+    write_timm_folder(out, vit, vit.model_args, verify, card=card, whitening=record)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")
     return out
 
 
-def _holds(out: Path, vit: VisionTransformer, license: str) -> bool:
-    """Return whether a folder has these weights and no others, and this license if one is given."""
+def _record(source: Source, shrinkage: float) -> dict:
+    """Return what decides a whitening, beside the backbone."""
+    return {
+        "data": source.spec,
+        "split": source.split,
+        "images": len(source),
+        "fingerprint": source.fingerprint(),
+        "shrinkage": shrinkage,
+    }
+
+
+def _moments(vit: VisionTransformer, source: Source, workers: int, device: torch.device) -> Moments:
+    """Return the moments of the features of all images."""
+    moments, encoder = Moments(vit.embed_dim), Encoder(vit, device)
+    for rows, _ in encoder.share(source, _IMAGES_AT_ONCE, workers):
+        moments.update(rows.double())
+    vit.cpu()
+    return moments
+
+
+def _holds(out: Path, vit: VisionTransformer, license: str, whitened: dict | None) -> bool:
+    """Return whether a folder has these weights and no others, and this record of a whitening.
+
+    If a license is given, the folder must have it too.
+    """
     try:
         written = load_file(out / "model.safetensors")
-        claimed = json.loads((out / "config.json").read_text())["pretrained_cfg"].get("license")
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        claimed = config["pretrained_cfg"].get("license")
     except (OSError, SafetensorError, ValueError, KeyError):
         return False
-    if license not in ("", claimed):
-        return False
-    state = vit.state_dict()
-    return written.keys() == state.keys() and all(torch.equal(written[n], state[n]) for n in state)
+    state, head = vit.state_dict(), {"head.weight", "head.bias"} if whitened else set()
+    return (
+        license in ("", claimed)
+        and config.get("whitening") == whitened
+        and written.keys() == state.keys() | head
+        and all(torch.equal(written[name], value) for name, value in state.items())
+    )
 
 
 def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> None:
@@ -90,7 +146,13 @@ def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> Non
 
 
 def _model_card(
-    run: Path, vit: VisionTransformer, method: LDAE, state: dict, timestep: int, license: str
+    run: Path,
+    vit: VisionTransformer,
+    method: LDAE,
+    state: dict,
+    timestep: int,
+    license: str,
+    whitened: dict | None,
 ) -> str:
     tokenizer, describe = method.tokenizer, state["describe"]
     params = sum(parameter.numel() for parameter in vit.parameters())
@@ -113,7 +175,8 @@ def _model_card(
             "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
             f"scale {tokenizer.scale}",
             "folded at": f"t = {timestep}, clean input",
-        },
+        }
+        | ({"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}),
         f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
         license=license,
         scores=f"{measured}\n\n{table}" if table else "",

@@ -9,6 +9,7 @@ from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpe
 from ldae.evals.features import image_names, known_labels
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy, limit_k
 from ldae.evals.subsets import check_shots, grade_draws
+from ldae.evals.whitening import whitening_of
 
 
 def knn(
@@ -39,9 +40,10 @@ def knn(
         protocol = limit_k(protocol, fewest)
         evaluation = replace(evaluation, protocol=protocol)
         train, test = evaluation.features()
+        whitening = whitening_of(train, protocol, evaluation.device)
 
         def grade(chosen: torch.Tensor | None = None) -> dict[str, float]:
-            return knn_accuracy(train, test, protocol, evaluation.device, chosen)
+            return knn_accuracy(train, test, protocol, evaluation.device, chosen, whitening)
 
         results = grade() | grade_draws(protocol, image_names(evaluation.train), labels, grade)
         return evaluation.write(results, train.features.shape[1])

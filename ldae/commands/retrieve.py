@@ -13,12 +13,12 @@ from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpe
 from ldae.evals.features import Features, gather_rows, known_labels
 from ldae.evals.heads import count_images
 from ldae.evals.neighbours import PAIRS_AT_ONCE, Bank, check_enough
-from ldae.evals.protocol import Protocol
+from ldae.evals.whitening import WhiteningProtocol, whitening_of
 from ldae.tree import COUNT
 
 
 @dataclass(frozen=True)
-class RetrievalProtocol(Protocol):
+class RetrievalProtocol(WhiteningProtocol):
     """Each evaluation image ranks the train images by cosine."""
 
     name: Fixed[str] = "retrieval"
@@ -75,7 +75,7 @@ def retrieval(
     """
     images, queries = (count_images(share, device) for share in (train, test))
     labels = gather_rows(train.labels, images, device)
-    bank = Bank(train, device)
+    bank = Bank(train, device, whitening=whitening_of(train, protocol, device))
     others = protocol.leave_one_out
     positions = torch.arange(1, images - others + 1, dtype=torch.float64)
     sums = torch.zeros(1 + len(protocol.k), dtype=torch.float64)

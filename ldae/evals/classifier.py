@@ -9,6 +9,7 @@ from torch import nn
 
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
+from ldae.backbones.whitening import is_whitened
 from ldae.data.loader import eval_batches
 from ldae.data.source import Source
 from ldae.distributed import barrier, is_main
@@ -70,6 +71,10 @@ def check_savable(backbone: nn.Module, folder: Path) -> None:
 
 def _with_head(backbone: nn.Module, heads: Heads) -> nn.Module:
     weight, bias = fold_batchnorm(heads.norm, heads.weight[0], heads.bias[0])
+    if is_whitened(backbone.pretrained_cfg):  # by its head, in whose place the classifier comes
+        whitening = copy.deepcopy(backbone.get_classifier()).double()
+        bias = (bias.double() + weight.double() @ whitening.bias).to(bias.dtype)
+        weight = (weight.double() @ whitening.weight).to(weight.dtype)
     model = copy.deepcopy(backbone)
     model.reset_classifier(len(bias))
     head = model.get_classifier()

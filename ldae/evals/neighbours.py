@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tyro.conf import Fixed
 
 from ldae.console import print_main, progress
@@ -20,6 +21,7 @@ from ldae.evals.features import (
 )
 from ldae.evals.heads import count_images
 from ldae.evals.subsets import FewShotProtocol
+from ldae.evals.whitening import WhiteningProtocol, whitening_of
 from ldae.tree import COUNT, POSITIVE
 
 QUERIES_AT_ONCE = 1024
@@ -42,20 +44,26 @@ class Nearest(NamedTuple):
 class Bank:
     """The searched images, of which each rank holds its share as unit vectors.
 
-    ``chosen`` (N,) marks which of the images of all ranks are searched, by default all. On the CPU
-    the vectors lie in memory or in a file (``allocate_rows``), and are never copied as a whole.
+    ``chosen`` (N,) marks which of the images of all ranks are searched, by default all. Images and
+    queries go through ``whitening`` before they become unit vectors. On the CPU the vectors lie in
+    memory or in a file (``allocate_rows``), and are never copied as a whole.
     """
 
     def __init__(
-        self, share: Features, device: torch.device, chosen: torch.Tensor | None = None
+        self,
+        share: Features,
+        device: torch.device,
+        chosen: torch.Tensor | None = None,
+        whitening: nn.Module = nn.Identity(),
     ) -> None:
         if chosen is None:
             chosen = torch.ones(count_images(share, device), dtype=torch.bool)
         positions = chosen[rank() :: world_size()].nonzero()[:, 0]
         rows = allocate_rows(len(positions), share.features.shape[1])
         for block, into in zip(positions.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE)):
-            into.copy_(F.normalize(share.features[block]))
+            into.copy_(F.normalize(whitening(share.features[block])))
         self.device, self.rows = device, move_if_small(rows, device)
+        self.whitening = whitening
         self.indices = (positions * world_size() + rank()).to(device)
         sizes = torch.bincount(chosen.nonzero()[:, 0] % world_size(), minlength=world_size())
         self.size, self._largest_share = int(sizes.sum()), int(sizes.max())
@@ -82,7 +90,8 @@ class Bank:
             for first in range(0, -(-count // world_size()), step):
                 block = min(step * world_size(), count - first * world_size())
                 rows = share.features[first : first + step]
-                queries = F.normalize(gather_rows(rows, block, self.device).to(self.device))
+                whitened = self.whitening(gather_rows(rows, block, self.device))
+                queries = F.normalize(whitened.to(self.device))
                 nearest = self._search_all_ranks(queries, min(k + others, self.size))
                 similarities, indices = (part[rank() :: world_size()].cpu() for part in nearest)
                 positions = first + torch.arange(len(rows))
@@ -169,7 +178,7 @@ def check_enough(k: int, images: int, others: bool = False) -> None:
 
 
 @dataclass(frozen=True)
-class KNNProtocol(FewShotProtocol):
+class KNNProtocol(WhiteningProtocol, FewShotProtocol):
     """DINO's weighted vote of the nearest neighbours by cosine.
 
     Source: DINO, eval_knn.py; draws: DINOv2, eval/knn.py.
@@ -209,6 +218,7 @@ def knn_accuracy(
     protocol: KNNProtocol = KNNProtocol(),
     device: torch.device = torch.device("cpu"),
     chosen: torch.Tensor | None = None,
+    whitening: nn.Module | None = None,
 ) -> dict[str, float]:
     """Return top-1 and top-5 in percent for every k, as ``top1_k20``, from one search.
 
@@ -218,14 +228,15 @@ def knn_accuracy(
         train: this rank's share of the searched images.
         test: this rank's share of the queries.
         chosen: bool (N,), which of the train images of all ranks are searched; by default all.
+        whitening: by default what the protocol asks for, of all train images.
 
-    Raises: InputError when there are more neighbours than images.
+    Raises: InputError when there are more neighbours than images, or too few images to whiten.
     """
     images, queries = (count_images(share, device) for share in (train, test))
     labels = gather_rows(train.labels, images, device)
     classes = int(labels.max()) + 1
     hits = torch.zeros(len(protocol.k), 2, dtype=torch.int64)
-    bank = Bank(train, device, chosen)
+    bank = Bank(train, device, chosen, whitening or whitening_of(train, protocol, device))
     for nearest in bank.nearest(test, max(protocol.k), others=protocol.leave_one_out):
         targets, neighbour_labels = test.labels[nearest.queries], labels[nearest.indices]
         for row, k in enumerate(protocol.k):

@@ -10,6 +10,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from ldae.backbones.open import adapt_cfg
+from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError, first_line
 from ldae.finetuning.settings import FinetuneConfig
 
@@ -68,6 +69,7 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
     name = cfg["architecture"]
     if not hasattr(backbone, "reset_classifier"):
         raise InputError(f"{config.backbone} is not a timm model, so it cannot be fine-tuned")
+    drop_whitening(backbone)
     args = backbone.model_args | {"num_classes": num_classes} | _pool_args(backbone, config)
     side = config.data.img_size
     if side and tuple(cfg["input_size"][1:]) != (side, side):

@@ -30,9 +30,9 @@ OTHER = {
     "blocks": (0, -1), "pools": ("cls",), "blr": 0.25, "warmup_epochs": 2, "optimizer": "adamw",
     "steps": 5, "learning_rate": 0.5, "class_map": "imagenet-a", "real_labels": True,
     "corruption": ("fog", "snow"), "severity": (2, 4), "timesteps": (1, 3), "leading": (1, 2),
-    "inputs": ("clean", "noisy"),
+    "inputs": ("clean", "noisy"), "whiten": True, "whiten_shrinkage": 0.5,
 }  # fmt: skip
-NEEDS = {"severity": {"corruption": ("fog",)}}
+NEEDS = {"severity": {"corruption": ("fog",)}, "whiten_shrinkage": {"whiten": True}}
 
 
 def named(verb: str, kind: type) -> dict[str, str]:
