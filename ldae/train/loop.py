@@ -355,15 +355,19 @@ class Meter:
         self.wait += time.perf_counter() - start
 
     def record(self, seen: int, epoch: int, lr: float) -> dict[str, float]:
-        """Return a record of metrics; losses are means over the steps since the last record."""
-        means = torch.stack([report.losses for report in self.reports]).mean(0).tolist()
+        """Return a record of metrics; losses are means over the steps since the last record.
+
+        All ranks must call this.
+        """
+        means = torch.stack([report.losses for report in self.reports]).mean(0)
+        skipped = distributed.all_reduce_sum(means.new_tensor(self.skipped))
         elapsed = time.perf_counter() - self.start
         return {
             "images": seen,
             "epoch": round(seen / epoch, 4),
-            **dict(zip(self.reports[-1].names, means, strict=True)),
+            **dict(zip(self.reports[-1].names, means.tolist(), strict=True)),
             "lr": lr,
             "images_per_second": round((seen - self.since) / elapsed, 1),
             "data_wait": round(self.wait / elapsed, 4),
-            "skipped": self.skipped,
+            "skipped": int(skipped),
         }
