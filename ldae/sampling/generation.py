@@ -1,6 +1,6 @@
 """Generation of numbered samples from a run's method and a sampler's settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import nn
 from ldae import files, noise
 from ldae.backbones.open import label_names, load_classifier
 from ldae.backbones.preprocessing import EvalTransform, preprocessing
+from ldae.console import progress
 from ldae.errors import InputError, nearest
 from ldae.method import LDAE
 from ldae.runs.kinds import settings_of
@@ -162,6 +163,17 @@ def generate(
     if not finite.all():
         raise InputError(f"sample {numbers[~finite][0]} in {settings.precision} is not finite")
     return (tokenizer.denormalize(images).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def generate_batches(
+    generate: Generate, numbers: Sequence[int], batch_size: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield numbers of samples, int64 (B,), and the samples, with a progress bar."""
+    with progress(len(numbers), "samples") as bar:
+        for start in range(0, len(numbers), batch_size):
+            batch = torch.tensor(numbers[start : start + batch_size])
+            yield batch, generate(batch.to(device))
+            bar.update(len(batch))
 
 
 def _guided(

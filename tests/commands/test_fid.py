@@ -17,10 +17,11 @@ from PIL import Image
 from ldae import cli
 from ldae.backbones.open import load_backbone
 from ldae.backbones.preprocessing import preprocessing
-from ldae.commands.fid import FIDSettings, RunImages, fid
+from ldae.commands.fid import FIDSettings, fid
 from ldae.commands.sample import sample
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
+from ldae.evals.image_sets import RunImages
 from ldae.sampling.settings import SamplingSettings
 
 DIM = 64  # of test_vit's features
@@ -265,9 +266,9 @@ def test_ranks_draw_each_sample_once(run, monkeypatch):
     samples = RunImages(Path(run), 11, SamplingSettings(steps=2), encoder.device, workers=0)
     parts = []
     for world_size, rank in ((1, 0), (2, 0), (2, 1)):
-        monkeypatch.setattr("ldae.commands.fid.world_size", lambda: world_size)
-        monkeypatch.setattr("ldae.commands.fid.rank", lambda: rank)
-        parts.append(torch.cat(list(samples.features(encoder, replace(SETUP, batch_size=2)))))
+        monkeypatch.setattr("ldae.evals.image_sets.world_size", lambda: world_size)
+        monkeypatch.setattr("ldae.evals.image_sets.rank", lambda: rank)
+        parts.append(torch.cat(list(samples.features(encoder, batch_size=2, workers=0))))
     whole, even, odd = parts
     assert torch.equal(whole[::2], even) and torch.equal(whole[1::2], odd)
 
