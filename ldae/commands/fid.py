@@ -11,7 +11,7 @@ import tyro
 from ldae.backbones.open import load_backbone
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
-from ldae.evals.evaluation import changes, file_name
+from ldae.evals.evaluation import changes, file_name, results_home, unshared_folder
 from ldae.evals.features import Encoder
 from ldae.evals.frechet import frechet_distance, save_statistics
 from ldae.evals.image_sets import (
@@ -22,7 +22,7 @@ from ldae.evals.image_sets import (
     open_reference,
 )
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
-from ldae.files import state_hash, write_json
+from ldae.files import check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.kinds import kind_of, settings_of
@@ -52,7 +52,7 @@ class FIDSettings:
     save_stats: Path | None = None
     """.npz file to write the reference's statistics to; it can be the reference another time."""
     out: Path | None = None
-    """File of the results; by default a .json in the images' folder, or beside their file."""
+    """File of the results; by default below evals/, in the run folder for samples of a run."""
     batch_size: Annotated[int, COUNT] = 64
     """Images per forward pass; the distance does not depend on it."""
     workers: Annotated[int, NOT_NEGATIVE] = 4
@@ -90,7 +90,7 @@ def fid(
     """
     check(setup)
     check_settings(how)
-    _check_files(setup)
+    _check_files(images, setup)
     if reference and kind_of(Path(reference)):
         raise InputError(f"the reference {reference} is a run: name a folder of its samples")
     device = device_for(setup.device)
@@ -121,7 +121,7 @@ def fid(
             "environment": environment(device),
         }
         if is_main():
-            path = setup.out or _path(images, reference, setup, how)
+            path = setup.out or _folder(record, setup, how) / layout.RESULTS
             print(f"{_summary(record)}; {path}")  # before writing, as the disk may be full
             write_json(path, record)
             if setup.save_stats:
@@ -129,13 +129,14 @@ def fid(
         return record
 
 
-def _check_files(setup: FIDSettings) -> None:
-    """Check the files to write. Raises: InputError for a folder, or statistics without .npz."""
+def _check_files(images: str, setup: FIDSettings) -> None:
+    """Check the files to write, before the work. Raises: InputError for one that cannot be."""
     for name, path in (("out", setup.out), ("save_stats", setup.save_stats)):
         if path and path.is_dir():
             raise InputError(f"{name} {path} is a folder, not a file")
     if setup.save_stats and setup.save_stats.suffix != ".npz":
         raise InputError(f"save_stats {setup.save_stats} must end in .npz")
+    check_writable(setup.out.parent if setup.out else results_home(images))
 
 
 def _open_images(
@@ -192,18 +193,19 @@ def _open_features(
     return encoder, json.loads(json.dumps(claim))  # with lists, as in a file of statistics
 
 
-def _path(images: str, reference: str, setup: FIDSettings, how: SamplingSettings) -> Path:
-    """Return the results file, whose name has everything that decides the distance."""
+def _folder(record: dict, setup: FIDSettings, how: SamplingSettings) -> Path:
+    """Return the folder of results.json, named by all that decides the distance."""
+    images, reference = record["images"]["spec"], record["reference"]["spec"]
     random = ["random-init"] if setup.random_init else []
-    name = "-".join(["fid", file_name(reference), *random, *changes(setup, how)]) + ".json"
-    home = Path(images).expanduser()
-    if kind_of(home):
-        return home / layout.EVALS / name
-    if home.is_dir():
-        return home / name
-    if home.is_file():
-        return home.with_name(f"{home.name}-{name}")
-    return Path(layout.EVALS, file_name(images), name)
+    name = "-".join(["fid", file_name(reference), *random, *changes(setup, how)])
+    return unshared_folder(results_home(images) / name, _specs(record), _specs)
+
+
+def _specs(record: dict) -> tuple[str, ...]:
+    """Return what the name of the folder has in short: paths, and the hash of the network."""
+    images, features = record["images"], record["protocol"]["features"]
+    classifier = (images["samples"] or {}).get("classifier", "")
+    return images["spec"], record["reference"]["spec"], features["sha256"], classifier
 
 
 def _summary(record: dict) -> str:

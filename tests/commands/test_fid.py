@@ -116,7 +116,7 @@ def test_two_ranks_measure_what_one_measures(sets):
 
 def test_results_tell_what_the_number_depends_on(sets, capsys):
     record = fid("a", "b", setup=SETUP)
-    path = Path("a", "fid-b-random-init-features=test_vit-img_size=32.json")
+    path = Path("evals", "a", "fid-b-random-init-features=test_vit-img_size=32", "results.json")
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
     assert record["task"] == "frechet_distance" and "fid" not in record["results"]
     features = record["protocol"]["features"]
@@ -134,8 +134,50 @@ def test_results_tell_what_the_number_depends_on(sets, capsys):
     line = capsys.readouterr().out
     assert line.startswith("Frechet distance in the features of test_vit (random init) of a (90 ")
     assert str(path) in line and len(line.splitlines()) == 1
-    fid("a.npz", "b", setup=SETUP)
-    assert Path("a.npz-fid-b-random-init-features=test_vit-img_size=32.json").exists()
+
+
+def files_in(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in Path(folder).rglob("*"))
+
+
+def test_nothing_is_written_into_the_users_images(sets):
+    before = files_in("a", "b")
+    for images in ("a", "a.npz", "scattered-digits:100"):
+        fid(images, "b", setup=SETUP)
+    assert files_in("a", "b") == before
+    assert sorted(path.name for path in Path().iterdir()) == ["a", "a.npz", "b", "b.npz", "evals"]
+    homes = ["a", "a.npz", "scattered-digits-100"]
+    name = "fid-b-random-init-features=test_vit-img_size=32"
+    assert sorted(Path("evals").rglob("results.json")) == [
+        Path("evals", home, name, "results.json") for home in homes
+    ]
+
+
+def test_no_result_of_other_images_of_the_same_name_is_lost(sets):
+    for place in ("x", "y"):
+        for name, images in sets.items():
+            Path(place).mkdir(exist_ok=True)
+            np.savez(f"{place}/{name}.npz", images)
+    pairs = [("x/a.npz", "x/b.npz"), ("y/a.npz", "x/b.npz"), ("x/a.npz", "y/b.npz")]
+    for pair in (*pairs, *pairs):
+        fid(*pair, setup=SETUP)
+    records = [json.loads(path.read_text()) for path in Path("evals", "a.npz").rglob("*.json")]
+    found = [(record["images"]["spec"], record["reference"]["spec"]) for record in records]
+    assert sorted(found) == sorted(pairs)
+
+
+def test_no_result_of_other_weights_of_the_same_name_is_lost(sets, inception, monkeypatch):
+    fid("a", "b", setup=inception)
+    monkeypatch.setattr("ldae.commands.fid.Inception.real", "6726825d01")
+    fid("a", "b", setup=inception)
+    assert len(list(Path("evals", "a").rglob("results.json"))) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(sets, monkeypatch):
+    Path("evals").touch()
+    monkeypatch.setattr("ldae.evals.features.eval_batches", None)  # calling it: TypeError
+    with pytest.raises(InputError, match="evals/a cannot be written: evals is not a writable"):
+        fid("a", "b", setup=SETUP)
 
 
 def test_other_weights_have_another_hash(sets):
@@ -172,11 +214,11 @@ def inception(monkeypatch):
     """A network in Inception's place that gives the means of the quarters of an image."""
 
     class Quarters(torch.nn.Module):
-        dim = 12
+        dim, real = 12, "6726825d"
 
         def __init__(self, weights):
             super().__init__()
-            self.file, self.sha256 = weights.name, "6726825d" if weights.name == "real" else "00"
+            self.file, self.sha256 = weights.name, self.real if weights.name == "real" else "00"
 
         def forward(self, images):
             assert images.dtype == torch.uint8
@@ -248,7 +290,7 @@ def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
     name = (
         "fid-scattered-digits-64-random-init-images=70-features=test_vit-img_size=32-steps=3-seed=5"
     )
-    assert [path.name for path in Path(run, "evals").iterdir()] == [f"{name}.json"]
+    assert list(Path(run, "evals").rglob("*.json")) == [Path(run, "evals", name, "results.json")]
     sample(Path(run), 70, Path("drawn"), batch_size=16, workers=0, device="cpu", how=how)
     again = fid("drawn", "scattered-digits:64", setup=replace(setup, images=None))
     assert again["results"] == record["results"]
