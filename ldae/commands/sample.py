@@ -28,7 +28,6 @@ from ldae.sampling.album import Album, check_same_record, pack_npz
 from ldae.sampling.generation import (
     Generate,
     ResolvedSettings,
-    cycled,
     generate_batches,
     prepare_generation,
 )
@@ -123,7 +122,7 @@ def _write_npz(
     _fill(album, generate, images, batch_size, device)
     if is_main():
         classes = _classes(chosen)
-        labels = None if classes is None else cycled(classes, torch.arange(images)).numpy()
+        labels = None if classes is None else chosen.choose(classes, torch.arange(images)).numpy()
         pack_npz(album, images, labels, record, out)
     barrier()
 
@@ -141,7 +140,7 @@ def _write_grid(
     device: torch.device,
     out: Path,
 ) -> None:
-    """Write a grid with a column for each of a few classes, otherwise with eight columns."""
+    """Write a grid: a column for each of a few classes in turn, otherwise eight columns."""
     numbers = range(rank(), images, world_size())
     batches = list(generate_batches(generate, numbers, batch_size, device))
     shape = torch.zeros(3, dtype=torch.int64, device=device)
@@ -152,7 +151,7 @@ def _write_grid(
         grid[batch.to(device)] = pictures.to(device).float() / 255
     all_reduce_sum(grid)
     if is_main():
-        classes = _classes(chosen)
+        classes = None if chosen.settings.random_labels else _classes(chosen)
         few = classes is not None and 1 < len(classes) <= 2 * _COLUMNS
         columns = min(len(classes) if few else _COLUMNS, images)
         blank = torch.ones_like(grid[:1]).expand(-images % columns, -1, -1, -1)

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from ldae import files
 from ldae.distributed import barrier, is_main
 from ldae.errors import InputError
+from ldae.sampling.settings import SamplingSettings
 
 RECORD = "samples.json"
 
@@ -94,12 +96,15 @@ def read_record(images: Path) -> dict | None:
 def check_same_record(images: Path, record: dict) -> None:
     """Check that a folder or ``.npz`` of samples has this record.
 
+    A setting that is younger than the record was at its default.
+
     Raises: InputError naming the first setting that differs.
     """
     written = read_record(images)
     if written is None:
         raise InputError(f"{images} holds other images, without their settings; name another --out")
     requested = json.loads(json.dumps(record))  # JSON turns tuples into lists
+    written = asdict(SamplingSettings()) | written
     for name in requested | written:
         if written.get(name) != requested.get(name):
             raise InputError(

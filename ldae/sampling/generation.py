@@ -37,17 +37,20 @@ class ResolvedSettings:
     settings: SamplingSettings
     levels: list[int]
     labels: torch.Tensor | None = None
-    """Class labels, int64 (L,); sample n gets label n mod L. None for unconditional runs."""
+    """Class labels, int64 (L,). None for unconditional runs."""
     classifier: nn.Module | None = None
     targets: torch.Tensor | None = None
-    """Classes of the classifier to guide to, int64 (L,); sample n is guided to class n mod L."""
+    """Classes of the classifier to guide to, int64 (L,)."""
     transform: EvalTransform | None = None
     """Preprocessing of the classifier."""
 
-
-def cycled(classes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Return the class at n mod L, of classes (L,), for each sample number n of ``numbers``."""
-    return classes.to(numbers.device)[numbers % len(classes)]
+    def choose(self, classes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Return one of the classes (L,) for each sample number n: at n mod L, or at random."""
+        if self.settings.random_labels:
+            chosen = noise.labels(self.settings.seed, numbers, len(classes))
+        else:
+            chosen = numbers % len(classes)
+        return classes.to(numbers.device)[chosen]
 
 
 def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> ResolvedSettings:
@@ -63,7 +66,7 @@ def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> Res
             "guidance needs a run that was also trained without labels, but its "
             "model.label_dropout is 0"
         )
-    if settings.labels and not (conditional or settings.classifier):
+    if (settings.labels or settings.random_labels) and not (conditional or settings.classifier):
         raise InputError(
             "labels need a run with model.class_conditional, or a --classifier that guides"
         )
@@ -132,7 +135,7 @@ def generate(
     settings, tokenizer = resolved.settings, method.tokenizer
     gamma, sigma = method.gamma.double().cpu(), method.sigma.double().cpu()
     top, last = resolved.levels[0], torch.full_like(numbers, resolved.levels[-1])
-    labels = None if resolved.labels is None else cycled(resolved.labels, numbers)
+    labels = None if resolved.labels is None else resolved.choose(resolved.labels, numbers)
     plain = partial(method.denoise, labels=labels)
     denoise = _guided(method, resolved, plain, gamma, sigma, numbers)
 
@@ -191,7 +194,7 @@ def _guided(
     if resolved.classifier is None:
         return denoise
     classifier = resolved.classifier.to(numbers.device)
-    targets = cycled(resolved.targets, numbers)[:, None]
+    targets = resolved.choose(resolved.targets, numbers)[:, None]
 
     def log_likelihood(z_0: torch.Tensor) -> torch.Tensor:
         images = method.tokenizer.denormalize(method.decode(z_0))
