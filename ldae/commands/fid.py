@@ -170,6 +170,7 @@ def _open_features(
         ours.check_enough(Inception.dim)  # before the weights are downloaded
         transform = InceptionTransform(setup.img_size or min(ours.record["first_size"]))
         network = Inception(setup.weights)
+        encoder = Encoder(network, device, transform=transform)
         claim = {
             "network": "Inception-v3 of torch-fidelity, features 2048",
             "weights": network.file,
@@ -179,17 +180,19 @@ def _open_features(
             "preprocessing": asdict(transform)
             | {"resize": "bicubic to the crop; then 299 x 299, bilinear as TensorFlow 1"},
         }
-        return Encoder(network, device, transform=transform), claim
-    if setup.weights:
-        raise InputError("weights are Inception's: a backbone's file is named as NAME@FILE")
-    network = load_backbone(setup.features, random_init=setup.random_init, img_size=setup.img_size)
-    encoder = Encoder(network, device)
-    claim = {
-        "network": setup.features + (" (random init)" if setup.random_init else ""),
-        "sha256": state_hash(network.state_dict()),
-        "sha256_of": "state dict",
-        "preprocessing": asdict(encoder.transform),
-    }
+    else:
+        if setup.weights:
+            raise InputError("weights are Inception's: a backbone's file is named as NAME@FILE")
+        backbone = load_backbone(
+            setup.features, random_init=setup.random_init, img_size=setup.img_size
+        )
+        encoder = Encoder(backbone, device)
+        claim = {
+            "network": setup.features + (" (random init)" if setup.random_init else ""),
+            "sha256": state_hash(backbone.state_dict()),
+            "sha256_of": "state dict",
+            "preprocessing": asdict(encoder.transform),
+        }
     return encoder, json.loads(json.dumps(claim))  # with lists, as in a file of statistics
 
 

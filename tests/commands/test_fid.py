@@ -245,6 +245,11 @@ def test_inception_sees_the_pixels_and_its_distance_is_called_fid(sets, inceptio
     assert "FID (by mine, which is not the published file)" in capsys.readouterr().out
 
 
+def test_saved_statistics_of_inception_stand_in_for_the_reference(sets, inception):
+    wanted = fid("a", "b", setup=replace(inception, save_stats=Path("stats.npz")))
+    assert fid("a", "stats.npz", setup=inception)["results"] == wanted["results"]
+
+
 def test_sizes_that_differ_are_cropped_to_the_first_images(sets, inception):
     wide = np.pad(sets["b"], ((0, 0), (0, 0), (8, 8), (0, 0)))  # the crop takes the middle
     np.savez("wide.npz", wide)
