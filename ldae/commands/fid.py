@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -11,6 +11,7 @@ import tyro
 from ldae.backbones.open import load_backbone
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
+from ldae.evals import dit_fid
 from ldae.evals.evaluation import changes, file_name, results_home, unshared_folder
 from ldae.evals.features import Encoder
 from ldae.evals.frechet import frechet_distance, save_statistics
@@ -30,13 +31,15 @@ from ldae.sampling.settings import SamplingSettings, check_settings
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
 _INCEPTION = "inception"
-_SAMPLES = 50_000  # FID-50K
 
 
 @dataclass(frozen=True)
 class FIDSettings:
     """The settings of the distance, beside the images and their sampling."""
 
+    protocol: Literal["dit"] | None = None
+    """dit: FID-50K as DiT reports it, which sets images and sampler, and refuses other settings, a
+    run without optim.ema 0.9999 and any reference but ADM's file."""
     images: Annotated[int | None, COUNT] = None
     """Number of samples of a run; by default 50,000."""
     features: str = _INCEPTION
@@ -103,12 +106,8 @@ def fid(
             raise InputError(f"{reference} holds statistics already: there are none to save")
         for part in (ours, theirs):  # before the work
             part.check_enough(encoder.dim)
-        found, wanted = (
-            part.statistics(encoder, claim, setup.batch_size, setup.workers)
-            for part in (ours, theirs)
-        )
         name = "fid" if setup.features == _INCEPTION else "frechet_distance"
-        record = {
+        record: dict[str, Any] = {
             "task": name,
             "protocol": {
                 "distance": "|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), in float64",
@@ -117,9 +116,14 @@ def fid(
             },
             "images": ours.record,
             "reference": theirs.record,
-            "results": {name: frechet_distance(found, wanted)},
-            "environment": environment(device),
         }
+        record["protocol"] |= _describe(record, setup)
+        found, wanted = (
+            part.statistics(encoder, claim, setup.batch_size, setup.workers)
+            for part in (ours, theirs)
+        )
+        record["results"] = {name: frechet_distance(found, wanted)}
+        record["environment"] = environment(device)
         if is_main():
             path = setup.out or _folder(record, setup, how) / layout.RESULTS
             print(f"{_summary(record)}; {path}")  # before writing, as the disk may be full
@@ -143,7 +147,11 @@ def _open_images(
     spec: str, setup: FIDSettings, how: SamplingSettings, device: torch.device
 ) -> ImageSet:
     if kind_of(Path(spec)):
-        return RunImages(Path(spec), setup.images or _SAMPLES, how, device, setup.workers)
+        if setup.protocol:
+            conditional = settings_of(Path(spec), "pretraining").model.class_conditional
+            how = dit_fid.sampling(how, conditional)
+        count = setup.images or dit_fid.IMAGES
+        return RunImages(Path(spec), count, how, device, setup.workers)
     given = [key for key, value in asdict(how).items() if value != getattr(SamplingSettings(), key)]
     given += ["images"] if setup.images else []
     if given:
@@ -211,17 +219,45 @@ def _specs(record: dict) -> tuple[str, ...]:
     return images["spec"], record["reference"]["spec"], features["sha256"], classifier
 
 
+def _describe(record: dict, setup: FIDSettings) -> dict:
+    """Return the name of a distance, and all in which it differs from DiT's FID-50K.
+
+    Raises: InputError when it differs and ``setup`` asks for DiT's.
+    """
+    differences = dit_fid.differences(record)
+    if setup.protocol and differences:
+        raise InputError(f"protocol {setup.protocol}: {'; '.join(differences)}")
+    network = record["protocol"]["features"]
+    if not differences:
+        name = dit_fid.title(record)
+    elif record["task"] != "fid":
+        name = f"Frechet distance in the features of {network['network']}"
+    elif network["published"]:
+        name = "FID"
+    else:
+        name = f"FID (by {network['weights']}, which is not the published file)"
+    return {"name": name, "differs_from_dit": differences}
+
+
 def _summary(record: dict) -> str:
-    (name, distance), network = *record["results"].items(), record["protocol"]["features"]
-    title = "FID" if name == "fid" else f"Frechet distance in the features of {network['network']}"
-    if not network.get("published", True):
-        title += f" (by {network['weights']}, which is not the published file)"
-    ours, theirs = (
-        f"{record[part]['spec']} ({_number(record[part]['images'])} images)"
-        for part in ("images", "reference")
-    )
-    return f"{title} of {ours} to {theirs}: {distance:.4g}"
+    sets = [
+        f"{part['spec']} ({_number(part['images'])} images{_sampling(part.get('samples'))})"
+        for part in (record["images"], record["reference"])
+    ]
+    (distance,) = record["results"].values()
+    return f"{record['protocol']['name']} of {' to '.join(sets)}: {distance:.4g}"
 
 
 def _number(count: int | None) -> str:
     return "an unknown number of" if count is None else f"{count:,}"
+
+
+def _sampling(samples: dict | None) -> str:
+    """Return the sampler of samples, and their settings that are not at the defaults."""
+    if not samples or "sampler" not in samples:
+        return ""
+    words = [f", {samples['sampler']} in {samples['steps']} steps"]
+    for name, default in json.loads(json.dumps(asdict(SamplingSettings()))).items():
+        if name not in ("sampler", "steps", "seed") and samples.get(name, default) != default:
+            words.append(f"{name} {samples[name]}")
+    return ", ".join(words)

@@ -1,5 +1,6 @@
 """Sets of images for the Frechet distance: a source, samples of a run, or a file of statistics."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from ldae.distributed import rank, world_size
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.frechet import Statistics, load_statistics, statistics_of
+from ldae.files import file_hash
 from ldae.sampling.album import read_record
 from ldae.sampling.generation import generate_batches, prepare_generation
 from ldae.sampling.settings import SamplingSettings
@@ -28,7 +30,8 @@ class ImageSet:
     """
 
     def __init__(self, record: dict) -> None:
-        self.record, self.spec, self.count = record, record["spec"], record["images"]
+        self.record = json.loads(json.dumps(record))  # with lists, as in a file
+        self.spec, self.count = record["spec"], record["images"]
 
     def check_enough(self, dim: int) -> None:
         """Raise InputError when the images are too few for the covariance of ``dim`` features."""
@@ -97,16 +100,16 @@ class RunImages(ImageSet):
             pictures = map(from_array, images.movedim(1, -1).numpy())
             yield encoder.checked(
                 torch.stack([encoder.transform(picture, rng) for picture in pictures]),
-                lambda row, numbers=numbers: f"sample {int(numbers[row])} of {self.spec}",
+                lambda row: f"sample {int(numbers[row])} of {self.spec}",
             )
 
 
 class KnownStatistics(ImageSet):
     """Images of which only the statistics of their features are known."""
 
-    def __init__(self, spec: str, statistics: Statistics) -> None:
+    def __init__(self, spec: str, statistics: Statistics, record: dict) -> None:
         features = statistics.claim or "not stated by the file, taken for those of Inception-v3"
-        super().__init__({"spec": spec, "images": statistics.count, "features": features})
+        super().__init__({"spec": spec, "images": statistics.count, "features": features} | record)
         self._statistics = statistics
 
     def statistics(self, *_: object) -> Statistics:
@@ -129,9 +132,11 @@ def open_reference(spec: str, split: Literal["train", "eval"], claim: dict, dim:
     found = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
     if found is None:
         return SourceImages(spec, split)
+    with np.load(path) as file:
+        images = SourceImages(spec, split) if "arr_0" in file else None
     if not found.claim and "published" not in claim:
-        if "arr_0" in np.load(path).files:
-            return SourceImages(spec, split)
+        if images:
+            return images
         raise InputError(
             f"the statistics of {spec} do not name their features, and so are taken for those of "
             f"Inception-v3, not of {claim['network']}"
@@ -144,4 +149,5 @@ def open_reference(spec: str, split: Literal["train", "eval"], claim: dict, dim:
             )
     if len(found.mean) != dim:
         raise InputError(f"the statistics of {spec} are of {len(found.mean)} features, not {dim}")
-    return KnownStatistics(spec, found)
+    first_size = images.record["first_size"] if images else None
+    return KnownStatistics(spec, found, {"sha256": file_hash(path), "first_size": first_size})

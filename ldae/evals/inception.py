@@ -1,6 +1,5 @@
 """The Inception-v3 of FID: torch-fidelity's port of the published TensorFlow network."""
 
-import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 from ldae.backbones.weights import read_checkpoint
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError, first_line
+from ldae.files import file_hash
 
 # First digits of the SHA-256 of the published weights, at the end of their file's name.
 PUBLISHED = "6726825d"
@@ -53,9 +53,7 @@ class Inception(nn.Module):
             raise InputError(
                 f"{file} does not hold the weights of torch-fidelity's Inception-v3"
             ) from error
-        with open(file, "rb") as content:
-            self.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        self.file = file.name
+        self.file, self.sha256 = file.name, file_hash(file)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images)[0]

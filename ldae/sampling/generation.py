@@ -19,6 +19,7 @@ from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import SamplingSettings
 from ldae.sampling.start import LatentGaussian, load_or_fit_gaussian
+from ldae.trajectory import row_of
 from ldae.tree import taken_by
 
 Generate = Callable[[torch.Tensor], torch.Tensor]
@@ -256,14 +257,20 @@ def prepare_generation(
     resolved = resolve(method, state["describe"]["classes"], settings)
     method.to(device).requires_grad_(False)
     method.bf16 = settings.precision == "bf16"
-    gaussian = None
+    config, gaussian = settings_of(run, "pretraining"), None
     if not is_pure_noise(method, resolved.levels[0]):
-        config = settings_of(run, "pretraining")
         gaussian = load_or_fit_gaussian(run, config, method, device, data, workers)
+    row = row_of(config)
     record = asdict(settings) | {
         "run": run.resolve().name,
         "weights": files.state_hash(method.state_dict()),
         "images_seen": state["images_seen"],
+        "training": {
+            "row": row.name if row else None,
+            "class_conditional": config.model.class_conditional,
+            "ema": config.optim.ema if state["average"] else 0.0,
+            "ema_warmup": config.optim.ema_warmup,
+        },
         "steps": len(resolved.levels),
         "latents": gaussian.record if gaussian else None,
     }

@@ -17,11 +17,17 @@ from PIL import Image
 from ldae import cli
 from ldae.backbones.open import load_backbone
 from ldae.backbones.preprocessing import preprocessing
+from ldae.backbones.run import load_run
 from ldae.commands.fid import FIDSettings, fid
 from ldae.commands.sample import sample
 from ldae.errors import InputError
+from ldae.evals import dit_fid
 from ldae.evals.features import Encoder
 from ldae.evals.image_sets import RunImages
+from ldae.files import file_hash, state_hash
+from ldae.method import build
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.kinds import to_yaml
 from ldae.sampling.settings import SamplingSettings
 
 DIM = 64  # of test_vit's features
@@ -304,6 +310,10 @@ def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
     argv += ["--images", "70", "--batch-size", "16", "--steps", "3", "--seed", "5"]
     assert cli.main(["fid", run, *argv, "--out", "cli.json"]) == 0
     assert json.loads(Path("cli.json").read_text())["results"] == record["results"]
+    method, state = load_run(Path(run))
+    samples = record["images"]["samples"]
+    assert samples["weights"] == state_hash(method.state_dict())
+    assert samples["images_seen"] == state["images_seen"] > 0
     other = fid(run, setup=setup, how=replace(how, seed=6))
     assert other["results"] != record["results"]
 
@@ -320,13 +330,127 @@ def test_ranks_draw_each_sample_once(run, monkeypatch):
     assert torch.equal(whole[::2], even) and torch.equal(whole[1::2], odd)
 
 
+@pytest.fixture
+def dit(tiny, fitted, awake, sets, monkeypatch):
+    """dit(row): a run folder whose FID can be DiT's, of 40 samples; and adm.npz, as ADM's file."""
+    monkeypatch.setattr(dit_fid, "IMAGES", 40)
+    rows = quarters(sets["b"]).numpy()
+    statistics = {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
+    np.savez("adm.npz", sets["b"][:1], **statistics)
+    np.savez("adm16.npz", sets["b"][:1, :16, :16], **statistics)
+    np.savez("statistics.npz", **statistics)
+
+    def make(row="dit", **changes):
+        changes = {"tokenizer__perceptual_weight": 1.0, "optim__ema": 0.9999} | changes
+        config = tiny(row, **changes)
+        classes = list("0123456789") if config.model.class_conditional else []
+        method = build(config, num_classes=len(classes))
+        fitted(method.tokenizer)
+        awake(method.denoiser)
+        folder = Path(f"run-{row}")
+        folder.mkdir()
+        (folder / "config.yaml").write_text(to_yaml(config, "pretraining"))
+        weights = method.state_dict()
+        state = {"images_seen": 8, "model": weights, "optimizer": {}}
+        state |= {"average": weights if config.optim.ema else None}
+        state["describe"] = {"row": row, "images": 64, "classes": classes}
+        Checkpoints(folder).save(state)
+        return str(folder)
+
+    return make
+
+
+def few_features(self, encoder, batch_size, workers):
+    """Features of RunImages without sampling."""
+    yield torch.rand(self.count, encoder.dim)
+
+
+DIT_FLAGS = {"sampler": "ddpm", "steps": 250, "random_labels": True}
+
+
+def test_fid_as_dit_reports_it_has_a_name(dit, inception, capsys):
+    run, setup = dit(), replace(inception, protocol="dit")
+    record = fid(run, "adm.npz", setup=setup)
+    name = "FID-50K (DiT's protocol)"
+    assert record["protocol"]["name"] == name and not record["protocol"]["differs_from_dit"]
+    samples = record["images"]["samples"]
+    assert {key: samples[key] for key in DIT_FLAGS} == DIT_FLAGS
+    assert record["reference"]["sha256"] == file_hash(Path("adm.npz"))
+    assert capsys.readouterr().out.startswith(
+        f"{name} of run-dit (40 images, ddpm in 250 steps, random_labels True) to adm.npz ("
+    )
+    (path,) = Path(run, "evals").rglob("results.json")
+    assert path.parent.name == "fid-adm.npz-protocol=dit-weights=real"
+    assert json.loads(path.read_text()) == record
+    # The number has the name also when every setting is given, or the samples are in a file.
+    sample(Path(run), 40, Path("s.npz"), workers=0, device="cpu", how=SamplingSettings(**DIT_FLAGS))
+    for setup in (setup, inception):
+        again = fid("s.npz", "adm.npz", setup=setup)
+        assert again["protocol"]["name"] == name
+        assert again["results"]["fid"] == pytest.approx(record["results"]["fid"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "how, setup, reference, trained, sentence",
+    [
+        ({"sampler": "heun"}, {}, "adm.npz", {}, "sampler is heun, not ddpm"),
+        ({"steps": 50}, {}, "adm.npz", {}, "steps is 50, not 250"),
+        ({"guidance": 1.5}, {}, "adm.npz", {}, "guidance is 1.5, not 1.0"),
+        ({"labels": ("3",)}, {}, "adm.npz", {}, r"labels is \['3'\], not \[\]"),
+        ({"precision": "bf16"}, {}, "adm.npz", {}, "precision is bf16, not fp32"),
+        ({}, {"images": 30}, "adm.npz", {}, "images is 30, not 40"),
+        ({}, {"img_size": 16}, "adm.npz", {}, "img_size is 16, not 32"),
+        ({}, {"weights": Path("mine")}, "adm.npz", {}, "the features are not those of the"),
+        ({}, {}, None, {}, "the reference is not ADM's file"),
+        ({}, {}, "a", {}, "the reference is not ADM's file"),
+        ({}, {}, "statistics.npz", {}, "the reference is not ADM's file"),
+        ({}, {}, "adm16.npz", {}, "the reference is not ADM's file .* for 32 pixels"),
+        ({}, {}, "adm.npz", {"optim__ema": 0.999}, "ema is 0.999, not 0.9999"),
+        ({}, {}, "adm.npz", {"optim__ema": 0.0}, "ema is 0.0, not 0.9999"),
+        ({}, {}, "adm.npz", {"optim__ema_warmup": True}, "ema_warmup is True, not False"),
+    ],
+)
+def test_what_contradicts_dits_fid_is_refused_and_has_another_name(
+    how, setup, reference, trained, sentence, dit, inception, monkeypatch
+):
+    run, how = dit(**trained), SamplingSettings(**how)
+    monkeypatch.setattr(RunImages, "features", None)  # refused before the work
+    with pytest.raises(InputError, match=f"protocol dit: {sentence}"):
+        fid(run, reference, setup=replace(inception, protocol="dit", **setup), how=how)
+    monkeypatch.setattr(RunImages, "features", few_features)
+    how = dit_fid.sampling(how, class_conditional=True)
+    setup = replace(inception, **{"images": 40} | setup)
+    protocol = fid(run, reference, setup=setup, how=how)["protocol"]
+    assert protocol["name"].startswith("FID") and "DiT" not in protocol["name"]
+    assert len(protocol["differs_from_dit"]) == 1
+
+
+def test_dits_fid_of_other_rows_and_of_other_images_is_called_what_it_is(
+    dit, inception, monkeypatch, capsys
+):
+    setup = replace(inception, protocol="dit")
+    monkeypatch.setattr(RunImages, "features", few_features)
+    record = fid(dit("unconditional"), "adm.npz", setup=setup)
+    assert record["protocol"]["name"] == "FID-50K (DiT's protocol, but of row unconditional)"
+    assert not record["images"]["samples"]["random_labels"]
+    changed = dit("dit", noise__schedule="cosine")
+    name = fid(changed, "adm.npz", setup=setup)["protocol"]["name"]
+    assert name == "FID-50K (DiT's protocol, but of no row of the paper)"
+    capsys.readouterr()
+    fid(changed, "a", setup=replace(inception, images=50), how=SamplingSettings(guidance=2.5))
+    line = "FID of run-dit (50 images, ddim in 50 steps, guidance 2.5) to a (90 images): "
+    assert capsys.readouterr().out.startswith(line)
+    with pytest.raises(InputError, match="protocol dit: the images have no record of the run"):
+        fid("a", "adm.npz", setup=setup)
+
+
 def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
     with pytest.raises(InputError, match="has 10 images, fewer than the 64 dimensions"):
         fid(run, setup=replace(SETUP, images=10))
     with pytest.raises(InputError, match="has 10 images, fewer than the 2,048 dimensions"):
         fid(run, setup=FIDSettings(images=10, weights=Path("not-there.pth")))  # before it is opened
     with pytest.raises(InputError, match="guidance needs a run with model.class_conditional"):
-        fid(run, setup=SETUP, how=SamplingSettings(guidance=2))
+        fid(run, setup=SETUP, how=SamplingSettings(guidance=2.5))
     with pytest.raises(InputError, match="eta is a setting of ddim"):
         fid(run, setup=SETUP, how=SamplingSettings("heun", eta=1))
     with pytest.raises(InputError, match="steps is for samples of a run, and a is no run folder"):

@@ -188,13 +188,16 @@ def test_an_npz_file_has_the_format_of_the_adm_suite(trained, run, tmp_path):
 
 
 def test_samples_of_an_earlier_version_are_continued(run, tmp_path):
-    """Their record lacks the settings that are younger, which were at their defaults."""
+    """A setting that their record lacks was at its default."""
     record = draw(run, tmp_path, 2) / album.RECORD
     written = json.loads(record.read_text())
-    del written["random_labels"]
+    del written["random_labels"], written["training"]
     record.write_text(json.dumps(written))
     draw(run, tmp_path, 3)
     assert len(read_images(tmp_path)) == 3
+    record.write_text("[]")
+    with pytest.raises(InputError, match="holds other images, without their settings"):
+        draw(run, tmp_path, 4)
 
 
 def test_the_name_of_a_grid_holds_its_settings(trained, run):
