@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and the hash of a state dict."""
+"""Files that are written completely or not at all, and hashes of files and state dicts."""
 
 import hashlib
 import json
@@ -27,6 +27,12 @@ def state_hash(state: Mapping[str, Any]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's content as a hexadecimal number."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -124,6 +124,11 @@ def timesteps(seed: int, positions: torch.Tensor, steps: int) -> torch.Tensor:
     return _philox(seed, positions, 1, _TIMESTEP)[:, 0, 0] * steps >> 32
 
 
+def labels(seed: int, positions: torch.Tensor, count: int) -> torch.Tensor:
+    """Return labels, uniform in 0 .. count - 1, int64 (B,), for sample numbers (B,)."""
+    return _philox(seed, positions, 1, _LABEL)[:, 0, 0] * count >> 32
+
+
 def dropped_labels(seed: int, positions: torch.Tensor, probability: float) -> torch.Tensor:
     """Return whether each label is dropped, bool (B,), for positions (B,)."""
     return _philox(seed, positions, 1, _LABEL)[:, 0, 0] < probability * 2**32

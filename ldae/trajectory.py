@@ -122,6 +122,19 @@ def row(name: str | int) -> Row:
     raise unknown("there is no row", name, [row.name for row in rows], " (`ldae show` lists all)")
 
 
+def row_of(settings: Config) -> Row | None:
+    """Return the row whose settings a run has, sizes aside, or None."""
+    rows = (*ROWS, *BESIDE)
+    sizes = {name for scale in SCALES.values() for name in scale.sizes}
+    deciding = {name for row in rows for name in row.changes} - sizes
+    found = flatten(settings)
+    for row in rows:
+        wanted = flatten(config(row.name))
+        if all(found[name] == wanted[name] for name in deciding):
+            return row
+    return None
+
+
 def config(name: str | int = "l_dae", scale: str = "paper") -> Config:
     """Return the configuration of a row at a scale.
 

@@ -98,3 +98,11 @@ def test_timesteps_are_uniform_and_labels_are_dropped_at_the_given_rate():
     share = noise.dropped_labels(0, positions, 0.1).double().mean()
     assert abs(share - 0.1) < 5 * math.sqrt(0.09 / 200_000)
     assert (noise.timesteps(0, positions[:9], 1) == 0).all()
+
+
+def test_random_labels_are_uniform_independent_of_timesteps_and_differ_by_seed():
+    positions = torch.arange(200_000)
+    labels, t = noise.labels(0, positions, 10), noise.timesteps(0, positions, 10)
+    counts = torch.bincount(10 * labels + t, minlength=100).double()
+    assert ((counts - 2_000).abs() < 5 * math.sqrt(2_000)).all() and len(counts) == 100
+    assert (noise.labels(1, positions, 10) == labels).double().mean() < 0.11

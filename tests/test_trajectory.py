@@ -75,6 +75,16 @@ def test_rows_have_a_name_and_a_number():
     assert trajectory.row("l_dae_single").number == 14
 
 
+@pytest.mark.parametrize("scale", trajectory.SCALES)
+def test_a_row_is_known_by_its_settings_at_any_scale(scale):
+    for row in (*trajectory.ROWS, *trajectory.BESIDE):
+        config = ldae.config(row.name, scale)
+        assert trajectory.row_of(config) == row
+        larger = {"model.depth": 28, "tokenizer.dim": 64, "optim.ema": 0.9999}
+        assert trajectory.row_of(replace(config, larger)) == row
+    assert trajectory.row_of(replace(ldae.config("dit"), {"noise.schedule": "cosine"})) is None
+
+
 def test_the_refusal_of_a_wrong_name_has_the_nearest():
     with pytest.raises(InputError, match="'l_dea'.*'l_dae'"):
         ldae.config("l_dea")

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,12 @@ from ldae.method import LDAE
 from ldae.plots.pictures import save_grid
 from ldae.runs import layout
 from ldae.sampling.album import Album, check_same_record, pack_npz
-from ldae.sampling.generation import Generate, ResolvedSettings, cycled, prepare_generation
+from ldae.sampling.generation import (
+    Generate,
+    ResolvedSettings,
+    generate_batches,
+    prepare_generation,
+)
 from ldae.sampling.settings import SamplingSettings, check_settings
 from ldae.tree import COUNT, NOT_NEGATIVE
 
@@ -94,21 +98,10 @@ def _fill(
 ) -> None:
     """Generate this rank's share of the first ``images`` images that the album lacks."""
     missing = [n for n in range(rank(), images, world_size()) if not album.path(n).exists()]
-    for batch, pictures in _generate_batches(generate, missing, batch_size, device):
+    for batch, pictures in generate_batches(generate, missing, batch_size, device):
         for number, picture in zip(batch.tolist(), pictures, strict=True):
             album.save(number, picture)
     barrier()
-
-
-def _generate_batches(
-    generate: Generate, numbers: Sequence[int], batch_size: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield numbers of images, int64 (B,), and the images, with a progress bar."""
-    with console.progress(len(numbers), "samples") as bar:
-        for start in range(0, len(numbers), batch_size):
-            batch = torch.tensor(numbers[start : start + batch_size])
-            yield batch, generate(batch.to(device))
-            bar.update(len(batch))
 
 
 def _write_npz(
@@ -129,7 +122,7 @@ def _write_npz(
     _fill(album, generate, images, batch_size, device)
     if is_main():
         classes = _classes(chosen)
-        labels = None if classes is None else cycled(classes, torch.arange(images)).numpy()
+        labels = None if classes is None else chosen.choose(classes, torch.arange(images)).numpy()
         pack_npz(album, images, labels, record, out)
     barrier()
 
@@ -147,9 +140,9 @@ def _write_grid(
     device: torch.device,
     out: Path,
 ) -> None:
-    """Write a grid with a column for each of a few classes, otherwise with eight columns."""
+    """Write a grid: a column for each of a few classes in turn, otherwise eight columns."""
     numbers = range(rank(), images, world_size())
-    batches = list(_generate_batches(generate, numbers, batch_size, device))
+    batches = list(generate_batches(generate, numbers, batch_size, device))
     shape = torch.zeros(3, dtype=torch.int64, device=device)
     if is_main():  # this rank always has an image
         shape += torch.tensor(batches[0][1].shape[1:], device=device)
@@ -158,7 +151,7 @@ def _write_grid(
         grid[batch.to(device)] = pictures.to(device).float() / 255
     all_reduce_sum(grid)
     if is_main():
-        classes = _classes(chosen)
+        classes = None if chosen.settings.random_labels else _classes(chosen)
         few = classes is not None and 1 < len(classes) <= 2 * _COLUMNS
         columns = min(len(classes) if few else _COLUMNS, images)
         blank = torch.ones_like(grid[:1]).expand(-images % columns, -1, -1, -1)

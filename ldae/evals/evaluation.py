@@ -154,14 +154,27 @@ class Evaluation:
         if self.setup.random_init:
             parts.append("random-init")
         name = "-".join(dict.fromkeys(parts + changes(self.protocol, self.setup)))
-        folder = results_home(self.spec) / name
-        # Data of the same name from elsewhere may have its results there.
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            graded = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))["data"]
-            if (graded["spec"], graded["eval_spec"]) != (data, self.eval.spec):
-                digest = hashlib.sha256(f"{data}\0{self.eval.spec}".encode()).hexdigest()[:8]
-                return folder.with_name(f"{name}-{digest}")
-        return folder
+        return unshared_folder(
+            results_home(self.spec) / name,
+            (data, self.eval.spec),
+            lambda record: (record["data"]["spec"], record["data"]["eval_spec"]),
+        )
+
+
+def unshared_folder(
+    folder: Path, specs: tuple[str, ...], specs_of: Callable[[dict], tuple[str, ...]]
+) -> Path:
+    """Return ``folder``, or one with a digest in its name when it has results of other specs.
+
+    Data of the same name from elsewhere may have its results there. ``specs_of`` returns the specs
+    in the content of a results.json.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        record = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
+        if specs_of(record) != specs:
+            digest = hashlib.sha256("\0".join(specs).encode()).hexdigest()[:8]
+            return folder.with_name(f"{folder.name}-{digest}")
+    return folder
 
 
 def results_home(spec: str) -> Path:

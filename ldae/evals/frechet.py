@@ -15,40 +15,41 @@ from ldae.tokenizers.moments import Moments
 
 
 class Statistics(NamedTuple):
-    """What the distance knows of a set of images, in float64 on the CPU."""
+    """The mean and the covariance of the features of images, in float64 on the CPU."""
 
     mean: torch.Tensor
     """(D,)."""
     covariance: torch.Tensor
     """(D, D), unbiased: divided by count - 1."""
     count: int | None
-    """Images; None where a file does not tell."""
+    """Number of images; None when the file does not state it."""
     claim: dict
-    """How the features were made; empty where a file does not tell."""
+    """Description of the features; empty when the file has none."""
 
 
 def statistics_of(moments: Moments, claim: dict) -> Statistics:
+    """Return the statistics of features with these moments and this description."""
     covariance = moments.covariance(correction=1).cpu()
     return Statistics(moments.mean().cpu(), covariance, int(moments.count), claim)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), also of singular covariances.
+    """Return |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2).
 
-    With C = L L^T, the trace of the last root is the sum of the singular values of L_a^T L_b. No
-    root is taken of a product's small eigenvalues, whose rounding errors would become their square
-    roots.
+    With C = L L^T, the trace of the last root is the sum of the singular values of L_a^T L_b. So
+    covariances may be singular: no root of a small eigenvalue turns its rounding error eps into
+    the larger eps^1/2.
 
     Source: Heusel et al. 2017, eq. 6; Dowson and Landau 1982.
     """
     mean = (a.mean - b.mean).square().sum()
     own = a.covariance.trace() + b.covariance.trace()
     common = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
-    return max(0.0, float(mean + own - 2 * common))  # a square: below 0 by rounding only
+    return max(0.0, float(mean + own - 2 * common))  # only rounding errors are below 0
 
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
-    """L (D, r) with C = L L^T, without the axes whose variance is a rounding error."""
+    """Return L (D, r) with C = L L^T. Axes whose variance is a rounding error are left out."""
     variances, axes = torch.linalg.eigh((covariance + covariance.T) / 2)
     smallest = variances[-1] * len(variances) * torch.finfo(variances.dtype).eps
     kept = variances > smallest.clamp(min=0)
@@ -56,9 +57,9 @@ def _factor(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Write ``mu`` and ``sigma`` as the files of the ADM suite have them, with count and claim.
+    """Write ``mu`` and ``sigma`` as in the files of the ADM suite, and count and claim.
 
-    Raises: InputError when the disk does not take it.
+    Raises: InputError when the file cannot be written.
     """
     content = io.BytesIO()
     np.savez(
@@ -72,9 +73,9 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 
 
 def load_statistics(path: Path) -> Statistics | None:
-    """The statistics in a .npz file, None when there are none in it.
+    """Return the statistics in a .npz file, or None when it has no ``mu`` and ``sigma``.
 
-    Raises: InputError when the file cannot be read, or what it holds cannot be statistics.
+    Raises: InputError when the file cannot be read, or ``mu`` and ``sigma`` are not statistics.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -1,6 +1,5 @@
-"""Inception-v3 as FID uses it: torch-fidelity's port of the published TensorFlow network."""
+"""The Inception-v3 of FID: torch-fidelity's port of the published TensorFlow network."""
 
-import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,21 @@ from torch import nn
 from ldae.backbones.weights import read_checkpoint
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError, first_line
+from ldae.files import file_hash
 
-# The first digits of the sha256 of the published weights, which their file's name ends with.
+# First digits of the SHA-256 of the published weights, at the end of their file's name.
 PUBLISHED = "6726825d"
 
 
 class Inception(nn.Module):
-    """uint8 RGB (B, 3, H, W) -> the averaged features (B, dim).
+    """Inception-v3: uint8 RGB (B, 3, H, W) -> average-pooled features (B, dim).
 
-    The network itself scales images to 299 x 299, bilinearly as TensorFlow 1 does.
+    The network scales images to 299 x 299 itself, bilinearly as TensorFlow 1 does.
 
     Args:
-        weights: a file of its weights; None: the published ones, downloaded once into torch's hub.
+        weights: a file of weights; by default the published file, downloaded once to torch's hub.
 
-    Raises: InputError without the package, and when the weights cannot be had or do not fit.
+    Raises: InputError without the package, and when the weights cannot be downloaded or do not fit.
     """
 
     dim = 2048
@@ -40,8 +40,8 @@ class Inception(nn.Module):
             ) from error
         file = weights or _download(fidelity.URL_INCEPTION_V3)
         state = read_checkpoint(file)
-        # torch-fidelity would run the code that a pickled file may hold: it gets our own copy of
-        # what was read without running any.
+        # torch-fidelity would run the code in a pickled file. It gets a copy of the tensors, which
+        # read_checkpoint reads without running code.
         copy = io.BytesIO()
         torch.save(state, copy)
         copy.seek(0)
@@ -53,32 +53,30 @@ class Inception(nn.Module):
             raise InputError(
                 f"{file} does not hold the weights of torch-fidelity's Inception-v3"
             ) from error
-        with open(file, "rb") as content:
-            self.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        self.file = file.name
+        self.file, self.sha256 = file.name, file_hash(file)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images)[0]
 
 
 def _download(url: str) -> Path:
-    """torch-fidelity's file where torch-fidelity looks for it, its hash checked when it arrives."""
+    """Return the file, downloaded to torch-fidelity's place if missing, with its hash checked."""
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), PUBLISHED, progress=False)
-        except (OSError, RuntimeError) as error:  # of network, disk or hash
+        except (OSError, RuntimeError) as error:  # no network, a full disk or a wrong hash
             raise InputError(
-                f"the weights of Inception-v3 cannot be downloaded ({first_line(error)}): give "
-                f"the file by --weights, as {url} has it"
+                f"the weights of Inception-v3 cannot be downloaded ({first_line(error)}): name a "
+                f"copy of {url} by --weights"
             ) from error
     return file
 
 
 @dataclass(frozen=True)
 class InceptionTransform(CropTransform):
-    """A center crop as uint8; the network normalises by itself."""
+    """A center crop as uint8, which the network normalises itself."""
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from ldae import files
 from ldae.distributed import barrier, is_main
 from ldae.errors import InputError
+from ldae.sampling.settings import SamplingSettings
 
 RECORD = "samples.json"
 
@@ -84,15 +86,20 @@ def read_record(images: Path) -> dict | None:
     """Return the record of a folder or ``.npz`` of samples, or None when ldae did not write it."""
     try:
         if images.is_dir():
-            return json.loads((images / RECORD).read_text())
-        with zipfile.ZipFile(images) as archive:
-            return json.loads(archive.comment)
+            record = json.loads((images / RECORD).read_text())
+        else:
+            with zipfile.ZipFile(images) as archive:
+                record = json.loads(archive.comment)
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
+    return record if isinstance(record, dict) else None
 
 
 def check_same_record(images: Path, record: dict) -> None:
     """Check that a folder or ``.npz`` of samples has this record.
+
+    A record of an earlier version may lack settings, which were at their defaults, and facts about
+    the run, which are not compared.
 
     Raises: InputError naming the first setting that differs.
     """
@@ -100,9 +107,10 @@ def check_same_record(images: Path, record: dict) -> None:
     if written is None:
         raise InputError(f"{images} holds other images, without their settings; name another --out")
     requested = json.loads(json.dumps(record))  # JSON turns tuples into lists
-    for name in requested | written:
-        if written.get(name) != requested.get(name):
+    written = asdict(SamplingSettings()) | written
+    for name, value in json.loads(json.dumps(written)).items():
+        if value != requested.get(name):
             raise InputError(
-                f"{images} holds other samples: {name} is {written.get(name)!r} there, "
+                f"{images} holds other samples: {name} is {value!r} there, "
                 f"{requested.get(name)!r} here; name another --out"
             )

@@ -1,6 +1,6 @@
 """Generation of numbered samples from a run's method and a sampler's settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import nn
 from ldae import files, noise
 from ldae.backbones.open import label_names, load_classifier
 from ldae.backbones.preprocessing import EvalTransform, preprocessing
+from ldae.console import progress
 from ldae.errors import InputError, nearest
 from ldae.method import LDAE
 from ldae.runs.kinds import settings_of
@@ -18,6 +19,7 @@ from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import SamplingSettings
 from ldae.sampling.start import LatentGaussian, load_or_fit_gaussian
+from ldae.trajectory import row_of
 from ldae.tree import taken_by
 
 Generate = Callable[[torch.Tensor], torch.Tensor]
@@ -36,17 +38,20 @@ class ResolvedSettings:
     settings: SamplingSettings
     levels: list[int]
     labels: torch.Tensor | None = None
-    """Class labels, int64 (L,); sample n gets label n mod L. None for unconditional runs."""
+    """Class labels, int64 (L,). None for unconditional runs."""
     classifier: nn.Module | None = None
     targets: torch.Tensor | None = None
-    """Classes of the classifier to guide to, int64 (L,); sample n is guided to class n mod L."""
+    """Classes of the classifier to guide to, int64 (L,)."""
     transform: EvalTransform | None = None
     """Preprocessing of the classifier."""
 
-
-def cycled(classes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Return the class at n mod L, of classes (L,), for each sample number n of ``numbers``."""
-    return classes.to(numbers.device)[numbers % len(classes)]
+    def choose(self, classes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Return one of the classes (L,) for each sample number n: at n mod L, or at random."""
+        if self.settings.random_labels:
+            chosen = noise.labels(self.settings.seed, numbers, len(classes))
+        else:
+            chosen = numbers % len(classes)
+        return classes.to(numbers.device)[chosen]
 
 
 def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> ResolvedSettings:
@@ -62,7 +67,7 @@ def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> Res
             "guidance needs a run that was also trained without labels, but its "
             "model.label_dropout is 0"
         )
-    if settings.labels and not (conditional or settings.classifier):
+    if (settings.labels or settings.random_labels) and not (conditional or settings.classifier):
         raise InputError(
             "labels need a run with model.class_conditional, or a --classifier that guides"
         )
@@ -131,7 +136,7 @@ def generate(
     settings, tokenizer = resolved.settings, method.tokenizer
     gamma, sigma = method.gamma.double().cpu(), method.sigma.double().cpu()
     top, last = resolved.levels[0], torch.full_like(numbers, resolved.levels[-1])
-    labels = None if resolved.labels is None else cycled(resolved.labels, numbers)
+    labels = None if resolved.labels is None else resolved.choose(resolved.labels, numbers)
     plain = partial(method.denoise, labels=labels)
     denoise = _guided(method, resolved, plain, gamma, sigma, numbers)
 
@@ -164,6 +169,17 @@ def generate(
     return (tokenizer.denormalize(images).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
+def generate_batches(
+    generate: Generate, numbers: Sequence[int], batch_size: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield numbers of samples, int64 (B,), and the samples, with a progress bar."""
+    with progress(len(numbers), "samples") as bar:
+        for start in range(0, len(numbers), batch_size):
+            batch = torch.tensor(numbers[start : start + batch_size])
+            yield batch, generate(batch.to(device))
+            bar.update(len(batch))
+
+
 def _guided(
     method: LDAE,
     resolved: ResolvedSettings,
@@ -179,7 +195,7 @@ def _guided(
     if resolved.classifier is None:
         return denoise
     classifier = resolved.classifier.to(numbers.device)
-    targets = cycled(resolved.targets, numbers)[:, None]
+    targets = resolved.choose(resolved.targets, numbers)[:, None]
 
     def log_likelihood(z_0: torch.Tensor) -> torch.Tensor:
         images = method.tokenizer.denormalize(method.decode(z_0))
@@ -241,14 +257,20 @@ def prepare_generation(
     resolved = resolve(method, state["describe"]["classes"], settings)
     method.to(device).requires_grad_(False)
     method.bf16 = settings.precision == "bf16"
-    gaussian = None
+    config, gaussian = settings_of(run, "pretraining"), None
     if not is_pure_noise(method, resolved.levels[0]):
-        config = settings_of(run, "pretraining")
         gaussian = load_or_fit_gaussian(run, config, method, device, data, workers)
+    row = row_of(config)
     record = asdict(settings) | {
         "run": run.resolve().name,
         "weights": files.state_hash(method.state_dict()),
         "images_seen": state["images_seen"],
+        "training": {
+            "row": row.name if row else None,
+            "class_conditional": config.model.class_conditional,
+            "ema": config.optim.ema if state["average"] else 0.0,
+            "ema_warmup": config.optim.ema_warmup,
+        },
         "steps": len(resolved.levels),
         "latents": gaussian.record if gaussian else None,
     }

@@ -25,6 +25,8 @@ class SamplingSettings:
     """Weight of classifier-free guidance, for class-conditional runs; 1: none."""
     labels: tuple[str, ...] = ()
     """Classes, by name or number; sample n gets the class at n mod their count; empty: all."""
+    random_labels: bool = False
+    """Draw the class of each sample at random among ``labels``, as DiT does."""
     classifier: str = ""
     """A timm classifier for guidance: a folder of `ldae linear --save`, or a timm name."""
     classifier_scale: Annotated[float, NOT_NEGATIVE] = 1.0

@@ -17,10 +17,17 @@ from PIL import Image
 from ldae import cli
 from ldae.backbones.open import load_backbone
 from ldae.backbones.preprocessing import preprocessing
-from ldae.commands.fid import FIDSettings, RunImages, fid
+from ldae.backbones.run import load_run
+from ldae.commands.fid import FIDSettings, fid
 from ldae.commands.sample import sample
 from ldae.errors import InputError
+from ldae.evals import dit_fid
 from ldae.evals.features import Encoder
+from ldae.evals.image_sets import RunImages
+from ldae.files import file_hash, state_hash
+from ldae.method import build
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.kinds import to_yaml
 from ldae.sampling.settings import SamplingSettings
 
 DIM = 64  # of test_vit's features
@@ -115,7 +122,7 @@ def test_two_ranks_measure_what_one_measures(sets):
 
 def test_results_tell_what_the_number_depends_on(sets, capsys):
     record = fid("a", "b", setup=SETUP)
-    path = Path("a", "fid-b-random-init-features=test_vit-img_size=32.json")
+    path = Path("evals", "a", "fid-b-random-init-features=test_vit-img_size=32", "results.json")
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
     assert record["task"] == "frechet_distance" and "fid" not in record["results"]
     features = record["protocol"]["features"]
@@ -133,8 +140,50 @@ def test_results_tell_what_the_number_depends_on(sets, capsys):
     line = capsys.readouterr().out
     assert line.startswith("Frechet distance in the features of test_vit (random init) of a (90 ")
     assert str(path) in line and len(line.splitlines()) == 1
-    fid("a.npz", "b", setup=SETUP)
-    assert Path("a.npz-fid-b-random-init-features=test_vit-img_size=32.json").exists()
+
+
+def files_in(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in Path(folder).rglob("*"))
+
+
+def test_nothing_is_written_into_the_users_images(sets):
+    before = files_in("a", "b")
+    for images in ("a", "a.npz", "scattered-digits:100"):
+        fid(images, "b", setup=SETUP)
+    assert files_in("a", "b") == before
+    assert sorted(path.name for path in Path().iterdir()) == ["a", "a.npz", "b", "b.npz", "evals"]
+    homes = ["a", "a.npz", "scattered-digits-100"]
+    name = "fid-b-random-init-features=test_vit-img_size=32"
+    assert sorted(Path("evals").rglob("results.json")) == [
+        Path("evals", home, name, "results.json") for home in homes
+    ]
+
+
+def test_no_result_of_other_images_of_the_same_name_is_lost(sets):
+    for place in ("x", "y"):
+        for name, images in sets.items():
+            Path(place).mkdir(exist_ok=True)
+            np.savez(f"{place}/{name}.npz", images)
+    pairs = [("x/a.npz", "x/b.npz"), ("y/a.npz", "x/b.npz"), ("x/a.npz", "y/b.npz")]
+    for pair in (*pairs, *pairs):
+        fid(*pair, setup=SETUP)
+    records = [json.loads(path.read_text()) for path in Path("evals", "a.npz").rglob("*.json")]
+    found = [(record["images"]["spec"], record["reference"]["spec"]) for record in records]
+    assert sorted(found) == sorted(pairs)
+
+
+def test_no_result_of_other_weights_of_the_same_name_is_lost(sets, inception, monkeypatch):
+    fid("a", "b", setup=inception)
+    monkeypatch.setattr("ldae.commands.fid.Inception.real", "6726825d01")
+    fid("a", "b", setup=inception)
+    assert len(list(Path("evals", "a").rglob("results.json"))) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(sets, monkeypatch):
+    Path("evals").touch()
+    monkeypatch.setattr("ldae.evals.features.eval_batches", None)  # calling it: TypeError
+    with pytest.raises(InputError, match="evals/a cannot be written: evals is not a writable"):
+        fid("a", "b", setup=SETUP)
 
 
 def test_other_weights_have_another_hash(sets):
@@ -171,11 +220,11 @@ def inception(monkeypatch):
     """A network in Inception's place that gives the means of the quarters of an image."""
 
     class Quarters(torch.nn.Module):
-        dim = 12
+        dim, real = 12, "6726825d"
 
         def __init__(self, weights):
             super().__init__()
-            self.file, self.sha256 = weights.name, "6726825d" if weights.name == "real" else "00"
+            self.file, self.sha256 = weights.name, self.real if weights.name == "real" else "00"
 
         def forward(self, images):
             assert images.dtype == torch.uint8
@@ -200,6 +249,11 @@ def test_inception_sees_the_pixels_and_its_distance_is_called_fid(sets, inceptio
     assert capsys.readouterr().out.startswith("FID of a (90 images) to b (75 images): ")
     fid("a", "b", setup=replace(inception, weights=Path("mine")))
     assert "FID (by mine, which is not the published file)" in capsys.readouterr().out
+
+
+def test_saved_statistics_of_inception_stand_in_for_the_reference(sets, inception):
+    wanted = fid("a", "b", setup=replace(inception, save_stats=Path("stats.npz")))
+    assert fid("a", "stats.npz", setup=inception)["results"] == wanted["results"]
 
 
 def test_sizes_that_differ_are_cropped_to_the_first_images(sets, inception):
@@ -247,7 +301,7 @@ def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
     name = (
         "fid-scattered-digits-64-random-init-images=70-features=test_vit-img_size=32-steps=3-seed=5"
     )
-    assert [path.name for path in Path(run, "evals").iterdir()] == [f"{name}.json"]
+    assert list(Path(run, "evals").rglob("*.json")) == [Path(run, "evals", name, "results.json")]
     sample(Path(run), 70, Path("drawn"), batch_size=16, workers=0, device="cpu", how=how)
     again = fid("drawn", "scattered-digits:64", setup=replace(setup, images=None))
     assert again["results"] == record["results"]
@@ -256,6 +310,10 @@ def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
     argv += ["--images", "70", "--batch-size", "16", "--steps", "3", "--seed", "5"]
     assert cli.main(["fid", run, *argv, "--out", "cli.json"]) == 0
     assert json.loads(Path("cli.json").read_text())["results"] == record["results"]
+    method, state = load_run(Path(run))
+    samples = record["images"]["samples"]
+    assert samples["weights"] == state_hash(method.state_dict())
+    assert samples["images_seen"] == state["images_seen"] > 0
     other = fid(run, setup=setup, how=replace(how, seed=6))
     assert other["results"] != record["results"]
 
@@ -265,11 +323,125 @@ def test_ranks_draw_each_sample_once(run, monkeypatch):
     samples = RunImages(Path(run), 11, SamplingSettings(steps=2), encoder.device, workers=0)
     parts = []
     for world_size, rank in ((1, 0), (2, 0), (2, 1)):
-        monkeypatch.setattr("ldae.commands.fid.world_size", lambda: world_size)
-        monkeypatch.setattr("ldae.commands.fid.rank", lambda: rank)
-        parts.append(torch.cat(list(samples.features(encoder, replace(SETUP, batch_size=2)))))
+        monkeypatch.setattr("ldae.evals.image_sets.world_size", lambda: world_size)
+        monkeypatch.setattr("ldae.evals.image_sets.rank", lambda: rank)
+        parts.append(torch.cat(list(samples.features(encoder, batch_size=2, workers=0))))
     whole, even, odd = parts
     assert torch.equal(whole[::2], even) and torch.equal(whole[1::2], odd)
+
+
+@pytest.fixture
+def dit(tiny, fitted, awake, sets, monkeypatch):
+    """dit(row): a run folder whose FID can be DiT's, of 40 samples; and adm.npz, as ADM's file."""
+    monkeypatch.setattr(dit_fid, "IMAGES", 40)
+    rows = quarters(sets["b"]).numpy()
+    statistics = {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
+    np.savez("adm.npz", sets["b"][:1], **statistics)
+    np.savez("adm16.npz", sets["b"][:1, :16, :16], **statistics)
+    np.savez("statistics.npz", **statistics)
+
+    def make(row="dit", **changes):
+        changes = {"tokenizer__perceptual_weight": 1.0, "optim__ema": 0.9999} | changes
+        config = tiny(row, **changes)
+        classes = list("0123456789") if config.model.class_conditional else []
+        method = build(config, num_classes=len(classes))
+        fitted(method.tokenizer)
+        awake(method.denoiser)
+        folder = Path(f"run-{row}")
+        folder.mkdir()
+        (folder / "config.yaml").write_text(to_yaml(config, "pretraining"))
+        weights = method.state_dict()
+        state = {"images_seen": 8, "model": weights, "optimizer": {}}
+        state |= {"average": weights if config.optim.ema else None}
+        state["describe"] = {"row": row, "images": 64, "classes": classes}
+        Checkpoints(folder).save(state)
+        return str(folder)
+
+    return make
+
+
+def few_features(self, encoder, batch_size, workers):
+    """Features of RunImages without sampling."""
+    yield torch.rand(self.count, encoder.dim)
+
+
+DIT_FLAGS = {"sampler": "ddpm", "steps": 250, "random_labels": True}
+
+
+def test_fid_as_dit_reports_it_has_a_name(dit, inception, capsys):
+    run, setup = dit(), replace(inception, protocol="dit")
+    record = fid(run, "adm.npz", setup=setup)
+    name = "FID-50K (DiT's protocol)"
+    assert record["protocol"]["name"] == name and not record["protocol"]["differs_from_dit"]
+    samples = record["images"]["samples"]
+    assert {key: samples[key] for key in DIT_FLAGS} == DIT_FLAGS
+    assert record["reference"]["sha256"] == file_hash(Path("adm.npz"))
+    assert capsys.readouterr().out.startswith(
+        f"{name} of run-dit (40 images, ddpm in 250 steps, random_labels True) to adm.npz ("
+    )
+    (path,) = Path(run, "evals").rglob("results.json")
+    assert path.parent.name == "fid-adm.npz-protocol=dit-weights=real"
+    assert json.loads(path.read_text()) == record
+    # The number has the name also when every setting is given, or the samples are in a file.
+    sample(Path(run), 40, Path("s.npz"), workers=0, device="cpu", how=SamplingSettings(**DIT_FLAGS))
+    for setup in (setup, inception):
+        again = fid("s.npz", "adm.npz", setup=setup)
+        assert again["protocol"]["name"] == name
+        assert again["results"]["fid"] == pytest.approx(record["results"]["fid"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "how, setup, reference, trained, sentence",
+    [
+        ({"sampler": "heun"}, {}, "adm.npz", {}, "sampler is heun, not ddpm"),
+        ({"steps": 50}, {}, "adm.npz", {}, "steps is 50, not 250"),
+        ({"guidance": 1.5}, {}, "adm.npz", {}, "guidance is 1.5, not 1.0"),
+        ({"labels": ("3",)}, {}, "adm.npz", {}, r"labels is \['3'\], not \[\]"),
+        ({"precision": "bf16"}, {}, "adm.npz", {}, "precision is bf16, not fp32"),
+        ({}, {"images": 30}, "adm.npz", {}, "images is 30, not 40"),
+        ({}, {"img_size": 16}, "adm.npz", {}, "img_size is 16, not 32"),
+        ({}, {"weights": Path("mine")}, "adm.npz", {}, "the features are not those of the"),
+        ({}, {}, None, {}, "the reference is not ADM's file"),
+        ({}, {}, "a", {}, "the reference is not ADM's file"),
+        ({}, {}, "statistics.npz", {}, "the reference is not ADM's file"),
+        ({}, {}, "adm16.npz", {}, "the reference is not ADM's file .* for 32 pixels"),
+        ({}, {}, "adm.npz", {"optim__ema": 0.999}, "ema is 0.999, not 0.9999"),
+        ({}, {}, "adm.npz", {"optim__ema": 0.0}, "ema is 0.0, not 0.9999"),
+        ({}, {}, "adm.npz", {"optim__ema_warmup": True}, "ema_warmup is True, not False"),
+    ],
+)
+def test_what_contradicts_dits_fid_is_refused_and_has_another_name(
+    how, setup, reference, trained, sentence, dit, inception, monkeypatch
+):
+    run, how = dit(**trained), SamplingSettings(**how)
+    monkeypatch.setattr(RunImages, "features", None)  # refused before the work
+    with pytest.raises(InputError, match=f"protocol dit: {sentence}"):
+        fid(run, reference, setup=replace(inception, protocol="dit", **setup), how=how)
+    monkeypatch.setattr(RunImages, "features", few_features)
+    how = dit_fid.sampling(how, class_conditional=True)
+    setup = replace(inception, **{"images": 40} | setup)
+    protocol = fid(run, reference, setup=setup, how=how)["protocol"]
+    assert protocol["name"].startswith("FID") and "DiT" not in protocol["name"]
+    assert len(protocol["differs_from_dit"]) == 1
+
+
+def test_dits_fid_of_other_rows_and_of_other_images_is_called_what_it_is(
+    dit, inception, monkeypatch, capsys
+):
+    setup = replace(inception, protocol="dit")
+    monkeypatch.setattr(RunImages, "features", few_features)
+    record = fid(dit("unconditional"), "adm.npz", setup=setup)
+    assert record["protocol"]["name"] == "FID-50K (DiT's protocol, but of row unconditional)"
+    assert not record["images"]["samples"]["random_labels"]
+    changed = dit("dit", noise__schedule="cosine")
+    name = fid(changed, "adm.npz", setup=setup)["protocol"]["name"]
+    assert name == "FID-50K (DiT's protocol, but of no row of the paper)"
+    capsys.readouterr()
+    fid(changed, "a", setup=replace(inception, images=50), how=SamplingSettings(guidance=2.5))
+    line = "FID of run-dit (50 images, ddim in 50 steps, guidance 2.5) to a (90 images): "
+    assert capsys.readouterr().out.startswith(line)
+    with pytest.raises(InputError, match="protocol dit: the images have no record of the run"):
+        fid("a", "adm.npz", setup=setup)
 
 
 def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
@@ -278,7 +450,7 @@ def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
     with pytest.raises(InputError, match="has 10 images, fewer than the 2,048 dimensions"):
         fid(run, setup=FIDSettings(images=10, weights=Path("not-there.pth")))  # before it is opened
     with pytest.raises(InputError, match="guidance needs a run with model.class_conditional"):
-        fid(run, setup=SETUP, how=SamplingSettings(guidance=2))
+        fid(run, setup=SETUP, how=SamplingSettings(guidance=2.5))
     with pytest.raises(InputError, match="eta is a setting of ddim"):
         fid(run, setup=SETUP, how=SamplingSettings("heun", eta=1))
     with pytest.raises(InputError, match="steps is for samples of a run, and a is no run folder"):

@@ -1,6 +1,7 @@
 """The samples of a run are reproducible, and their files are complete or absent."""
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ from conftest import TINY
 from PIL import Image
 
 import ldae
-from ldae import cli, files, tree
+from ldae import cli, files, noise, tree
 from ldae.backbones.open import load_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.pretrain import pretrain
@@ -182,6 +183,21 @@ def test_an_npz_file_has_the_format_of_the_adm_suite(trained, run, tmp_path):
     labelled = trained("patch_pca", model__class_conditional=True)
     with np.load(draw(labelled, tmp_path / "labels.npz", 5, labels=("7", "2"))) as file:
         assert file["arr_1"].tolist() == [7, 2, 7, 2, 7] and file["arr_1"].dtype == np.int64
+    with np.load(draw(labelled, tmp_path / "random.npz", 40, random_labels=True)) as file:
+        assert file["arr_1"].tolist() == noise.labels(0, torch.arange(40), 10).tolist()
+
+
+def test_samples_of_an_earlier_version_are_continued(run, tmp_path):
+    """A setting that their record lacks was at its default."""
+    record = draw(run, tmp_path, 2) / album.RECORD
+    written = json.loads(record.read_text())
+    del written["random_labels"], written["training"]
+    record.write_text(json.dumps(written))
+    draw(run, tmp_path, 3)
+    assert len(read_images(tmp_path)) == 3
+    record.write_text("[]")
+    with pytest.raises(InputError, match="holds other images, without their settings"):
+        draw(run, tmp_path, 4)
 
 
 def test_the_name_of_a_grid_holds_its_settings(trained, run):

@@ -88,6 +88,19 @@ def test_sample_n_has_class_n_mod_their_count(conditional):
     assert torch.equal(pair[:1], sampled(conditional, torch.tensor([13]), labels=("3",)))
 
 
+def test_random_labels_are_those_of_the_sample_numbers(conditional):
+    numbers = torch.arange(40)
+    for requested in ((), ("4", "7", "1")):
+        how = {"labels": requested, "random_labels": True, "seed": 3}
+        resolved = resolve(conditional, CLASSES, SamplingSettings(steps=4, **how))
+        drawn = resolved.choose(resolved.labels, numbers).tolist()
+        assert set(drawn) == {int(label) for label in requested or CLASSES}
+        assert drawn[7:] == resolved.choose(resolved.labels, numbers[7:]).tolist()
+        assert drawn != [resolved.labels[n % len(resolved.labels)] for n in range(40)]
+        one = sampled(conditional, numbers[5:6], labels=(str(drawn[5]),), seed=3)
+        assert torch.equal(sampled(conditional, numbers[5:6], **how), one)
+
+
 @pytest.mark.parametrize("row", ["dit", "patch_pca"])
 def test_features_do_not_depend_on_labels_while_predictions_do(row, method, images):
     conditional = method(row, num_classes=10, model__class_conditional=True)
@@ -199,6 +212,7 @@ def build_with_channels(method, chans):
     [
         ({"guidance": 2.0}, "guidance needs a run with model.class_conditional"),
         ({"labels": ("3",)}, "labels need a run with model.class_conditional"),
+        ({"random_labels": True}, "labels need a run with model.class_conditional"),
         ({"steps": 1001}, "steps 1001 is more than the 1000 noise levels"),
     ],
 )

@@ -1,0 +1,68 @@
+"""FID-50K as DiT reports it: its settings, and what differs from them in a measured distance."""
+
+import json
+from dataclasses import asdict, replace
+
+from ldae.sampling.settings import SamplingSettings
+
+IMAGES = 50_000
+_SAMPLING = SamplingSettings(sampler="ddpm", steps=250)
+_EMA = 0.9999
+
+
+def sampling(how: SamplingSettings, class_conditional: bool) -> SamplingSettings:
+    """Return ``how`` with DiT's settings in place of defaults."""
+    defaults, given = asdict(SamplingSettings()), asdict(how)
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    return replace(_sampling(class_conditional), **changed)
+
+
+def differences(record: dict) -> list[str]:
+    """List the differences of a distance from DiT's FID-50K, except for the row of the run.
+
+    Source: Peebles and Xie 2023, Scalable Diffusion Models with Transformers, section 4.
+
+    Args:
+        record: the content of the results file; results are not needed.
+    """
+    images, features = record["images"], record["protocol"]["features"]
+    samples = images["samples"]
+    if not samples or "training" not in samples:
+        return ["the images have no record of the run that generated them, or one without its EMA"]
+    training = samples["training"]
+    found = samples | training | {
+        "images": images["images"],
+        "img_size": features["preprocessing"].get("img_size"),
+    }
+    wanted = asdict(_sampling(training["class_conditional"])) | {
+        "images": IMAGES,
+        "img_size": images["first_size"][0],
+        "ema": _EMA,
+        "ema_warmup": False,
+    }
+    del wanted["seed"]
+    listed = [
+        f"{name} is {found.get(name)}, not {value}"
+        for name, value in json.loads(json.dumps(wanted)).items()
+        if found.get(name) != value
+    ]
+    if not features.get("published"):
+        listed.append("the features are not those of the published Inception-v3")
+    reference = record["reference"]
+    if "sha256" not in reference or reference["first_size"] != images["first_size"]:
+        listed.append(
+            "the reference is not ADM's file of statistics and images (mu, sigma, arr_0) for "
+            f"{images['first_size'][0]} pixels"
+        )
+    return listed
+
+
+def title(record: dict) -> str:
+    """Return the name of a distance whose ``differences`` are none."""
+    row = record["images"]["samples"]["training"]["row"]
+    other = "" if row == "dit" else f", but of {f'row {row}' if row else 'no row of the paper'}"
+    return f"FID-50K (DiT's protocol{other})"
+
+
+def _sampling(class_conditional: bool) -> SamplingSettings:
+    return replace(_SAMPLING, random_labels=class_conditional)
