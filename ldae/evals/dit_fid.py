@@ -30,10 +30,14 @@ def differences(record: dict) -> list[str]:
     if not samples or "training" not in samples:
         return ["the images have no record of the run that generated them, or one without its EMA"]
     training = samples["training"]
-    found = samples | training | {
-        "images": images["images"],
-        "img_size": features["preprocessing"].get("img_size"),
-    }
+    found = (
+        samples
+        | training
+        | {
+            "images": images["images"],
+            "img_size": features["preprocessing"].get("img_size"),
+        }
+    )
     wanted = asdict(_sampling(training["class_conditional"])) | {
         "images": IMAGES,
         "img_size": images["first_size"][0],

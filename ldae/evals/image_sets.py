@@ -68,6 +68,7 @@ class SourceImages(ImageSet):
                 "spec": spec,
                 "split": self._source.split,
                 "images": len(self._source),
+                "fingerprint": self._source.fingerprint(),
                 "first_size": list(size),  # width and height in pixels
                 "samples": read_record(Path(spec)),
             }

@@ -20,6 +20,7 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.run import load_run
 from ldae.commands.fid import FIDSettings, fid
 from ldae.commands.sample import sample
+from ldae.data.open import open_source
 from ldae.errors import InputError
 from ldae.evals import dit_fid
 from ldae.evals.features import Encoder
@@ -132,6 +133,7 @@ def test_results_tell_what_the_number_depends_on(sets, capsys):
         "spec": "a",
         "split": "all",
         "images": 90,
+        "fingerprint": open_source("a", "train").fingerprint(),
         "first_size": [32, 32],
         "samples": None,
     }
