@@ -386,8 +386,8 @@ def test_fid_as_dit_reports_it_has_a_name(dit, inception, capsys):
     assert json.loads(path.read_text()) == record
     # The number has the name also when every setting is given, or the samples are in a file.
     sample(Path(run), 40, Path("s.npz"), workers=0, device="cpu", how=SamplingSettings(**DIT_FLAGS))
-    for setup in (setup, inception):
-        again = fid("s.npz", "adm.npz", setup=setup)
+    for one in (setup, inception):
+        again = fid("s.npz", "adm.npz", setup=one)
         assert again["protocol"]["name"] == name
         assert again["results"]["fid"] == pytest.approx(record["results"]["fid"], rel=1e-3)
 
