@@ -55,8 +55,8 @@ def main() -> None:
     device = device_for(args.device)
     source = open_source(args.data, "train")
     backbone = load_backbone(args.backbone, random_init=True, img_size=args.img_size)
-    encoder = Encoder(backbone, device, args.precision)
-    loading = (args.batch_size, args.workers)
+    loading = {"batch_size": args.batch_size, "workers": args.workers}
+    encoder = Encoder(backbone, device, args.precision, **loading)
     protocol = CachedProtocol(epochs=args.epochs)
     rates = np.geomspace(0.001, 10, args.heads).tolist()
     heads = [Head(Tap(), rate) for rate in rates]
@@ -73,7 +73,7 @@ def main() -> None:
             times.append(time.perf_counter() - start)
         return statistics.median(times[-rounds:])
 
-    train = extract_share(encoder, source, *loading)
+    train = extract_share(encoder, source)
     if args.classes:
         train = train._replace(labels=torch.arange(len(source)) % args.classes)
     classes = int(train.labels.max()) + 1
@@ -82,13 +82,13 @@ def main() -> None:
         train_heads(train, heads, classes, protocol, device)
 
     measured = {
-        "extraction": seconds(lambda: extract_share(encoder, source, *loading), 1),
+        "extraction": seconds(lambda: extract_share(encoder, source), 1),
         "one head": seconds(lambda: learn(heads[:1]), args.rounds),
         "heads together": seconds(lambda: learn(heads), args.rounds),
         "heads one by one": seconds(lambda: [learn([head]) for head in heads], 1),
     }
     with tempfile.TemporaryDirectory() as folder:
-        total = seconds(lambda: train_online(encoder, source, online, *loading, Path(folder)), 1)
+        total = seconds(lambda: train_online(encoder, source, online, Path(folder)), 1)
     epoch = total / args.online_epochs
     sweep = measured["extraction"] + measured["heads together"]
     record = {

@@ -28,7 +28,6 @@ from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT
 from ldae.tokenizers.moments import Moments
 
-_IMAGES_AT_ONCE = 256
 _WHITENED_BY = (
     "`head`, from {images:,} images of {data} ({split}), shrinkage {shrinkage:g}; "
     "`num_classes=0` leaves it out"
@@ -109,8 +108,8 @@ def _record(source: Source, shrinkage: float) -> dict:
 
 def _moments(vit: VisionTransformer, source: Source, workers: int, device: torch.device) -> Moments:
     """Return the moments of the features of all images."""
-    moments, encoder = Moments(vit.embed_dim), Encoder(vit, device)
-    for rows, _ in encoder.share(source, _IMAGES_AT_ONCE, workers):
+    moments, encoder = Moments(vit.embed_dim), Encoder(vit, device, workers=workers)
+    for rows, _ in encoder.share(source):
         moments.update(rows.double())
     vit.cpu()
     return moments

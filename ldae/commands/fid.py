@@ -118,10 +118,7 @@ def fid(
             "reference": theirs.record,
         }
         record["protocol"] |= _describe(record, setup)
-        found, wanted = (
-            part.statistics(encoder, claim, setup.batch_size, setup.workers)
-            for part in (ours, theirs)
-        )
+        found, wanted = (part.statistics(encoder, claim) for part in (ours, theirs))
         record["results"] = {name: frechet_distance(found, wanted)}
         record["environment"] = environment(device)
         if is_main():
@@ -172,13 +169,14 @@ def _open_features(
 
     Raises: InputError for settings of another network, and when there are too few images.
     """
+    loading = {"batch_size": setup.batch_size, "workers": setup.workers}
     if setup.features == _INCEPTION:
         if setup.random_init:
             raise InputError("random_init is for a backbone: Inception's weights are --weights")
         ours.check_enough(Inception.dim)  # before the weights are downloaded
         transform = InceptionTransform(setup.img_size or min(ours.record["first_size"]))
         network = Inception(setup.weights)
-        encoder = Encoder(network, device, transform=transform)
+        encoder = Encoder(network, device, transform=transform, **loading)
         claim = {
             "network": "Inception-v3 of torch-fidelity, features 2048",
             "weights": network.file,
@@ -194,7 +192,7 @@ def _open_features(
         backbone = load_backbone(
             setup.features, random_init=setup.random_init, img_size=setup.img_size
         )
-        encoder = Encoder(backbone, device)
+        encoder = Encoder(backbone, device, **loading)
         claim = {
             "network": setup.features + (" (random init)" if setup.random_init else ""),
             "sha256": state_hash(backbone.state_dict()),

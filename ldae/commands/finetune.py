@@ -16,7 +16,7 @@ from ldae.data.augment import Augmentation
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
 from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
-from ldae.evals.features import Encoder, known_labels
+from ldae.evals.features import known_labels
 from ldae.evals.protocol import Protocol
 from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import ClassificationLoss, build_network
@@ -167,9 +167,8 @@ def accuracy(network: nn.Module, evaluation: Evaluation) -> dict[str, float]:
 
     Raises: InputError when a logit is not finite.
     """
-    source, setup = evaluation.eval, evaluation.setup
-    encoder = Encoder(network, evaluation.device, setup.precision)
-    batches = encoder.share(source, setup.batch_size, setup.workers)
+    source = evaluation.eval
+    batches = replace(evaluation, model=network).encoder().share(source)
     return top1_top5(batches, known_labels(source)[:, None], len(source), evaluation.device)
 
 

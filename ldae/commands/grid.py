@@ -15,7 +15,7 @@ from ldae.data.source import Source
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec, open_evaluation
-from ldae.evals.features import Encoder, Features, extract_share, image_names, known_labels
+from ldae.evals.features import Features, extract_share, image_names, known_labels
 from ldae.evals.heads import SweepProtocol, grade_heads, sweep, train_heads
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Tap
@@ -150,12 +150,12 @@ def _probe(
     noisy: bool,
 ) -> Iterator[dict]:
     """Yield the cells of one t, in the order of the blocks."""
-    protocol, setup, device = evaluation.protocol, evaluation.setup, evaluation.device
+    protocol, device = evaluation.protocol, evaluation.device
+    network = replace(evaluation, model=method)
 
     def features(source: Source, first: int) -> Features:
         reader = BlockReader(method, t, leading, noisy, protocol.seed, first)
-        encoder = Encoder(method, device, setup.precision, evaluation.transform, reader)
-        return extract_share(encoder, source, setup.batch_size, setup.workers)
+        return extract_share(network.encoder(reader), source)
 
     train, test = features(evaluation.train, 0), features(evaluation.eval, len(evaluation.train))
     taps = tuple(train.columns)

@@ -130,10 +130,9 @@ def _sweep(evaluation: Evaluation) -> tuple[Heads, dict, int]:
 def _train_online(evaluation: Evaluation) -> tuple[Heads, dict, int]:
     """Return the head trained on augmented images, its results and the width of its features."""
     protocol, encoder = evaluation.protocol, evaluation.encoder()
-    how = (evaluation.setup.batch_size, evaluation.setup.workers)
     check_batch_sizes(encoder, len(evaluation.train), protocol)
-    heads, record = train_online(encoder, evaluation.train, protocol, *how, evaluation.folder)
-    test = extract_share(encoder, evaluation.eval, *how)
+    heads, record = train_online(encoder, evaluation.train, protocol, evaluation.folder)
+    test = extract_share(encoder, evaluation.eval)
     top1, top5 = grade_heads({Tap(): heads}, test, evaluation.device)[Tap()][0].tolist()
     return heads, {"top1": top1, "top5": top5, **record}, encoder.dim
 

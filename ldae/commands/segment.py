@@ -74,7 +74,7 @@ def segment(
         _ = encoder.columns  # refuses a backbone without a map, before labels are read
         classes = _count_classes(evaluation, classes)
         splits = (evaluation.train, evaluation.eval)
-        results = segmentation(encoder, *splits, classes, protocol, setup)
+        results = segmentation(encoder, *splits, classes, protocol)
         return evaluation.write(results, reader.shape[2], classes)
 
 
@@ -84,22 +84,20 @@ def segmentation(
     test: MapSource,
     classes: int,
     protocol: SegmentProtocol = SegmentProtocol(),
-    setup: Setup = Setup(),
 ) -> dict:
     """Return mean IoU, pixel accuracy and the IoU of each class, in percent.
 
-    The encoder reads token maps. Only batch size and workers are used from ``setup``.
+    The encoder reads token maps.
     """
-    how = (setup.batch_size, setup.workers)
-    tokens, size = encode_share(encoder, train, *how), encoder.transform.input_size[1:]
-    labels = load_label_share(train, size, _MAPS_AT_ONCE, setup.workers)
+    tokens, size = encode_share(encoder, train), encoder.transform.input_size[1:]
+    labels = load_label_share(train, size, _MAPS_AT_ONCE, encoder.workers)
     maps = TokenMaps(tokens, labels, encoder.reader.shape, size)
     heads = train_map_head(maps, len(train), classes, protocol, encoder.device)
     if not all(value.isfinite().all() for value in heads.parameters()):
         raise InputError(
             f"the head diverged at learning_rate {protocol.learning_rate:g}: ask for a lower rate"
         )
-    return iou_metrics(grade_map_head(heads, encoder, maps.shape, test, *how))
+    return iou_metrics(grade_map_head(heads, encoder, maps.shape, test))
 
 
 def _count_classes(evaluation: Evaluation, classes: int | None) -> int:

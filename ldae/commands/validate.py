@@ -1,6 +1,6 @@
 """``ldae validate``: measure a classifier's accuracy, also by real labels or under corruptions."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -23,7 +23,6 @@ from ldae.evals.corrupted import (
     mean_by_corruption,
 )
 from ldae.evals.evaluation import Evaluation, Setup, open_classifier, open_evaluation
-from ldae.evals.features import Encoder
 from ldae.evals.protocol import Protocol
 from ldae.files import write
 from ldae.plots.pictures import save_grid
@@ -169,8 +168,7 @@ def _accuracy(
 
     Raises: InputError when a logit is not finite.
     """
-    setup = evaluation.setup
-    encoder = Encoder(evaluation.model, evaluation.device, setup.precision, transform)
-    batches = encoder.share(evaluation.eval, setup.batch_size, setup.workers, targets.images)
+    encoder = replace(evaluation, transform=transform).encoder()
+    batches = encoder.share(evaluation.eval, targets.images)
     rows = ((logits[:, targets.compared], indices) for logits, indices in batches)
     return top1_top5(rows, targets.labels, len(targets.images), evaluation.device)

@@ -238,8 +238,6 @@ def grade_map_head(
     encoder: Encoder,
     shape: tuple[int, int, int],
     source: MapSource,
-    batch_size: int,
-    workers: int,
 ) -> torch.Tensor:
     """Return the confusion matrix over all label maps of ``source``, at their own sizes.
 
@@ -247,8 +245,8 @@ def grade_map_head(
     """
     classes, device = heads.bias.shape[1], encoder.device
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    maps = label_maps(source, unchanged, 1, workers)  # one at a time: their sizes differ
-    for rows, _ in encoder.share(source, batch_size, workers):
+    maps = label_maps(source, unchanged, 1, encoder.workers)  # one at a time: their sizes differ
+    for rows, _ in encoder.share(source):
         normed = heads.norm(rows.to(device).view(-1, shape[2])).view(-1, *shape)
         for logits, (labels, _) in zip(map_logits(heads, normed), maps):
             labels = labels[0].to(device)

@@ -82,14 +82,15 @@ class Evaluation:
 
     def encoder(self, reader: Reader | None = None) -> Encoder:
         """Return the backbone on its device, read by ``reader`` or else for its own output."""
-        return Encoder(self.model, self.device, self.setup.precision, self.transform, reader)
+        how = (self.setup.batch_size, self.setup.workers)
+        return Encoder(self.model, self.device, self.setup.precision, self.transform, reader, *how)
 
     def features(self, encoder: Encoder | None = None) -> tuple[Features, Features]:
         """Extract this rank's share of the features of the train and the evaluation split."""
-        encoder, how = encoder or self.encoder(), (self.setup.batch_size, self.setup.workers)
+        encoder = encoder or self.encoder()
         assert self.train is not None  # the graders that read features have one
-        train = extract_share(encoder, self.train, *how)
-        return train, train if self.eval is self.train else extract_share(encoder, self.eval, *how)
+        train = extract_share(encoder, self.train)
+        return train, train if self.eval is self.train else extract_share(encoder, self.eval)
 
     def write(self, results: dict, dim: int, classes: int | None = None, **follows: object) -> dict:
         """Write ``results.json``, print the headlines on one line, and return the record.

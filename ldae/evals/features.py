@@ -84,6 +84,8 @@ class Encoder:
         precision: of the backbone's arithmetic.
         transform: by default the model's own preprocessing.
         reader: by default reads the model's own output.
+        batch_size: images per forward pass.
+        workers: processes that decode images.
     """
 
     def __init__(
@@ -93,8 +95,11 @@ class Encoder:
         precision: Precision = "fp32",
         transform: EvalTransform | None = None,
         reader: Reader | None = None,
+        batch_size: int = 256,
+        workers: int = 0,
     ) -> None:
         self.model, self.device, self.precision = model.to(device).eval(), device, precision
+        self.batch_size, self.workers = batch_size, workers
         self.transform = transform or preprocessing(model)
         self.reader = reader or TapReader(self.model, (Tap(),))
 
@@ -138,7 +143,7 @@ class Encoder:
         return max(span.stop for span in self.columns.values())
 
     def share(
-        self, source: Source, batch_size: int, workers: int, images: np.ndarray | None = None
+        self, source: Source, images: np.ndarray | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield this rank's share of the features of ``source`` and their indices, in batches.
 
@@ -148,7 +153,7 @@ class Encoder:
         """
         images = np.arange(len(source)) if images is None else images
         share = images[rank() :: world_size()]
-        batches = eval_batches(source, self.transform, share, batch_size, workers)
+        batches = eval_batches(source, self.transform, share, self.batch_size, self.workers)
         with progress(len(share), source.spec) as bar:
             for pixels, _, indices in batches:
                 rows = self.checked(pixels, lambda row: source.where(int(indices[row])), indices)
@@ -177,9 +182,7 @@ def cache_features() -> Iterator[None]:
         _cache.reset(before)
 
 
-def extract_share(
-    encoder: Encoder, source: Source, batch_size: int = 256, workers: int = 0
-) -> Features:
+def extract_share(encoder: Encoder, source: Source) -> Features:
     """Return the features of this rank's share of ``source``: images rank, rank + world size, ...
 
     Raises: InputError when the source has no labels, and as ``Encoder`` does.
@@ -190,14 +193,14 @@ def extract_share(
     key = (source.spec, source.split, encoder.transform, encoder.precision, taps)
     cache = _cache.get({}) if taps else {}
     if key not in cache:
-        cache[key] = encode_share(encoder, source, batch_size, workers)
+        cache[key] = encode_share(encoder, source)
     return Features(cache[key], labels, names, encoder.columns)
 
 
-def encode_share(encoder: Encoder, source: Source, batch_size: int, workers: int) -> torch.Tensor:
+def encode_share(encoder: Encoder, source: Source) -> torch.Tensor:
     """Return this rank's share of the features, float32 (N, D); the source needs no labels."""
     features = allocate_rows(len(range(rank(), len(source), world_size())), encoder.dim)
-    for rows, indices in encoder.share(source, batch_size, workers):
+    for rows, indices in encoder.share(source):
         features[indices // world_size()] = rows
     return features
 

@@ -41,17 +41,15 @@ class ImageSet:
                 "features: their covariance cannot be estimated"
             )
 
-    def statistics(
-        self, encoder: Encoder, claim: dict, batch_size: int, workers: int
-    ) -> Statistics:
+    def statistics(self, encoder: Encoder, claim: dict) -> Statistics:
         """Return the statistics of the features, each image counted once over all ranks."""
         moments = Moments(encoder.dim, encoder.device)
-        for rows in self.features(encoder, batch_size, workers):
+        for rows in self.features(encoder):
             moments.update(rows.to(encoder.device, torch.float64))
         moments.all_reduce()
         return statistics_of(moments, claim)
 
-    def features(self, encoder: Encoder, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
+    def features(self, encoder: Encoder) -> Iterator[torch.Tensor]:
         """Yield the features of this rank's share of the images, in batches (B, D)."""
         raise NotImplementedError
 
@@ -74,8 +72,8 @@ class SourceImages(ImageSet):
             }
         )
 
-    def features(self, encoder: Encoder, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
-        for rows, _ in encoder.share(self._source, batch_size, workers):
+    def features(self, encoder: Encoder) -> Iterator[torch.Tensor]:
+        for rows, _ in encoder.share(self._source):
             yield rows
 
 
@@ -94,10 +92,11 @@ class RunImages(ImageSet):
             {"spec": str(run), "images": count, "first_size": size, "samples": samples}
         )
 
-    def features(self, encoder: Encoder, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
+    def features(self, encoder: Encoder) -> Iterator[torch.Tensor]:
         share = range(rank(), self.count, world_size())
         rng = np.random.default_rng(0)  # transforms for evaluation draw nothing from it
-        for numbers, images in generate_batches(self._generate, share, batch_size, self._device):
+        batches = generate_batches(self._generate, share, encoder.batch_size, self._device)
+        for numbers, images in batches:
             pictures = map(from_array, images.movedim(1, -1).numpy())
             yield encoder.checked(
                 torch.stack([encoder.transform(picture, rng) for picture in pictures]),

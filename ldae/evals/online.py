@@ -147,10 +147,9 @@ class _Probe(Heads):
         source: Source,
         protocol: OnlineProtocol,
         classes: int,
-        batch_size: int,
     ) -> None:
         super().__init__(1, encoder.dim, classes, protocol)
-        self.encoder, self.source, self.batch_size = encoder, source, batch_size
+        self.encoder, self.source = encoder, source
         self.sizes = sizes(len(source), protocol)
         self.statistics: list[torch.Tensor] = []  # of this rank's groups in the current update
 
@@ -161,7 +160,7 @@ class _Probe(Heads):
 
         Raises: InputError when features are not finite.
         """
-        parts = images.split(self.batch_size)
+        parts = images.split(self.encoder.batch_size)
         features = torch.cat([self.encoder.on_device(part) for part in parts])  # (B, D)
         if not features.isfinite().all():
             raise InputError(
@@ -187,14 +186,12 @@ def train_online(
     encoder: Encoder,
     source: Source,
     protocol: OnlineProtocol,
-    batch_size: int,
-    workers: int,
     folder: Path,
 ) -> tuple[Heads, dict]:
     """Train a head by the protocol; ``folder`` holds checkpoints and metrics meanwhile.
 
     BatchNorm sees one group of the training order after the other, for any number of ranks and any
-    ``batch_size``, the number of images that go through the backbone at once.
+    batch size of the encoder, the number of images that go through the backbone at once.
 
     The same call again resumes, bit for bit on as many ranks, until ``remove_training``.
     Checkpoints of another protocol, backbone or source are removed.
@@ -209,7 +206,7 @@ def train_online(
     plan = Plan(len(source), division.updates * batch, batch, micro_batches)
     optim = OptimSettings(batch, protocol.blr, protocol.epochs, protocol.warmup_epochs)
     classes = int(known_labels(source).max()) + 1
-    probe = _Probe(encoder, source, protocol, classes, batch_size).to(device)
+    probe = _Probe(encoder, source, protocol, classes).to(device)
     describe = {
         "protocol": asdict(protocol) | {"precision": encoder.precision},
         "backbone": state_hash(encoder.model.state_dict()),
@@ -231,7 +228,7 @@ def train_online(
             micro_batches=plan.micro_batches,
             rank=rank() % division.shares,
             world_size=division.shares,
-            workers=workers,
+            workers=encoder.workers,
             pin_memory=device.type == "cuda",
         )
 

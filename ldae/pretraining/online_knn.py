@@ -33,10 +33,8 @@ def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, 
     check_enough(_ONLINE_K, len(splits[0]))
 
     def measure(method: LDAE) -> dict[str, float]:
-        encoder = Encoder(backbone_of(method), device)
-        train_set, test_set = (
-            extract_share(encoder, split, workers=config.system.workers) for split in splits
-        )
+        encoder = Encoder(backbone_of(method), device, workers=config.system.workers)
+        train_set, test_set = (extract_share(encoder, split) for split in splits)
         return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
 
     return (Hook(config.system.knn_every * plan.epoch, measure),)

@@ -37,8 +37,8 @@ def exports(run, tmp_path):
 
 
 def features(folder) -> torch.Tensor:
-    encoder = Encoder(load_backbone(folder), CPU)
-    return encode_share(encoder, open_source(DATA, "train"), 16, 0)
+    encoder = Encoder(load_backbone(folder), CPU, batch_size=16)
+    return encode_share(encoder, open_source(DATA, "train"))
 
 
 def test_the_head_is_the_whitening(exports, images):

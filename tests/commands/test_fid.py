@@ -321,13 +321,13 @@ def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
 
 
 def test_ranks_draw_each_sample_once(run, monkeypatch):
-    encoder = Encoder(load_backbone("pixels:4"), torch.device("cpu"))
+    encoder = Encoder(load_backbone("pixels:4"), torch.device("cpu"), batch_size=2)
     samples = RunImages(Path(run), 11, SamplingSettings(steps=2), encoder.device, workers=0)
     parts = []
     for world_size, rank in ((1, 0), (2, 0), (2, 1)):
         monkeypatch.setattr("ldae.evals.image_sets.world_size", lambda: world_size)
         monkeypatch.setattr("ldae.evals.image_sets.rank", lambda: rank)
-        parts.append(torch.cat(list(samples.features(encoder, batch_size=2, workers=0))))
+        parts.append(torch.cat(list(samples.features(encoder))))
     whole, even, odd = parts
     assert torch.equal(whole[::2], even) and torch.equal(whole[1::2], odd)
 
@@ -362,7 +362,7 @@ def dit(tiny, fitted, awake, sets, monkeypatch):
     return make
 
 
-def few_features(self, encoder, batch_size, workers):
+def few_features(self, encoder):
     """Features of RunImages without sampling."""
     yield torch.rand(self.count, encoder.dim)
 

@@ -65,9 +65,8 @@ def test_noise_depends_on_images_and_not_on_batches(method, pictures):
 
     def found(batch_size, seed=0):
         reader = BlockReader(trained, 400, (1, 2), True, seed, 0)
-        return extract_share(
-            Encoder(trained, CPU, "fp32", transform, reader), source, batch_size
-        ).features
+        encoder = Encoder(trained, CPU, "fp32", transform, reader, batch_size)
+        return extract_share(encoder, source).features
 
     torch.testing.assert_close(found(2), found(7), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found(7), found(7, seed=1), atol=1e-2)

@@ -42,39 +42,40 @@ class Flags(MapSource):
         return np.roll(self.maps[i], self.moved, 1)
 
 
-def encoder_of(spec: str, patch: int = 4, **options) -> Encoder:
+def encoder_of(spec: str, patch: int = 4, batch_size: int = 256, **options) -> Encoder:
     model = load_backbone(spec, **options)
     squash = replace(preprocessing(model), crop_pct=1.0, crop_mode="squash")
-    encoder = Encoder(model, CPU, transform=squash, reader=TokenMapReader(model, patch))
+    reader = TokenMapReader(model, patch)
+    encoder = Encoder(model, CPU, transform=squash, reader=reader, batch_size=batch_size)
     assert encoder.columns
     return encoder
 
 
 def test_images_that_show_their_label_maps_are_segmented_perfectly():
     encoder, (train, evaluation) = encoder_of("pixels:8", 1), (Flags(20, "train"), Flags(9, "eval"))
-    found = segmentation(encoder, train, evaluation, 3, SHORT, SETUP)
+    found = segmentation(encoder, train, evaluation, 3, SHORT)
     assert found["miou"] == found["pixel_accuracy"] == 100 and found["iou"] == [100] * 3
-    moved = segmentation(encoder, Flags(20, "train", 1), Flags(9, "eval", 1), 3, SHORT, SETUP)
+    moved = segmentation(encoder, Flags(20, "train", 1), Flags(9, "eval", 1), 3, SHORT)
     assert moved["miou"] < 40
-    above = segmentation(encoder, train, evaluation, 200, SHORT, SETUP)
+    above = segmentation(encoder, train, evaluation, 200, SHORT)
     assert above["classes_counted"] == 3 and above["miou"] == 100
 
 
 def test_a_diverged_head_is_reported():
     encoder, wild = encoder_of("pixels:8", 1), replace(SHORT, learning_rate=1e30)
     with pytest.raises(InputError, match="diverged at learning_rate 1e[+]30"):
-        segmentation(encoder, Flags(20, "train"), Flags(9, "eval"), 3, wild, SETUP)
+        segmentation(encoder, Flags(20, "train"), Flags(9, "eval"), 3, wild)
 
 
 def test_ignored_pixels_are_not_graded():
     encoder, train, evaluation = encoder_of("pixels:8", 1), Flags(20, "train"), Flags(9, "eval")
     half = Flags(9, "eval")
     half.maps[:, ::2] = 255  # an image has some colour there
-    found = segmentation(encoder, train, half, 3, SHORT, SETUP)
+    found = segmentation(encoder, train, half, 3, SHORT)
     assert found["miou"] == 100 and len(found["iou"]) == 3
     wrong = Flags(9, "eval", labels=(evaluation.maps + 1) % 3)
     wrong.image = evaluation.image
-    assert segmentation(encoder, train, wrong, 3, SHORT, SETUP)["miou"] == 0
+    assert segmentation(encoder, train, wrong, 3, SHORT)["miou"] == 0
 
 
 @pytest.mark.parametrize(
@@ -84,12 +85,11 @@ def test_ignored_pixels_are_not_graded():
 def test_batch_size_does_not_matter(spec, options, exact):
     found = [
         segmentation(
-            encoder_of(spec, **options),
+            encoder_of(spec, batch_size=size, **options),
             Flags(20, "train"),
             Flags(9, "eval"),
             3,
             SHORT,
-            replace(SETUP, batch_size=size),
         )["miou"]
         for size in (1, 7, 256)
     ]

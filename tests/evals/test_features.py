@@ -36,8 +36,8 @@ def vit():
 
 
 def extract(model, source, batch_size=256, precision="fp32", taps=(Tap(),)) -> Features:
-    encoder = Encoder(model, CPU, precision, reader=TapReader(model, taps))
-    return extract_share(encoder, source, batch_size)
+    reader = TapReader(model, taps)
+    return extract_share(Encoder(model, CPU, precision, None, reader, batch_size), source)
 
 
 def test_features_are_the_backbones_in_the_order_of_the_source(vit, pictures):
@@ -157,15 +157,14 @@ torch.save(found, sys.argv[2])
 def grades(source: Source, folder: Path) -> dict:
     """Return what the ranks compute together; the online probe's checkpoints are in ``folder``."""
     model = load_backbone("test_vit", random_init=True, img_size=16)
-    encoder = Encoder(model, CPU, reader=TapReader(model, TAPS))
-    own = extract_share(encoder, source, batch_size=3)
+    own = extract(model, source, 3, taps=TAPS)
     every = gather_features(own, source, CPU)
     held = torch.arange(len(source)) % 5 == 0
     sweep = CachedProtocol(learning_rates=(0.1, 1.0), epochs=3, total_batch=4, pools=("avg",))
     wanted = sweep.heads_of(TAPS[:2])
     heads = train_heads(own, wanted, 3, sweep, CPU, ~held)
     online = MAEProtocol(blr=50.0, epochs=3, warmup_epochs=1, total_batch=12, batchnorm_batch=4)
-    head, _ = train_online(Encoder(model, CPU), source, online, 3, 0, folder)
+    head, _ = train_online(Encoder(model, CPU, batch_size=3), source, online, folder)
     chosen = torch.arange(len(source)) % 4 == 0  # of one rank only
     some = own._replace(features=own.features[:, :64])
     nearest = KNNProtocol(k=(1, 3), leave_one_out=True)
@@ -240,15 +239,16 @@ def test_two_ranks_compute_the_same_as_one(pictures, tmp_path):
 def test_ranks_share_the_chosen_images(pictures, monkeypatch):
     """Each chosen image goes to one rank and keeps its index."""
     source, chosen = pictures(13), np.array([1, 2, 5, 7, 12])
-    encoder = Encoder(load_backbone("pixels:16"), CPU)
+    encoder = Encoder(load_backbone("pixels:16"), CPU, batch_size=2)
     monkeypatch.setattr("ldae.evals.features.world_size", lambda: 2)
     found = {}
     for number in (0, 1):
         monkeypatch.setattr("ldae.evals.features.rank", lambda: number)
-        for rows, indices in encoder.share(source, 2, 0, chosen):
+        for rows, indices in encoder.share(source, chosen):
             found |= dict(zip(indices.tolist(), rows))
     assert sorted(found) == chosen.tolist()
     monkeypatch.undo()
-    for rows, indices in encoder.share(source, 13, 0):
+    encoder.batch_size = 13
+    for rows, indices in encoder.share(source):
         assert all(torch.equal(found[i], rows[i]) for i in chosen.tolist())
         assert indices.tolist() == list(range(13))
