@@ -2,7 +2,9 @@
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,14 +27,12 @@ from ldae.method import LDAE
 from ldae.plots.pictures import save_grid
 from ldae.runs import layout
 from ldae.sampling.album import Album, check_same_record, pack_npz
-from ldae.sampling.generation import (
-    Generate,
-    ResolvedSettings,
-    generate_batches,
-    prepare_generation,
-)
+from ldae.sampling.generation import ResolvedSettings, generate_batches, prepare_generation
 from ldae.sampling.settings import SamplingSettings, check_settings
 from ldae.tree import COUNT, NOT_NEGATIVE
+
+Draw = Callable[[Sequence[int]], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+"""Numbers of samples -> batches of numbers, int64 (B,), and images, uint8 (B, C, H, W)."""
 
 _COLUMNS = 8
 _NOT_FOLDERS = (".png", ".jpg", ".jpeg", ".npy", ".zip", ".tar")
@@ -82,44 +82,37 @@ def sample(
         generate, chosen, record = prepare_generation(
             run, method, state, how, torch_device, data, workers
         )
+        draw = partial(generate_batches, generate, batch_size=batch_size, device=torch_device)
         if out is None:
             out = run / layout.SAMPLES / _grid_name(how, len(chosen.levels), seen)
-            _write_grid(generate, chosen, images, batch_size, torch_device, out)
+            chans, side = method.tokenizer.in_chans, method.tokenizer.img_size
+            grid = torch.zeros(images, chans, side, side, device=torch_device)
+            _write_grid(draw, chosen, grid, out)
         elif out.suffix == ".npz":
-            _write_npz(generate, chosen, images, batch_size, torch_device, record, out)
+            _write_npz(draw, chosen, images, record, out)
         else:
-            _fill(Album(out, record), generate, images, batch_size, torch_device)
+            _fill(Album(out, record), draw, images)
         console.print_main(f"{images:,} samples of {run} at {seen:,} images seen: {out}")
     return out
 
 
-def _fill(
-    album: Album, generate: Generate, images: int, batch_size: int, device: torch.device
-) -> None:
+def _fill(album: Album, draw: Draw, images: int) -> None:
     """Generate this rank's share of the first ``images`` images that the album lacks."""
     missing = [n for n in range(rank(), images, world_size()) if not album.path(n).exists()]
-    for batch, pictures in generate_batches(generate, missing, batch_size, device):
+    for batch, pictures in draw(missing):
         for number, picture in zip(batch.tolist(), pictures, strict=True):
             album.save(number, picture)
     barrier()
 
 
-def _write_npz(
-    generate: Generate,
-    chosen: ResolvedSettings,
-    images: int,
-    batch_size: int,
-    device: torch.device,
-    record: dict,
-    out: Path,
-) -> None:
+def _write_npz(draw: Draw, chosen: ResolvedSettings, images: int, record: dict, out: Path) -> None:
     """Collect the images in a folder beside ``out``, and pack them when all are there."""
     record = record | {"images": images}
     if out.exists():
         check_same_record(out, record)
         return
     album = Album(out.with_name(out.name + files.PARTS), record, ".npy")
-    _fill(album, generate, images, batch_size, device)
+    _fill(album, draw, images)
     if is_main():
         classes = _classes(chosen)
         labels = None if classes is None else chosen.choose(classes, torch.arange(images)).numpy()
@@ -132,29 +125,19 @@ def _classes(chosen: ResolvedSettings) -> torch.Tensor | None:
     return chosen.targets if chosen.labels is None else chosen.labels
 
 
-def _write_grid(
-    generate: Generate,
-    chosen: ResolvedSettings,
-    images: int,
-    batch_size: int,
-    device: torch.device,
-    out: Path,
-) -> None:
-    """Write a grid: a column for each of a few classes in turn, otherwise eight columns."""
-    numbers = range(rank(), images, world_size())
-    batches = list(generate_batches(generate, numbers, batch_size, device))
-    shape = torch.zeros(3, dtype=torch.int64, device=device)
-    if is_main():  # this rank always has an image
-        shape += torch.tensor(batches[0][1].shape[1:], device=device)
-    grid = torch.zeros(images, *all_reduce_sum(shape).tolist(), device=device)  # (N, C, H, W)
-    for batch, pictures in batches:
-        grid[batch.to(device)] = pictures.to(device).float() / 255
+def _write_grid(draw: Draw, chosen: ResolvedSettings, grid: torch.Tensor, out: Path) -> None:
+    """Fill the grid, zeros (N, C, H, W), and write it.
+
+    It has a column for each of a few classes in turn, otherwise eight columns.
+    """
+    for batch, pictures in draw(range(rank(), len(grid), world_size())):
+        grid[batch.to(grid.device)] = pictures.to(grid.device).float() / 255
     all_reduce_sum(grid)
     if is_main():
         classes = None if chosen.settings.random_labels else _classes(chosen)
         few = classes is not None and 1 < len(classes) <= 2 * _COLUMNS
-        columns = min(len(classes) if few else _COLUMNS, images)
-        blank = torch.ones_like(grid[:1]).expand(-images % columns, -1, -1, -1)
+        columns = min(len(classes) if few else _COLUMNS, len(grid))
+        blank = torch.ones_like(grid[:1]).expand(-len(grid) % columns, -1, -1, -1)
         save_grid(list(torch.cat([grid, blank]).split(columns)), out)
     barrier()
 
