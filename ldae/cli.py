@@ -284,7 +284,7 @@ def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> 
 
     chosen, rest = _read_options(argv, recipe="", size="")
     backbone = _pop_positional(rest)
-    names = ", ".join(recipe.name for recipe in recipes.RECIPES)
+    names = ", ".join(recipes.RECIPES)
     if _asks_help(rest):
         base = recipes.config(chosen.recipe or "mae", chosen.size or "B")
     elif backbone is None or not chosen.recipe:

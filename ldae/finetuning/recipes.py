@@ -1,8 +1,7 @@
 """The recipes of fine-tuning, by name and version, and their constants for each size of ViT."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldae.backbones.open import load_backbone
 from ldae.errors import InputError, unknown
@@ -14,22 +13,20 @@ WIDTHS = {"B": 768, "L": 1024, "H": 1280}
 """Embedding widths of the ViTs for which recipes are published."""
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """All constants of a recipe: ``constants`` for all sizes, ``sizes`` for each size.
 
     ``former`` holds the constants that former versions had instead, by version.
     """
 
-    name: str
     version: int
-    summary: str
-    constants: dict[str, Any] = field(hash=False)
-    sizes: dict[str, dict[str, Any]] = field(hash=False)
-    former: dict[int, dict[str, Any]] = field(default_factory=dict, hash=False)
+    constants: dict[str, Any]
+    sizes: dict[str, dict[str, Any]]
+    former: dict[int, dict[str, Any]] = {}
 
 
-# MAE, main_finetune.py and FINETUNE.md. H differs from L only in its drop path rate.
+# MAE (He et al. 2022), main_finetune.py and FINETUNE.md. H differs from L only in its drop path
+# rate.
 _MAE = {
     "augment.min_area": 0.08, "augment.flip": 0.5, "augment.policy": "rand-m9-mstd0.5-inc1",
     "augment.erasing": 0.25, "augment.mixup": 0.8, "augment.cutmix": 1.0,
@@ -43,28 +40,28 @@ _MAE = {
 
 _LARGE = {"optim.epochs": 50.0, "optim.blr": 1e-3, "model.layer_decay": 0.75}
 
-# The l-DAE paper, table in the appendix. Constants that it does not state are MAE's, since it says
-# that its linear probe follows MAE. 4e-3 at batch 1024 is a blr of 1e-3. The paper has no H; H gets
-# the constants of L. Without the warm-up, the average of version 1 still had 61 % of the initial
-# weights after 100 epochs on CIFAR-10, and 91 % on Imagenette.
+# The l-DAE paper (Chen et al. 2024), table in the appendix. Constants that it does not state are
+# MAE's, since it says that its linear probe follows MAE. 4e-3 at batch 1024 is a blr of 1e-3. The
+# paper has no H; H gets the constants of L. Without the warm-up, the average of version 1 still had
+# 61 % of the initial weights after 100 epochs on CIFAR-10, and 91 % on Imagenette.
 _LDAE = _MAE | {
     "optim.blr": 1e-3, "optim.epochs": 100.0, "optim.ema": 0.9999, "optim.ema_warmup": True,
     "model.drop_path": 0.1,
 }  # fmt: skip
 
-RECIPES = (
-    Recipe("mae", 1, "MAE's (He et al. 2022)", _MAE, {
+RECIPES = {
+    "mae": Recipe(1, _MAE, {
         "B": {"optim.epochs": 100.0, "optim.blr": 5e-4, "model.layer_decay": 0.65,
               "model.drop_path": 0.1},
         "L": _LARGE | {"model.drop_path": 0.2},
         "H": _LARGE | {"model.drop_path": 0.3},
     }),
-    Recipe("ldae", 2, "the l-DAE paper's (Chen et al. 2024)", _LDAE, {
+    "ldae": Recipe(2, _LDAE, {
         "B": {"model.layer_decay": 0.85},
         "L": {"model.layer_decay": 0.65},
         "H": {"model.layer_decay": 0.65},
     }, former={1: {"optim.ema_warmup": False}}),
-)  # fmt: skip
+}  # fmt: skip
 
 
 def find_recipe(name: str) -> Recipe:
@@ -72,11 +69,9 @@ def find_recipe(name: str) -> Recipe:
 
     Raises: InputError with the nearest name when there is none.
     """
-    for candidate in RECIPES:
-        if candidate.name == name:
-            return candidate
-    names = [candidate.name for candidate in RECIPES]
-    raise unknown("there is no recipe", name, names, f", and there are {', '.join(names)}")
+    if name not in RECIPES:
+        raise unknown("there is no recipe", name, RECIPES, f", and there are {', '.join(RECIPES)}")
+    return RECIPES[name]
 
 
 def config(name: str = "mae", size: str = "B", version: int | None = None) -> FinetuneConfig:
@@ -90,7 +85,7 @@ def config(name: str = "mae", size: str = "B", version: int | None = None) -> Fi
     if size not in chosen.sizes:
         raise InputError(f"there is no size {size!r}; there are {', '.join(chosen.sizes)}")
     version = version or chosen.version
-    changes = {"recipe": chosen.name, "version": version, "size": size}
+    changes = {"recipe": name, "version": version, "size": size}
     changes |= chosen.constants | chosen.sizes[size] | chosen.former.get(version, {})
     return replace(FinetuneConfig(), changes)
 

@@ -44,7 +44,7 @@ def test_peak_learning_rate_matches_the_paper():
     assert peak_lr(recipes.config("ldae").optim) == pytest.approx(4e-3)
 
 
-@pytest.mark.parametrize("name", [recipe.name for recipe in recipes.RECIPES])
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipes_state_every_constant(name):
     """Otherwise a change of a default would change a recipe without a new version."""
     stated = recipes.find_recipe(name)
