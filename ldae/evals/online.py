@@ -272,18 +272,12 @@ def optimizer_of(heads: Heads, protocol: OnlineProtocol) -> torch.optim.Optimize
     settings: ``always_adapt`` for the weight alone, because the decay is 0, and no epsilon in the
     denominator of the trust ratio.
     """
-    decay = {"weight_decay": protocol.weight_decay}
+    weight = {"params": [heads.weight], "weight_decay": protocol.weight_decay}
+    bias = {"params": [heads.bias], "weight_decay": 0.0}
     if protocol.optimizer == "lars":
-        groups = [
-            {"params": [heads.weight], "always_adapt": True, **decay},
-            {"params": [heads.bias], "always_adapt": False, "weight_decay": 0.0},
-        ]
+        groups = [weight | {"always_adapt": True}, bias | {"always_adapt": False}]
         trust = protocol.trust_coefficient
         return Lars(groups, lr=0.0, momentum=protocol.momentum, trust_coeff=trust, eps=0.0)
-    groups = [
-        {"params": [heads.weight], **decay},
-        {"params": [heads.bias], "weight_decay": 0.0},
-    ]
     if protocol.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=protocol.momentum)
-    return torch.optim.AdamW(groups, lr=0.0, betas=protocol.betas)
+        return torch.optim.SGD([weight, bias], lr=0.0, momentum=protocol.momentum)
+    return torch.optim.AdamW([weight, bias], lr=0.0, betas=protocol.betas)
