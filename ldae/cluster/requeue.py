@@ -158,9 +158,8 @@ def measure_progress(folder: Path) -> int:
     it counts the files there, and the images that a probe there has seen. Otherwise it counts the
     images that the probes of the backbone have seen.
     """
-    try:
-        record = json.loads((folder / layout.JOB_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the job ended before its sender wrote the record
+    record = read_object(folder / layout.JOB_RECORD)
+    if not record:  # the job ended before its sender wrote it
         return 0
     here, words = Path(record["directory"]), record["command"]
     if run := option(words, "--run"):
@@ -217,10 +216,16 @@ def _signal_name(status: int) -> str:
 
 def read_state(folder: Path) -> dict:
     """Return the recorded state of a job, or {} before its first start."""
+    return read_object(folder / layout.JOB_STATE)
+
+
+def read_object(path: Path) -> dict:
+    """Return the object in a JSON file, or {} for a missing or damaged file."""
     try:
-        return json.loads((folder / layout.JOB_STATE).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _update_state(folder: Path, **changes: object) -> None:

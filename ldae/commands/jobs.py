@@ -1,6 +1,5 @@
 """The command that shows the state of the jobs below a folder."""
 
-import json
 import os
 import re
 import shlex
@@ -11,8 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from ldae.cluster.requeue import read_object, read_state
 from ldae.errors import InputError
-from ldae.runs.layout import JOB_RECORD, JOB_STATE, JOBS
+from ldae.runs.layout import JOB_RECORD, JOBS
 
 _DEPTH = 3  # levels between the given folder and a run folder, such as runs/paper/l_dae
 _STATES = {"COMPLETED": "done", "RUNNING": "running", "COMPLETING": "running"}
@@ -52,7 +52,7 @@ def read_statuses(folder: Path) -> list[Status]:
     """Return all jobs below a folder, in the order in which they were sent."""
     levels = ("*/" * depth for depth in range(_DEPTH + 1))
     paths = [path for level in levels for path in folder.glob(f"{level}{JOBS}/*/{JOB_RECORD}")]
-    pairs = ((_read_json(path), path.parent) for path in paths)
+    pairs = ((read_object(path), path.parent) for path in paths)
     records = sorted(
         ((record, job_folder) for record, job_folder in pairs if _is_job(record)),
         key=lambda pair: str(pair[0].get("sent", "")),
@@ -72,7 +72,7 @@ def _is_job(record: dict) -> bool:
 
 def _status(record: dict, job_folder: Path, slurm: dict[str, tuple[str, str]]) -> Status:
     """Return the status of a job. SLURM's answer goes before the job's own record."""
-    recorded = _read_json(job_folder / JOB_STATE)
+    recorded = read_state(job_folder)
     message = str(recorded.get("said", ""))
     if record["id"] in slurm:
         state, reason = slurm[record["id"]]
@@ -145,12 +145,3 @@ def _last_line(job_folder: Path) -> str:
     launcher = r"submitit \w+ \(|srun: |slurmstepd"
     lines = [line for line in lines if line and not re.match(launcher, line)]
     return lines[-1] if lines else ""
-
-
-def _read_json(path: Path) -> dict:
-    """Return the object in a JSON file, or {} for a missing or damaged file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
