@@ -1,7 +1,9 @@
 """``ldae grid``: probe a run at every t and after every block, as in the paper's appendix."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,11 +13,10 @@ from tyro.conf import Fixed
 
 from ldae import noise
 from ldae.backbones.run import load_run
-from ldae.data.source import Source
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec, open_evaluation
-from ldae.evals.features import Features, extract_share, image_names, known_labels
+from ldae.evals.features import extract_share, image_names, known_labels
 from ldae.evals.heads import SweepProtocol, grade_heads, sweep, train_heads
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Tap
@@ -83,9 +84,7 @@ def grid(
             if value not in allowed:
                 raise InputError(f"{name} {value}: {run} has {name} {allowed[0]} to {allowed[-1]}")
     with open_evaluation("grid", str(run), data, eval_data, protocol, setup) as evaluation:
-        labels = known_labels(evaluation.train)
-        held = held_out(image_names(evaluation.train), labels, evaluation.protocol.held_out)
-        cells = list(_cells(evaluation, method, held, int(labels.max()) + 1))
+        cells = list(_cells(evaluation, method))
         best = max(cells, key=lambda cell: cell["held_out_top1"])
         folder, seed = evaluation.folder, evaluation.protocol.seed
         if is_main():
@@ -129,49 +128,35 @@ class BlockReader:
         return columns
 
 
-def _cells(
-    evaluation: Evaluation, method: LDAE, held: torch.Tensor, classes: int
-) -> Iterator[dict]:
-    protocol = evaluation.protocol
-    leading = protocol.leading or tuple(range(1, method.denoiser.stages + 1))
-    for kind in protocol.inputs:
-        for t in protocol.timesteps:
-            for cell in _probe(evaluation, method, held, classes, t, leading, kind == "noisy"):
-                yield {"input": kind, "t": t} | cell
-
-
-def _probe(
-    evaluation: Evaluation,
-    method: LDAE,
-    held: torch.Tensor,
-    classes: int,
-    t: int,
-    leading: tuple[int, ...],
-    noisy: bool,
-) -> Iterator[dict]:
-    """Yield the cells of one t, in the order of the blocks."""
+def _cells(evaluation: Evaluation, method: LDAE) -> Iterator[dict]:
+    """Yield the cells by input, t and block."""
     protocol, device = evaluation.protocol, evaluation.device
-    network = replace(evaluation, model=method)
-
-    def features(source: Source, first: int) -> Features:
-        reader = BlockReader(method, t, leading, noisy, protocol.seed, first)
-        return extract_share(network.encoder(reader), source)
-
-    train, test = features(evaluation.train, 0), features(evaluation.eval, len(evaluation.train))
-    taps = tuple(train.columns)
-    swept = sweep(train, held, classes, protocol.heads_of(taps), protocol, device)
-    best = {tap: max((h for h in swept if h.tap == tap), key=swept.get) for tap in taps}
-    trained = train_heads(train, list(best.values()), classes, protocol, device)
-    graded = grade_heads(trained, test, device)
-    for tap, head in best.items():
-        top1, top5 = graded[tap][0].tolist()
-        yield {
-            "leading": tap.block + 1,
-            "learning_rate": head.learning_rate,
-            "held_out_top1": swept[head],
-            "top1": top1,
-            "top5": top5,
-        }
+    labels = known_labels(evaluation.train)
+    held = held_out(image_names(evaluation.train), labels, protocol.held_out)
+    classes = int(labels.max()) + 1
+    leading = protocol.leading or tuple(range(1, method.denoiser.stages + 1))
+    evaluation = replace(evaluation, model=method)
+    for kind, t in itertools.product(protocol.inputs, protocol.timesteps):
+        read = partial(BlockReader, method, t, leading, kind == "noisy", protocol.seed)
+        train = extract_share(evaluation.encoder(read(first=0)), evaluation.train)
+        after_train = evaluation.encoder(read(first=len(evaluation.train)))
+        test = extract_share(after_train, evaluation.eval)
+        taps = tuple(train.columns)
+        swept = sweep(train, held, classes, protocol.heads_of(taps), protocol, device)
+        best = {tap: max((h for h in swept if h.tap == tap), key=swept.get) for tap in taps}
+        trained = train_heads(train, list(best.values()), classes, protocol, device)
+        graded = grade_heads(trained, test, device)
+        for tap, head in best.items():
+            top1, top5 = graded[tap][0].tolist()
+            yield {
+                "input": kind,
+                "t": t,
+                "leading": tap.block + 1,
+                "learning_rate": head.learning_rate,
+                "held_out_top1": swept[head],
+                "top1": top1,
+                "top5": top5,
+            }
 
 
 def table(cells: list[dict], best: dict, seed: int) -> str:
