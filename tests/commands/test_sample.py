@@ -4,9 +4,6 @@ import errno
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,6 +17,7 @@ from ldae.backbones.open import load_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.pretrain import pretrain
 from ldae.commands.sample import sample
+from ldae.distributed import process_group
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.layout import LATENTS
@@ -86,39 +84,20 @@ def test_the_batch_size_does_not_matter(kind, trained, tmp_path):
     assert np.abs(whole[1:] - whole[:-1]).max(axis=(1, 2, 3)).min() > 1
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from ldae.distributed import process_group
-from ldae.sampling.settings import SamplingSettings
-from ldae.commands.sample import sample
-run, out = map(Path, sys.argv[1:])
-with process_group(torch.device("cpu")):
-    for place in (out / "folder", out / "one.npz", None):
-        sample(run, 7, place, batch_size=2, workers=0, device="cpu", how=SamplingSettings(steps=6))
-"""
-
-
-def test_two_ranks_equal_one(run, tmp_path):
+def test_two_ranks_equal_one(run, tmp_path, on_ranks):
     """Seven images in batches of two do not divide evenly. Both ranks fit the Gaussian."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     for name in ("samples", LATENTS):
         path = copy / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(copy), str(tmp_path)],
-            env=os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+
+    def work():
+        with process_group(torch.device("cpu")):
+            for place in (tmp_path / "folder", tmp_path / "one.npz", None):
+                draw(copy, place, 7, batch_size=2)
+
+    assert on_ranks(work) == ["", ""]
     expected = read_images(draw(run, tmp_path / "one rank", 7))
     shared, single = (LatentGaussian.load(path / LATENTS) for path in (copy, run))
     torch.testing.assert_close(shared.covariance, single.covariance)

@@ -1,9 +1,5 @@
 """Features depend on images, not on batches, order or ranks."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +13,8 @@ from ldae.commands.logreg import LogregProtocol, logistic_regression
 from ldae.commands.retrieve import RetrievalProtocol, retrieval
 from ldae.commands.segment import SegmentProtocol, segmentation
 from ldae.data.digits import ScatteredDigits
-from ldae.data.open import open_source
 from ldae.data.source import Source
+from ldae.distributed import process_group, rank
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, Features, cache_features, extract_share, gather_features
 from ldae.evals.heads import grade_heads, train_heads
@@ -141,19 +137,6 @@ def test_a_map_is_refused(pictures):
         extract(model, pictures(3))
 
 
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-sys.path.append(sys.argv[3])
-from test_features import grades
-from ldae.data.open import open_source
-from ldae.distributed import process_group
-with process_group(torch.device("cpu")):
-    found = grades(open_source(sys.argv[1], "train"), Path(sys.argv[2]).with_name("probe"))
-torch.save(found, sys.argv[2])
-"""
-
-
 def grades(source: Source, folder: Path) -> dict:
     """Return what the ranks compute together; the online probe's checkpoints are in ``folder``."""
     model = load_backbone("test_vit", random_init=True, img_size=16)
@@ -195,36 +178,18 @@ def token_maps() -> tuple[Encoder, Source, Source]:
     return encoder, digits, digits
 
 
-def test_two_ranks_compute_the_same_as_one(pictures, tmp_path):
+def test_two_ranks_compute_the_same_as_one(pictures, tmp_path, on_ranks):
     """13 images divide neither by two ranks nor by batches of 3, and an update's three groups for
     BatchNorm do not divide by two ranks."""
-    made = pictures(13)
-    for i in range(13):
-        path = tmp_path / "images" / made.classes[made.labels[i]] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.image(i).save(path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    here = str(Path(__file__).parent)
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                SCRIPT,
-                str(tmp_path / "images"),
-                str(tmp_path / str(rank)),
-                here,
-            ],
-            env=os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    alone = grades(open_source(str(tmp_path / "images"), "train"), tmp_path / "alone")
-    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    source = pictures(13)
+
+    def work():
+        with process_group(CPU):
+            torch.save(grades(source, tmp_path / "probe"), tmp_path / str(rank()))
+
+    assert on_ranks(work) == ["", ""]
+    alone = grades(source, tmp_path / "alone")
+    found = [torch.load(tmp_path / str(number)) for number in range(2)]
     assert [one.pop("share") for one in found] == [7, 6] and alone.pop("share") == 13
     names = alone.pop("names")
     for one in found:
