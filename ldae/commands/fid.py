@@ -28,7 +28,7 @@ from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.kinds import kind_of, settings_of
 from ldae.sampling.settings import SamplingSettings, check_settings
-from ldae.tree import COUNT, NOT_NEGATIVE, check
+from ldae.tree import COUNT, NOT_NEGATIVE, check, difference
 
 _INCEPTION = "inception"
 
@@ -149,8 +149,7 @@ def _open_images(
             how = dit_fid.sampling(how, conditional)
         count = setup.images or dit_fid.IMAGES
         return RunImages(Path(spec), count, how, device, setup.workers)
-    given = [key for key, value in asdict(how).items() if value != getattr(SamplingSettings(), key)]
-    given += ["images"] if setup.images else []
+    given = [*difference(SamplingSettings(), how), *(["images"] if setup.images else [])]
     if given:
         raise InputError(f"{given[0]} is for samples of a run, and {spec} is no run folder")
     return SourceImages(spec, "train")

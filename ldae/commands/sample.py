@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +28,7 @@ from ldae.runs import layout
 from ldae.sampling.album import Album, check_same_record, pack_npz
 from ldae.sampling.generation import ResolvedSettings, generate_batches, prepare_generation
 from ldae.sampling.settings import SamplingSettings, check_settings
-from ldae.tree import COUNT, NOT_NEGATIVE
+from ldae.tree import COUNT, NOT_NEGATIVE, difference
 
 Draw = Callable[[Sequence[int]], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 """Numbers of samples -> batches of numbers, int64 (B,), and images, uint8 (B, C, H, W)."""
@@ -159,8 +158,8 @@ def _check_channels(method: LDAE, out: Path | None) -> None:
 def _grid_name(how: SamplingSettings, steps: int, images_seen: int) -> str:
     """Return a file name that holds the settings of the sampling."""
     parts = [how.sampler, str(steps)]
-    for key, value in asdict(how).items():
-        if value != getattr(SamplingSettings(), key) and key not in ("sampler", "steps"):
+    for key, (_, value) in difference(SamplingSettings(), how).items():
+        if key not in ("sampler", "steps"):
             values = "-".join(value) if isinstance(value, tuple) else value
             parts.append(f"{key}={Path(values).name if key == 'classifier' else values}")
     name = re.sub(r"[^\w.=]+", "-", "-".join([*parts, f"at={images_seen}"]))

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 from ldae.sampling.settings import SamplingSettings
+from ldae.tree import difference
 
 IMAGES = 50_000
 _SAMPLING = SamplingSettings(sampler="ddpm", steps=250)
@@ -12,8 +13,7 @@ _EMA = 0.9999
 
 def sampling(how: SamplingSettings, class_conditional: bool) -> SamplingSettings:
     """Return ``how`` with DiT's settings in place of defaults."""
-    defaults, given = asdict(SamplingSettings()), asdict(how)
-    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    changed = {name: value for name, (_, value) in difference(SamplingSettings(), how).items()}
     return replace(_sampling(class_conditional), **changed)
 
 

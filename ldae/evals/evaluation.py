@@ -25,7 +25,7 @@ from ldae.evals.taps import Reader
 from ldae.files import check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
-from ldae.tree import COUNT, NOT_NEGATIVE, check
+from ldae.tree import COUNT, NOT_NEGATIVE, check, difference
 
 # Settings that do not change the numbers, or that a folder's name has in words.
 _NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
@@ -188,8 +188,8 @@ def changes(*settings: Any) -> list[str]:
     """List ``name=value`` of the settings that change the numbers and are not at their defaults."""
     parts = []
     for part in settings:
-        for key, value in asdict(part).items():
-            if value != getattr(type(part)(), key) and key not in _NOT_IN_NAMES:
+        for key, (_, value) in difference(type(part)(), part).items():
+            if key not in _NOT_IN_NAMES:
                 values = value if isinstance(value, tuple) else (value,)
                 parts.append(f"{key}={'-'.join(map(_word, values))}")
     return parts
