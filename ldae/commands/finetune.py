@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,10 +131,7 @@ def _train_and_grade(tuning: FineTuning, run: Path) -> dict:
     device = evaluation.device
     start = " from scratch" if config.model.random_init else ""
     every = round(config.system.eval_every * tuning.plan.epoch)
-
-    def grade(model: ClassificationLoss) -> dict[str, float]:
-        return accuracy(model.network, evaluation)
-
+    grade = partial(_grade, evaluation)
     model = ClassificationLoss(evaluation.model, config.model.layer_decay, tuning.bf16).to(device)
     trained = train_in(
         run,
@@ -162,13 +160,13 @@ def _train_and_grade(tuning: FineTuning, run: Path) -> dict:
     return record
 
 
-def accuracy(network: nn.Module, evaluation: Evaluation) -> dict[str, float]:
+def _grade(evaluation: Evaluation, model: ClassificationLoss) -> dict[str, float]:
     """Return top-1 and top-5 in percent on the evaluation split. Each image counts once.
 
     Raises: InputError when a logit is not finite.
     """
     source = evaluation.eval
-    batches = replace(evaluation, model=network).encoder().share(source)
+    batches = replace(evaluation, model=model.network).encoder().share(source)
     return top1_top5(batches, known_labels(source)[:, None], len(source), evaluation.device)
 
 

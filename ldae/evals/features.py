@@ -207,8 +207,6 @@ def encode_share(encoder: Encoder, source: Source) -> torch.Tensor:
 
 def gather_features(share: Features, source: Source, device: torch.device) -> Features:
     """Join the shares of all ranks on every rank; the ranks exchange on ``device``."""
-    if world_size() == 1:
-        return share
     features = gather_rows(share.features, len(source), device)
     return Features(features, known_labels(source), image_names(source), share.columns)
 
