@@ -16,6 +16,7 @@ from PIL import Image
 import ldae
 from ldae.data.source import Source
 from ldae.evals.features import Features
+from ldae.evals.neighbours import Bank
 from ldae.method import build
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import to_yaml
@@ -239,3 +240,11 @@ def cloud():
         return Features(noise + torch.eye(classes, dim)[labels], labels, names)
 
     return make
+
+
+@pytest.fixture(params=["faiss", "torch"])
+def search(request, monkeypatch):
+    """The two searches of nearest neighbours."""
+    if request.param == "torch":
+        monkeypatch.setattr(Bank, "_search_by_faiss", Bank._search_by_torch)  # as on a GPU
+        monkeypatch.setattr("ldae.evals.neighbours._ROWS_AT_ONCE", 37)  # several blocks

@@ -14,7 +14,7 @@ from ldae.commands.knn import knn
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import Features
-from ldae.evals.neighbours import Bank, KNNProtocol, knn_accuracy, vote
+from ldae.evals.neighbours import KNNProtocol, knn_accuracy, vote
 from ldae.evals.subsets import draw_images, grade_draws
 
 SETUP = Setup(in_chans=1, workers=0, device="cpu")
@@ -46,13 +46,6 @@ def slow_knn(
         hits1 += int(label) == order[0]
         hits5 += int(label) in order[: min(5, k)]
     return 100 * hits1 / len(evaluation.labels), 100 * hits5 / len(evaluation.labels)
-
-
-@pytest.fixture(params=["faiss", "torch"])
-def search(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(Bank, "_search_by_faiss", Bank._search_by_torch)  # as on a GPU
-        monkeypatch.setattr("ldae.evals.neighbours._ROWS_AT_ONCE", 37)  # several blocks
 
 
 @pytest.mark.parametrize(("classes", "dim"), [(3, 3), (9, 12)])

@@ -10,13 +10,6 @@ from ldae.evals.neighbours import Bank, Nearest
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["faiss", "torch"])
-def search(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(Bank, "_search_by_faiss", Bank._search_by_torch)  # as on a GPU
-        monkeypatch.setattr("ldae.evals.neighbours._ROWS_AT_ONCE", 37)  # several blocks
-
-
 def share(features: torch.Tensor) -> Features:
     return Features(features, torch.zeros(len(features), dtype=torch.int64), [])
 
