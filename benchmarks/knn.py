@@ -35,7 +35,7 @@ def features(count: int, dim: int, seed: int) -> torch.Tensor:
 
 
 def ours(train: torch.Tensor, queries: torch.Tensor, k: int) -> Iterable[torch.Tensor]:
-    shares = (Features(rows, torch.zeros(len(rows)), []) for rows in (train, queries))
+    shares = (Features(rows, torch.zeros(len(rows))) for rows in (train, queries))
     bank = Bank(next(shares), CPU)
     return (found.indices for found in bank.nearest(next(shares), k))
 

@@ -236,8 +236,7 @@ def cloud():
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(classes, (count,), generator=generator)
         noise = 3 + 0.7 * torch.randn(count, dim, generator=generator)
-        names = [f"{seed}/{i}" for i in range(count)]
-        return Features(noise + torch.eye(classes, dim)[labels], labels, names)
+        return Features(noise + torch.eye(classes, dim)[labels], labels)
 
     return make
 

@@ -68,8 +68,8 @@ def logreg(
     """
     with open_evaluation("logreg", backbone, data, eval_data, protocol, setup) as evaluation:
         protocol, device = evaluation.protocol, evaluation.device
-        labels = known_labels(evaluation.train)
-        held = held_out(image_names(evaluation.train), labels, protocol.held_out)
+        labels, names = known_labels(evaluation.train), image_names(evaluation.train)
+        held = held_out(names, labels, protocol.held_out)
         check_shots(protocol, labels, evaluation.train.classes)  # before features are extracted
         splits = (evaluation.train, evaluation.eval)
         train, test = (
@@ -80,11 +80,11 @@ def logreg(
         results = logistic_regression(train, test, everything, [(~held, held)], protocol, device)
 
         def grade(chosen: torch.Tensor) -> dict[str, float]:
-            folds = fold_splits(train.names, labels, chosen, protocol.folds)
+            folds = fold_splits(names, labels, chosen, protocol.folds)
             graded = logistic_regression(train, test, chosen, folds, protocol, device)
-            return {name: graded[name] for name in (*protocol.accuracies, "C")}
+            return {key: graded[key] for key in (*protocol.accuracies, "C")}
 
-        results |= grade_draws(protocol, train.names, labels, grade)
+        results |= grade_draws(protocol, names, labels, grade)
         return evaluation.write(results, train.features.shape[1])
 
 
@@ -137,7 +137,7 @@ def _try(
     if any(len(train.labels[fitted].unique()) < 2 for fitted, _ in splits):
         raise InputError("the images to learn from are of one class")
     parts = [
-        (_inputs(train, fitted), Features(train.features[held], train.labels[held], []))
+        (_inputs(train, fitted), Features(train.features[held], train.labels[held]))
         for fitted, held in splits
     ]
     outcomes = torch.zeros(len(protocol.C), 3, dtype=torch.float64)

@@ -63,14 +63,12 @@ def move_if_small(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Features(NamedTuple):
-    """Features, labels and names of images, in the order of the source, on the CPU."""
+    """Features and labels of images, in the order of the source, on the CPU."""
 
     features: torch.Tensor
     """float32 (N, D): the features of all taps, side by side."""
     labels: torch.Tensor
     """int64 (N,)."""
-    names: list[str]
-    """Stable and unique, so that a split by name is the same on every machine."""
     columns: dict[Tap, slice] = {Tap(): slice(None)}
     """The columns of each tap."""
 
@@ -188,13 +186,12 @@ def extract_share(encoder: Encoder, source: Source) -> Features:
     Raises: InputError when the source has no labels, and as ``Encoder`` does.
     """
     labels = known_labels(source)[rank() :: world_size()]
-    names = [source.name(i) for i in range(rank(), len(source), world_size())]
     taps = encoder.reader.taps if isinstance(encoder.reader, TapReader) else None
     key = (source.spec, source.split, encoder.transform, encoder.precision, taps)
     cache = _cache.get({}) if taps else {}
     if key not in cache:
         cache[key] = encode_share(encoder, source)
-    return Features(cache[key], labels, names, encoder.columns)
+    return Features(cache[key], labels, encoder.columns)
 
 
 def encode_share(encoder: Encoder, source: Source) -> torch.Tensor:
@@ -208,7 +205,7 @@ def encode_share(encoder: Encoder, source: Source) -> torch.Tensor:
 def gather_features(share: Features, source: Source, device: torch.device) -> Features:
     """Join the shares of all ranks on every rank; the ranks exchange on ``device``."""
     features = gather_rows(share.features, len(source), device)
-    return Features(features, known_labels(source), image_names(source), share.columns)
+    return Features(features, known_labels(source), share.columns)
 
 
 def gather_rows(share: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
@@ -237,4 +234,5 @@ def known_labels(source: Source) -> torch.Tensor:
 
 
 def image_names(source: Source) -> list[str]:
+    """Return names by which images are split, in the same way on every machine."""
     return [source.name(i) for i in range(len(source))]

@@ -26,7 +26,8 @@ SHORT = CachedProtocol(
 
 
 def probe(train, evaluation, protocol=SHORT):
-    held = held_out(train.names, train.labels, protocol.held_out)
+    names = [str(i) for i in range(len(train.labels))]
+    held = held_out(names, train.labels, protocol.held_out)
     return linear_probe(train, evaluation, held, 4, protocol)
 
 

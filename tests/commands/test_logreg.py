@@ -15,10 +15,11 @@ from ldae.commands.logreg import LogregProtocol, fit, label_ranks_of, logistic_r
 from ldae.errors import InputError
 from ldae.evals.accuracy import top_n
 from ldae.evals.evaluation import Setup
-from ldae.evals.features import Features
+from ldae.evals.features import Features, image_names
 from ldae.evals.subsets import draw_images, fold_splits, held_out
 
 SETUP = Setup(in_chans=1, workers=0, device="cpu")
+NAMES = [str(i) for i in range(300)]
 SHORT = LogregProtocol(C=(1e-6, 1e-3, 0.1, 10.0))
 
 
@@ -30,7 +31,7 @@ def by_hand(train: Features, chosen: torch.Tensor, graded: Features, C: float) -
 
 
 def part(features: Features, chosen: torch.Tensor) -> Features:
-    return Features(features.features[chosen], features.labels[chosen], [])
+    return Features(features.features[chosen], features.labels[chosen])
 
 
 def test_grid_is_dinov2s():
@@ -42,7 +43,7 @@ def test_grid_is_dinov2s():
 @pytest.mark.parametrize("classes", [2, 4])
 def test_it_equals_scikit_learn_called_by_hand(cloud, classes):
     train, evaluation = cloud(300, 0, classes), cloud(90, 1, classes)
-    held = held_out(train.names, train.labels, 10)
+    held = held_out(NAMES, train.labels, 10)
     whole = torch.ones(300, dtype=torch.bool)
     found = logistic_regression(train, evaluation, whole, [(~held, held)], SHORT)
     wanted = [by_hand(train, ~held, part(train, held), C) for C in SHORT.C]
@@ -50,8 +51,8 @@ def test_it_equals_scikit_learn_called_by_hand(cloud, classes):
     assert found["C"] == SHORT.C[int(np.argmax(wanted))]
     assert found["top1"] == pytest.approx(by_hand(train, whole, evaluation, found["C"]))
     assert 100 / classes < found["top1"] < 100  # so that the test can fail
-    few = draw_images(train.names, train.labels, 5, 0, 0)
-    folds = fold_splits(train.names, train.labels, few, 5)
+    few = draw_images(NAMES, train.labels, 5, 0, 0)
+    folds = fold_splits(NAMES, train.labels, few, 5)
     found = logistic_regression(train, evaluation, few, folds, SHORT)
     fold_of = sum(i * held[few].int() for i, (_, held) in enumerate(folds))
     drawn, model = part(train, few), LogisticRegression(max_iter=1000, tol=1e-12)
@@ -85,7 +86,7 @@ def test_a_draw_learns_from_its_own_labels_only(shots, tmp_path, monkeypatch):
             found = original(share, source, device)
             if not permuted or source.split != "train":
                 return found
-            drawn = [draw_images(found.names, found.labels, shots, n, 0) for n in range(2)]
+            drawn = [draw_images(image_names(source), found.labels, shots, n, 0) for n in range(2)]
             labels = found.labels.roll(1).where(~(drawn[0] | drawn[1]), found.labels)
             return found._replace(labels=labels)
 
@@ -102,7 +103,7 @@ def test_a_draw_learns_from_its_own_labels_only(shots, tmp_path, monkeypatch):
 
 def test_C_is_chosen_on_train_only(cloud):
     train, evaluation = cloud(300, 0), cloud(90, 1)
-    held = held_out(train.names, train.labels, 10)
+    held = held_out(NAMES, train.labels, 10)
     wrong = evaluation._replace(labels=evaluation.labels.roll(1))
     honest, permuted = (
         logistic_regression(train, graded, ~held | held, [(~held, held)], SHORT)
@@ -114,7 +115,7 @@ def test_C_is_chosen_on_train_only(cloud):
 
 def test_fits_that_do_not_converge_are_recorded_silently(cloud):
     train = cloud(300, 0)
-    held = held_out(train.names, train.labels, 10)
+    held = held_out(NAMES, train.labels, 10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = logistic_regression(

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def share(features: torch.Tensor) -> Features:
-    return Features(features, torch.zeros(len(features), dtype=torch.int64), [])
+    return Features(features, torch.zeros(len(features), dtype=torch.int64))
 
 
 def directions(count: int, seed: int, dim: int = 5) -> torch.Tensor:

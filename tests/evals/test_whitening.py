@@ -41,7 +41,7 @@ def hidden(count: int, seed: int) -> Features:
     features[:, 0] += 1000
     features[:, 1] = 300 * torch.randn(count, generator=generator)
     features[:, 2:] += torch.eye(4, 3)[labels]
-    return Features(features, labels, [str(i) for i in range(count)])
+    return Features(features, labels)
 
 
 @pytest.mark.parametrize("others", [False, True])
@@ -88,7 +88,7 @@ def test_ranks_whiten_as_one_rank(cloud, on_ranks):
     def work():
         with distributed.process_group(CPU):
             mine = slice(distributed.rank(), None, 2)
-            shares = [Features(*(part[mine] for part in share[:3])) for share in (train, test)]
+            shares = [Features(*(part[mine] for part in share[:2])) for share in (train, test)]
             assert knn_accuracy(*shares, protocol) == alone
 
     assert on_ranks(work) == ["", ""]
