@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 from multiprocessing import connection
 
@@ -200,6 +201,25 @@ def on_ranks():
         return errors
 
     return run
+
+
+@pytest.fixture
+def interrupts(monkeypatch):
+    """interrupts(module, *numbers): calls of its forward that get Ctrl-C; returns all calls."""
+
+    def make(module: type, *numbers: int) -> list[int]:
+        calls, original = [], module.forward
+
+        def forward(self, *args):
+            calls.append(1)
+            if len(calls) in numbers:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args)
+
+        monkeypatch.setattr(module, "forward", forward)
+        return calls
+
+    return make
 
 
 class Pictures(Source):

@@ -1,9 +1,7 @@
 """A fine-tuning: its exactness, its files and its refusals."""
 
 import json
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -186,19 +184,14 @@ def test_the_average_and_the_weights_are_graded_in_float32(tiny, tmp_path):
 
 
 def test_a_run_of_a_former_version_resumes_with_its_constants(
-    tiny, exported, tmp_path, monkeypatch, capsys
+    tiny, exported, tmp_path, interrupts, capsys
 ):
     """The same command continues it, though the recipe has a new version."""
     config = tree.replace(tiny("ldae", optim__ema_warmup=False), {"version": 1})
     finetune(config, tmp_path / "whole")
-    run, original = tmp_path / "parts", ClassificationLoss.forward
-
-    def forward(self, *args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(ClassificationLoss, "forward", forward)
+    run = tmp_path / "parts"
+    interrupts(ClassificationLoss, 1)
+    with pytest.raises(Interrupted):
         finetune(config, run)
     with pytest.raises(InputError, match="version is 1 there, 2 here.*ema_warmup is False there"):
         finetune(tiny("ldae"), run)
@@ -212,22 +205,14 @@ def test_a_run_of_a_former_version_resumes_with_its_constants(
     assert_same_state(run, tmp_path / "whole")
 
 
-def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
+def test_interrupted_equals_uninterrupted(tiny, tmp_path, interrupts):
     """RandAugment, erasing, mixup, CutMix, drop path and the moving average included."""
     config = tiny(
         "ldae", optim__ema=0.9, model__drop_path=0.5, augment__erasing=0.5, optim__epochs=0.6
     )
     finetune(config, tmp_path / "whole")
-    run, calls = tmp_path / "parts", []
-    original = ClassificationLoss.forward
-
-    def forward(self, *args):
-        calls.append(1)
-        if len(calls) in (3, 8):
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(ClassificationLoss, "forward", forward)
+    run = tmp_path / "parts"
+    interrupts(ClassificationLoss, 3, 8)
     for seen in (192, 512):
         torch.manual_seed(seen)  # whatever another process begins with
         np.random.seed(seen)

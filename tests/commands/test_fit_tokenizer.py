@@ -1,9 +1,7 @@
 """`ldae fit-tokenizer`: its files, resuming and its refusals."""
 
 import json
-import os
 import shutil
-import signal
 
 import diffusers
 import pytest
@@ -127,19 +125,11 @@ def test_all_terms_train_together_end_to_end(row, tiny, perceptual, tmp_path):
 
 
 @pytest.mark.parametrize("row", ["dit", "vqvae", "patch_vae"])
-def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, monkeypatch):
+def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, interrupts):
     config = tiny(row, system__log_every=3, tokenizer__optim__ema=0.5)
     fit_tokenizer(config, tmp_path / "whole", row)
-    run, calls = tmp_path / "parts", []
-    original = fitting.TokenizerLoss.forward
-
-    def forward(self, *args):
-        calls.append(1)
-        if len(calls) in (2, 5):
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(fitting.TokenizerLoss, "forward", forward)
+    run = tmp_path / "parts"
+    interrupts(fitting.TokenizerLoss, 2, 5)
     for seen in (16, 40):
         with pytest.raises(Interrupted, match=f"stopped at image {seen} of 64"):
             fit_tokenizer(config, run, row)
@@ -153,17 +143,9 @@ def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, monkeypatch):
             assert torch.equal(value, whole["average"][f"tokenizer.{name}"]), name
 
 
-def test_a_pretraining_stopped_in_its_tokenizer_resumes_there(tiny, tmp_path, monkeypatch):
-    config, run, calls = tiny("patch_vae"), tmp_path / "run", []
-    original = fitting.TokenizerLoss.forward
-
-    def forward(self, *args):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(fitting.TokenizerLoss, "forward", forward)
+def test_a_pretraining_stopped_in_its_tokenizer_resumes_there(tiny, tmp_path, interrupts):
+    config, run = tiny("patch_vae"), tmp_path / "run"
+    calls = interrupts(fitting.TokenizerLoss, 3)
     with pytest.raises(Interrupted, match="stopped at image 24 of 64"):
         pretrain(config, run, "patch_vae")
     assert not (run / "tokenizer.safetensors").exists()

@@ -20,13 +20,13 @@ from PIL import Image
 
 import ldae
 from ldae import distributed, tree
-from ldae.commands import pretrain as command_module
 from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
 from ldae.data.loader import epoch_order
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
+from ldae.method import LDAE
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
@@ -92,20 +92,12 @@ def test_a_flat_folder_without_labels_trains(folder, tiny, tmp_path):
     assert lines(tmp_path / "run")[-1]["images"] == 24
 
 
-def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
+def test_interrupted_equals_uninterrupted(tiny, tmp_path, interrupts):
     """The run gets Ctrl-C after a few steps, twice."""
     config = tiny(optim__epochs=2, system__log_every=3, optim__ema=0.9)
     pretrain(config, tmp_path / "whole", "l_dae")
-    run, calls = tmp_path / "parts", []
-    original = command_module.LDAE.forward
-
-    def forward(self, *args):
-        calls.append(1)
-        if len(calls) in (4, 9):
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(command_module.LDAE, "forward", forward)
+    run = tmp_path / "parts"
+    interrupts(LDAE, 4, 9)
     for seen in (32, 72):
         with pytest.raises(Interrupted, match=f"stopped at image {seen} of 128") as stopped:
             pretrain(config, run, "l_dae")
@@ -252,7 +244,7 @@ def test_a_bad_image_stops_the_run_or_is_skipped_and_counted(folder, tiny, tmp_p
 
 
 def test_skipped_images_are_named_once_over_epochs_stops_and_ranks(
-    folder, tiny, tmp_path, monkeypatch, on_ranks
+    folder, tiny, tmp_path, interrupts, on_ranks
 ):
     config = tiny(data__source=str(folder), tokenizer__scale="per-axis", optim__epochs=2)
     pretrain(config, tmp_path / "fits", "l_dae")
@@ -262,14 +254,8 @@ def test_skipped_images_are_named_once_over_epochs_stops_and_ranks(
     early, late = (f"{order[place]:02}.png" for place in (3, 12))
     for name in (early, late):
         (folder / name).write_bytes(b"")
-    original = command_module.LDAE.forward
-
-    def forward(self, *args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at image 8 of 48"):
-        patch.setattr(command_module.LDAE, "forward", forward)
+    interrupts(LDAE, 1)
+    with pytest.raises(Interrupted, match="at image 8 of 48"):
         pretrain(config, run, "l_dae")
     skipped = json.loads((run / "skipped.json").read_text())
     assert skipped.keys() == {early} and f"{folder}/{early} cannot be" in skipped[early]
@@ -356,18 +342,12 @@ def test_a_run_folder_in_use_is_refused(tiny, tmp_path, on_ranks):
     assert not list(run.rglob("*.partial"))
 
 
-def test_the_images_of_a_run_may_move_but_not_change(folder, tiny, tmp_path, monkeypatch):
+def test_the_images_of_a_run_may_move_but_not_change(folder, tiny, tmp_path, interrupts):
     """On another machine, the path and the times of the files are new."""
     config = tiny(data__source=str(folder), optim__epochs=2, tokenizer__scale="per-axis")
     pretrain(config, tmp_path / "whole", "l_dae")
-    original = command_module.LDAE.forward
-
-    def forward(self, *args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at image 8 of 48"):
-        patch.setattr(command_module.LDAE, "forward", forward)
+    interrupts(LDAE, 1)
+    with pytest.raises(Interrupted, match="at image 8 of 48"):
         pretrain(config, tmp_path / "run", "l_dae")
     moved = tmp_path / "elsewhere"
     folder.rename(moved)
@@ -415,7 +395,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused_but_a_half_done_run_resumes(
 
 def test_the_death_of_a_data_worker_is_reported(tiny, tmp_path, monkeypatch):
     """The main process notices in the middle of the forward pass."""
-    original, calls = command_module.LDAE.forward, []
+    original, calls = LDAE.forward, []
 
     def forward(self, *args):
         calls.append(1)
@@ -424,7 +404,7 @@ def test_the_death_of_a_data_worker_is_reported(tiny, tmp_path, monkeypatch):
             time.sleep(1)
         return original(self, *args)
 
-    monkeypatch.setattr(command_module.LDAE, "forward", forward)
+    monkeypatch.setattr(LDAE, "forward", forward)
     with pytest.raises(InputError, match="a data worker was killed"):
         pretrain(tiny(system__workers=1, optim__epochs=20), tmp_path / "run", "l_dae")
     assert multiprocessing.active_children() == []
