@@ -70,7 +70,9 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
     if not hasattr(backbone, "reset_classifier"):
         raise InputError(f"{config.backbone} is not a timm model, so it cannot be fine-tuned")
     drop_whitening(backbone)
-    args = backbone.model_args | {"num_classes": num_classes} | _pool_args(backbone, config)
+    args = backbone.model_args | {"num_classes": num_classes}
+    if config.model.pool == "fc_norm" and isinstance(backbone, VisionTransformer):
+        args |= {"global_pool": "avg", "final_norm": True, "fc_norm": True}
     side = config.data.img_size
     if side and tuple(cfg["input_size"][1:]) != (side, side):
         args |= _resize_input(backbone, config)
@@ -94,13 +96,6 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
     network.images_seen = getattr(backbone, "images_seen", None)
     network.pretrained_cfg = network.default_cfg = cfg | {"num_classes": num_classes}
     return network
-
-
-def _pool_args(backbone: nn.Module, config: FinetuneConfig) -> dict[str, Any]:
-    """Return timm's arguments for ``model.pool``."""
-    if config.model.pool == "own" or not isinstance(backbone, VisionTransformer):
-        return {}
-    return {"global_pool": "avg", "final_norm": True, "fc_norm": True}
 
 
 def _resize_input(backbone: nn.Module, config: FinetuneConfig) -> dict[str, Any]:
