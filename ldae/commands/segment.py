@@ -97,7 +97,7 @@ def segmentation(
         raise InputError(
             f"the head diverged at learning_rate {protocol.learning_rate:g}: ask for a lower rate"
         )
-    return iou_metrics(grade_map_head(heads, encoder, maps.shape, test))
+    return iou_metrics(grade_map_head(heads, encoder, test))
 
 
 def _count_classes(evaluation: Evaluation, classes: int | None) -> int:

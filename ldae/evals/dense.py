@@ -233,17 +233,12 @@ def predict(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def grade_map_head(
-    heads: Heads,
-    encoder: Encoder,
-    shape: tuple[int, int, int],
-    source: MapSource,
-) -> torch.Tensor:
+def grade_map_head(heads: Heads, encoder: Encoder, source: MapSource) -> torch.Tensor:
     """Return the confusion matrix over all label maps of ``source``, at their own sizes.
 
     Each labelled pixel counts once over all ranks. Nothing is kept of an image once it is graded.
     """
-    classes, device = heads.bias.shape[1], encoder.device
+    classes, device, shape = heads.bias.shape[1], encoder.device, encoder.reader.shape
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     maps = label_maps(source, unchanged, 1, encoder.workers)  # one at a time: their sizes differ
     for rows, _ in encoder.share(source):
