@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from ldae import cli, tree
 from ldae.backbones.open import load_backbone, load_classifier
@@ -279,31 +280,18 @@ def test_wrong_settings_are_refused_before_anything_is_written(changes, sentence
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_images_are_refused(tiny, tmp_path, pictures_of):
-    flat = pictures_of({"": 3})
+def test_wrong_images_are_refused(tiny, tmp_path):
+    flat, strange = str(tmp_path / "flat"), str(tmp_path / "strange")
+    for name in ("flat/0", "flat/1", "strange/cat/0", "strange/dog/0"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9)).save(path)
     with pytest.raises(InputError, match="has no labels"):
         finetune(tiny(data__source=flat, data__eval_source="digits"), tmp_path / "run")
-    strange = pictures_of({"cat": 3, "dog": 3})
     with pytest.raises(InputError, match="class '0' of digits is not among the classes"):
         finetune(tiny(data__source=strange, data__eval_source="digits"), tmp_path / "run")
     with pytest.raises(InputError, match="no evaluation split"):
         finetune(tiny(data__source=strange), tmp_path / "run")
-
-
-@pytest.fixture
-def pictures_of(tmp_path):
-    """pictures_of({class: count}): a folder of grey images; the class "" has no folder."""
-    from PIL import Image
-
-    def make(counts: dict[str, int]) -> str:
-        folder = tmp_path / "-".join(["images", *counts])
-        for name, count in counts.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                Image.new("L", (9, 9), 20 * number).save(folder / name / f"{number}.png")
-        return str(folder)
-
-    return make
 
 
 def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
