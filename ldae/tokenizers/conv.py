@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError, first_line, import_extra
 from ldae.patches import patchify, unpatchify
 from ldae.tokenizers.learned import LOG_VARIANCE_RANGE, Posterior, TrainedTokenizer
 
@@ -62,7 +62,7 @@ class ConvTokenizer(TrainedTokenizer):
                 f"tokenizer.dim {dim} is not a multiple of 4: a token of conv_vae is 2 x 2 latents"
             )
         self.width, self.codes, self.pretrained = width, codes, pretrained
-        diffusers = _import_diffusers()
+        diffusers = import_extra("diffusers", "conv", "tokenizer.name conv_vae needs diffusers")
         if pretrained:
             self.network = _load_published(diffusers, pretrained)
             self._check_published()
@@ -127,20 +127,6 @@ class ConvTokenizer(TrainedTokenizer):
             if required != value:
                 raise InputError(f"{name} needs {setting} {required}, not {value}")
         self.codes = codes
-
-
-def _import_diffusers() -> ModuleType:
-    """Import diffusers, which is optional.
-
-    Raises: InputError when it is not installed.
-    """
-    try:
-        import diffusers
-    except ImportError:
-        raise InputError(
-            "tokenizer.name conv_vae needs diffusers: pip install 'ldae[conv]'"
-        ) from None
-    return diffusers
 
 
 def _build_untrained(
