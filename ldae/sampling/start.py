@@ -111,8 +111,7 @@ def load_or_fit_gaussian(
     spec = data or config.data.source
     if stored and (stored.record["tokenizer"], stored.record["source"]) == (tokenizer, spec):
         return stored
-    if is_main():
-        print(f"fitting a Gaussian to the latents of {spec}", flush=True)
+    console.print_main(f"fitting a Gaussian to the latents of {spec}")
     fitted = fit_gaussian(spec, config, method, device, workers)
     fitted.record["tokenizer"] = tokenizer
     if is_main():
