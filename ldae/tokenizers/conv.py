@@ -68,6 +68,8 @@ class ConvTokenizer(TrainedTokenizer):
             self._check_published()
             self.pixel_mean.fill_(0.5)  # published networks take pixels in [-1, 1]
             self.pixel_std.fill_(0.5)
+            self.raw_shift = self.network.config.get("shift_factor") or 0.0
+            self.raw_scale = self.network.config.scaling_factor
         else:
             self.network = _build_untrained(diffusers, factor, in_chans, dim // 4, width, codes)
         if self.quantised:
@@ -102,13 +104,6 @@ class ConvTokenizer(TrainedTokenizer):
     @property
     def last_weight(self) -> torch.Tensor:
         return self.network.decoder.conv_out.weight
-
-    def raw_shift_and_scale(self) -> tuple[float, float]:
-        """Return the published shift and factor; those of a network trained here are 0 and 1."""
-        if not self.pretrained:
-            return 0.0, 1.0
-        config = self.network.config
-        return config.get("shift_factor") or 0.0, config.scaling_factor
 
     def _check_published(self) -> None:
         """Check that the published network fits the settings, and set ``codes``.
