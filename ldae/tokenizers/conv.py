@@ -65,23 +65,14 @@ class ConvTokenizer(TrainedTokenizer):
         diffusers = import_extra("diffusers", "conv", "tokenizer.name conv_vae needs diffusers")
         if pretrained:
             self.network = _load_published(diffusers, pretrained)
-            self._check_published()
-            self.pixel_mean.fill_(0.5)  # published networks take pixels in [-1, 1]
-            self.pixel_std.fill_(0.5)
-            self.raw_shift = self.network.config.get("shift_factor") or 0.0
-            self.raw_scale = self.network.config.scaling_factor
         else:
             self.network = _build_untrained(diffusers, factor, in_chans, dim // 4, width, codes)
+        self.quantised = hasattr(self.network, "quantize")
+        self.stochastic = not self.quantised
         if self.quantised:
             self.network.quantize.legacy = False  # True would put beta on the codebook's term
-
-    @property
-    def quantised(self) -> bool:
-        return hasattr(self.network, "quantize")
-
-    @property
-    def stochastic(self) -> bool:
-        return not self.quantised
+        if pretrained:
+            self._adopt_published()
 
     def posterior(self, images: torch.Tensor) -> Posterior:
         network = self.network
@@ -105,8 +96,8 @@ class ConvTokenizer(TrainedTokenizer):
     def last_weight(self) -> torch.Tensor:
         return self.network.decoder.conv_out.weight
 
-    def _check_published(self) -> None:
-        """Check that the published network fits the settings, and set ``codes``.
+    def _adopt_published(self) -> None:
+        """Check that the published network fits the settings, and take over its constants.
 
         Raises: InputError when it does not fit.
         """
@@ -122,6 +113,10 @@ class ConvTokenizer(TrainedTokenizer):
             if required != value:
                 raise InputError(f"{name} needs {setting} {required}, not {value}")
         self.codes = codes
+        self.pixel_mean.fill_(0.5)  # published networks take pixels in [-1, 1]
+        self.pixel_std.fill_(0.5)
+        self.raw_shift = config.get("shift_factor") or 0.0
+        self.raw_scale = config.scaling_factor
 
 
 def _build_untrained(
