@@ -4,6 +4,8 @@ import difflib
 import signal
 import sys
 from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
 
 LOST_RANK = 75  # exit status EX_TEMPFAIL of sysexits.h: a temporary failure, try again later
 
@@ -45,6 +47,17 @@ def first_line(error: Exception) -> str:
     if isinstance(error, KeyError):  # its text is the key alone
         return f"there is no {error}"
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(" .")
+
+
+def import_extra(module: str, extra: str, need: str) -> ModuleType:
+    """Import a module of an optional package, which ``pip install 'ldae[extra]'`` installs.
+
+    Raises: InputError, with ``need`` as the start of its sentence, when it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(f"{need}: pip install 'ldae[{extra}]'") from None
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str:

@@ -39,8 +39,3 @@ PREDICTIONS = {
         lambda p, z_t, gamma, sigma: (z_t - sigma * p) / (gamma + sigma),
     ),
 }
-
-
-def noise_of(z_0: Tensor, z_t: Tensor, gamma: Tensor, sigma: Tensor) -> Tensor:
-    """Return the eps between z_0 and z_t, for sigma above 0."""
-    return (z_t - gamma * z_0) / sigma

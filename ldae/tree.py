@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
-import importlib
 import inspect
+import json
 import math
+import pkgutil
 import tomllib
 import types
 import typing
@@ -55,8 +56,7 @@ class Choice(PrimitiveConstructorSpec[str]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        module, registry = self.registry.split(":")
-        return tuple(getattr(importlib.import_module(module), registry))
+        return tuple(pkgutil.resolve_name(self.registry))
 
     def check(self, name: str, value: str) -> None:
         """Raise InputError with the nearest name when the registry has no ``value``."""
@@ -230,14 +230,9 @@ def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def to_yaml(config: Any) -> str:
-    """Return a tree of settings as nested YAML, which ``read_yaml`` and ``update`` read."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(part) for key, part in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+    """Return a tree of settings as nested YAML, which ``read_yaml`` reads."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # JSON turns tuples into lists
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
 def read_toml(path: Path) -> dict:
@@ -267,14 +262,6 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(table, dict):
         raise InputError(f"configuration {path} holds no settings")
     return table
-
-
-def update(base: Any, table: dict) -> Any:
-    """Return ``base`` changed by nested tables of all its settings or a few.
-
-    Raises: InputError as ``replace`` does.
-    """
-    return replace(base, flatten_table(table))
 
 
 def flatten_table(table: dict, prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,8 @@ def test_a_dry_run_is_settings_and_then_facts_in_one_column():
     config = ldae.config("l_dae")
     facts = {"images": "64 in digits", "tokens per image": "16, each of 192 numbers"}
     settings, facts_shown = console.describe(config, facts).split("\n\n")
-    assert tree.update(ldae.Config(), yaml.safe_load(settings)) == config
+    leaves = tree.flatten_table(yaml.safe_load(settings))
+    assert tree.replace(ldae.Config(), leaves) == config
     assert {line[:18].rstrip(): line[18:] for line in facts_shown.splitlines()} == facts
 
 

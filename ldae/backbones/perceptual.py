@@ -1,6 +1,7 @@
 """Perceptual distances between images: LPIPS on VGG16, or on the features of any backbone."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -160,15 +161,11 @@ def _backbone_distance(spec: str) -> PerceptualDistance:
             "feature maps of a network: name another backbone"
         )
     transform = preprocessing(network)
-
-    def maps(images: torch.Tensor) -> list[torch.Tensor]:
-        return network.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
-
     fixed = network.pretrained_cfg.get("fixed_input_size")
     return PerceptualDistance(
         f"perceptual({spec})",
         network,
-        maps,
+        partial(network.forward_intermediates, intermediates_only=True, output_fmt="NCHW"),
         transform.mean,
         transform.std,
         size=transform.input_size[1] if fixed else None,

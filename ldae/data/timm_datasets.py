@@ -11,7 +11,7 @@ from ldae.data.containers import stamp_files
 from ldae.data.image import BadImage, decode
 from ldae.data.image_files import EVAL_NAMES
 from ldae.data.source import Source
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError, first_line, import_extra
 
 
 class TorchSource(Source):
@@ -53,12 +53,8 @@ class HfdsSource(Source):
     """
 
     def __init__(self, spec: str, split: str):
-        try:
-            import datasets  # noqa: F401  without it timm raises a bare ImportError
-        except ImportError as error:
-            raise InputError(
-                f"{spec} needs the package datasets: pip install 'ldae[hfds]'"
-            ) from error
+        # Without the package timm raises a bare ImportError.
+        import_extra("datasets", "hfds", f"{spec} needs the package datasets")
         name, _, root = spec.removeprefix("hfds/").partition("@")
         for hub_split in ("train",) if split == "train" else EVAL_NAMES:
             try:

@@ -1,6 +1,6 @@
 """The kinds of runs, and the kind and settings of the run in a folder."""
 
-from importlib import import_module
+import pkgutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,7 @@ class Kind(NamedTuple):
 
     def defaults(self) -> Any:
         """Return the default settings of this kind."""
-        module, name = self.settings.split(":")
-        return getattr(import_module(module), name)()
+        return pkgutil.resolve_name(self.settings)()
 
 
 KINDS = {
@@ -72,7 +71,8 @@ def load(path: Path, kind: str, base: Any = None) -> Any:
     if given != kind:
         raise InputError(f"configuration {path} is of the kind {given!r}, not {kind!r}")
     try:
-        return tree.update(KINDS[kind].defaults() if base is None else base, table)
+        base = KINDS[kind].defaults() if base is None else base
+        return tree.replace(base, tree.flatten_table(table))
     except InputError as error:
         raise InputError(f"configuration {path}: {error}") from None
 

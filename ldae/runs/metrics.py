@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldae.console import format_duration
 from ldae.distributed import is_main
-from ldae.errors import InputError
+from ldae.errors import import_extra
 from ldae.files import report_write_errors, write
 from ldae.runs import layout
 from ldae.tree import flatten_table, read_yaml
@@ -34,16 +34,11 @@ class Metrics:
         write(self.path, "".join(kept).encode())
         self.file = open(self.path, "a")
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise _missing("tensorboard") from None
-            self.board = SummaryWriter(run / layout.TENSORBOARD, purge_step=seen)
+            need = "system.tensorboard needs a package"
+            client = import_extra("torch.utils.tensorboard", "tensorboard", need)
+            self.board = client.SummaryWriter(run / layout.TENSORBOARD, purge_step=seen)
         if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise _missing("wandb") from None
+            client = import_extra("wandb", "wandb", "system.wandb needs a package")
             self.wandb = client.init(
                 project=wandb,
                 name=run.name,
@@ -88,10 +83,6 @@ def _wandb_id(path: Path) -> str:
     if not path.exists():
         write(path, secrets.token_hex(8).encode())
     return path.read_text()
-
-
-def _missing(extra: str) -> InputError:
-    return InputError(f"system.{extra} needs a package: pip install 'ldae[{extra}]'")
 
 
 def progress_line(record: dict, total: int) -> str:

@@ -1,6 +1,7 @@
 """A Gaussian fitted to a run's latents, where samplers start if the noisiest z_t has signal."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ _AXES_IMAGES = 1024  # with at least 64 tokens each, for at most 768 axes
 _JITTER = 1e-6
 
 
+@dataclass(frozen=True, eq=False)
 class LatentGaussian:
     """A model of z_0 (N, d): one Gaussian over the N tokens for each principal axis of a token.
 
@@ -37,17 +39,14 @@ class LatentGaussian:
     correlated. So d covariances of N x N are stored.
     """
 
-    def __init__(
-        self, axes: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, record: dict
-    ) -> None:
-        self.axes = axes
-        """Orthonormal rows (d, d)."""
-        self.mean = mean
-        """Mean of the latents (N, d)."""
-        self.covariance = covariance
-        """Covariance of the tokens on each axis (d, N, N)."""
-        self.record = record
-        """The source, the number of images and the hash of the tokenizer that it was fitted to."""
+    axes: torch.Tensor
+    """Orthonormal rows (d, d)."""
+    mean: torch.Tensor
+    """Mean of the latents (N, d)."""
+    covariance: torch.Tensor
+    """Covariance of the tokens on each axis (d, N, N)."""
+    record: dict
+    """The source, the number of images and the hash of the tokenizer that it was fitted to."""
 
     def sample_noised(self, normals: torch.Tensor, gamma: float, sigma: float) -> torch.Tensor:
         """Turn standard normal numbers (B, N, d) into samples of z_t = gamma z_0 + sigma eps.
@@ -112,8 +111,7 @@ def load_or_fit_gaussian(
     spec = data or config.data.source
     if stored and (stored.record["tokenizer"], stored.record["source"]) == (tokenizer, spec):
         return stored
-    if is_main():
-        print(f"fitting a Gaussian to the latents of {spec}", flush=True)
+    console.print_main(f"fitting a Gaussian to the latents of {spec}")
     fitted = fit_gaussian(spec, config, method, device, workers)
     fitted.record["tokenizer"] = tokenizer
     if is_main():

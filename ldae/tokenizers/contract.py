@@ -29,6 +29,8 @@ class Tokenizer(nn.Module):
 
     auto_scale = "per-axis"  # benchmarks/results/cifar10-latents
     """The scale that ``auto`` means."""
+    raw_scale = 1.0
+    """The factor of latents when ``scale`` is ``raw``."""
     trained = False
     """Whether gradients train the tokenizer."""
     stochastic = False
@@ -161,7 +163,7 @@ class PatchTokenizer(Tokenizer):
         return unpatchify(self.inverse(latents), self.patch_size, self.in_chans)
 
 
-def latent_scales(scale: str, variances: torch.Tensor, raw_scale: float = 1.0) -> torch.Tensor:
+def latent_scales(scale: str, variances: torch.Tensor, raw_scale: float) -> torch.Tensor:
     """Return the factors (dim,) that scale latents of these variances (dim,).
 
     ``scale`` is as in ``Tokenizer``; for ``raw``, every factor is ``raw_scale``.

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError, first_line, import_extra
 from ldae.patches import patchify, unpatchify
 from ldae.tokenizers.learned import LOG_VARIANCE_RANGE, Posterior, TrainedTokenizer
 
@@ -62,24 +62,17 @@ class ConvTokenizer(TrainedTokenizer):
                 f"tokenizer.dim {dim} is not a multiple of 4: a token of conv_vae is 2 x 2 latents"
             )
         self.width, self.codes, self.pretrained = width, codes, pretrained
-        diffusers = _import_diffusers()
+        diffusers = import_extra("diffusers", "conv", "tokenizer.name conv_vae needs diffusers")
         if pretrained:
             self.network = _load_published(diffusers, pretrained)
-            self._check_published()
-            self.pixel_mean.fill_(0.5)  # published networks take pixels in [-1, 1]
-            self.pixel_std.fill_(0.5)
         else:
             self.network = _build_untrained(diffusers, factor, in_chans, dim // 4, width, codes)
+        self.quantised = hasattr(self.network, "quantize")
+        self.stochastic = not self.quantised
         if self.quantised:
             self.network.quantize.legacy = False  # True would put beta on the codebook's term
-
-    @property
-    def quantised(self) -> bool:
-        return hasattr(self.network, "quantize")
-
-    @property
-    def stochastic(self) -> bool:
-        return not self.quantised
+        if pretrained:
+            self._adopt_published()
 
     def posterior(self, images: torch.Tensor) -> Posterior:
         network = self.network
@@ -103,15 +96,8 @@ class ConvTokenizer(TrainedTokenizer):
     def last_weight(self) -> torch.Tensor:
         return self.network.decoder.conv_out.weight
 
-    def raw_shift_and_scale(self) -> tuple[float, float]:
-        """Return the published shift and factor; those of a network trained here are 0 and 1."""
-        if not self.pretrained:
-            return 0.0, 1.0
-        config = self.network.config
-        return config.get("shift_factor") or 0.0, config.scaling_factor
-
-    def _check_published(self) -> None:
-        """Check that the published network fits the settings, and set ``codes``.
+    def _adopt_published(self) -> None:
+        """Check that the published network fits the settings, and take over its constants.
 
         Raises: InputError when it does not fit.
         """
@@ -127,20 +113,10 @@ class ConvTokenizer(TrainedTokenizer):
             if required != value:
                 raise InputError(f"{name} needs {setting} {required}, not {value}")
         self.codes = codes
-
-
-def _import_diffusers() -> ModuleType:
-    """Import diffusers, which is optional.
-
-    Raises: InputError when it is not installed.
-    """
-    try:
-        import diffusers
-    except ImportError:
-        raise InputError(
-            "tokenizer.name conv_vae needs diffusers: pip install 'ldae[conv]'"
-        ) from None
-    return diffusers
+        self.pixel_mean.fill_(0.5)  # published networks take pixels in [-1, 1]
+        self.pixel_std.fill_(0.5)
+        self.raw_shift = config.get("shift_factor") or 0.0
+        self.raw_scale = config.scaling_factor
 
 
 def _build_untrained(

@@ -60,6 +60,8 @@ class TrainedTokenizer(Tokenizer):
     trained = True
     quantised = False
     """Whether ``decode_raw`` replaces latents by their nearest neighbours in a codebook."""
+    raw_shift = 0.0
+    """The shift of latents when ``scale`` is ``raw``."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int, scale: str) -> None:
         super().__init__(img_size, patch_size, in_chans, dim, scale)
@@ -80,10 +82,6 @@ class TrainedTokenizer(Tokenizer):
     def last_weight(self) -> torch.Tensor:
         """The weight of the decoder's last layer; the adversarial loss is balanced on it."""
         raise NotImplementedError
-
-    def raw_shift_and_scale(self) -> tuple[float, float]:
-        """Return the shift and the factor of latents when ``scale`` is ``raw``."""
-        return 0.0, 1.0
 
     def standardize(self, latents: torch.Tensor) -> torch.Tensor:
         """Convert latents from the network's units to the tokenizer's."""
@@ -126,6 +124,6 @@ class TrainedTokenizer(Tokenizer):
         check_not_empty(moments)
         mean, spread = moments.mean().chunk(2)
         variances = moments.covariance().diagonal()[: self.dim].clamp(min=0) + spread
-        shift, raw_scale = self.raw_shift_and_scale()
-        self.latent_mean.copy_(torch.full_like(mean, shift) if self.scale == "raw" else mean)
-        self.scales.copy_(latent_scales(self.scale, variances, raw_scale))
+        raw_mean = torch.full_like(mean, self.raw_shift)
+        self.latent_mean.copy_(raw_mean if self.scale == "raw" else mean)
+        self.scales.copy_(latent_scales(self.scale, variances, self.raw_scale))

@@ -75,15 +75,11 @@ class OrthonormalTokenizer(PatchTokenizer):
         self.patch_mean.copy_((patch_mean - shift) * gain)
         self.basis.copy_(basis)
         self.variances.copy_(variances)
-        self.scales.copy_(latent_scales(self.scale, variances[: self.dim], self.raw_scale()))
+        self.scales.copy_(latent_scales(self.scale, variances[: self.dim], self.raw_scale))
 
     def summary(self) -> str:
         share = self.variances[: self.dim].sum() / self.variances.sum()
         return f"{self.dim} of {self.patch_dim} axes keep {share:.1%} of the variance"
-
-    def raw_scale(self) -> float:
-        """Return the factor of a coordinate when ``scale`` is ``raw``."""
-        return 1.0
 
     def axes(self, covariance: torch.Tensor) -> torch.Tensor:
         """Return an orthonormal basis (D, D), one axis a row, kept axes first.
@@ -127,9 +123,7 @@ class PixelTokenizer(OrthonormalTokenizer):
                 f"{', '.join(map(str, sizes))}"
             )
         self.factor = patch_size // sizes[dim]
-
-    def raw_scale(self) -> float:
-        return 1 / self.factor  # f x f pixels of value v have the coordinate f v
+        self.raw_scale = 1 / self.factor  # f x f pixels of value v have the coordinate f v
 
     def axes(self, covariance: torch.Tensor) -> torch.Tensor:
         kept = self.patch_size // self.factor

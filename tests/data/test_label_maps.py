@@ -10,14 +10,19 @@ from ldae.data.label_maps import open_map_splits
 from ldae.errors import InputError
 
 
+def encoded(image: Image.Image | np.ndarray, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
 def label_png(seed: int, size=(8, 8), mode="L", highest=4) -> bytes:
     labels = np.random.default_rng(seed).integers(0, highest, (size[1], size[0]), np.uint8)
     image = Image.fromarray(labels)
     if mode == "P":
         image.putpalette(list(range(255, -1, -1)) * 3)  # colours unrelated to the numbers
-    file = io.BytesIO()
-    (image if mode in "LP" else image.convert(mode)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(image if mode in "LP" else image.convert(mode))
 
 
 def values(content: bytes) -> np.ndarray:
@@ -57,31 +62,19 @@ def test_each_image_has_its_own_label_map(make_tree, pack):
 
 
 def test_16_bit_labels_are_not_scaled(make_tree):
-    wide = io.BytesIO()
-    Image.fromarray(np.array([[0, 7], [254, 255]], np.uint16)).save(wide, "PNG")
-    image = io.BytesIO()
-    Image.new("L", (2, 2)).save(image, "PNG")
-    files = {"images/a.png": image.getvalue(), "labels/a.png": wide.getvalue()}
-    root = make_tree("set", files)
+    wide = encoded(np.array([[0, 7], [254, 255]], np.uint16))
+    root = make_tree("set", {"images/a.png": encoded(Image.new("L", (2, 2))), "labels/a.png": wide})
     source, _ = open_map_splits(str(root), str(root))
     assert source.label_map(0).tolist() == [[0, 7], [254, 255]]
 
 
 def test_a_label_map_matches_the_upright_image(make_tree):
-    image, exif = Image.new("RGB", (6, 4)), Image.Exif()
+    exif = Image.Exif()
     exif[0x0112] = 6
-    file = io.BytesIO()
-    image.save(file, "JPEG", exif=exif)
-    files = {"images/a.jpg": file.getvalue(), "labels/a.png": label_png(0, (4, 6))}
-    root = make_tree("set", files)
+    image = encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)
+    root = make_tree("set", {"images/a.jpg": image, "labels/a.png": label_png(0, (4, 6))})
     source, _ = open_map_splits(str(root), str(root))
     assert source.image(0).size == (4, 6) and source.label_map(0).shape == (6, 4)
-
-
-def label_300() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.full((8, 8), 300, np.uint16)).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +82,10 @@ def label_300() -> bytes:
     [
         (label_png(0, (8, 9)), "images/a.png is 8 x 8 pixels, but its label map .* is 8 x 9"),
         (label_png(0, mode="RGB"), r"labels/a.png cannot .* colours \(RGB\), not class numbers"),
-        (label_300(), "labels/a.png cannot be decoded: its labels go from 300 to 300"),
+        (
+            encoded(np.full((8, 8), 300, np.uint16)),
+            "labels/a.png cannot be decoded: its labels go from 300 to 300",
+        ),
         (b"", "labels/a.png cannot be decoded: the file is empty|its content"),
     ],
 )

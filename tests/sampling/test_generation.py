@@ -5,7 +5,6 @@ import torch
 
 from ldae import noise, trajectory
 from ldae.errors import InputError
-from ldae.method import build
 from ldae.sampling import generation
 from ldae.sampling.generation import generate, highest_level, is_pure_noise, resolve
 from ldae.sampling.settings import SamplingSettings
@@ -15,14 +14,8 @@ FEW = torch.arange(4)
 
 
 @pytest.fixture
-def method(tiny, fitted, awake):
-    def make(row="l_dae", num_classes=0, **changes):
-        made = build(tiny(row, **changes), num_classes=num_classes)
-        fitted(made.tokenizer)
-        awake(made.denoiser)
-        return made.eval().requires_grad_(False)
-
-    return make
+def method(method):
+    return lambda *args, **changes: method(*args, **changes).requires_grad_(False)
 
 
 @pytest.fixture
@@ -178,33 +171,24 @@ def test_classifier_guides_to_the_requested_class(row, method, monkeypatch):
 def test_classes_of_run_and_classifier_are_matched_by_name(conditional, method, monkeypatch):
     classifier = Brightness()
     monkeypatch.setattr(generation, "load_classifier", lambda spec, in_chans: classifier)
-    how = SamplingSettings(classifier="folder", labels=("dark", "bright"))
-    resolved = resolve(
-        method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"], how
-    )
+    plain, every = method(), SamplingSettings(classifier="folder")
+    two, three = (method("patch_pca", n, model__class_conditional=True) for n in (2, 3))
+    both = SamplingSettings(classifier="folder", labels=("dark", "bright"))
+    resolved = resolve(three, ["bright", "dark", "x"], both)
     assert resolved.labels.tolist() == [1, 0] and resolved.targets.tolist() == [0, 1]
     with pytest.raises(InputError, match="'x' is none of the 2 classes of folder"):
-        resolve(method("patch_pca", 3, model__class_conditional=True), ["bright", "dark", "x"],
-               SamplingSettings(classifier="folder"))  # fmt: skip
+        resolve(three, ["bright", "dark", "x"], every)
     with pytest.raises(InputError, match="'0' is none of the 2 classes of folder"):
-        # The class named "0" is not the first class of the classifier.
-        resolve(method("patch_pca", 2, model__class_conditional=True), ["0", "1"],
-               SamplingSettings(classifier="folder"))  # fmt: skip
+        resolve(two, ["0", "1"], every)  # "0" is not the first class of the classifier
     with pytest.raises(InputError, match="'blue' is none of the 2 classes of folder; the nearest"):
-        resolve(method(), [], SamplingSettings(classifier="folder", labels=("blue",)))
+        resolve(plain, [], SamplingSettings(classifier="folder", labels=("blue",)))
     classifier.pretrained_cfg = Brightness.pretrained_cfg | {"label_names": None}
-    assert resolve(method(), [], SamplingSettings(classifier="folder")).targets.tolist() == [0, 1]
+    assert resolve(plain, [], every).targets.tolist() == [0, 1]
     with pytest.raises(InputError, match="has 2 classes without names, but this run has 10"):
-        resolve(conditional, CLASSES, SamplingSettings(classifier="folder"))
+        resolve(conditional, CLASSES, every)
+    plain.tokenizer.in_chans = 4
     with pytest.raises(InputError, match="takes 3 channels, but this run generates 4"):
-        narrow = build_with_channels(method, 4)
-        resolve(narrow, [], SamplingSettings(classifier="folder"))
-
-
-def build_with_channels(method, chans):
-    made = method()
-    made.tokenizer.in_chans = chans
-    return made
+        resolve(plain, [], every)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-import builtins
+import sys
 
 import diffusers
 import pytest
@@ -66,10 +66,8 @@ def test_network_sizes_match_ldm():
     assert make_tokenizer(4, 4, width=48).network.config.norm_num_groups == 16
 
 
-def test_posterior_samples_match_diffusers(images):
-    tokenizer = make_tokenizer().double()
-    tokenizer.fit_pixels([images])
-    tokenizer.fit_latents([images])
+def test_posterior_samples_match_diffusers(images, fitted):
+    tokenizer = fitted(make_tokenizer().double())
     x = tokenizer.normalize(images)
     eps = torch.randn(8, 16, 8, dtype=torch.double)
     reference = tokenizer.network.encode(x).latent_dist
@@ -132,10 +130,8 @@ def test_commitment_weighs_the_encoder_term(images):
 
 @pytest.mark.parametrize("codes", [0, 16])
 @pytest.mark.parametrize("scale", ["raw", "global", "per-axis"])
-def test_latents_have_the_variance_of_their_scale(scale, codes, images):
-    tokenizer = make_tokenizer(scale=scale, codes=codes).double()
-    tokenizer.fit_pixels([images])
-    tokenizer.fit_latents(images.split([3, 1, 4]))
+def test_latents_have_the_variance_of_their_scale(scale, codes, images, fitted):
+    tokenizer = fitted(make_tokenizer(scale=scale, codes=codes).double(), images.split([3, 1, 4]))
     posterior = tokenizer.posterior(tokenizer.normalize(images))
     variance = posterior.mean.flatten(0, 1).var(0, unbiased=False)
     if not codes:
@@ -152,11 +148,9 @@ def test_latents_have_the_variance_of_their_scale(scale, codes, images):
 
 
 @pytest.mark.parametrize("codes", [0, 16])
-def test_saved_tokenizer_loads_unchanged(codes, images, tmp_path):
+def test_saved_tokenizer_loads_unchanged(codes, images, fitted, tmp_path):
     path = tmp_path / "tokenizer.safetensors"
-    saved = make_tokenizer(codes=codes)
-    saved.fit_pixels([images])
-    saved.fit_latents([images])
+    saved = fitted(make_tokenizer(codes=codes))
     tokenizers.save(saved, path)
     torch.manual_seed(9)
     loaded = ConvTokenizer(32, 8, 3, 8, "per-axis", 8, codes)
@@ -255,13 +249,6 @@ def test_patch_size_must_be_a_power_of_two():
 
 
 def test_missing_diffusers_names_the_extra_to_install(monkeypatch):
-    original = builtins.__import__
-
-    def absent(name, *args, **kwargs):
-        if name == "diffusers":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(InputError, match=r"pip install 'ldae\[conv\]'"):
         make_tokenizer()

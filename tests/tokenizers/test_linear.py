@@ -15,6 +15,20 @@ def make_tokenizer(kind, images, scale="per-axis", dim=6):
     return tokenizer
 
 
+def minimise(loss, images, steps):
+    """Minimise a loss in steps of L-BFGS, and return its value at the end."""
+    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+
+    def step():
+        optimizer.zero_grad()
+        value, _ = loss(images, torch.arange(8))
+        value.backward()
+        return value
+
+    optimizer.step(step)
+    return step().item()
+
+
 def test_encode_with_eps_is_mean_plus_std_eps_in_the_networks_units(images):
     tokenizer = make_tokenizer(PatchVAE, images)
     tokenizer.fit_latents([images])
@@ -47,32 +61,16 @@ def test_linear_autoencoder_reaches_the_error_of_pca(images):
     pca.fit([images])
     tokenizer = make_tokenizer(PatchAE, images)
     loss = TokenizerLoss(tokenizer, LossWeights())
-    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=400, line_search_fn="strong_wolfe")
-
-    def step():
-        optimizer.zero_grad()
-        value, _ = loss(images, torch.arange(8))
-        value.backward()
-        return value
-
-    optimizer.step(step)
+    reached = minimise(loss, images, 400)
     expected = 16 * pca.variances[6:].sum().item()  # an image has 16 patches
-    assert expected < step().item() < 1.02 * expected
+    assert expected < reached < 1.02 * expected
 
 
 def test_large_kl_weight_pulls_the_posterior_to_the_prior(images):
     """The posterior becomes N(0, I), and the scales do not amplify its empty axes."""
     tokenizer = make_tokenizer(PatchVAE, images)
     loss = TokenizerLoss(tokenizer, LossWeights(kl=1e6))
-    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def step():
-        optimizer.zero_grad()
-        value, _ = loss(images, torch.arange(8))
-        value.backward()
-        return value
-
-    optimizer.step(step)
+    minimise(loss, images, 100)
     posterior = tokenizer.posterior(tokenizer.normalize(images))
     assert posterior.mean.abs().max() < 0.05 and posterior.log_variance.abs().max() < 0.05
     tokenizer.fit_latents([images])
