@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from ldae.data.image import BadImage
 from ldae.data.source import Source
 from ldae.errors import InputError
+
+_PREFETCHED = 2  # pieces that each worker may have ready, PyTorch's default
+
+# Images in flight over all ranks of a machine. Containers often have 64 MB of shared memory.
+_SHARED_BYTES = 48_000_000
 
 Transform = Callable[[Image.Image | np.ndarray, np.random.Generator], torch.Tensor]
 
@@ -190,29 +196,89 @@ def _load(
     # because Python 3.14 changes the default, and only on Linux because macOS' frameworks forbid
     # fork.
     context = "fork" if workers and sys.platform == "linux" else None
+    workers = min(workers, _available_cpus())
+    pieces = _Pieces(batches, workers)
     loader = DataLoader(
         dataset,
-        batch_sampler=batches,
-        num_workers=min(workers, _available_cpus()),
+        batch_sampler=pieces,
+        num_workers=workers,
+        prefetch_factor=_PREFETCHED if workers else None,
         collate_fn=_collate,
-        pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
         multiprocessing_context=context,
         generator=torch.Generator(),  # drawing from the global generator would change the training
     )
-    return _batches(loader)
+    return _joined(_loaded(loader), pieces, pin_memory)
 
 
-def _batches(loader: DataLoader) -> Iterator[Batch]:
-    """Yield the loader's batches; raise errors that are values and errors of dead workers."""
+class _Pieces:
+    """Batches cut into pieces, to bound the memory that workers share with their ranks.
+
+    A piece is one task of a worker. ``sizes`` has the sizes of the batches that were cut so far.
+    The first pieces have one image, until ``image_bytes`` is known.
+    """
+
+    def __init__(self, batches: Iterable[Sequence[int]], workers: int) -> None:
+        self.batches, self.workers = batches, workers
+        self.sizes: deque[int] = deque()
+        self.image_bytes: int | None = None
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        for batch in self.batches:
+            self.sizes.append(len(batch))
+            while len(batch):
+                size = self._largest
+                yield batch[:size]
+                batch = batch[size:]
+
+    @property
+    def _largest(self) -> int:
+        """The number of images that a piece may have."""
+        if not self.workers:  # then no memory is shared
+            return sys.maxsize
+        if self.image_bytes is None:
+            return 1
+        pieces = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * self.workers * _PREFETCHED
+        return max(_SHARED_BYTES // (pieces * self.image_bytes), 1)
+
+
+def _loaded(loader: DataLoader) -> Iterator[Batch]:
+    """Yield the loader's pieces; raise errors that are values and errors of dead workers."""
     with report_dead_worker():
         try:
-            for batch in loader:
-                if isinstance(batch, InputError):
-                    raise batch
-                yield batch
+            for piece in loader:
+                if isinstance(piece, InputError):
+                    raise piece
+                yield piece
         except (EOFError, ConnectionError) as error:  # from the pipe of a dead worker
             raise RuntimeError(f"DataLoader worker: {error}") from error
+
+
+def _joined(loaded: Iterator[Batch], pieces: _Pieces, pin_memory: bool) -> Iterator[Batch]:
+    """Join pieces to batches. A piece is copied as it comes, which frees its shared memory."""
+    for piece in loaded:
+        pieces.image_bytes = max(piece.images[0].nbytes, 1)
+        size = pieces.sizes.popleft()
+        images = torch.empty(
+            size, *piece.images.shape[1:], dtype=piece.images.dtype, pin_memory=pin_memory
+        )
+        filled, targets, positions, bad = 0, [], [], []
+        while True:
+            images[filled : filled + len(piece.images)] = piece.images
+            filled += len(piece.images)
+            targets.append(piece.targets)
+            positions += piece.positions.tolist()
+            bad += piece.bad
+            if filled == size:
+                break
+            piece = next(loaded)
+        yield Batch(images, _join_targets(targets), torch.tensor(positions), bad)
+
+
+def _join_targets(targets: list[torch.Tensor] | list[list]) -> torch.Tensor | list:
+    if isinstance(targets[0], torch.Tensor):
+        return torch.cat(targets)
+    return list(itertools.chain(*targets))
 
 
 @contextmanager

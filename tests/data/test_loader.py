@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldae.data import loader
 from ldae.data.image import BadImage
 from ldae.data.loader import Batch, eval_batches, train_batches
 from ldae.data.open import open_source
@@ -149,6 +150,28 @@ def test_workers_change_nothing_and_leave_the_global_rng_alone(digits):
     state = torch.get_rng_state()
     assert_equal(join(stream(digits, workers=2)), join(stream(digits)))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_workers_share_little_memory_with_all_ranks(ranks, digits, monkeypatch):
+    """Two workers of each rank have two pieces ready. Batches are as without workers."""
+    image, most = 3 * 8 * 8, 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(loader, "_SHARED_BYTES", ranks * 2 * 2 * most * image)
+    monkeypatch.setattr(loader, "_available_cpus", lambda: 2)
+    sizes = []
+
+    class Pieces(loader._Pieces):
+        def __iter__(self):
+            for piece in super().__iter__():
+                sizes.append(len(piece))
+                yield piece
+
+    monkeypatch.setattr(loader, "_Pieces", Pieces)
+    shared = stream(digits, workers=2)
+    assert max(sizes) == most and sum(sizes) == 72
+    assert_equal(join(shared), join(stream(digits)))
+    assert {len(batch.images) for batch in shared} == {12}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
