@@ -1,6 +1,7 @@
 """The method of the paper: from uint8 images to the loss of any of its rows."""
 
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,21 @@ from ldae.patches import unpatchify
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer, Tokenizer
 from ldae.tree import taken_by
+
+
+class Noised(NamedTuple):
+    """A batch of images, encoded and noised."""
+
+    x: torch.Tensor
+    """The normalised images (B, C, H, W)."""
+    z_0: torch.Tensor
+    """Their latents (B, N, d)."""
+    eps: torch.Tensor
+    """The noise (B, N, d)."""
+    t: torch.Tensor
+    """The noise levels, int64 (B,)."""
+    tokens: torch.Tensor
+    """The denoiser's input for z_t (B, N, d or D)."""
 
 
 class LDAE(nn.Module):
@@ -33,6 +49,7 @@ class LDAE(nn.Module):
 
     gamma: torch.Tensor
     sigma: torch.Tensor
+    compiled_parts = ("add_noise", "loss")  # beside the blocks of the denoiser
 
     def __init__(
         self,
@@ -67,16 +84,26 @@ class LDAE(nn.Module):
                 t, the noise, the draw from the posterior and the dropped labels.
             labels: int64 (B,), read only by a class-conditional denoiser.
         """
-        tokenizer, objective = self.tokenizer, self.objective
-        x = tokenizer.normalize(images)  #                                        (B, C, H, W)
+        noised = self.add_noise(images, positions)
+        labels = self.drop_labels(labels, positions)
+        output = self.run_denoiser(noised.tokens, noised.t, labels)  #            (B, N, d or D)
+        return self.loss(noised, output)
+
+    def add_noise(self, images: torch.Tensor, positions: torch.Tensor) -> Noised:
+        """Encode images, uint8 (B, C, H, W), and noise their latents by ``positions`` (B,)."""
+        x = self.tokenizer.normalize(images)  #                                   (B, C, H, W)
         z_0 = self.encode(x, positions)  #                                        (B, N, d)
         t = noise.timesteps(self.seed, positions, len(self.sigma))  #             (B,)
         eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  #        (B, N, d)
         gamma, sigma = self.level(t)  #                                           (B, 1, 1)
         z_t = gamma * z_0 + sigma * eps  #                                        (B, N, d)
-        output = self.predict(z_t, t, self.drop_labels(labels, positions))  #     (B, N, d or D)
-        target = objective.target(tokenizer, x, z_0, eps, gamma, sigma)  #        (B, N, d or D)
-        return objective.loss(tokenizer, target - output, t)
+        return Noised(x, z_0, eps, t, self.network_input(z_t))
+
+    def loss(self, noised: Noised, output: torch.Tensor) -> torch.Tensor:
+        """Return the loss, a scalar, of the denoiser's output (B, N, d or D)."""
+        x, z_0, eps, t, _ = noised
+        target = self.objective.target(self.tokenizer, x, z_0, eps, *self.level(t))
+        return self.objective.loss(self.tokenizer, target - output.to(target), t)
 
     def encode(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Return z_0 (B, N, d) of normalised images (B, C, H, W).
@@ -101,10 +128,14 @@ class LDAE(nn.Module):
 
         Without ``labels`` (B,) every label is the null label.
         """
-        tokens = self.network_input(z_t)
+        return self.run_denoiser(self.network_input(z_t), t, labels).to(z_t)
+
+    def run_denoiser(
+        self, tokens: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the denoiser's output (B, N, d or D) for its tokens, in its own precision."""
         with self._autocast():
-            output = self.denoiser(tokens, t, labels)
-        return output.to(z_t)
+            return self.denoiser(tokens, t, labels)
 
     def network_input(self, z_t: torch.Tensor) -> torch.Tensor:
         """Return the denoiser's tokens for z_t: itself (B, N, d), or projected back (B, N, D)."""
@@ -159,7 +190,8 @@ class LDAE(nn.Module):
             return self.tokenizer.decode(z_0).to(z_0)
 
     def _autocast(self, enabled: bool = True) -> torch.autocast:
-        return torch.autocast(self.gamma.device.type, torch.bfloat16, enabled=self.bf16 and enabled)
+        device = self.gamma.device.type.replace("meta", "cpu")  # meta tensors have no autocast
+        return torch.autocast(device, torch.bfloat16, enabled=self.bf16 and enabled)
 
     def drop_labels(
         self, labels: torch.Tensor | None, positions: torch.Tensor

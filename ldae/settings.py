@@ -173,9 +173,12 @@ class ExecutionSettings:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the network; auto: bf16 on devices that support it natively."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on GPUs."""
+    """torch.compile, which compiles a block once for all blocks; auto: on GPUs."""
+    memory_budget: Annotated[float, SHARE] = 0.9
+    """With compile: the share of a block's activations to keep for the backward pass, which
+    recomputes the others, the cheapest first. 0.9 halves them at the same speed."""
     checkpoint_activations: bool = False
-    """Recompute the blocks in the backward pass: less memory, a third more time."""
+    """Recompute whole blocks in the backward pass: little memory, a third more time."""
     device_batch: Annotated[int, NOT_NEGATIVE] = 0
     """Largest batch of a device; larger shares are split, and gradients accumulate. 0: no limit."""
     workers: Annotated[int, NOT_NEGATIVE] = 8

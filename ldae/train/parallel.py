@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldae import distributed
 from ldae.errors import InputError
+from ldae.settings import ExecutionSettings
 
 
 class Replicas:
@@ -21,14 +23,14 @@ class Replicas:
 
     sharded = False
 
-    def __init__(self, model: nn.Module, device: torch.device, compiled: bool) -> None:
-        self.network = torch.compile(model) if compiled else model
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.network = model
         if distributed.world_size() > 1:
             device_ids = [device] if device.type == "cuda" else None
             with warnings.catch_warnings():  # newer torch has another name for the last argument
                 warnings.simplefilter("ignore", FutureWarning)
                 self.network = DistributedDataParallel(
-                    self.network, device_ids=device_ids, broadcast_buffers=False
+                    model, device_ids=device_ids, broadcast_buffers=False
                 )
 
     def gradient_sync(self, enabled: bool) -> AbstractContextManager:
@@ -64,9 +66,7 @@ class Shards:
 
     sharded = True
 
-    def __init__(
-        self, model: nn.Module, average: nn.Module | None, device: torch.device, compiled: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, average: nn.Module | None, device: torch.device) -> None:
         try:
             from torch.distributed.fsdp import fully_shard
             from torch.distributed.tensor import DTensor, distribute_tensor
@@ -78,11 +78,10 @@ class Shards:
         for module in filter(None, (model, average)):
             for part in (*_blocks(module), module):
                 fully_shard(part, mesh=mesh)
-        self._model = model
-        self.network = torch.compile(model) if compiled else model
+        self.network = model
 
     def gradient_sync(self, enabled: bool) -> AbstractContextManager:
-        self._model.set_requires_gradient_sync(enabled)
+        self.network.set_requires_gradient_sync(enabled)
         return nullcontext()
 
     def full_tensor(self, value: torch.Tensor) -> torch.Tensor:
@@ -103,18 +102,52 @@ class Shards:
 def parallelize(
     model: nn.Module,
     average: nn.Module | None,
-    *,
-    fsdp: bool,
+    system: ExecutionSettings,
     device: torch.device,
     compiled: bool,
 ) -> Replicas | Shards:
     """Prepare ``model`` and its moving average, if it has one, for training on all ranks.
 
-    Raises: InputError when ``fsdp`` is set and torch is too old for it.
+    Raises: InputError when ``system.fsdp`` is set and torch is too old for it.
     """
-    if not fsdp or distributed.world_size() == 1:
-        return Replicas(model, device, compiled)
-    return Shards(model, average, device, compiled)
+    if compiled:
+        compile_parts(model, system.memory_budget)
+    if not system.fsdp or distributed.world_size() == 1:
+        return Replicas(model, device)
+    return Shards(model, average, device)
+
+
+def compile_parts(model: nn.Module, memory_budget: float = 1.0) -> None:
+    """Compile a model in parts, in place; in evaluation mode it runs as it is.
+
+    Each block of a stack is a graph. All blocks of a class and shape share one, so compilation
+    takes as long as for one block, and DDP and FSDP communicate between the blocks. The methods
+    that the model names in ``compiled_parts`` are compiled too.
+
+    Args:
+        memory_budget: the share of a graph's activations to keep for the backward pass, which
+            recomputes the cheapest others.
+    """
+    torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets
+    torch._functorch.config.activation_memory_budget = memory_budget
+    for block in _blocks(model):
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            _compile(block, "forward")
+    for name in getattr(model, "compiled_parts", ()):
+        _compile(model, name)
+
+
+def _compile(module: nn.Module, name: str) -> None:
+    """Compile a method of a module for training."""
+    method = getattr(type(module), name)
+    compiled = torch.compile(method, fullgraph=True)
+
+    def call(self: nn.Module, *args: object) -> object:
+        return (compiled if self.training else method)(self, *args)
+
+    setattr(
+        module, name, MethodType(call, module)
+    )  # bound, so that a copy of the module has its own
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

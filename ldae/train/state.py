@@ -26,9 +26,7 @@ class State:
     ) -> None:
         self.model, self.device = model, device
         self.average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
-        self.parallel = parallelize(
-            model, self.average, fsdp=system.fsdp, device=device, compiled=compiled
-        )
+        self.parallel = parallelize(model, self.average, system, device, compiled)
         self.optimizer = optimizer(model, optim)
         self._initial_counts = {module: _counts(module) for module in model.modules()}
         self._host = HostCopy(device)
@@ -53,7 +51,7 @@ class State:
         """Return a copy of the state on the host, and on a GPU the event that completes the copy.
 
         Ranks other than 0 get None. Each copy overwrites the one before. All ranks must call this
-        when the model is sharded.
+        when the model is sharded: they gather one tensor at a time, and only rank 0 keeps it.
         """
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["average"] = self.average.state_dict() if self.average else None
@@ -61,8 +59,9 @@ class State:
             state = map_tensors(state, self._copy)
         return (state, self._host.event()) if distributed.is_main() else (None, None)
 
-    def _copy(self, name: tuple, part: torch.Tensor) -> torch.Tensor:
-        return self._host.copy(name, self.parallel.full_tensor(part))
+    def _copy(self, name: tuple, part: torch.Tensor) -> torch.Tensor | None:
+        full = self.parallel.full_tensor(part)
+        return self._host.copy(name, full) if distributed.is_main() else None
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load a captured state; the number of ranks that captured it does not matter."""
@@ -99,9 +98,7 @@ class HostCopy:
         self.device, self.buffers = device, {}
 
     def copy(self, name: tuple, value: torch.Tensor) -> torch.Tensor:
-        """Return a copy of ``value``, on rank 0. On a GPU the copy may not be complete yet."""
-        if not distributed.is_main():
-            return value
+        """Return a copy of ``value``. On a GPU the copy may not be complete yet."""
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != value.shape:
             pinned = value.device.type == "cuda"

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import loop, parallel
 from ldae.train.loop import Hook, Loop, Plan
 from ldae.train.optim import adamw
+from ldae.train.state import State
 
 CPU = torch.device("cpu")
 OPTIM = OptimSettings(
@@ -213,7 +215,9 @@ def test_shards_are_parts_of_parameters_and_gradients(on_ranks):
     def work():
         with distributed.process_group(CPU, rank_timeout=1):
             model = Stack()
-            parallelized = parallel.parallelize(model, None, fsdp=True, device=CPU, compiled=False)
+            parallelized = parallel.parallelize(
+                model, None, SystemSettings(fsdp=True), CPU, compiled=False
+            )
             for parameter in model.parameters():
                 assert parameter.to_local().shape[0] < parameter.shape[0] or parameter.shape[0] == 1
             trained = [part for part in model.parameters() if part.requires_grad]
@@ -222,6 +226,30 @@ def test_shards_are_parts_of_parameters_and_gradients(on_ranks):
                     batch = next(stream(0, 1))
                     parallelized.network(batch.images, batch.positions, batch.targets).backward()
                 assert [part.grad is not None for part in trained] == [now] * len(trained)
+
+    assert on_ranks(work) == ["", ""]
+
+
+def test_a_sharded_state_is_gathered_tensor_by_tensor_and_kept_on_rank_0_alone(on_ranks):
+    def work():
+        with distributed.process_group(CPU, rank_timeout=1):
+            state = State(Stack(), OPTIM, SystemSettings(fsdp=True), CPU, False, adamw)
+            batch = next(stream(0, 1))
+            state.parallel.network(batch.images, batch.positions, batch.targets).backward()
+            state.update(0.5)
+            gather, gathered = state.parallel.full_tensor, []
+
+            def counted(part):
+                assert all(full() is None for full in gathered)  # none of them is kept
+                full = gather(part)
+                if full is not part:  # it was sharded
+                    gathered.append(weakref.ref(full))
+                return full
+
+            state.parallel.full_tensor = counted
+            captured, _ = state.capture()
+            assert len(gathered) > 20
+            assert (captured is None) == (distributed.rank() == 1)
 
     assert on_ranks(work) == ["", ""]
 
@@ -244,7 +272,7 @@ def test_replicas_reduce_gradients_once_a_step(on_ranks, monkeypatch):
     def work():
         with distributed.process_group(CPU, rank_timeout=1):
             parallelized = parallel.parallelize(
-                Stack(), None, fsdp=False, device=CPU, compiled=False
+                Stack(), None, SystemSettings(), CPU, compiled=False
             )
             for now in (False, False, True):
                 with parallelized.gradient_sync(now):

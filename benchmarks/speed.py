@@ -1,0 +1,212 @@
+"""Compare the training step with an eager DiT step, and with the limit of the machine.
+
+python benchmarks/speed.py [--model NAME] [--side TOKENS] [--batch-size N] [--out FILE]
+
+All steps run in turn in one process, with the same threads: a DiT step in float32 and under
+bfloat16 autocast (``dit_reference``), the step of ``ldae pretrain`` in eager code, and the same
+compiled, at several memory budgets. The limit is the rate of a large matrix product in bfloat16 in
+the same process. Saved bytes are what one more image keeps for the backward pass, a token, channel
+and block.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from dit_reference import ReferenceDiT
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ldae
+from ldae.distributed import device_for
+from ldae.files import write_json
+from ldae.method import LDAE, build
+from ldae.models.vit import vit_shape
+from ldae.runs.environment import environment
+from ldae.train.optim import adamw
+from ldae.train.parallel import compile_parts
+from ldae.tree import replace
+
+BUDGETS = (1.0, 0.9, 0.6, 0.3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--depth", type=int, default=12, help="blocks of the encoder")
+    parser.add_argument("--side", type=int, default=8, help="tokens along an edge")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
+    args = parser.parse_args()
+
+    device, side, batch_size = device_for(args.device), args.side, args.batch_size
+    config = replace(
+        ldae.config("l_dae", "small"),
+        {"model.name": args.model, "model.depth": args.depth, "data.img_size": 4 * side},
+    )
+    images = torch.randint(256, (batch_size, 3, 4 * side, 4 * side), dtype=torch.uint8)
+    method = awake(build(config, bf16=True))
+    method.tokenizer.fit([images])
+    method.to(device).train()
+    method.denoiser.fuse_attention(device.type != "cpu")  # as ``ldae pretrain`` does
+    batch = (images.to(device), torch.arange(batch_size, device=device))
+    flops = 3 * count_flops(method, batch_size)  # the backward pass costs twice the forward pass
+
+    sizes = (side, method.denoiser.in_dim, method.denoiser.out_dim)
+    reference = awake(ReferenceDiT(vit_shape(args.model), 2 * args.depth, *sizes)).to(device)
+    steps = {
+        "dit_fp32": reference_step(reference, batch_size, bf16=False),
+        "dit_bf16": reference_step(copy.deepcopy(reference), batch_size, bf16=True),
+        "ldae_eager": step_of(copy.deepcopy(method), batch, config),
+    }
+    seconds_to_first = {}
+    for budget in BUDGETS:
+        compiled = copy.deepcopy(method)
+        compile_parts(compiled, budget)
+        step = steps[f"ldae_compiled_{budget:g}"] = step_of(compiled, batch, config)
+        seconds_to_first[f"{budget:g}"] = round(seconds(step, device), 2)
+
+    speeds: dict[str, list[float]] = {name: [] for name in steps}
+    limits = []
+    for step in steps.values():
+        step()
+    for _ in range(args.rounds):
+        limits.append(matmul_rate(device))
+        for name, step in steps.items():
+            speeds[name].append(batch_size / seconds(step, device))
+        print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    best = max(medians, key=medians.get)
+    limit = statistics.median(limits)
+    write_json(
+        args.out,
+        {
+            "what": f"{args.model}, {args.depth} + {args.depth} blocks, {side**2} tokens, "
+            f"batch {batch_size}",
+            "unit": "images/s, median of the rounds",
+            "medians": {name: round(value, 2) for name, value in medians.items()},
+            "over_dit_fp32": round(medians[best] / medians["dit_fp32"], 3),
+            "over_dit_bf16": round(medians[best] / medians["dit_bf16"], 3),
+            "gflop_an_image": round(flops / batch_size / 1e9, 3),
+            "matmul_tflops": round(limit / 1e12, 4),
+            "share_of_matmul": round(medians[best] * flops / batch_size / limit, 3),
+            "seconds_to_first_step": seconds_to_first,
+            "saved_bytes": saved_bytes(method, config, batch),
+            "rounds": {name: [round(v, 2) for v in values] for name, values in speeds.items()},
+            "threads": torch.get_num_threads(),
+            "environment": environment(device),
+        },
+    )
+
+
+def awake(network: nn.Module) -> nn.Module:
+    """Replace weights of zero, since gates of zero would hide a part of the backward pass."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return network
+
+
+def step_of(method: LDAE, batch: tuple[torch.Tensor, torch.Tensor], config) -> Callable[[], None]:
+    optimizer = adamw(method, config.optim)
+
+    def step() -> None:
+        method(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def reference_step(network: ReferenceDiT, batch_size: int, bf16: bool) -> Callable[[], None]:
+    device, tokens = network.pos_embed.device, len(network.pos_embed)
+    noised = torch.randn(batch_size, tokens, network.embed.in_features, device=device)
+    target = torch.randn(batch_size, tokens, network.linear.out_features, device=device)
+    t = torch.randint(1000, (batch_size,), device=device)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = network(noised, t)
+        (output.float() - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(call: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Return the operations a second of a large product in bfloat16."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    times = [seconds(lambda: left @ right, device) for _ in range(6)]
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def count_flops(method: LDAE, batch_size: int) -> int:
+    """Return the operations of the denoiser's products in a forward pass."""
+    denoiser = copy.deepcopy(method.denoiser).to("meta")
+    tokens = torch.empty(batch_size, denoiser.side**2, denoiser.in_dim, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        denoiser(tokens, torch.zeros(batch_size, dtype=torch.int64, device="meta"))
+    return counter.get_total_flops()
+
+
+def saved_bytes(method: LDAE, config, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+    """Return the bytes that one more image keeps, in eager code and compiled."""
+    found = {"eager": bytes_an_image(copy.deepcopy(method), batch)}
+    for budget in BUDGETS:
+        compiled = copy.deepcopy(method)
+        torch._dynamo.reset()
+        compile_parts(compiled, budget)
+        found[f"compiled_{budget:g}"] = bytes_an_image(compiled, batch)
+    denoiser = method.denoiser
+    unit = denoiser.side**2 * denoiser.width * denoiser.stages
+    return {name: round(value / unit, 2) for name, value in found.items()}
+
+
+def bytes_an_image(method: LDAE, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+    images, positions = batch
+    few = max(len(images) // 2, 1)
+    more = bytes_of_a_pass(method, images, positions)
+    return (more - bytes_of_a_pass(method, images[:few], positions[:few])) / (len(images) - few)
+
+
+def bytes_of_a_pass(method: LDAE, images: torch.Tensor, positions: torch.Tensor) -> int:
+    """Return the bytes of all tensors that a forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = method(images, positions)
+    loss.backward()
+    method.zero_grad()
+    return sum(kept.values())
+
+
+if __name__ == "__main__":
+    main()
