@@ -23,13 +23,14 @@ from ldae.data.loader import train_batches
 from ldae.data.open import open_source
 from ldae.files import write_json
 from ldae.method import LDAE, build
+from ldae.precision import runs_in_bf16
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
 from ldae.train.loop import Loop, Plan
 from ldae.train.optim import adamw
-from ldae.train.run import compiles, runs_in_bf16, transform_of
+from ldae.train.run import compiles, transform_of
 from ldae.tree import replace
 
 

@@ -84,7 +84,9 @@ def agree(topic: str, text: str) -> bool:
 def device_for(name: str = "auto") -> torch.device:
     """Return the torch device of this process for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
-    ``cuda`` is the GPU with the number of the local rank.
+    ``cuda`` is the GPU with the number of the local rank. Before a GPU is first used, this sets
+    variables that are not set yet: for an allocator that wastes little memory on varying sizes, and
+    for a cuBLAS that can be deterministic.
 
     Raises: InputError for another name, and for a GPU when there is none.
     """
@@ -94,6 +96,9 @@ def device_for(name: str = "auto") -> torch.device:
         raise InputError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {name} was asked for, but torch finds no GPU on this machine")
+    if name.startswith("cuda"):
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if name == "cuda":
         # SLURM and submitit may show each process only its own GPU, which then has the index 0.
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
@@ -127,8 +132,11 @@ def process_group(device: torch.device, rank_timeout: float = 30) -> Iterator[No
         torch.cuda.set_device(device)
         # NCCL's watchdog ends the process at a timeout: let it print which ranks are missing.
         os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
+    # With a GPU, values on the host are exchanged by gloo, and NCCL connects right away.
+    gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    backend = gpu if device.type == "cuda" else {"backend": "gloo"}
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group(timeout=timeout, **backend)
     except (RuntimeError, ValueError) as error:
         raise LostRank(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the other "

@@ -170,8 +170,11 @@ class ExecutionSettings:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the network; auto: bf16 on devices that support it natively."""
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """Precision of the network; auto: bf16 on devices that support it natively. All but tf32
+    compute float32 products without TF32."""
+    deterministic: bool = False
+    """On a GPU, use only algorithms that give the same bits each time; they are slower."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, which compiles a block once for all blocks; auto: on GPUs."""
     memory_budget: Annotated[float, SHARE] = 0.9

@@ -17,7 +17,7 @@ PACKAGE = Path(ldae.__file__).parent
 # Lower layers never import higher ones. Names are files and folders of the package.
 LAYERS = [
     ["errors"],
-    ["files", "tree", "patches", "noise", "prediction", "distributed", "console"],
+    ["files", "tree", "patches", "noise", "prediction", "precision", "distributed", "console"],
     ["settings", "data", "models"],
     ["trajectory", "tokenizers"],
     ["runs"],

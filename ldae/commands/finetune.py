@@ -23,12 +23,13 @@ from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import ClassificationLoss, build_network
 from ldae.finetuning.recipes import changed_constants
 from ldae.finetuning.settings import AugmentSettings, FinetuneConfig, FinetuneModelSettings
+from ldae.precision import runs_in_bf16
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Plan, plan_run
-from ldae.train.run import check_warmup, compiles, describe_training, runs_in_bf16, train_in
+from ldae.train.run import check_warmup, compiles, describe_training, train_in
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from ldae import distributed, tree
 from ldae.console import describe, print_main
 from ldae.data.open import open_source
 from ldae.errors import InputError
+from ldae.precision import runs_in_bf16
 from ldae.pretraining.tokenizer import Fit, fit_or_load, open_fit, prepare
 from ldae.runs import layout
 from ldae.settings import Config
-from ldae.train.run import describe_training, runs_in_bf16
+from ldae.train.run import describe_training
 
 
 def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) -> None:

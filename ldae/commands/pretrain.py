@@ -12,6 +12,7 @@ from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.plots.pictures import save_denoising, save_filters
+from ldae.precision import runs_in_bf16
 from ldae.pretraining.online_knn import online_knn
 from ldae.pretraining.tokenizer import prepare, sample_images, tokenizer_of_run
 from ldae.runs import layout
@@ -23,7 +24,6 @@ from ldae.train.run import (
     check_warmup,
     compiles,
     describe_training,
-    runs_in_bf16,
     train_in,
     transform_of,
 )

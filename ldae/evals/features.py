@@ -19,6 +19,7 @@ from ldae.data.source import Source
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.taps import Reader, Tap, TapReader
+from ldae.precision import float32_products
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -107,11 +108,20 @@ class Encoder:
 
     @torch.inference_mode()
     def on_device(self, images: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
-        """Return features on the device of the backbone."""
-        images = self.transform.normalize(images.to(self.device, non_blocking=True))
-        with self._arithmetic():
-            parts = self.reader(images, indices)
-        return torch.cat([part.float() for part in parts], 1)
+        """Return features on the device of the backbone.
+
+        Raises: InputError when the device has too little memory.
+        """
+        try:
+            images = self.transform.normalize(images.to(self.device, non_blocking=True))
+            with self._arithmetic():
+                parts = self.reader(images, indices)
+            return torch.cat([part.float() for part in parts], 1)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{self.device} has too little memory for {len(images)} images at a time: lower "
+                "--batch-size"
+            ) from None
 
     def checked(
         self,
@@ -161,8 +171,8 @@ class Encoder:
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
         dtype = _AUTOCAST.get(self.precision)
-        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with no_tf32, torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        with float32_products(), autocast:
             yield
 
 

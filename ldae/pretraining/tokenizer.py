@@ -25,6 +25,7 @@ from ldae.errors import InputError
 from ldae.method import build_tokenizer
 from ldae.models import DENOISERS
 from ldae.plots.pictures import save_reconstruction
+from ldae.precision import runs_in_bf16
 from ldae.pretraining.reconstruction import measure_reconstruction
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
@@ -35,7 +36,7 @@ from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS, Tokenizer
 from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 from ldae.train.loop import Plan, plan_run
-from ldae.train.run import check_warmup, runs_in_bf16, train_in, transform_of
+from ldae.train.run import check_warmup, train_in, transform_of
 
 _FIT_BATCH = 256
 _MEASURED_IMAGES = 5_000

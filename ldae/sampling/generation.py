@@ -14,6 +14,7 @@ from ldae.backbones.preprocessing import EvalTransform, preprocessing
 from ldae.console import progress
 from ldae.errors import InputError, nearest
 from ldae.method import LDAE
+from ldae.precision import float32_products
 from ldae.runs.kinds import settings_of
 from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
@@ -150,7 +151,7 @@ def generate(
     else:
         z = gaussian.sample_noised(start, float(gamma[top]), float(sigma[top]))
     # With TF32 a sample would depend on the batch size.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with float32_products():
         sampler = SAMPLERS[settings.sampler]
         options = taken_by(sampler, asdict(settings))
         z = sampler(denoise, z, resolved.levels, gamma, sigma, draw, **options)

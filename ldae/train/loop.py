@@ -16,6 +16,7 @@ from ldae import distributed
 from ldae.console import print_main
 from ldae.data.loader import Batch, report_dead_worker
 from ldae.errors import InputError
+from ldae.precision import deterministic_algorithms, float32_products
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.metrics import Metrics, progress_line
 from ldae.runs.skipped import record_skipped
@@ -125,7 +126,8 @@ class Loop:
         Returns: the model, or its moving average where the recipe has one, unsharded on every rank.
 
         Raises: InputError when the loss is not finite, and on all ranks when the data of a rank
-            are bad, after the steps before them are saved; Interrupted after a stop signal.
+            are bad, after the steps before them are saved, and when the device has too little
+            memory; Interrupted after a stop signal.
         """
         self.state = State(
             self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
@@ -133,6 +135,8 @@ class Loop:
         self.watchdog = Watchdog(self.system.explosion)
         self.skipped: dict[str, str] = {}  # on this rank since the last checkpoint: name -> reason
         with (
+            float32_products(tf32=self.system.precision == "tf32"),
+            deterministic_algorithms(self.system.deterministic),
             StopRequest() as self.stop,
             report_dead_worker(),
             Saver(self.checkpoints) as self.saver,
@@ -147,6 +151,17 @@ class Loop:
                     self.watchdog.leave_out(exploded.first)
                     self.saver.wait()
                     distributed.barrier()  # all ranks now see the same checkpoints
+                except torch.OutOfMemoryError:
+                    raise self._too_little_memory() from None
+
+    def _too_little_memory(self) -> InputError:
+        plan = self.plan
+        images = plan.batch_size // distributed.world_size() // plan.micro_batches
+        return InputError(
+            f"{self.device} has too little memory to train on {images} images at a time: set "
+            f"system.device_batch below {images}, a lower system.memory_budget (with "
+            "system.compile on) or system.checkpoint_activations; the same command then goes on"
+        )
 
     def _restore(self) -> None:
         """Load the newest checkpoint, if there is one.

@@ -118,16 +118,6 @@ def transform_of(config: Config) -> CropTransform:
     return CropTransform(data.img_size, data.in_chans, data.crop, data.flip)
 
 
-def runs_in_bf16(precision: str, device: torch.device) -> bool:
-    """Return whether the network runs in bfloat16; ``auto``: if the device supports it natively."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-
-
 def compiles(mode: str, device: torch.device) -> bool:
     """Return whether the network is compiled; ``auto``: on GPUs."""
     return device.type == "cuda" if mode == "auto" else mode == "on"

@@ -213,6 +213,40 @@ def test_repeated_explosions_end_the_run(impatient, tmp_path):
     assert weight == pytest.approx(slow_line(left_out=(24, 32)), rel=1e-5)
 
 
+class Arithmetic(Line):
+    """Records the arithmetic of its forward passes."""
+
+    def forward(self, *batch):
+        matmul = torch.get_float32_matmul_precision()
+        self.found = (matmul, torch.are_deterministic_algorithms_enabled())
+        return super().forward(*batch)
+
+
+@pytest.mark.parametrize("precision, matmul", [("fp32", "highest"), ("tf32", "high")])
+def test_the_arithmetic_is_that_of_the_settings(precision, matmul, tmp_path):
+    system = SystemSettings(precision=precision, deterministic=precision == "tf32", workers=0)
+    model = Arithmetic()
+    run(tmp_path, system=system, model=model)
+    assert model.found == (matmul, precision == "tf32")
+
+
+class Large(Line):
+    """Needs more memory than there is for more than two images at a time."""
+
+    def forward(self, images, *others):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(images, *others)
+
+
+def test_too_little_memory_is_a_sentence_with_the_settings_to_change(tmp_path):
+    with pytest.raises(
+        InputError, match="memory to train on 4 images .* system.device_batch below"
+    ):
+        run(tmp_path, model=Large())
+    run(tmp_path, batches_from(2), micro_batches=2, model=Large())
+
+
 class Heavy(Line):
     """A model of one megabyte."""
 

@@ -1,0 +1,46 @@
+"""The arithmetic of a run: bfloat16, float32 with or without TF32, and determinism."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def runs_in_bf16(precision: str, device: torch.device) -> bool:
+    """Return whether the network runs in bfloat16; ``auto``: if the device supports it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+@contextmanager
+def float32_products(tf32: bool = False) -> Iterator[None]:
+    """Compute products of float32 numbers in float32, or in TF32 where a GPU has it.
+
+    This holds for matrices and convolutions, whatever torch's defaults and the environment say.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Let torch use only algorithms that give the same bits each time, if ``enabled``.
+
+    An operation that has none raises RuntimeError. cuBLAS also needs the variable
+    CUBLAS_WORKSPACE_CONFIG, which ``distributed.device_for`` sets.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
