@@ -50,13 +50,14 @@ class TokenizerAndEncoder(nn.Module):
         return self.method.features(images, self.timestep)
 
 
-def backbone_of(method: LDAE) -> nn.Module:
+def backbone_of(method: LDAE, verify: bool = True) -> nn.Module:
     """Return the encoder as a backbone: normalised images (B, C, H, W) -> features (B, W).
 
-    Raises: InputError when the encoder is a plain ViT and the fold is wrong.
+    Raises: InputError when the encoder is a plain ViT, and the fold is wrong as far as ``verify``
+        looks.
     """
     try:
-        return fold(method)
+        return fold(method, verify=verify)
     except NoPlainViT:
         method = copy.deepcopy(method).eval()
         method.bf16 = False

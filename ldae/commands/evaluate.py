@@ -23,7 +23,13 @@ from ldae.distributed import (
     process_group,
 )
 from ldae.errors import InputError, LostRank, first_line
-from ldae.evals.evaluation import Setup, changes, open_backbone, open_classifier
+from ldae.evals.evaluation import (
+    Setup,
+    changes,
+    keep_network,
+    open_backbone,
+    open_classifier,
+)
 from ldae.evals.features import cache_features
 from ldae.evals.suite import Cell, read_suite
 from ldae.evals.table import write_table
@@ -63,7 +69,7 @@ def evaluate(
     cells = read_suite(suite, backbones, setup, graders())
     keys = _Keys()
     failures: dict[Path, str] = {}
-    with process_group(device_for(setup.device)):
+    with process_group(device_for(setup.device)), keep_network():
         # Rank 0 decides, once all ranks have read: on other machines, files may have other times.
         finished = gather_values([keys.is_finished(cell) for cell in cells])[0]
         done = list(itertools.compress(cells, finished))

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,8 @@ from ldae.tree import COUNT, NOT_NEGATIVE, check, difference
 
 # Settings that do not change the numbers, or that a folder's name has in words.
 _NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
+
+_kept: ContextVar[dict[tuple, nn.Module]] = ContextVar("the last network that was opened")
 
 _BACKBONE = "A run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE]."
 _DATA = "Labelled images; the train split is learned from or searched."
@@ -223,14 +226,34 @@ def labelled_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
     return train, test
 
 
+@contextmanager
+def keep_network() -> Iterator[None]:
+    """Let graders that follow each other on one network open it once; only the last is kept."""
+    before = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(before)
+
+
+def _open_once(load: Callable[..., nn.Module], spec: str, **settings: Any) -> nn.Module:
+    kept = _kept.get({})
+    key = (load, str(spec), *settings.values())
+    if key not in kept:
+        kept.clear()  # before the next one takes memory
+        kept[key] = load(spec, **settings)
+    return kept[key]
+
+
 def open_classifier(spec: str, setup: Setup) -> nn.Module:
     """Open a network with its classifier. Raises: InputError when it cannot be opened."""
-    return load_classifier(spec, setup.in_chans, setup.img_size)
+    return _open_once(load_classifier, spec, in_chans=setup.in_chans, img_size=setup.img_size)
 
 
 def open_backbone(spec: str, setup: Setup) -> nn.Module:
     """Open a network without its classifier. Raises: InputError when it cannot be opened."""
-    return load_backbone(
+    return _open_once(
+        load_backbone,
         spec,
         random_init=setup.random_init,
         in_chans=setup.in_chans,

@@ -58,9 +58,11 @@ def allocate_rows(count: int, dim: int, dtype: torch.dtype = torch.float32) -> t
         ) from None
 
 
-def move_if_small(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move ``rows`` to the device if they take less than ``MAX_BYTES_IN_MEMORY``."""
-    return rows.to(device) if rows.nbytes < MAX_BYTES_IN_MEMORY else rows
+def move_if_fits(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move ``rows`` to a GPU if they take less than half of its free memory."""
+    if device.type == "cuda" and rows.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+        return rows.to(device)
+    return rows
 
 
 class Features(NamedTuple):

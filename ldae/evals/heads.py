@@ -14,7 +14,7 @@ from tyro.conf import Fixed
 from ldae.console import print_main, progress
 from ldae.distributed import all_reduce_sum, rank, world_size
 from ldae.evals.accuracy import label_ranks
-from ldae.evals.features import Features, move_if_small
+from ldae.evals.features import Features, move_if_fits
 from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Tap
 from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE
@@ -196,7 +196,7 @@ def train_heads(
         chosen: bool (N,), which of the images of all ranks are learned from; by default all.
     """
     images = torch.arange(count_images(train, device)) if chosen is None else chosen.nonzero()[:, 0]
-    features, labels = move_if_small(train.features, device), train.labels.to(device)
+    features, labels = move_if_fits(train.features, device), train.labels.to(device)
     trainings = {}
     for tap, columns in train.columns.items():
         of_tap = [head for head in settings if head.tap == tap]

@@ -17,7 +17,7 @@ from ldae.evals.features import (
     Features,
     allocate_rows,
     gather_rows,
-    move_if_small,
+    move_if_fits,
 )
 from ldae.evals.heads import count_images
 from ldae.evals.subsets import FewShotProtocol
@@ -62,7 +62,7 @@ class Bank:
         rows = allocate_rows(len(positions), share.features.shape[1])
         for block, into in zip(positions.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE)):
             into.copy_(F.normalize(whitening(share.features[block])))
-        self.device, self.rows = device, move_if_small(rows, device)
+        self.device, self.rows = device, move_if_fits(rows, device)
         self.whitening = whitening
         self.indices = (positions * world_size() + rank()).to(device)
         sizes = torch.bincount(chosen.nonzero()[:, 0] % world_size(), minlength=world_size())

@@ -33,7 +33,9 @@ def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, 
     check_enough(_ONLINE_K, len(splits[0]))
 
     def measure(method: LDAE) -> dict[str, float]:
-        encoder = Encoder(backbone_of(method), device, workers=config.system.workers)
+        precision = "bf16" if method.bf16 else "fp32"
+        backbone = backbone_of(method, verify=False)
+        encoder = Encoder(backbone, device, precision, workers=config.system.workers)
         train_set, test_set = (extract_share(encoder, split) for split in splits)
         return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
 

@@ -17,7 +17,7 @@ from ldae.commands.evaluate import evaluate
 from ldae.commands.retrieve import RetrievalProtocol, retrieve
 from ldae.commands.validate import ValidationProtocol
 from ldae.errors import InputError, LostRank
-from ldae.evals import features
+from ldae.evals import evaluation, features
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
 from ldae.files import write_json
@@ -88,6 +88,18 @@ def numbers(folder) -> tuple[dict, dict, str]:
         for one in lines
     }
     return first, second, (folder / "table.md").read_text()
+
+
+def test_a_suite_opens_each_backbone_once(suite, setup, monkeypatch):
+    opened, load = [], evaluation.load_backbone
+
+    def counted(spec, **settings):
+        opened.append(spec)
+        return load(spec, **settings)
+
+    monkeypatch.setattr(evaluation, "load_backbone", counted)
+    evaluate(("pixels:8", "pixels:4"), suite=suite, setup=setup)
+    assert opened == ["pixels:8", "pixels:4"]
 
 
 def test_the_table_holds_the_results_of_the_cells_files(suite, setup, capsys):
@@ -263,7 +275,7 @@ def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypat
     model = timm.create_model("test_vit", num_classes=3, img_size=16)
     heads = iter([model.state_dict(), model.state_dict(), {"head.bias": torch.ones(3)}])
     loaded = SimpleNamespace(state_dict=lambda: next(heads))
-    monkeypatch.setattr("ldae.evals.evaluation.load_classifier", lambda *_: loaded)
+    monkeypatch.setattr("ldae.evals.evaluation.load_classifier", lambda *_, **__: loaded)
     path = tmp_path / "my.toml"
     path.write_text(
         "[data.a]\ntrain = 'digits'\n[data.b]\ntrain = 'x'\neval = 'scattered-digits:9'\n"
