@@ -123,11 +123,19 @@ def row(name: str | int) -> Row:
 
 
 def row_of(settings: Config) -> Row | None:
-    """Return the row whose settings a run has, sizes aside, or None."""
+    """Return the row whose settings a run has, sizes aside, or None.
+
+    A run names the latent scale that ``auto`` stands for.
+    """
+    from ldae.tokenizers import TOKENIZERS  # imports torch
+
     rows = (*ROWS, *BESIDE)
     sizes = {name for scale in SCALES.values() for name in scale.sizes}
     deciding = {name for row in rows for name in row.changes} - sizes
     found = flatten(settings)
+    auto = TOKENIZERS[settings.tokenizer.name].auto_scale
+    if found["tokenizer.scale"] == ("raw" if settings.tokenizer.pretrained else auto):
+        found["tokenizer.scale"] = "auto"
     for row in rows:
         wanted = flatten(config(row.name))
         if all(found[name] == wanted[name] for name in deciding):

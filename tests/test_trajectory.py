@@ -82,6 +82,9 @@ def test_a_row_is_known_by_its_settings_at_any_scale(scale):
         assert trajectory.row_of(config) == row
         larger = {"model.depth": 28, "tokenizer.dim": 64, "optim.ema": 0.9999}
         assert trajectory.row_of(replace(config, larger)) == row
+        if config.tokenizer.scale == "auto":  # as a run's config.yaml has it
+            named = {"tokenizer.scale": build_tokenizer(config).scale}
+            assert trajectory.row_of(replace(config, named)) == row
     assert trajectory.row_of(replace(ldae.config("dit"), {"noise.schedule": "cosine"})) is None
 
 

@@ -99,6 +99,8 @@ def fid(
     device = device_for(setup.device)
     with process_group(device):
         ours = _open_images(images, setup, how, device)
+        if setup.protocol:  # before weights are downloaded
+            _refuse(setup.protocol, dit_fid.differences_of_samples(ours.record))
         reference = reference or _source_of_run(images)
         encoder, claim = _open_features(setup, ours, device)
         theirs = open_reference(reference, setup.reference_split, claim, encoder.dim)
@@ -151,7 +153,8 @@ def _open_images(
         return RunImages(Path(spec), count, how, device, setup.workers)
     given = [*difference(SamplingSettings(), how), *(["images"] if setup.images else [])]
     if given:
-        raise InputError(f"{given[0]} is for samples of a run, and {spec} is no run folder")
+        what = "is no run folder" if Path(spec).exists() else "does not exist"
+        raise InputError(f"{given[0]} is for samples of a run, and {spec} {what}")
     return SourceImages(spec, "train")
 
 
@@ -216,14 +219,20 @@ def _specs(record: dict) -> tuple[str, ...]:
     return images["spec"], record["reference"]["spec"], features["sha256"], classifier
 
 
+def _refuse(protocol: str, differences: list[str]) -> None:
+    """Raise InputError when there are differences from a protocol."""
+    if differences:
+        raise InputError(f"protocol {protocol}: {'; '.join(differences)}")
+
+
 def _describe(record: dict, setup: FIDSettings) -> dict:
     """Return the name of a distance, and all in which it differs from DiT's FID-50K.
 
     Raises: InputError when it differs and ``setup`` asks for DiT's.
     """
     differences = dit_fid.differences(record)
-    if setup.protocol and differences:
-        raise InputError(f"protocol {setup.protocol}: {'; '.join(differences)}")
+    if setup.protocol:
+        _refuse(setup.protocol, differences)
     network = record["protocol"]["features"]
     if not differences:
         name = dit_fid.title(record)

@@ -26,39 +26,38 @@ def differences(record: dict) -> list[str]:
         record: the content of the results file; results are not needed.
     """
     images, features = record["images"], record["protocol"]["features"]
-    samples = images["samples"]
-    if not samples or "training" not in samples:
-        return ["the images have no record of the run that generated them, or one without its EMA"]
-    training = samples["training"]
-    found = (
-        samples
-        | training
-        | {
-            "images": images["images"],
-            "img_size": features["preprocessing"].get("img_size"),
-        }
-    )
-    wanted = asdict(_sampling(training["class_conditional"])) | {
-        "images": IMAGES,
-        "img_size": images["first_size"][0],
-        "ema": _EMA,
-        "ema_warmup": False,
-    }
-    del wanted["seed"]
-    listed = [
-        f"{name} is {found.get(name)}, not {value}"
-        for name, value in json.loads(json.dumps(wanted)).items()
-        if found.get(name) != value
-    ]
+    listed = differences_of_samples(images)
+    size = images["first_size"][0]
     if not features.get("published"):
         listed.append("the features are not those of the published Inception-v3")
+    elif features["preprocessing"]["img_size"] != size:
+        listed.append(f"img_size is {features['preprocessing']['img_size']}, not {size}")
     reference = record["reference"]
     if "sha256" not in reference or reference["first_size"] != images["first_size"]:
         listed.append(
             "the reference is not ADM's file of statistics and images (mu, sigma, arr_0) for "
-            f"{images['first_size'][0]} pixels"
+            f"{size} pixels"
         )
     return listed
+
+
+def differences_of_samples(images: dict) -> list[str]:
+    """List the differences of samples from DiT's, given their record."""
+    samples = images["samples"]
+    if not samples or "training" not in samples:
+        return ["the images have no record of the run that generated them, or one without its EMA"]
+    found = samples | samples["training"] | {"images": images["images"]}
+    wanted = asdict(_sampling(found["class_conditional"])) | {
+        "images": IMAGES,
+        "ema": _EMA,
+        "ema_warmup": False,
+    }
+    del wanted["seed"]
+    return [
+        f"{name} is {found.get(name)}, not {value}"
+        for name, value in json.loads(json.dumps(wanted)).items()
+        if found.get(name) != value
+    ]
 
 
 def title(record: dict) -> str:

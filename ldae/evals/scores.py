@@ -39,8 +39,10 @@ def _row(record: dict, images_seen: int) -> tuple[str, str, str, str]:
     # The names alone, since a card is public and paths are of this machine.
     names = dict.fromkeys(Path(data[key]).name for key in ("spec", "eval_spec"))
     scores = [f"{name} {value:.2f}" for name, value in results if name.startswith(_SCORES)]
+    precision = record["protocol"].get("precision", "fp32")
+    lower = [] if precision == "fp32" else [precision]
     return (
-        ", ".join([record["task"], *record["protocol"]["modified"]]),
+        ", ".join([record["task"], *record["protocol"]["modified"], *lower]),
         f"{', graded on '.join(names)} ({data['eval_images']:,} images)",
         ", ".join(scores),
         _seen(record["backbone"], images_seen),

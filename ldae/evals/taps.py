@@ -139,7 +139,10 @@ class TapReader:
             raise InputError(f"{self.name} gives only its output, not {tap}: it is no timm model")
         block = -1 if tap.block is None else tap.block
         if not -blocks <= block < blocks:
-            raise InputError(f"{self.name} has blocks 0 to {blocks - 1}, and no block {block}")
+            raise InputError(
+                f"{self.name} has blocks 0 to {blocks - 1}, or -{blocks} to -1, and no block "
+                f"{block}"
+            )
         pools = tap.pool.split("+")
         if "cls" in pools and not self._has_class_token():
             raise InputError(f"{self.name} has no class token: pool by avg")

@@ -56,6 +56,8 @@ class Fit:
 
     config: Config
     source: Source
+    evaluation: Source
+    """Images by which the reconstruction is measured."""
     device: torch.device
     tokenizer: Tokenizer
     stats: tuple[tuple[float, ...], tuple[float, ...]]
@@ -99,7 +101,8 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     plan = None
     if tokenizer.trained and not config.tokenizer.pretrained:
         plan = plan_run(len(source), config.tokenizer.optim, config.system)
-    fit = Fit(config, source, device, tokenizer, _pixel_stats(config), plan)
+    evaluation = open_source(config.data.eval_source or config.data.source, "eval")
+    fit = Fit(config, source, evaluation, device, tokenizer, _pixel_stats(config), plan)
     if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
         inner = run / layout.TOKENIZER_RUN  # of a pre-training
         check_warmup(inner if inner.exists() else run, config.tokenizer.optim, "tokenizer.optim")
@@ -154,6 +157,7 @@ def fit_or_load(fit: Fit, run: Path, row: str) -> None:
             tokenizers.save(fit.tokenizer, path)
     if not (run / layout.RECONSTRUCTION).exists():
         _report(fit, run, row)
+        record_skipped(run, fit.skipped)
     distributed.barrier()
     fit.tokenizer.cpu()
 
@@ -212,11 +216,10 @@ def tokenizer_loss(fit: Fit) -> TokenizerLoss:
 
 
 def _report(fit: Fit, run: Path, row: str) -> None:
-    config, tokenizer = fit.config, fit.tokenizer
-    source = open_source(config.data.eval_source or config.data.source, "eval")
+    config, tokenizer, source = fit.config, fit.tokenizer, fit.evaluation
     center = CropTransform(config.data.img_size, config.data.in_chans)
     count = min(config.tokenizer.fit_images or _MEASURED_IMAGES, _MEASURED_IMAGES)
-    images = FitImages(fit, source, center, count, seed=0, bad_images="skip")
+    images = FitImages(fit, source, center, count, seed=0)
     results = measure_reconstruction(tokenizer, images, fit.distances())
     if not distributed.is_main():
         return
@@ -237,7 +240,10 @@ def _report(fit: Fit, run: Path, row: str) -> None:
 
 
 def sample_images(config: Config, device: torch.device, count: int = 12) -> torch.Tensor:
-    """Return images for a run's pictures, uint8 (n, C, H, W), of the evaluation split if any."""
+    """Return images for a run's pictures, uint8 (n, C, H, W), of the evaluation split if any.
+
+    Images that cannot be decoded are left out, because pictures measure nothing.
+    """
     source = open_source(config.data.source, "eval")
     center = CropTransform(config.data.img_size, config.data.in_chans)
     count = min(count, len(source))
@@ -252,7 +258,7 @@ def _first_images(fit: Fit) -> "FitImages":
     config = fit.config
     count = config.tokenizer.fit_images or len(fit.source)
     transform = transform_of(config)
-    return FitImages(fit, fit.source, transform, count, config.seed, config.data.bad_images)
+    return FitImages(fit, fit.source, transform, count, config.seed)
 
 
 @dataclass(frozen=True)
@@ -268,7 +274,6 @@ class FitImages:
     transform: CropTransform
     count: int
     seed: int
-    bad_images: str
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         plan, world = self.fit.plan, distributed.world_size()
@@ -287,7 +292,7 @@ class FitImages:
             rank=distributed.rank(),
             world_size=world,
             workers=self.fit.config.system.workers,
-            bad_images=self.bad_images,
+            bad_images=self.fit.config.data.bad_images,
         )
         with console.progress(stop, "tokenizer") as bar:
             for batch in batches:

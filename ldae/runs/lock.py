@@ -39,6 +39,8 @@ def locked(run: Path) -> Iterator[None]:
     if not is_main():
         yield
         return
+    if run.exists() and not run.is_dir():
+        raise InputError(f"{run} is a file, not a run folder; name another --run")
     path = run / layout.LOCK
     with report_write_errors(path):
         fd = _acquire(path)

@@ -273,6 +273,6 @@ def prepare_generation(
             "ema_warmup": config.optim.ema_warmup,
         },
         "steps": len(resolved.levels),
-        "latents": gaussian.record if gaussian else None,
+        "latents": dict(sorted(gaussian.record.items())) if gaussian else None,
     }
     return partial(generate, method, resolved, gaussian), resolved, record

@@ -297,16 +297,28 @@ class Loop:
         last_line = (self.seen - 1) // every * every
         due = [hook for hook in self.hooks if hook.due(last_line, self.seen)]
         if due:
-            model = self.state.inference_model()
-            for hook in due:
-                record |= hook.call(model)
-                if hook.weights_too and self.state.average:
-                    values = hook.call(self.state.inference_model(averaged=False))
-                    record |= {f"weights_{name}": value for name, value in values.items()}
-            self.state.model.train()
+            try:
+                record |= self._call(due)
+            except InputError:  # such as a bad evaluation image, which must not cost the training
+                if distributed.world_size() == 1:  # the other ranks may be in a collective
+                    self._save()
+                    self.saver.wait()
+                raise
         self.metrics.write(record)
         print_main(progress_line(record, plan.total))
         self.meter = Meter(self.seen)
+
+    def _call(self, hooks: list[Hook]) -> dict[str, float]:
+        """Return the values of hooks."""
+        model = self.state.inference_model()
+        values: dict[str, float] = {}
+        for hook in hooks:
+            values |= hook.call(model)
+            if hook.weights_too and self.state.average:
+                of_weights = hook.call(self.state.inference_model(averaged=False))
+                values |= {f"weights_{name}": value for name, value in of_weights.items()}
+        self.state.model.train()
+        return values
 
     def _save(self) -> None:
         """Check the last loss, record the skipped images, and begin to write a checkpoint."""

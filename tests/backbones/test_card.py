@@ -73,10 +73,12 @@ def test_the_card_shows_the_scores_beside_the_run(run, tmp_path):
     ):  # fmt: skip
         record["backbone"] |= {"random_init": random_init, "images_seen": seen}
         write_json(folder / "evals" / f"knn-{name}" / "results.json", record)
+    record["protocol"]["precision"] = "fp16"
+    write_json(folder / "evals" / "knn-e" / "results.json", record)
     card = (export(folder, tmp_path / "out") / "README.md").read_text()
     assert "measured on the run at t = 10:" in card and "/home" not in card
     rows, count, results = scores(card), record["data"]["eval_images"], record["results"]
-    assert [row[0] for row in rows] == ["knn, k=3"] * 5
+    assert [row[0] for row in rows] == ["knn, k=3"] * 4 + ["knn, k=3, fp16"]
     assert rows[0][1] == f"digits ({count} images)"
     assert rows[1][1] == f"cifar.zip, graded on test.zip ({count} images)"
     assert rows[0][2] == f"top1_k3 {results['top1_k3']:.2f}, top5_k3 {results['top5_k3']:.2f}"

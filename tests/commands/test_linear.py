@@ -153,7 +153,7 @@ def test_the_command_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsy
         (
             CachedProtocol,
             {"blocks": (7,), "pools": ("avg",)},
-            "test_vit has blocks 0 to 5, and no block 7",
+            "test_vit has blocks 0 to 5, or -6 to -1, and no block 7",
         ),
     ],
 )

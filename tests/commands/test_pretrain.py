@@ -266,6 +266,28 @@ def test_skipped_images_are_named_once_over_epochs_stops_and_ranks(
     assert sum(line["skipped"] for line in lines(run)) == 3
 
 
+def test_a_bad_evaluation_image_stops_the_run_or_is_skipped_and_named(folder, tiny, tmp_path):
+    """It is read after the fit of the tokenizer, which is not lost."""
+    for split, numbers in (("train", range(18)), ("val", range(18, 24))):
+        (folder / split).mkdir()
+        for number in numbers:
+            (folder / f"{number:02}.png").rename(folder / split / f"{number:02}.png")
+    (folder / "val" / "20.png").write_bytes(b"")
+    config, run = tiny(data__source=str(folder)), tmp_path / "run"
+    with pytest.raises(InputError, match="val/20.png"):
+        pretrain(config, run, "l_dae")
+    assert not (run / "reconstruction.json").exists()
+    pretrain(tree.replace(config, {"data.bad_images": "skip"}), run, "l_dae")
+    assert json.loads((run / "skipped.json").read_text()).keys() == {"val/20.png"}
+
+
+def test_evaluation_images_are_looked_for_before_anything_is_fitted(folder, tiny, tmp_path):
+    config = tiny("patch_ae", data__source=str(folder), data__eval_source="nowhere")
+    with pytest.raises(InputError, match="nowhere"):
+        pretrain(config, tmp_path / "run", "patch_ae")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_metrics_hold_online_knn(tiny, tmp_path):
     config = tiny(system__knn_every=1, optim__epochs=2, system__log_every=8)
     config = tree.replace(config, {"data.source": "scattered-digits:64"})

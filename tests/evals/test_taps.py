@@ -67,7 +67,7 @@ def test_a_pass_for_early_blocks_stops_there():
 @pytest.mark.parametrize(
     ("name", "tap", "message"),
     [
-        ("test_vit", Tap(6, "avg"), "test_vit has blocks 0 to 5, and no block 6"),
+        ("test_vit", Tap(6, "avg"), "test_vit has blocks 0 to 5, or -6 to -1, and no block 6"),
         ("test_vit", Tap(0), "block 0 has no pooling of its own: ask for avg, cls or cls"),
         ("test_vit2", Tap(0, "cls"), "test_vit2 has no class token: pool by avg"),
         ("test_resnet", Tap(0, "cls+avg"), "test_resnet has no class token: pool by avg"),

@@ -133,5 +133,7 @@ def test_waiting_ends_when_the_watched_process_ends(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file.* cannot be written: "):
+    with pytest.raises(InputError, match="file is a file, not a run folder; name another --run"):
         acquire(tmp_path / "file")
+    with pytest.raises(InputError, match="run.* cannot be written: "):
+        acquire(tmp_path / "file" / "run")

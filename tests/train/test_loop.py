@@ -406,6 +406,15 @@ def test_hooks_run_every_so_many_images(tmp_path):
     assert [r["images"] for r in records if "knn" in r] == [16, 32, 48]
 
 
+def test_an_error_of_a_hook_ends_the_run_after_a_checkpoint(tmp_path):
+    def bad(model):
+        raise InputError("image cat.jpg of the evaluation is truncated")
+
+    with pytest.raises(InputError, match="cat.jpg"):
+        run(tmp_path, hooks=(Hook(24, bad),))
+    assert Checkpoints(tmp_path).load()["images_seen"] == 24
+
+
 def test_hooks_get_the_average_where_there_is_one(tmp_path):
     seen = []
     hook = Hook(16, lambda model: {"w": seen.append(model) or 0.0})
