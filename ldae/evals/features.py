@@ -214,12 +214,6 @@ def encode_share(encoder: Encoder, source: Source) -> torch.Tensor:
     return features
 
 
-def gather_features(share: Features, source: Source, device: torch.device) -> Features:
-    """Join the shares of all ranks on every rank; the ranks exchange on ``device``."""
-    features = gather_rows(share.features, len(source), device)
-    return Features(features, known_labels(source), share.columns)
-
-
 def gather_rows(share: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
     """Join ``count`` rows of all ranks, where row r of a rank is row r * world size + rank."""
     if world_size() == 1:

@@ -2,7 +2,7 @@
 
 import math
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -221,9 +221,17 @@ def train_heads(
     return {tap: training.heads.eval() for tap, training in trainings.items()}
 
 
-@torch.inference_mode()
+class Classifiers(typing.Protocol):
+    """H classifiers behind one set of features, with the biases (H, C)."""
+
+    @property
+    def bias(self) -> torch.Tensor: ...
+
+    def __call__(self, features: torch.Tensor, /) -> torch.Tensor: ...
+
+
 def grade_heads(
-    heads: dict[Tap, Heads],
+    heads: Mapping[Tap, Classifiers],
     features: Features,
     device: torch.device,
     chosen: torch.Tensor | None = None,
@@ -233,6 +241,21 @@ def grade_heads(
     Args:
         features: this rank's share; each image counts once over all ranks.
         chosen: bool (N,), which of the images of all ranks are graded; by default all.
+    """
+    hits, images = count_hits(heads, features, device, chosen)
+    return {tap: 100 * counts / images for tap, counts in hits.items()}
+
+
+@torch.inference_mode()
+def count_hits(
+    heads: Mapping[Tap, Classifiers],
+    features: Features,
+    device: torch.device,
+    chosen: torch.Tensor | None = None,
+) -> tuple[dict[Tap, torch.Tensor], int]:
+    """Return the hits of every head by top-1 and top-5, float64 (H, 2), and the number of images.
+
+    The arguments are those of ``grade_heads``.
     """
     share = torch.arange(len(features.labels))
     if chosen is not None:
@@ -245,10 +268,8 @@ def grade_heads(
             placed = label_ranks(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]))
             placed = placed.view(logits.shape[:2])
             hits[tap] += torch.stack([(placed < n).sum(0) for n in (1, 5)], 1).cpu()
-    graded = all_reduce_sum(torch.tensor(len(share), device=device)).item()
-    return {
-        tap: 100 * all_reduce_sum(counts.to(device)).cpu() / graded for tap, counts in hits.items()
-    }
+    images = int(all_reduce_sum(torch.tensor(len(share), device=device)))
+    return {tap: all_reduce_sum(counts.to(device)).cpu() for tap, counts in hits.items()}, images
 
 
 def sweep(

@@ -16,7 +16,7 @@ from ldae.data.digits import ScatteredDigits
 from ldae.data.source import Source
 from ldae.distributed import process_group, rank
 from ldae.errors import InputError
-from ldae.evals.features import Encoder, Features, cache_features, extract_share, gather_features
+from ldae.evals.features import Encoder, Features, cache_features, extract_share, gather_rows
 from ldae.evals.heads import grade_heads, train_heads
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy
 from ldae.evals.online import train_online
@@ -140,7 +140,7 @@ def grades(source: Source, folder: Path) -> dict:
     """Return what the ranks compute together; the online probe's checkpoints are in ``folder``."""
     model = load_backbone("test_vit", random_init=True, img_size=16)
     own = extract(model, source, 3, taps=TAPS)
-    every = gather_features(own, source, CPU)
+    every = Features(own.features, own.labels)  # all columns
     held = torch.arange(len(source)) % 5 == 0
     sweep = CachedProtocol(learning_rates=(0.1, 1.0), epochs=3, total_batch=4, pools=("avg",))
     wanted = sweep.heads_of(TAPS[:2])
@@ -153,8 +153,8 @@ def grades(source: Source, folder: Path) -> dict:
     logistic = LogregProtocol(C=(1e-3, 1.0, 10.0))
     order = RetrievalProtocol(k=(1, 3), leave_one_out=True)
     return {
-        "features": every.features,
-        "labels": every.labels,
+        "features": gather_rows(own.features, len(source), CPU),
+        "labels": gather_rows(own.labels, len(source), CPU),
         "share": len(own.labels),
         "heads": {str(tap): part.state_dict() for tap, part in heads.items()},
         "held out": {str(t): top for t, top in grade_heads(heads, own, CPU, held).items()},
