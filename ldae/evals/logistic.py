@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ldae.distributed import all_reduce_sum, is_main, rank, world_size
-from ldae.evals.features import Features, allocate_rows, gather_rows, move_if_small
+from ldae.evals.features import Features, allocate_rows, gather_rows, move_if_fits
 from ldae.evals.lbfgs import minimize
 
 _ROWS_AT_ONCE = {"cpu": 512, "cuda": 4096}
@@ -80,7 +80,7 @@ class LogisticRegression:
         for block, into in zip(blocks, rows.split(_ROWS_AT_ONCE[device.type])):
             into[:, :-1] = centred(block) @ self.axes
             into[:, -1] = 1
-        self.rows = move_if_small(rows, device)
+        self.rows = move_if_fits(rows, device)
 
     @torch.inference_mode()
     def fit(
