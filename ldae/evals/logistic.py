@@ -110,15 +110,9 @@ class _Losses:
         self, images: LogisticRegression, subsets: Sequence[torch.Tensor], C: Sequence[float]
     ) -> None:
         self.rows, self.targets, self.device = images.rows, images.targets, images.device
-        classes = images.classes
-        counts = torch.stack(
-            [
-                torch.bincount(
-                    torch.searchsorted(classes, images.labels[subset]), minlength=len(classes)
-                )
-                for subset in subsets
-            ]
-        )
+        classes, columns = images.classes, len(images.curvature)
+        members = [torch.searchsorted(classes, images.labels[subset]) for subset in subsets]
+        counts = torch.stack([torch.bincount(part, minlength=len(classes)) for part in members])
         sizes = counts.sum(1, keepdim=True)
         # With two classes, scikit-learn has a single vector, the difference of the two.
         vectors = torch.where((counts > 0).sum(1, keepdim=True) == 2, 2.0, 1.0)
@@ -129,9 +123,7 @@ class _Losses:
         # A class without images in a subset has the score -inf.
         offset = torch.zeros(counts.shape, dtype=torch.float64).masked_fill(counts == 0, -torch.inf)
         self.offset = offset.to(self.device)[self.subset]  # (H, K)
-        self.penalty = penalty.to(self.device)[:, None].repeat(
-            1, len(images.curvature)
-        )  # (H, R + 1)
+        self.penalty = penalty.to(self.device)[:, None].repeat(1, columns)  # (H, R + 1)
         self.penalty[:, -1] = 0
         hessian = images.curvature + self.penalty
         self.scale = hessian.reciprocal()[:, None].expand(-1, len(classes), -1).flatten(1)
