@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldae.data.image import BadImage
 from ldae.data.source import Source
+from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 
 _PREFETCHED = 2  # pieces that each worker may have ready, PyTorch's default
@@ -103,6 +104,19 @@ def eval_batches(
         yield batch.images, batch.targets, batch.positions
 
 
+def crop_batches(
+    source: Source, crop: CropTransform, indices: Sequence[int], batch_size: int, workers: int
+) -> Iterator[Batch]:
+    """Yield crops in the given order. A bad image is black, its target 1; other targets are 0.
+
+    ``Batch.bad`` names the bad images. The last batch may be smaller.
+
+    Raises: InputError when a worker process dies.
+    """
+    batches = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
+    return _load(_Crops(source, crop), batches, workers, pin_memory=False)
+
+
 @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
 def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     """Return the order of the images in one epoch, int64 (length,)."""
@@ -126,6 +140,18 @@ class _EvaluationOrder(Dataset):
             return *_image_and_target(self.source, self.transform, index, rng), index, []
         except InputError as error:
             return error
+
+
+class _Crops(_EvaluationOrder):
+    """Crops by index, where a bad image is black."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if isinstance(sample, InputError):
+            side = self.transform.img_size
+            black = torch.zeros(self.transform.in_chans, side, side, dtype=torch.uint8)
+            return black, 1, index, [(self.source.name(index), str(sample))]
+        return sample[0], 0, index, []
 
 
 class _TrainingOrder(Dataset):
