@@ -66,13 +66,18 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(partial, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+            publish(file, path)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Flush an open file to the disk and rename it to ``path``. Raises: OSError when this fails."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename is in the folder

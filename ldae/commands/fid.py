@@ -116,8 +116,8 @@ def fid(
                 "covariance": "unbiased, divided by N - 1",
                 "features": claim,
             },
-            "images": ours.record,
-            "reference": theirs.record,
+            "images": ours.record | {"resized_twice": ours.resizes_twice(encoder)},
+            "reference": theirs.record | {"resized_twice": theirs.resizes_twice(encoder)},
         }
         record["protocol"] |= _describe(record, setup)
         found, wanted = (part.statistics(encoder, claim) for part in (ours, theirs))

@@ -151,6 +151,7 @@ def to_planes(image: Image.Image | np.ndarray, in_chans: int) -> list[Image.Imag
 
     Raises: InputError when the image cannot have ``in_chans`` channels.
     """
+    image = from_array(image) if isinstance(image, np.ndarray) else image
     if isinstance(image, np.ndarray):
         if image.shape[2] != in_chans:
             raise InputError(f"an array of {image.shape[2]} channels where in_chans is {in_chans}")

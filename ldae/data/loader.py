@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import signal
 import sys
@@ -13,13 +14,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldae.data.image import BadImage
 from ldae.data.source import Source
+from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 
 _PREFETCHED = 2  # pieces that each worker may have ready, PyTorch's default
+_SLOTS = _PREFETCHED + 1  # of each worker: the main process copies one more piece
 
 # Images in flight over all ranks of a machine. Containers often have 64 MB of shared memory.
 _SHARED_BYTES = 48_000_000
@@ -101,6 +104,19 @@ def eval_batches(
         yield batch.images, batch.targets, batch.positions
 
 
+def crop_batches(
+    source: Source, crop: CropTransform, indices: Sequence[int], batch_size: int, workers: int
+) -> Iterator[Batch]:
+    """Yield crops in the given order. A bad image is black, its target 1; other targets are 0.
+
+    ``Batch.bad`` names the bad images. The last batch may be smaller.
+
+    Raises: InputError when a worker process dies.
+    """
+    batches = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
+    return _load(_Crops(source, crop), batches, workers, pin_memory=False)
+
+
 @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
 def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     """Return the order of the images in one epoch, int64 (length,)."""
@@ -124,6 +140,18 @@ class _EvaluationOrder(Dataset):
             return *_image_and_target(self.source, self.transform, index, rng), index, []
         except InputError as error:
             return error
+
+
+class _Crops(_EvaluationOrder):
+    """Crops by index, where a bad image is black."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if isinstance(sample, InputError):
+            side = self.transform.img_size
+            black = torch.zeros(self.transform.in_chans, side, side, dtype=torch.uint8)
+            return black, 1, index, [(self.source.name(index), str(sample))]
+        return sample[0], 0, index, []
 
 
 class _TrainingOrder(Dataset):
@@ -166,13 +194,44 @@ def _image_and_target(
     return tensor, source.target(index)
 
 
-def _collate(samples: list[Sample | InputError]) -> Batch | InputError:
-    for sample in samples:
-        if isinstance(sample, InputError):
-            return sample
-    images, targets, positions, bad = zip(*samples)
-    skipped = list(itertools.chain(*bad))
-    return Batch(torch.stack(images), _collate_targets(targets), torch.tensor(positions), skipped)
+class _Slots:
+    """Shared memory in which workers hand over the images of their pieces.
+
+    It is used again and again: memory that is shared anew for each piece takes several times as
+    long as the copy. Each worker fills its slots in turn. It gets a piece when the main process
+    takes the piece before the last, so the main process has copied the piece that was in the slot.
+    """
+
+    def __init__(self, workers: int) -> None:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.size = _SHARED_BYTES // (ranks * workers * _SLOTS) if workers else sys.maxsize
+        self.memory = torch.empty(workers, _SLOTS, self.size if workers else 0, dtype=torch.uint8)
+        self.memory.share_memory_()
+        self.filled = 0  # by this worker
+
+    def collate(self, samples: list[Sample | InputError]) -> Batch | InputError:
+        """Join samples to a piece; its images are the place in the memory if they fit there."""
+        for sample in samples:
+            if isinstance(sample, InputError):
+                return sample
+        images, targets, positions, bad = zip(*samples)
+        skipped = list(itertools.chain(*bad))
+        joined = self._put(images)
+        return Batch(joined, _collate_targets(targets), torch.tensor(positions), skipped)
+
+    def _put(self, images: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple:
+        worker, shape = get_worker_info(), (len(images), *images[0].shape)
+        if worker is None or images[0].dtype != torch.uint8 or math.prod(shape) > self.size:
+            return torch.stack(images)
+        place = (worker.id, self.filled % _SLOTS, shape)
+        self.filled += 1
+        torch.stack(images, out=self.get(place))
+        return place
+
+    def get(self, place: tuple[int, int, tuple[int, ...]]) -> torch.Tensor:
+        """Return the images in a slot of a worker, a view (n, C, H, W)."""
+        worker, slot, shape = place
+        return self.memory[worker, slot, : math.prod(shape)].view(shape)
 
 
 def _collate_targets(targets: tuple[Any, ...]) -> torch.Tensor | list:
@@ -197,18 +256,19 @@ def _load(
     # fork.
     context = "fork" if workers and sys.platform == "linux" else None
     workers = min(workers, _available_cpus())
-    pieces = _Pieces(batches, workers)
+    slots = _Slots(workers)
+    pieces = _Pieces(batches, slots.size)
     loader = DataLoader(
         dataset,
         batch_sampler=pieces,
         num_workers=workers,
         prefetch_factor=_PREFETCHED if workers else None,
-        collate_fn=_collate,
+        collate_fn=slots.collate,
         worker_init_fn=_ignore_signals,
         multiprocessing_context=context,
         generator=torch.Generator(),  # drawing from the global generator would change the training
     )
-    return _joined(_loaded(loader), pieces, pin_memory)
+    return _joined(_loaded(loader, slots), pieces, pin_memory)
 
 
 class _Pieces:
@@ -218,8 +278,8 @@ class _Pieces:
     The first pieces have one image, until ``image_bytes`` is known.
     """
 
-    def __init__(self, batches: Iterable[Sequence[int]], workers: int) -> None:
-        self.batches, self.workers = batches, workers
+    def __init__(self, batches: Iterable[Sequence[int]], most_bytes: int) -> None:
+        self.batches, self.most_bytes = batches, most_bytes
         self.sizes: deque[int] = deque()
         self.image_bytes: int | None = None
 
@@ -234,21 +294,18 @@ class _Pieces:
     @property
     def _largest(self) -> int:
         """The number of images that a piece may have."""
-        if not self.workers:  # then no memory is shared
-            return sys.maxsize
-        if self.image_bytes is None:
-            return 1
-        pieces = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * self.workers * _PREFETCHED
-        return max(_SHARED_BYTES // (pieces * self.image_bytes), 1)
+        return max(self.most_bytes // (self.image_bytes or self.most_bytes), 1)
 
 
-def _loaded(loader: DataLoader) -> Iterator[Batch]:
+def _loaded(loader: DataLoader, slots: _Slots) -> Iterator[Batch]:
     """Yield the loader's pieces; raise errors that are values and errors of dead workers."""
     with report_dead_worker():
         try:
             for piece in loader:
                 if isinstance(piece, InputError):
                     raise piece
+                if isinstance(piece.images, tuple):
+                    piece = piece._replace(images=slots.get(piece.images))
                 yield piece
         except (EOFError, ConnectionError) as error:  # from the pipe of a dead worker
             raise RuntimeError(f"DataLoader worker: {error}") from error

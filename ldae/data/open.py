@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ldae.data import timm_datasets
+from ldae.data import cached, timm_datasets
 from ldae.data.containers import Container, open_container
 from ldae.data.digits import BUILT_IN, built_in_splits
 from ldae.data.image_files import file_splits
@@ -28,12 +28,13 @@ def open_source(spec: str, split: Literal["train", "eval"]) -> Source:
       classes are the first-level sub-folders, sorted; with images directly inside, it is
       unlabelled. A single outer folder, as many archives have, is skipped.
     - A ``.npz`` file of samples: ``arr_0``, uint8 (N, H, W, C), without splits.
+    - A cache, the ``.safetensors`` file of ``ldae cache``, with the splits of its source.
     - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: data sets that timm opens.
     - ``digits`` and ``scattered-digits[:N[:SEED]]``: built-in data sets. ``./digits`` is a folder.
 
     Raises: InputError when the source does not exist, has no images or lacks the split.
     """
-    return _open_split(spec, _splits(spec, file_splits), split)
+    return _open_split(spec, source_splits(spec), split)
 
 
 def open_splits(
@@ -48,17 +49,21 @@ def open_splits(
     Raises: InputError as :func:`open_source` does, when there is no evaluation data, and when
         evaluation has a class that training lacks.
     """
-    splits = _splits(data, splits_of_files)
+    splits = source_splits(data, splits_of_files)
     if eval_data is None and "eval" not in splits:
         raise InputError(f"{data} has no evaluation split: give one by --eval-data")
-    eval_splits = splits if eval_data is None else _splits(eval_data, splits_of_files)
+    eval_splits = splits if eval_data is None else source_splits(eval_data, splits_of_files)
     train = _open_split(data, splits, "train")
     evaluation = _open_split(eval_data or data, eval_splits, "eval")
     _adopt_classes(evaluation, train)
     return train, evaluation
 
 
-def _splits(spec: str, splits_of_files: SplitsOfFiles) -> Splits:
+def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Splits:
+    """Return functions that open the splits of ``spec``.
+
+    Raises: InputError as :func:`open_source` does.
+    """
     kind, _, rest = spec.partition("/")
     name = spec.partition(":")[0]
     if name in BUILT_IN:
@@ -75,6 +80,8 @@ def _splits(spec: str, splits_of_files: SplitsOfFiles) -> Splits:
         raise InputError(f"no folder, archive or built-in data set is named {spec!r}{hint}")
     if path.name.lower().endswith(".npz") and path.is_file():
         return {"all": partial(NpzSource, spec, path)}
+    if path.name.lower().endswith(cached.SUFFIX) and path.is_file():
+        return cached.cached_splits(spec, path)
     return splits_of_files(spec, open_container(path))
 
 

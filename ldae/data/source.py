@@ -49,9 +49,18 @@ class Source:
     def image(self, i: int) -> Image.Image | np.ndarray:
         """Return image ``i`` in the form that :func:`ldae.data.image.decode` returns.
 
+        An array may have any number of channels.
+
         Raises: BadImage when the image cannot be read or decoded.
         """
         raise NotImplementedError
+
+    def resizes_twice(self, transform: Callable) -> bool:
+        """Return whether ``transform`` may change pixels that were resized before.
+
+        Otherwise the transformed images are those of the original files, byte for byte.
+        """
+        return False
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the images' names and classes and of ``stamp``, in hexadecimal.

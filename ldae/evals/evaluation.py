@@ -131,6 +131,11 @@ class Evaluation:
                 "eval_spec": self.eval.spec,
                 "fingerprint": (self.train or self.eval).fingerprint(),
                 "eval_fingerprint": self.eval.fingerprint(),
+                "resized_twice": any(
+                    source.resizes_twice(self.transform)
+                    for source in (self.train, self.eval)
+                    if source
+                ),
                 "train_images": len(self.train) if self.train else None,
                 "eval_images": len(self.eval),
                 "classes": classes,

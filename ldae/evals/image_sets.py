@@ -41,6 +41,10 @@ class ImageSet:
                 "features: their covariance cannot be estimated"
             )
 
+    def resizes_twice(self, encoder: Encoder) -> bool:
+        """Return whether the encoder resizes images that were resized before, see ``Source``."""
+        return False
+
     def statistics(self, encoder: Encoder, claim: dict) -> Statistics:
         """Return the statistics of the features, each image counted once over all ranks."""
         moments = Moments(encoder.dim, encoder.device)
@@ -71,6 +75,9 @@ class SourceImages(ImageSet):
                 "samples": read_record(Path(spec)),
             }
         )
+
+    def resizes_twice(self, encoder: Encoder) -> bool:
+        return self._source.resizes_twice(encoder.transform)
 
     def features(self, encoder: Encoder) -> Iterator[torch.Tensor]:
         for rows, _ in encoder.share(self._source):

@@ -227,7 +227,11 @@ def _report(fit: Fit, run: Path, row: str) -> None:
     record = {
         "row": row,
         "tokenizer": tokenizers.describe(tokenizer),
-        "data": {"spec": source.spec, "split": source.split},
+        "data": {
+            "spec": source.spec,
+            "split": source.split,
+            "resized_twice": source.resizes_twice(center),
+        },
         "results": results,
         "environment": environment(fit.device),
     }

@@ -18,6 +18,7 @@ from ldae.runs.lock import locked
 from ldae.settings import ExecutionSettings
 
 NAMES_HASH = "the hash of the images' names"  # a key of checkpoints' descriptions
+RESIZED_TWICE = "resized twice"  # another key, whether the images were: those of a cache
 # When a run resumes.
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source", "license")
 _NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # may lie in a folder before a run begins there

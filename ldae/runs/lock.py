@@ -70,7 +70,7 @@ def _acquire(path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         acquired = False
         try:
-            lock = _try_lock(fd)
+            lock = try_lock(fd)
             if not _is_same_file(path, fd):  # the last holder has just removed it
                 continue
             content = os.pread(fd, 4096, 0)
@@ -95,7 +95,7 @@ def _acquire(path: Path) -> int:
                 os.close(fd)
 
 
-def _try_lock(fd: int) -> bool | None:
+def try_lock(fd: int) -> bool | None:
     """Lock a file without waiting; return whether that succeeded.
 
     The result is None when the file system has no locks.

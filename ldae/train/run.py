@@ -13,7 +13,7 @@ from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.folder import NAMES_HASH, Settings, names_hash
+from ldae.runs.folder import NAMES_HASH, RESIZED_TWICE, Settings, names_hash
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config, OptimSettings
 from ldae.train.loop import Hook, Loop, Plan
@@ -43,6 +43,8 @@ def train_in(
         mixing: applied to each batch before the model sees it.
     """
 
+    resizes_twice = source.resizes_twice(transform)
+
     def batches_from(start: int) -> Generator[Batch]:
         return train_batches(
             source,
@@ -60,7 +62,9 @@ def train_in(
         )
 
     def open_metrics(seen: int) -> Metrics:
-        print_main(f"{run}: {row}, {plan.total:,} images in {plan.steps:,} steps, from {seen:,}")
+        resized = ", resized twice," if resizes_twice else ""
+        steps = f"{plan.total:,} images{resized} in {plan.steps:,} steps"
+        print_main(f"{run}: {row}, {steps}, from {seen:,}")
         return Metrics(run, seen, config.system.tensorboard, config.system.wandb)
 
     return Loop(
@@ -77,6 +81,7 @@ def train_in(
             "images": len(source),
             "classes": list(source.classes or ()),
             NAMES_HASH: names_hash(source),
+            RESIZED_TWICE: resizes_twice,
         },
         compiled=compiled,
         hooks=hooks,

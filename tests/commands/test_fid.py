@@ -126,6 +126,7 @@ def test_results_tell_what_the_number_depends_on(sets, capsys):
         "images": 90,
         "fingerprint": open_source("a", "train").fingerprint(),
         "first_size": [32, 32],
+        "resized_twice": False,
         "samples": None,
     }
     assert record["reference"]["spec"] == "b" and record["reference"]["images"] == 75

@@ -1,10 +1,12 @@
 import itertools
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 from ldae.data import loader
 from ldae.data.image import BadImage
@@ -154,10 +156,10 @@ def test_workers_change_nothing_and_leave_the_global_rng_alone(digits):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_workers_share_little_memory_with_all_ranks(ranks, digits, monkeypatch):
-    """Two workers of each rank have two pieces ready. Batches are as without workers."""
+    """Two workers of each rank have three slots each. Batches are as without workers."""
     image, most = 3 * 8 * 8, 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(loader, "_SHARED_BYTES", ranks * 2 * 2 * most * image)
+    monkeypatch.setattr(loader, "_SHARED_BYTES", ranks * 2 * 3 * most * image)
     monkeypatch.setattr(loader, "_available_cpus", lambda: 2)
     sizes = []
 
@@ -172,6 +174,23 @@ def test_workers_share_little_memory_with_all_ranks(ranks, digits, monkeypatch):
     assert max(sizes) == most and sum(sizes) == 72
     assert_equal(join(shared), join(stream(digits)))
     assert {len(batch.images) for batch in shared} == {12}
+
+
+def test_a_slot_is_filled_again_only_when_its_images_were_copied(monkeypatch):
+    """Also when the main process is slow, and for images that are larger than a slot."""
+
+    class SlowCopy(loader._Slots):
+        def get(self, place):
+            if get_worker_info() is None:
+                time.sleep(0.005)  # the workers can run ahead now
+            return super().get(place)
+
+    monkeypatch.setattr(loader, "_available_cpus", lambda: 2)
+    monkeypatch.setattr(loader, "_Slots", SlowCopy)
+    for slot in (1, 2, 7):  # bytes; an image has two
+        monkeypatch.setattr(loader, "_SHARED_BYTES", 2 * 3 * slot)
+        order = indices(joined_stream(Numbered(10)))
+        assert indices(joined_stream(Numbered(10), workers=2)) == order
 
 
 @pytest.mark.parametrize("workers", [0, 1])

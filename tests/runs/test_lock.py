@@ -114,12 +114,12 @@ def test_a_lock_that_outlives_its_machine_is_removed(tmp_path, monkeypatch):
     """A file server may keep the lock of a machine that lost its power."""
     path = tmp_path / LOCK
     path.write_text(json.dumps({"process": 5, "host": "gone", "machine": "another"}))
-    try_lock = lock._try_lock
+    try_lock = lock.try_lock
 
     def keep_lock(fd):
         return False if b"another" in os.pread(fd, 4096, 0) else try_lock(fd)
 
-    monkeypatch.setattr(lock, "_try_lock", keep_lock)
+    monkeypatch.setattr(lock, "try_lock", keep_lock)
     assert 0.5 < acquire(tmp_path) < 5
 
 
