@@ -179,7 +179,7 @@ class ExecutionSettings:
     """torch.compile, which compiles a block once for all blocks; auto: on GPUs."""
     memory_budget: Annotated[float, SHARE] = 0.9
     """With compile: the share of a block's activations to keep for the backward pass, which
-    recomputes the others, the cheapest first. 0.9 halves them at the same speed."""
+    recomputes the others, the cheapest first."""
     checkpoint_activations: bool = False
     """Recompute whole blocks in the backward pass: little memory, a third more time."""
     device_batch: Annotated[int, NOT_NEGATIVE] = 0

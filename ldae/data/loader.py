@@ -216,8 +216,9 @@ class _Slots:
                 return sample
         images, targets, positions, bad = zip(*samples)
         skipped = list(itertools.chain(*bad))
-        joined = self._put(images)
-        return Batch(joined, _collate_targets(targets), torch.tensor(positions), skipped)
+        # Targets and positions stay plain values. To share a tensor, a worker has a thread that
+        # prints its error when the main process ends first.
+        return Batch(self._put(images), targets, positions, skipped)
 
     def _put(self, images: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple:
         worker, shape = get_worker_info(), (len(images), *images[0].shape)
@@ -234,7 +235,7 @@ class _Slots:
         return self.memory[worker, slot, : math.prod(shape)].view(shape)
 
 
-def _collate_targets(targets: tuple[Any, ...]) -> torch.Tensor | list:
+def _collate_targets(targets: list[Any]) -> torch.Tensor | list:
     """Return numbers and tensors as one tensor (B, ...), and other trees as a list of B trees.
 
     A tree is never stacked, since the sizes of its tensors may differ from image to image.
@@ -323,19 +324,13 @@ def _joined(loaded: Iterator[Batch], pieces: _Pieces, pin_memory: bool) -> Itera
         while True:
             images[filled : filled + len(piece.images)] = piece.images
             filled += len(piece.images)
-            targets.append(piece.targets)
-            positions += piece.positions.tolist()
+            targets += piece.targets
+            positions += piece.positions
             bad += piece.bad
             if filled == size:
                 break
             piece = next(loaded)
-        yield Batch(images, _join_targets(targets), torch.tensor(positions), bad)
-
-
-def _join_targets(targets: list[torch.Tensor] | list[list]) -> torch.Tensor | list:
-    if isinstance(targets[0], torch.Tensor):
-        return torch.cat(targets)
-    return list(itertools.chain(*targets))
+        yield Batch(images, _collate_targets(targets), torch.tensor(positions), bad)
 
 
 @contextmanager
