@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +55,23 @@ def check_writable(path: Path) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be written: {parent} is not a writable folder")
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Check that the disk of ``path``, whose folder exists, has room for ``needed`` more bytes.
+
+    Raises: InputError when it has not.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise InputError(
+            f"{path} needs {format_size(needed)} more, and its disk has {format_size(free)} left"
+        )
+
+
+def format_size(count: int) -> str:
+    """Return a number of bytes in GB, such as ``1.5 GB``."""
+    return f"{count / 1e9:.3g} GB"
 
 
 @contextmanager

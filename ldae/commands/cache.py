@@ -2,9 +2,6 @@
 
 import logging
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -26,7 +23,7 @@ from ldae.data.open import source_splits
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
-from ldae.runs.lock import try_lock
+from ldae.runs.lock import open_partial
 from ldae.tree import COUNT, NOT_NEGATIVE
 
 _log = logging.getLogger(__name__)
@@ -67,17 +64,33 @@ def cache(
         return
     if out is None or out.suffix.lower() != SUFFIX:
         raise InputError(f"name the file to write, which ends in {SUFFIX}: ldae cache SOURCE OUT")
-    crop = CropTransform(side, in_chans)
+    write_cache(
+        _open_splits(source, split), out, CropTransform(side, in_chans), workers, bad_images
+    )
+
+
+def write_cache(
+    sources: dict[str, Source],
+    out: Path,
+    crop: CropTransform,
+    workers: int | None,
+    bad_images: Literal["stop", "skip"] = "stop",
+) -> None:
+    """Write crops of the images of each split to the cache ``out``, as ``cache`` does.
+
+    Raises: InputError for wrong settings or images, and when the file cannot be written.
+    """
     workers = os.cpu_count() or 1 if workers is None else workers
     NOT_NEGATIVE.check("workers", workers)
-    sources = _open_splits(source, split)
     if out.exists():
         _check_same(open_cache(out), sources, crop)
         print(f"{out}: done before")
         return
-    with files.report_write_errors(out), _partial(out, sources, crop) as (file, partial):
-        for name, opened in sources.items():
-            _fill(file, partial, name, opened, crop, workers, bad_images)
+    with files.report_write_errors(out), open_partial(out) as file:
+        partial = _begin(file, out, sources, crop)
+        for name, source in sources.items():
+            _fill(file, partial, name, source, crop, workers, bad_images)
+        files.publish(file, out)
     print(f"{out}: {_describe(open_cache(out))}")
 
 
@@ -95,31 +108,18 @@ def _open_splits(spec: str, split: str | None) -> dict[str, Source]:
     return sources
 
 
-@contextmanager
-def _partial(
-    out: Path, sources: dict[str, Source], crop: CropTransform
-) -> Iterator[tuple[BinaryIO, CacheFile]]:
-    """Open or begin the file that becomes ``out`` at the end, and keep other processes out.
+def _begin(file: BinaryIO, out: Path, sources: dict[str, Source], crop: CropTransform) -> CacheFile:
+    """Write the index of a cache to ``file``, which becomes ``out``, if an earlier start has not.
 
     Raises: InputError when it was begun for other images or crops, or the disk has no room.
     """
-    path = out.with_name(out.name + files.PARTIAL)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    # Closing any other descriptor of the file would release its lock, so it is opened only once.
-    with open(path, "r+b") as file:
-        if try_lock(file.fileno()) is False:
-            raise InputError(f"{out} is being written by another process")
-        if not has_index(file):
-            write_index(file, sources, crop.img_size, crop.in_chans)
-        partial = CacheFile(file)
-        _check_same(partial, sources, crop)
-        status = os.fstat(file.fileno())
-        room, free = status.st_size - 512 * status.st_blocks, shutil.disk_usage(path.parent).free
-        if room > free:
-            raise InputError(f"{out} needs {_size(room)} more, and its disk has {_size(free)} left")
-        yield file, partial
-        files.publish(file, out)
+    if not has_index(file):
+        write_index(file, sources, crop.img_size, crop.in_chans)
+    partial = CacheFile(file)
+    _check_same(partial, sources, crop)
+    status = os.fstat(file.fileno())
+    files.check_room(out, status.st_size - 512 * status.st_blocks)
+    return partial
 
 
 def _check_same(held: CacheFile, sources: dict[str, Source], crop: CropTransform) -> None:
@@ -194,10 +194,6 @@ def _describe(held: CacheFile) -> str:
     arrays = next(iter(held.arrays.values()))
     shape = " x ".join(map(str, arrays["images"].shape[1:]))
     bad = sum(int(arrays["bad"].sum()) for arrays in held.arrays.values())
-    return f"{counts} of {shape}, {_size(held.path.stat().st_size)}" + (
+    return f"{counts} of {shape}, {files.format_size(held.path.stat().st_size)}" + (
         f", {bad} bad" if bad else ""
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"

@@ -221,24 +221,11 @@ class Tar(_Archive):
     """An uncompressed tar archive. A location is offset, size and time in seconds."""
 
     def entries(self) -> dict[str, Location]:
-        entries = {}
         try:
-            with tarfile.open(self.path, "r:") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members.clear()  # tarfile would keep every header in memory
-                    name = member.name.removeprefix("./")
-                    if member.isdir():
-                        entries[name + "/"] = (0, 0, 0)
-                    elif member.isreg() and not member.issparse():
-                        entries[name] = (member.offset_data, member.size, int(member.mtime))
-                    else:
-                        raise InputError(
-                            f"{self.path} contains {name}, a link, a device or a sparse file: pack "
-                            "it again with tar --dereference --hard-dereference"
-                        )
+            with open(self.path, "rb") as file:
+                return tar_entries(file)
         except (OSError, tarfile.TarError) as error:
             raise InputError(f"{self.path} is not a readable tar archive: {error}") from error
-        return entries
 
     def open(self, name: bytes, location: Location) -> BinaryIO:
         offset, size, _ = location
@@ -246,3 +233,31 @@ class Tar(_Archive):
 
     def stamp(self, names: list[bytes], locations: np.ndarray) -> bytes:
         return locations[:, 1:].tobytes()  # size and time
+
+
+def tar_entries(file: BinaryIO) -> dict[str, Location]:
+    """Return the entries of the tar archive that begins at the position of ``file``.
+
+    Locations are as in ``Tar``; offsets are those in ``file``.
+
+    Raises: InputError for an entry that is neither a file nor a folder. OSError or tarfile.TarError
+        when the archive cannot be read.
+    """
+    entries = {}
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # tarfile would keep every header in memory
+            name = member.name.removeprefix("./")
+            if member.isdir():
+                entries[name + "/"] = (0, 0, 0)
+            elif member.isreg() and not member.issparse():
+                entries[name] = (member.offset_data, member.size, int(member.mtime))
+            else:
+                raise InputError(
+                    f"{file.name} contains {name}, a link, a device or a sparse file: pack "
+                    "it again with tar --dereference --hard-dereference"
+                )
+    file.seek(archive.offset)
+    if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+        raise tarfile.ReadError(f"the header at byte {archive.offset} is damaged")
+    return entries

@@ -1,4 +1,4 @@
-"""The lock that gives a run folder to one living process at a time."""
+"""Locks that give a run folder, or a file, to one living process at a time."""
 
 import errno
 import fcntl
@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ldae.distributed import is_main
 from ldae.errors import InputError
-from ldae.files import report_write_errors
+from ldae.files import PARTIAL, report_write_errors
 from ldae.runs import layout
 
 _HEARTBEAT_SECONDS = 5.0  # between two writes of the holder into its lock file
@@ -112,6 +113,24 @@ def try_lock(fd: int) -> bool | None:
             return False
         raise
     return True
+
+
+@contextmanager
+def open_partial(path: Path) -> Iterator[BinaryIO]:
+    """Open the file that becomes ``path`` when it is published, and keep other processes out.
+
+    It is new, or what an earlier start has left. Missing folders are created.
+
+    Raises: InputError when another process has it open.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    # Closing any other descriptor of the file would release its lock, so it is opened only once.
+    with open(partial, "r+b") as file:
+        if try_lock(file.fileno()) is False:
+            raise InputError(f"{path} is being written by another process")
+        yield file
 
 
 def _is_same_file(path: Path, fd: int) -> bool:

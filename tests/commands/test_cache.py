@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from ldae.commands import cache as command
 from ldae.commands.cache import cache
 from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
@@ -21,6 +20,7 @@ from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
 from ldae.method import LDAE
+from ldae.runs import lock
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path, monkeypatch):
 
 
 def test_another_process_may_not_write_the_same_file(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "try_lock", lambda fd: False)
+    monkeypatch.setattr(lock, "try_lock", lambda fd: False)
     with pytest.raises(InputError, match="a.safetensors is being written by another process"):
         cache(str(folder), tmp_path / "a.safetensors", **HOW)
 

@@ -98,6 +98,12 @@ def test_a_truncated_tar_is_refused(tmp_path):
     refuse(path, "is not a readable tar archive")
 
 
+def test_a_damaged_header_in_a_tar_is_not_taken_for_its_end(tmp_path):
+    path = write_tar(tmp_path / "a.tar", tarfile.TarInfo("a/1.png"), tarfile.TarInfo("a/2.png"))
+    path.write_bytes(path.read_bytes().replace(b"2.png", b"3.png"))
+    refuse(path, "is not a readable tar archive: the header at byte 512 is damaged")
+
+
 def test_links_in_a_tar_are_refused(tmp_path):
     link = tarfile.TarInfo("a/1.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
