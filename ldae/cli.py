@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _KIND_OF_RUN = {"pretrain": "pretraining", "fit-tokenizer": "tokenizer"}  # commands that take a row
 _WITHOUT_JOBS = ("jobs", "show", "diff")
+_RELIST = "--relist"
 _NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # sections of a docstring
 
 # The function of a command has the command's name and lies in the file of that name. The file is
@@ -161,12 +162,18 @@ def _usage() -> str:
         f"{commands}\n\n"
         "`ldae COMMAND --help` lists a command's settings; `ldae COMMAND ... --slurm` sends it "
         "to a cluster.\n"
+        f"`ldae COMMAND ... {_RELIST}` lists the files of large data sets anew.\n"
         "Start with: ldae demo, or ldae pretrain l_dae --scale small --data DIR --run runs/first"
     )
 
 
 def _call(command: str, argv: Sequence[str], function: Callable | None = None) -> None:
     """Call a command's function, or ``function`` in its place, with command line arguments."""
+    if _RELIST in argv and command not in (*_WITHOUT_JOBS, "submit"):
+        from ldae.data.listing import relisting
+
+        with relisting():
+            return _call(command, [word for word in argv if word != _RELIST], function)
     function = function or _function(command)
     if command in _KIND_OF_RUN:
         _call_with_row(command, argv, function)

@@ -57,9 +57,10 @@ _DIMS = {"conv_vae": 8, "pixel": 192}
 
 
 @pytest.fixture(autouse=True)
-def no_cached_weights(monkeypatch, tmp_path_factory):
-    """Hide the machine's downloaded weights."""
+def no_cached_files(monkeypatch, tmp_path_factory):
+    """Hide the machine's downloaded weights, and keep listings of folders out of its home."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch-home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache-home"))
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -78,15 +78,18 @@ def open_container(path: Path) -> Container:
 def visible_entries(container: Container) -> dict[str, Location]:
     """Return the entries that are not hidden.
 
-    A hidden entry has a part in its name that starts with a dot or is ``__MACOSX``.
-
     Raises: InputError for a name that leads outside the container, and as ``entries`` does.
     """
     entries = container.entries()
     for name in entries:
         if _OUTSIDE.search(name):
             raise InputError(f"{container.path} contains {name!r}, a name that leads outside")
-    return {name: location for name, location in entries.items() if not _HIDDEN.search(name)}
+    return {name: location for name, location in entries.items() if not hidden(name)}
+
+
+def hidden(name: str) -> bool:
+    """Return whether a part of the name starts with a dot or is ``__MACOSX``."""
+    return _HIDDEN.search(name) is not None
 
 
 class Folder:
@@ -96,29 +99,52 @@ class Folder:
         self.path = path
 
     def entries(self) -> dict[str, Location]:
-        return dict.fromkeys(self._walk("", ()), ())
+        return dict.fromkeys(self.walk(lambda folder, _: self.scan(folder)[0]), ())
 
-    def _walk(self, prefix: str, parents: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """Yield the names below the folder ``prefix``.
+    def scan(self, folder: str) -> tuple[list[str], bool]:
+        """Return the entries directly in ``folder``, sorted, by their names in this container.
 
-        ``parents`` are device and inode of the folders around it, to stop at links in a circle.
+        Also return whether a link among them leads nowhere. Its target may become a folder, and the
+        times of ``folder`` do not show that.
+
+        Raises: OSError when the folder cannot be read.
         """
-        folder = self.path / prefix
+        names, has_lost_link = [], False
+        with os.scandir(self.path / folder) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    names.append(f"{folder}{entry.name}/")
+                elif entry.is_symlink() or entry.is_file():  # a broken link is a bad image
+                    names.append(folder + entry.name)
+                    has_lost_link |= _is_lost_link(entry)
+        return sorted(names), has_lost_link
+
+    def walk(
+        self,
+        contents: Callable[[str, os.stat_result], Iterable[Any]],
+        folder: str = "",
+        parents: tuple[tuple[int, int], ...] = (),
+    ) -> Iterator[Any]:
+        """Yield what ``contents`` returns for ``folder``; after each folder in it, its contents.
+
+        ``contents`` is called with a folder and its status. A string that it returns and that ends
+        in a slash is a folder. ``parents`` are device and inode of the folders around ``folder``,
+        to stop at links in a circle.
+
+        Raises: InputError when a folder cannot be read.
+        """
         try:
-            status = folder.stat()
+            status = os.stat(self.path / folder)
             identity = (status.st_dev, status.st_ino)
-            if identity in parents:
-                return
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = prefix + entry.name
-                    if _is_folder(entry):
-                        yield name + "/"
-                        yield from self._walk(name + "/", (*parents, identity))
-                    elif entry.is_symlink() or entry.is_file():  # a broken link is a bad image
-                        yield name
+            parts = () if identity in parents else contents(folder, status)
         except OSError as error:
-            raise InputError(f"folder {folder} cannot be read: {error.strerror}") from error
+            raise InputError(
+                f"folder {self.path / folder} cannot be read: {error.strerror}"
+            ) from error
+        for part in parts:
+            yield part
+            if isinstance(part, str) and part.endswith("/"):
+                yield from self.walk(contents, part, (*parents, identity))
 
     def open(self, name: bytes, location: Location) -> bytes:
         return os.path.join(os.fsencode(self.path), name)
@@ -156,7 +182,14 @@ def _is_folder(entry: os.DirEntry) -> bool:
         raise
 
 
-class _Archive:
+def _is_lost_link(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_symlink() and not entry.is_file()
+    except OSError:  # a circle
+        return True
+
+
+class Archive:
     """An archive file, read by position so that processes need no lock."""
 
     def __init__(self, path: Path):
@@ -177,7 +210,7 @@ class _Archive:
         return data
 
 
-class Zip(_Archive):
+class Zip(Archive):
     """A ZIP archive. A location is header offset, packed size, size, method and checksum."""
 
     def entries(self) -> dict[str, Location]:
@@ -217,7 +250,7 @@ class Zip(_Archive):
         return locations[:, [2, 4]].tobytes()  # size and checksum
 
 
-class Tar(_Archive):
+class Tar(Archive):
     """An uncompressed tar archive. A location is offset, size and time in seconds."""
 
     def entries(self) -> dict[str, Location]:

@@ -1,7 +1,6 @@
 """Image files in a folder or an archive, with splits and classes named by its sub-folders."""
 
 import logging
-import os
 import struct
 import zlib
 from functools import partial
@@ -10,8 +9,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from ldae.data.containers import Container, Location, visible_entries
-from ldae.data.image import BadImage, decode, image_extensions
+from ldae.data.containers import Container
+from ldae.data.image import BadImage, decode
+from ldae.data.listing import Listing, list_images
 from ldae.data.source import Source, Splits
 from ldae.errors import InputError
 
@@ -27,17 +27,15 @@ class FileSource(Source):
         spec: str,
         split: str,
         container: Container,
-        files: dict[str, Location],
+        listing: Listing,
         classes: list[str] | None,
         labels: np.ndarray | None,
     ):
         super().__init__(spec, split, classes, labels)
         self._container = container
-        # Arrays, because worker processes would copy millions of Python objects one by one.
-        encoded = [os.fsencode(name) for name in files]
-        self._names = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)])
-        self._locations = np.array(list(files.values()), np.int64)
+        self._names = listing.names.tobytes()
+        self._ends = listing.ends
+        self._locations = listing.locations
 
     def __len__(self) -> int:
         return len(self._locations)
@@ -71,22 +69,23 @@ def file_splits(spec: str, container: Container) -> Splits:
 
     Raises: InputError when the container has no image files or must not be used.
     """
-    entries = visible_entries(container)
-    extensions = image_extensions()
-    images = sorted(name for name in entries if os.path.splitext(name)[1].lower() in extensions)
-    if not images:
+    listing = list_images(container)
+    if not listing.count:
         raise InputError(f"{spec} contains no images")
 
     def open_split(split: str, root: str) -> FileSource:
-        files = {name: entries[name] for name in images if name.startswith(root)}
-        classes, labels = _classes(list(files), root)
+        part = listing.below(root)
+        classes, labels = _classes(part, root)
         if classes is not None:
-            folders = {_first_folder(name, root) for name in entries if name.startswith(root)}
+            folders = {
+                _first_folder(name, root) for name in listing.stamps if name.startswith(root)
+            }
             if empty := sorted(folders - {"", *classes}):
                 _log.warning("%s: ignored folders without images: %s", spec, ", ".join(empty))
-        return FileSource(spec, split, container, files, classes, labels)
+        return FileSource(spec, split, container, part, classes, labels)
 
-    return {split: partial(open_split, split, root) for split, root in find_splits(images).items()}
+    roots = find_splits([folder for folder, _ in listing.runs])
+    return {split: partial(open_split, split, root) for split, root in roots.items()}
 
 
 def _first_folder(name: str, root: str) -> str:
@@ -95,27 +94,31 @@ def _first_folder(name: str, root: str) -> str:
     return head if slash else ""
 
 
-def find_splits(images: list[str]) -> dict[str, str]:
-    """Return the folder of each split, with its trailing slash; the keys are as in ``Splits``."""
+def find_splits(names: list[str]) -> dict[str, str]:
+    """Return the folder of each split, with its trailing slash; the keys are as in ``Splits``.
+
+    ``names`` are those of the images, or only of the folders that have images directly inside.
+    """
     root = ""
     while True:
-        folders = {_first_folder(name, root) for name in images}
+        folders = {_first_folder(name, root) for name in names}
         eval_name = next((name for name in EVAL_NAMES if name in folders), None)
         if "train" in folders and eval_name:
             return {"train": f"{root}train/", "eval": f"{root}{eval_name}/"}
         folder = min(folders)
         below = f"{root}{folder}/"
-        if len(folders) > 1 or not folder or not all(_first_folder(name, below) for name in images):
+        if len(folders) > 1 or not folder or not all(_first_folder(name, below) for name in names):
             return {"all": root}
         if folder in EVAL_NAMES:
             return {"eval": below}
         root = below  # a single folder around all other folders cannot distinguish classes
 
 
-def _classes(names: list[str], root: str) -> tuple[list[str], np.ndarray] | tuple[None, None]:
-    folders = [_first_folder(name, root) for name in names]
+def _classes(listing: Listing, root: str) -> tuple[list[str], np.ndarray] | tuple[None, None]:
+    folders = [_first_folder(folder, root) for folder, _ in listing.runs]
     classes = sorted(set(folders))
     if "" in classes:
         return None, None
     number = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([number[folder] for folder in folders], np.int64)
+    counts = [count for _, count in listing.runs]
+    return classes, np.repeat(np.array([number[name] for name in folders], np.int64), counts)

@@ -10,6 +10,7 @@ import numpy as np
 from ldae.data.containers import Container, Location, visible_entries
 from ldae.data.image import BadImage, decode_label_map, image_extensions, image_size
 from ldae.data.image_files import FileSource, find_splits
+from ldae.data.listing import listing_of
 from ldae.data.open import open_splits
 from ldae.data.source import MapSource, Splits
 from ldae.errors import InputError
@@ -47,8 +48,8 @@ class PairedFiles(FileSource, MapSource):
         images: dict[str, Location],
         maps: dict[str, Location],
     ):
-        super().__init__(spec, split, container, images, None, None)
-        self._maps = FileSource(spec, split, container, maps, None, None)
+        super().__init__(spec, split, container, listing_of(images), None, None)
+        self._maps = FileSource(spec, split, container, listing_of(maps), None, None)
 
     def label_map(self, i: int) -> np.ndarray:
         labels = decode_label_map(self._maps.open(i), self._maps.where(i))
