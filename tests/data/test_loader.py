@@ -1,14 +1,9 @@
 import itertools
-import os
-import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import get_worker_info
 
-from ldae.data import loader
 from ldae.data.image import BadImage
 from ldae.data.loader import Batch, eval_batches, train_batches
 from ldae.data.open import open_source
@@ -154,45 +149,6 @@ def test_workers_change_nothing_and_leave_the_global_rng_alone(digits):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_workers_share_little_memory_with_all_ranks(ranks, digits, monkeypatch):
-    """Two workers of each rank have three slots each. Batches are as without workers."""
-    image, most = 3 * 8 * 8, 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(loader, "_SHARED_BYTES", ranks * 2 * 3 * most * image)
-    monkeypatch.setattr(loader, "_available_cpus", lambda: 2)
-    sizes = []
-
-    class Pieces(loader._Pieces):
-        def __iter__(self):
-            for piece in super().__iter__():
-                sizes.append(len(piece))
-                yield piece
-
-    monkeypatch.setattr(loader, "_Pieces", Pieces)
-    shared = stream(digits, workers=2)
-    assert max(sizes) == most and sum(sizes) == 72
-    assert_equal(join(shared), join(stream(digits)))
-    assert {len(batch.images) for batch in shared} == {12}
-
-
-def test_a_slot_is_filled_again_only_when_its_images_were_copied(monkeypatch):
-    """Also when the main process is slow, and for images that are larger than a slot."""
-
-    class SlowCopy(loader._Slots):
-        def get(self, place):
-            if get_worker_info() is None:
-                time.sleep(0.005)  # the workers can run ahead now
-            return super().get(place)
-
-    monkeypatch.setattr(loader, "_available_cpus", lambda: 2)
-    monkeypatch.setattr(loader, "_Slots", SlowCopy)
-    for slot in (1, 2, 7):  # bytes; an image has two
-        monkeypatch.setattr(loader, "_SHARED_BYTES", 2 * 3 * slot)
-        order = indices(joined_stream(Numbered(10)))
-        assert indices(joined_stream(Numbered(10), workers=2)) == order
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_image_stops_the_stream_with_its_message(workers):
     with pytest.raises(BadImage) as caught:
@@ -246,29 +202,6 @@ def test_an_image_that_does_not_fit_in_chans_is_named(digits):
 def test_invalid_settings_are_refused_at_once(digits, settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         train_batches(digits, TRANSFORM, **{"seed": 0, "start": 0, "batch_size": 12, **settings})
-
-
-class SignalledWorker(Numbered):
-    """Images whose workers send themselves signals."""
-
-    def __init__(self, signals: tuple[int, ...]):
-        super().__init__(10)
-        self.signals = signals
-
-    def image(self, i: int) -> np.ndarray:
-        for number in self.signals:
-            os.kill(os.getpid(), number)
-        return super().image(i)
-
-
-def test_a_killed_worker_is_reported():
-    with pytest.raises(InputError, match="a data worker was killed"):
-        joined_stream(SignalledWorker((signal.SIGKILL,)), workers=1)
-
-
-def test_workers_ignore_stop_signals():
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    assert_equal(joined_stream(SignalledWorker(signals), workers=1), joined_stream(Numbered(10)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
