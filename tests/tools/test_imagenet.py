@@ -20,8 +20,13 @@ import scipy.io
 from PIL import Image
 
 from ldae.commands.cache import cache
+from ldae.commands.knn import knn
+from ldae.commands.pretrain import pretrain
 from ldae.data.cached import CacheFile, open_cache
 from ldae.data.open import open_splits
+from ldae.evals.evaluation import Setup
+from ldae.evals.neighbours import KNNProtocol
+from ldae.runs.checkpoints import Checkpoints
 
 TOOL = Path(__file__).parents[2] / "tools" / "imagenet.py"
 _spec = importlib.util.spec_from_file_location("imagenet", TOOL)
@@ -138,6 +143,21 @@ def test_the_three_are_the_same_source(downloads, tmp_path):
         assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
         assert evaluation.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert sources[0][0].fingerprint() == sources[1][0].fingerprint()
+
+
+def test_a_run_and_a_grading_take_the_cache(downloads, tmp_path, tiny):
+    out = tmp_path / "imagenet.safetensors"
+    assert tool.main([str(downloads), str(out), "--side", "32", "--workers", "0"]) == 0
+    run = tmp_path / "run"
+    pretrain(tiny(data__source=str(out), tokenizer__fit_images=12), run, "l_dae")
+    assert Checkpoints(run).load()["images_seen"] == 16  # two steps, of more than twelve images
+    record = knn(
+        str(run),
+        str(out),
+        protocol=KNNProtocol(k=(1,)),
+        setup=Setup(device="cpu", workers=0, out=tmp_path / "knn"),
+    )
+    assert record["data"]["fingerprint"] == open_cache(out).splits["train"]["fingerprint"]
 
 
 KILLED = """
