@@ -64,7 +64,7 @@ def cache(
         side: side of the crops in pixels, by default 256. Random crops are cut from them later.
         in_chans: channels of the crops, by default 3.
         split: write only this split; by default all splits of SOURCE.
-        latents: encode by this tokenizer: the tokenizer.safetensors of a conv_vae, or its run.
+        latents: encode by this tokenizer: the file of a conv_vae, or the run folder of one.
         device: auto, cpu, cuda or cuda:N, to compute latents on.
         bad_images: stop at an image that cannot be decoded, or skip it: it is bad in OUT too.
         workers: processes that decode images; by default one for each core.
