@@ -60,17 +60,18 @@ def main() -> None:
 
     sizes = (side, method.denoiser.in_dim, method.denoiser.out_dim)
     reference = awake(ReferenceDiT(vit_shape(args.model), 2 * args.depth, *sizes)).to(device)
+    eager = copy.deepcopy(method)
     steps = {
         "dit_fp32": reference_step(reference, batch_size, bf16=False),
         "dit_bf16": reference_step(copy.deepcopy(reference), batch_size, bf16=True),
-        "ldae_eager": step_of(copy.deepcopy(method), batch, config),
+        "ldae_eager": step_of(eager, batch, adamw(eager, config.optim)),
     }
     whole = torch.compile(copy.deepcopy(method))
     first = {"whole_network": seconds(lambda: whole(*batch).backward(), device)}
     torch._dynamo.reset()
     compiled = copy.deepcopy(method)
     compile_parts(compiled, config.system.memory_budget)
-    steps["ldae_compiled"] = step_of(compiled, batch, config)
+    steps["ldae_compiled"] = step_of(compiled, batch, adamw(compiled, config.optim))
     first["in_parts"] = seconds(steps["ldae_compiled"], device)
 
     speeds: dict[str, list[float]] = {name: [] for name in steps}
@@ -116,9 +117,9 @@ def awake(network: nn.Module) -> nn.Module:
     return network
 
 
-def step_of(method: LDAE, batch: tuple[torch.Tensor, torch.Tensor], config) -> Callable[[], None]:
-    optimizer = adamw(method, config.optim)
-
+def step_of(
+    method: LDAE, batch: tuple[torch.Tensor, ...], optimizer: torch.optim.Optimizer
+) -> Callable[[], None]:
     def step() -> None:
         method(*batch).backward()
         optimizer.step()

@@ -13,15 +13,15 @@ from ldae.models.vit import vit_shape
 from ldae.objective import Objective
 from ldae.patches import unpatchify
 from ldae.settings import Config
-from ldae.tokenizers import PatchTokenizer, Tokenizer
+from ldae.tokenizers import PatchTokenizer, Posterior, Tokenizer
 from ldae.tree import taken_by
 
 
 class Noised(NamedTuple):
     """A batch of images, encoded and noised."""
 
-    x: torch.Tensor
-    """The normalised images (B, C, H, W)."""
+    x: torch.Tensor | Posterior
+    """The normalised images (B, C, H, W), or their posteriors from a cache."""
     z_0: torch.Tensor
     """Their latents (B, N, d)."""
     eps: torch.Tensor
@@ -79,7 +79,7 @@ class LDAE(nn.Module):
         """Return the loss of a batch, a scalar.
 
         Args:
-            images: uint8 (B, C, H, W).
+            images: uint8 (B, C, H, W), or in their place rows of a latent cache, see ``read``.
             positions: int64 (B,), the number of each image in the run. With the seed it determines
                 t, the noise, the draw from the posterior and the dropped labels.
             labels: int64 (B,), read only by a class-conditional denoiser.
@@ -91,7 +91,7 @@ class LDAE(nn.Module):
 
     def add_noise(self, images: torch.Tensor, positions: torch.Tensor) -> Noised:
         """Encode images, uint8 (B, C, H, W), and noise their latents by ``positions`` (B,)."""
-        x = self.tokenizer.normalize(images)  #                                   (B, C, H, W)
+        x = self.read(images)  #                                                  (B, C, H, W)
         z_0 = self.encode(x, positions)  #                                        (B, N, d)
         t = noise.timesteps(self.seed, positions, len(self.sigma))  #             (B,)
         eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  #        (B, N, d)
@@ -105,15 +105,28 @@ class LDAE(nn.Module):
         target = self.objective.target(self.tokenizer, x, z_0, eps, *self.level(t))
         return self.objective.loss(self.tokenizer, target - output.to(target), t)
 
-    def encode(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Return z_0 (B, N, d) of normalised images (B, C, H, W).
+    def read(self, images: torch.Tensor) -> torch.Tensor | Posterior:
+        """Return images, uint8 (B, C, H, W), normalised.
+
+        Rows of a latent cache, float16 (B, 1 or 2, N, d), are returned as posteriors.
+        """
+        if images.dtype == torch.uint8:
+            return self.tokenizer.normalize(images)
+        return Posterior(*images.to(self.gamma).unbind(1))
+
+    def encode(
+        self, x: torch.Tensor | Posterior, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return z_0 (B, N, d) of normalised images (B, C, H, W), or of their posteriors.
 
         A posterior gives its mean or, if the method samples it, the draw of ``positions`` (B,).
         """
         eps = None
         if self.samples_posterior and positions is not None:
             shape = (self.tokenizer.num_tokens, self.tokenizer.dim)
-            eps = noise.normal(self.seed, positions, shape, noise.POSTERIOR).to(x)
+            eps = noise.normal(self.seed, positions, shape, noise.POSTERIOR).to(self.gamma)
+        if isinstance(x, Posterior):
+            return x.sample(eps)
         with torch.no_grad(), self._autocast(self.tokenizer.trained):
             return self.tokenizer.encode(x, eps).to(x)
 

@@ -17,10 +17,11 @@ Tensor = torch.Tensor
 class Target(NamedTuple):
     """What a network predicts, and how z_0 follows from its output."""
 
-    target: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    target: Callable[[Any, Any, Tensor, Tensor, Tensor, Tensor], Tensor]
     """(tokenizer, x, z_0, eps, gamma, sigma) -> the target of the output.
 
-    x (B, C, H, W) are clean images; z_0 and eps are (B, N, d); gamma and sigma are (B, 1, 1).
+    x (B, C, H, W) are clean images, which a cache of latents does not have; z_0 and eps are
+    (B, N, d); gamma and sigma are (B, 1, 1).
     """
     clean: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
     """(tokenizer, output, z_t, gamma, sigma) -> z_0 (B, N, d)."""

@@ -16,6 +16,9 @@ class DataSettings:
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
     """A folder, its .zip or .tar; torch/NAME@DIR (torchvision); hfds/NAME (Hugging Face datasets);
     scattered-digits[:N] or digits (built in)."""
+    latents: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """conv_vae: the latents of the training images, which `ldae cache --latents` wrote; the
+    tokenizer, named by tokenizer.path, then encodes no image in training."""
     eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
     """Evaluation images of the online k-NN; empty: the evaluation split of its source."""
     img_size: Annotated[int, COUNT] = 256  # 16 x 16 tokens of 16 x 16 pixels

@@ -25,7 +25,7 @@ import numpy as np
 from ldae import files
 from ldae.commands.cache import write_cache
 from ldae.console import progress
-from ldae.data.cached import SUFFIX
+from ldae.data.cached import SUFFIX, Content
 from ldae.data.containers import Location, Tar, tar_entries
 from ldae.data.image_files import file_splits
 from ldae.data.transforms import CropTransform
@@ -85,7 +85,9 @@ def imagenet(
     if out.suffix.lower() == SUFFIX:
         splits = file_splits(str(downloads), images)
         sources = {split: open_split() for split, open_split in splits.items()}
-        write_cache(sources, out, CropTransform(side), workers)
+        crop = CropTransform(side)
+        content = Content.crops(crop.img_size, crop.in_chans)
+        write_cache(sources, out, crop, content, workers)
     elif out.suffix:
         write_archive(images, out)
     else:

@@ -28,6 +28,8 @@ def fit_tokenizer(config: Config, run: Path, row: str, dry_run: bool = False) ->
         tree.check(config)
         if config.tokenizer.path:
             raise InputError("tokenizer.path names a fitted tokenizer, but this command fits one")
+        if config.data.latents:
+            raise InputError("data.latents names latents, but a tokenizer is fitted to images")
         fit = prepare(config, open_source(config.data.source, "train"), device, run)
         if dry_run:
             print(describe(fit.config, _facts(fit)))

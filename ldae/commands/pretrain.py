@@ -7,12 +7,14 @@ import torch
 from ldae import distributed, tree
 from ldae.backbones.fold import init_from, open_exported
 from ldae.console import describe
+from ldae.data.cached import copy_latents
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.plots.pictures import save_denoising, save_filters
 from ldae.precision import runs_in_bf16
+from ldae.pretraining.latents import open_latents
 from ldae.pretraining.online_knn import online_knn
 from ldae.pretraining.tokenizer import prepare, sample_images, tokenizer_of_run
 from ldae.runs import layout
@@ -55,6 +57,9 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         hooks = online_knn(config, plan, device)
         fit = prepare(config, source, device, run)
         config = fit.config
+        transform = transform_of(config)
+        if config.data.latents:
+            source, transform = open_latents(config, fit.tokenizer, source), copy_latents
         exported = open_exported(config.init_from, method) if config.init_from else None
         if dry_run:
             print(describe(config, _facts(config, method, plan, source, device)))
@@ -76,7 +81,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
                 plan,
                 source,
                 row=row,
-                transform=transform_of(config),
+                transform=transform,
                 device=device,
                 compiled=compiles(config.system.compile, device),
                 hooks=hooks,

@@ -22,6 +22,9 @@ class Source:
     A source can be pickled, and several processes and threads can read it at once.
     """
 
+    latents_of = ""
+    """Hash of the tokenizer, when the source gives latents in place of images."""
+
     def __init__(self, spec: str, split: str, classes: list[str] | None, labels: np.ndarray | None):
         self.spec = spec
         self.split = split

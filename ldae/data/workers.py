@@ -25,7 +25,7 @@ _SHARED_BYTES = 48_000_000
 class Batch(NamedTuple):
     """What one forward sees."""
 
-    images: torch.Tensor  # (B, C, H, W) uint8
+    images: torch.Tensor  # (B, C, H, W) uint8, or latents (B, 1 or 2, N, dim) float16
     targets: Any  # labels (B,) int64, -1 when unlabelled; or what Source.target is in this source
     positions: torch.Tensor  # (B,) int64, in the endless training order, or indices in evaluation
     bad: list[tuple[str, str]]  # images that could not be decoded and were replaced: name, reason
@@ -80,7 +80,8 @@ class _Slots:
     def __init__(self, workers: int) -> None:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.size = _SHARED_BYTES // (ranks * workers * _SLOTS) if workers else sys.maxsize
-        self.memory = torch.empty(workers, _SLOTS, self.size if workers else 0, dtype=torch.uint8)
+        words = math.ceil(self.size / 8) if workers else 0  # so that any numbers are aligned
+        self.memory = torch.empty(workers, _SLOTS, 8 * words, dtype=torch.uint8)
         self.memory.share_memory_()
         self.filled = 0  # by this worker
 
@@ -96,18 +97,19 @@ class _Slots:
         return Batch(self._put(images), targets, positions, skipped)
 
     def _put(self, images: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple:
-        worker, shape = get_worker_info(), (len(images), *images[0].shape)
-        if worker is None or images[0].dtype != torch.uint8 or math.prod(shape) > self.size:
+        worker, first = get_worker_info(), images[0]
+        if worker is None or len(images) * first.nbytes > self.size:
             return torch.stack(images)
-        place = (worker.id, self.filled % _SLOTS, shape)
+        place = (worker.id, self.filled % _SLOTS, (len(images), *first.shape), first.dtype)
         self.filled += 1
         torch.stack(images, out=self.get(place))
         return place
 
-    def get(self, place: tuple[int, int, tuple[int, ...]]) -> torch.Tensor:
+    def get(self, place: tuple[int, int, tuple[int, ...], torch.dtype]) -> torch.Tensor:
         """Return the images in a slot of a worker, a view (n, C, H, W)."""
-        worker, slot, shape = place
-        return self.memory[worker, slot, : math.prod(shape)].view(shape)
+        worker, slot, shape, dtype = place
+        size = math.prod(shape) * dtype.itemsize
+        return self.memory[worker, slot, :size].view(dtype).view(shape)
 
 
 class _Pieces:

@@ -19,6 +19,7 @@ from ldae.settings import ExecutionSettings
 
 NAMES_HASH = "the hash of the images' names"  # a key of checkpoints' descriptions
 RESIZED_TWICE = "resized twice"  # another key, whether the images were: those of a cache
+LATENTS_OF = "the hash of the latents' tokenizer"  # another key, empty for a training on images
 # When a run resumes.
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source", "license")
 _NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # may lie in a folder before a run begins there
@@ -97,9 +98,11 @@ def _changed(
 ) -> dict[str, tuple[Any, Any]]:
     """Return the changed settings that make this another run: dotted name -> (old, new)."""
     ignored = (*_MAY_CHANGE, *ignored)
-    names = (Checkpoints(run).describe() or {}).get(NAMES_HASH)
-    if names and names == names_hash(source):
+    described = Checkpoints(run).describe() or {}
+    if described.get(NAMES_HASH) == names_hash(source):
         ignored += ("data.source",)
+        if described.get(LATENTS_OF) == source.latents_of:
+            ignored += ("data.latents",)
     changed = tree.difference(before, config)
     return {name: pair for name, pair in changed.items() if not name.startswith(ignored)}
 

@@ -6,19 +6,20 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError, first_line, unknown
 from ldae.files import write
 from ldae.tokenizers.contract import PatchTokenizer, Tokenizer
 from ldae.tokenizers.conv import ConvTokenizer
-from ldae.tokenizers.learned import TrainedTokenizer
+from ldae.tokenizers.learned import Posterior, TrainedTokenizer
 from ldae.tokenizers.linear import PatchAE, PatchVAE
 from ldae.tokenizers.orthonormal import OrthonormalTokenizer, PatchPCA, PixelTokenizer
 from ldae.tree import taken_by
 
 __all__ = [
     "TOKENIZERS", "ConvTokenizer", "OrthonormalTokenizer", "PatchAE", "PatchPCA", "PatchTokenizer",
-    "PatchVAE", "PixelTokenizer", "Tokenizer", "TrainedTokenizer",
+    "PatchVAE", "PixelTokenizer", "Posterior", "Tokenizer", "TrainedTokenizer",
 ]  # fmt: skip
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
@@ -72,6 +73,19 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
     write(path, safetensors.torch.save(state, metadata))
 
 
+def open_fitted(path: Path) -> Tokenizer:
+    """Return the tokenizer in a file that ``save`` wrote.
+
+    Raises: InputError when the file is missing or damaged.
+    """
+    described, _ = _read(path)
+    if described["name"] not in TOKENIZERS:
+        raise unknown(f"tokenizer file {path} has the name", described["name"], TOKENIZERS)
+    tokenizer = create(**described)
+    load(tokenizer, path)
+    return tokenizer
+
+
 def load(tokenizer: Tokenizer, path: Path) -> None:
     """Load a file that ``save`` wrote into ``tokenizer``.
 
@@ -79,19 +93,7 @@ def load(tokenizer: Tokenizer, path: Path) -> None:
 
     Raises: InputError when the file is missing or damaged, or belongs to another tokenizer.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            saved = json.loads(file.metadata()["tokenizer"])
-        state = safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"there is no tokenizer file {path}") from None
-    except (TypeError, KeyError, ValueError):
-        raise InputError(f"{path} is not a tokenizer file of ldae") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"tokenizer file {path} is damaged ({first_line(error)}): replace it by a copy, or fit "
-            "the tokenizer again in a new run"
-        ) from None
+    saved, state = _read(path)
     described = describe(tokenizer)
     if isinstance(tokenizer, PatchTokenizer):
         del described["img_size"]
@@ -102,3 +104,23 @@ def load(tokenizer: Tokenizer, path: Path) -> None:
         tokenizer.load_state_dict(state)
     except RuntimeError:
         raise InputError(f"the network in tokenizer file {path} does not fit this run's") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the description and the state dict in a tokenizer's file.
+
+    Raises: InputError when it is missing or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            described = json.loads(file.metadata()["tokenizer"])
+        return described, safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"there is no tokenizer file {path}") from None
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{path} is not a tokenizer file of ldae") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"tokenizer file {path} is damaged ({first_line(error)}): replace it by a copy, or fit "
+            "the tokenizer again in a new run"
+        ) from None

@@ -13,11 +13,11 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class Posterior(NamedTuple):
-    """A diagonal Gaussian for each image, in the network's own units."""
+    """A diagonal Gaussian over the latents of each image."""
 
     mean: torch.Tensor
     """(B, N, dim)."""
-    log_variance: torch.Tensor | None
+    log_variance: torch.Tensor | None = None
     """(B, N, dim), or None when the tokenizer has no posterior."""
 
     def sample(self, eps: torch.Tensor | None) -> torch.Tensor:
@@ -29,6 +29,10 @@ class Posterior(NamedTuple):
     def to(self, like: torch.Tensor) -> "Posterior":
         """Return the posterior in the precision and on the device of ``like``."""
         return Posterior(*(None if part is None else part.to(like) for part in self))
+
+    def stack(self) -> torch.Tensor:
+        """Return mean and log-variance as one tensor (B, 2, N, dim), or the mean (B, 1, N, dim)."""
+        return torch.stack([part for part in self if part is not None], 1)
 
     def kl(self) -> torch.Tensor:
         """Return KL[posterior | N(0, I)] (B,), summed over the numbers of an image."""
@@ -68,7 +72,7 @@ class TrainedTokenizer(Tokenizer):
         self.register_buffer("latent_mean", torch.zeros(dim))
 
     def posterior(self, images: torch.Tensor) -> Posterior:
-        """Return the posterior of normalised images (B, C, H, W)."""
+        """Return the posterior of normalised images (B, C, H, W), in the network's own units."""
         raise NotImplementedError
 
     def decode_raw(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,8 +95,15 @@ class TrainedTokenizer(Tokenizer):
         """Convert latents from the tokenizer's units to the network's."""
         return latents / self.scales + self.latent_mean
 
+    def encode_posterior(self, images: torch.Tensor) -> Posterior:
+        """Return the posterior of normalised images (B, C, H, W), in the tokenizer's units."""
+        mean, log_variance = self.posterior(images)
+        if log_variance is not None:
+            log_variance = log_variance + 2 * self.scales.log()
+        return Posterior(self.standardize(mean), log_variance)
+
     def encode(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
-        return self.standardize(self.posterior(images).sample(eps))
+        return self.encode_posterior(images).sample(eps)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decode_raw(self.destandardize(latents))[0]

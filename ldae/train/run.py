@@ -13,7 +13,7 @@ from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.folder import NAMES_HASH, RESIZED_TWICE, Settings, names_hash
+from ldae.runs.folder import LATENTS_OF, NAMES_HASH, RESIZED_TWICE, Settings, names_hash
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config, OptimSettings
 from ldae.train.loop import Hook, Loop, Plan
@@ -82,6 +82,7 @@ def train_in(
             "classes": list(source.classes or ()),
             NAMES_HASH: names_hash(source),
             RESIZED_TWICE: resizes_twice,
+            LATENTS_OF: source.latents_of,
         },
         compiled=compiled,
         hooks=hooks,

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ldae import tokenizers
 from ldae.commands.cache import cache
 from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
@@ -19,7 +20,7 @@ from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
-from ldae.method import LDAE
+from ldae.method import LDAE, build_tokenizer
 from ldae.runs import lock
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
@@ -121,6 +122,61 @@ def test_a_finished_block_that_the_disk_lost_is_written_again(folder, tmp_path, 
     written = blocks_written(monkeypatch)
     cache(str(folder), out, **HOW)
     assert written == [("all", BLOCK), ("all", 2 * BLOCK)]
+
+
+@pytest.fixture
+def tokenizer(tiny, images, fitted, tmp_path):
+    """The run folder of a conv tokenizer of 32 x 32 images."""
+    path = tmp_path / "fit" / "tokenizer.safetensors"
+    tokenizers.save(fitted(build_tokenizer(tiny("dit"))), path)
+    return path.parent
+
+
+@pytest.mark.parametrize("stop_after", [0, 2])
+def test_latents_resume_too(stop_after, tokenizer, tmp_path, monkeypatch, capsys):
+    how = {"latents": tokenizer, "workers": 0}
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    cache("scattered-digits:150", whole, **how)
+    assert "150 latents (train) of 2 x 16 x 8" in capsys.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        blocks_written(patch, stop_after)
+        cache("scattered-digits:150", parts, **how)
+    assert not parts.exists() and partial_of(parts).exists()
+    written = blocks_written(monkeypatch)
+    cache("scattered-digits:150", parts, **how)
+    assert parts.read_bytes() == whole.read_bytes() and len(written) == 3 - stop_after
+    cache(str(whole), check=True)
+    flip(whole, open_cache(whole)._places["train", "latents"] + 149 * 2 * 16 * 8 * 2)
+    with pytest.raises(InputError, match="differs for images 128 to 149 of train"):
+        cache(str(whole), check=True)
+    before = parts.read_bytes()
+    cache("scattered-digits:150", parts, **how)
+    assert parts.read_bytes() == before and "done before" in capsys.readouterr().out
+
+
+def test_other_latents_are_refused(tokenizer, tiny, fitted, tmp_path):
+    latents, crops = tmp_path / "latents.safetensors", tmp_path / "crops.safetensors"
+    other = tmp_path / "other.safetensors"
+    for row, seed in (("dit", 1), ("l_dae", 0)):
+        path = tmp_path / f"{row}.safetensors"
+        tokenizers.save(fitted(build_tokenizer(tiny(row, seed=seed))), path)
+    cache("scattered-digits:150", latents, latents=tokenizer / "tokenizer.safetensors", workers=0)
+    cache("scattered-digits:150", crops, split="train", **HOW)
+    how = {"latents": tokenizer, "workers": 0}
+    for source, out, changes, message in (
+        (150, latents, {"latents": tmp_path / "dit.safetensors"}, "other latents: tokenizer is"),
+        (150, crops, {}, "crops.safetensors holds images, not latents: delete it or name another"),
+        (150, latents, {"latents": None}, "latents.safetensors holds latents, not images: delete"),
+        (151, latents, {}, "was written from other images than scattered-digits:151 has now"),
+        (150, other, {"latents": tmp_path / "l_dae.safetensors"}, "needs tokenizer.name conv_vae"),
+        (150, other, {"latents": tmp_path}, "there is no tokenizer file .*/tokenizer.safetensors"),
+        (150, other, {"side": 32}, "--side, --in-chans and --split cannot be set beside --latents"),
+        (150, other, {"latents": None, "device": "cpu"}, "--device is where latents are computed"),
+        (150, other, {"device": "gpu"}, "device"),
+    ):
+        with pytest.raises(InputError, match=message):
+            cache(f"scattered-digits:{source}", out, **how | changes)
+    assert not other.exists() and not partial_of(other).exists()
 
 
 def flip(path, place) -> None:

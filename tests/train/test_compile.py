@@ -11,6 +11,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from ldae import distributed, trajectory
 from ldae.models.dit import Block
+from ldae.pretraining.latents import LatentEncoder
 from ldae.settings import SystemSettings
 from ldae.train.parallel import compile_parts, parallelize
 
@@ -50,6 +51,18 @@ def test_each_row_is_three_graphs_with_the_eager_loss(row, recomputed, method, i
     counter = compiled_by("eager")
     compile_parts(one)
     compiled = losses(one, one, images)
+    assert counter.frame_count == 3
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("row", ["dit", "vqvae"])
+def test_cached_latents_take_three_graphs_too(row, method, images, compiled_by):
+    one = method(row, num_classes=3).train()
+    rows = torch.from_numpy(LatentEncoder(one.tokenizer, CPU)(images))
+    eager = losses(one, one, rows)
+    counter = compiled_by("eager")
+    compile_parts(one)
+    compiled = losses(one, one, rows)
     assert counter.frame_count == 3
     torch.testing.assert_close(compiled, eager)
 
