@@ -24,6 +24,7 @@ from ldae.data.open import open_source
 from ldae.files import write_json
 from ldae.pretraining.tokenizer import prepare, tokenizer_loss
 from ldae.runs.environment import environment
+from ldae.timing import synchronize
 from ldae.train.optim import adamw
 from ldae.train.run import transform_of
 from ldae.tree import replace
@@ -124,8 +125,7 @@ def seconds_a_step(
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / steps
 
 

@@ -28,6 +28,7 @@ from ldae.evals.online import train_online
 from ldae.evals.taps import Tap
 from ldae.files import write_json
 from ldae.runs.environment import environment
+from ldae.timing import synchronize
 
 
 def main() -> None:
@@ -68,8 +69,7 @@ def main() -> None:
         for _ in range(rounds + 1 if rounds > 1 else 1):
             start = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
         return statistics.median(times[-rounds:])
 

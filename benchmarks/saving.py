@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from step import batches, prepare, synchronize
+from step import batches, prepare
 
 import ldae
 from ldae import distributed, tree
@@ -27,6 +27,7 @@ from ldae.runs.checkpoints import Checkpoints, read
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
+from ldae.timing import synchronize
 from ldae.train.loop import Loop, Plan
 from ldae.tree import replace
 

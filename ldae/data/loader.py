@@ -24,8 +24,8 @@ from ldae.errors import InputError
 _PREFETCHED = 2  # pieces that each worker may have ready, PyTorch's default
 _SLOTS = _PREFETCHED + 1  # of each worker: the main process copies one more piece
 
-# Images in flight over all ranks of a machine. Containers often have 64 MB of shared memory.
-_SHARED_BYTES = 48_000_000
+SHARED_BYTES = 48_000_000
+"""Shared memory for images in flight, over all ranks of a machine; containers often have 64 MB."""
 
 Transform = Callable[[Image.Image | np.ndarray, np.random.Generator], torch.Tensor]
 
@@ -204,7 +204,7 @@ class _Slots:
 
     def __init__(self, workers: int) -> None:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.size = _SHARED_BYTES // (ranks * workers * _SLOTS) if workers else sys.maxsize
+        self.size = SHARED_BYTES // (ranks * workers * _SLOTS) if workers else sys.maxsize
         self.memory = torch.empty(workers, _SLOTS, self.size if workers else 0, dtype=torch.uint8)
         self.memory.share_memory_()
         self.filled = 0  # by this worker
@@ -256,7 +256,7 @@ def _load(
     # because Python 3.14 changes the default, and only on Linux because macOS' frameworks forbid
     # fork.
     context = "fork" if workers and sys.platform == "linux" else None
-    workers = min(workers, _available_cpus())
+    workers = min(workers, available_cpus())
     slots = _Slots(workers)
     pieces = _Pieces(batches, slots.size)
     loader = DataLoader(
@@ -350,7 +350,7 @@ def report_dead_worker() -> Iterator[None]:
         ) from error
 
 
-def _available_cpus() -> int:
+def available_cpus() -> int:
     """Return the number of CPUs of this process; more workers would only wait for each other."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 

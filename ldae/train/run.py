@@ -126,3 +126,12 @@ def transform_of(config: Config) -> CropTransform:
 def compiles(mode: str, device: torch.device) -> bool:
     """Return whether the network is compiled; ``auto``: on GPUs."""
     return device.type == "cuda" if mode == "auto" else mode == "on"
+
+
+def fuses_attention(bf16: bool, device: torch.device) -> bool:
+    """Return whether training uses torch's fused attention.
+
+    In bf16 on CPUs, its backward is slower than that of plain products, by a quarter of the step at
+    64 tokens (benchmarks/step.py).
+    """
+    return not (bf16 and device.type == "cpu")

@@ -159,8 +159,8 @@ def test_workers_share_little_memory_with_all_ranks(ranks, digits, monkeypatch):
     """Two workers of each rank have three slots each. Batches are as without workers."""
     image, most = 3 * 8 * 8, 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(loader, "_SHARED_BYTES", ranks * 2 * 3 * most * image)
-    monkeypatch.setattr(loader, "_available_cpus", lambda: 2)
+    monkeypatch.setattr(loader, "SHARED_BYTES", ranks * 2 * 3 * most * image)
+    monkeypatch.setattr(loader, "available_cpus", lambda: 2)
     sizes = []
 
     class Pieces(loader._Pieces):
@@ -185,10 +185,10 @@ def test_a_slot_is_filled_again_only_when_its_images_were_copied(monkeypatch):
                 time.sleep(0.005)  # the workers can run ahead now
             return super().get(place)
 
-    monkeypatch.setattr(loader, "_available_cpus", lambda: 2)
+    monkeypatch.setattr(loader, "available_cpus", lambda: 2)
     monkeypatch.setattr(loader, "_Slots", SlowCopy)
     for slot in (1, 2, 7):  # bytes; an image has two
-        monkeypatch.setattr(loader, "_SHARED_BYTES", 2 * 3 * slot)
+        monkeypatch.setattr(loader, "SHARED_BYTES", 2 * 3 * slot)
         order = indices(joined_stream(Numbered(10)))
         assert indices(joined_stream(Numbered(10), workers=2)) == order
 
