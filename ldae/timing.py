@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldae.errors import InputError
 from ldae.method import build
 from ldae.models.contract import Denoiser
 from ldae.precision import float32_products, runs_in_bf16
@@ -61,7 +62,9 @@ def training_flops(denoiser: Denoiser) -> int:
 class TrainingStep:
     """The step of ``ldae pretrain`` on a fixed batch of random images, without the loop around it.
 
-    A call computes the loss and its gradients, and updates the weights.
+    A call computes the loss and its gradients, and updates the weights. The first call is done.
+
+    Raises: torch.OutOfMemoryError when the batch does not fit into the memory of the device.
     """
 
     def __init__(self, config: Config, device: torch.device, batch_size: int) -> None:
@@ -79,6 +82,8 @@ class TrainingStep:
         self.positions = torch.arange(batch_size, device=device)
         compiled = compiles(config.system.compile, device)
         self.state = State(self.method, config.optim, config.system, device, compiled, adamw)
+        self.first_seconds = seconds(self, device)
+        """Seconds of the first step, which compiles."""
 
     def __call__(self) -> None:
         with float32_products(tf32=self.config.system.precision == "tf32"):
@@ -86,9 +91,7 @@ class TrainingStep:
         self.state.update(decay=0.0)
 
     def rate(self, steps: int = 3, at_most: float = float("inf")) -> float:
-        """Return images a second, the median of ``steps`` steps, or of those begun in time.
-
-        The first step, which compiles, is not counted.
+        """Return images a second, the median of ``steps`` steps after one of burn-in.
 
         Args:
             at_most: seconds after which no further step begins.
@@ -98,3 +101,16 @@ class TrainingStep:
         while len(times) < steps and sum(times) < at_most or not times:
             times.append(seconds(self, self.device))
         return self.batch_size / statistics.median(times)
+
+
+def fitting_step(config: Config, device: torch.device, batch_size: int) -> TrainingStep:
+    """Return a step with the batch halved until it fits into the memory of the device.
+
+    Raises: InputError when one image does not fit.
+    """
+    while batch_size:
+        try:
+            return TrainingStep(config, device, batch_size)
+        except torch.OutOfMemoryError:
+            batch_size //= 2
+    raise InputError(f"{device} has too little memory for a training step of one image")

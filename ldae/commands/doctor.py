@@ -19,14 +19,13 @@ from ldae.data.open import open_source
 from ldae.data.photos import HEIGHT, WIDTH, write_photos
 from ldae.data.source import Source
 from ldae.distributed import device_for
-from ldae.errors import InputError
 from ldae.files import check_writable, write_json
 from ldae.method import build
 from ldae.precision import runs_in_bf16
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.settings import Config
-from ldae.timing import TrainingStep, matmul_rate, seconds, training_flops
+from ldae.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
 from ldae.train.run import transform_of
 from ldae.tree import replace
 
@@ -82,7 +81,7 @@ def doctor(
     rates |= copying_rate(config, found) | training_rates(config, found, batch_size, run)
     machine = describe_machine(found)
     imagenet = extrapolate(rates, machine["gpus"])
-    problems, optional = check_packages(_requirements(), _installed_version)
+    problems, optional = check_packages(metadata.requires("ldae") or [], _installed_version)
     problems += find_problems(machine)
     if imagenet["bound"] in _CURES:
         problems.append(f"{imagenet['bound']} bounds a run: {_CURES[imagenet['bound']]}")
@@ -158,24 +157,15 @@ def training_rates(config: Config, device: torch.device, batch_size: int, run: P
 
     A step that does not fit into the memory of a GPU is measured with half of the batch.
     """
-    while True:
-        try:
-            step = TrainingStep(config, device, batch_size)
-            rate = step.rate(at_most=2 * _SECONDS)
-            break
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise InputError(
-                    f"{device} has too little memory for a step of one image"
-                ) from None
-            batch_size //= 2
+    step = fitting_step(config, device, batch_size)
+    rate = step.rate(at_most=2 * _SECONDS)
     flops = training_flops(step.method.denoiser)
     product = matmul_rate(device, torch.bfloat16 if step.method.bf16 else torch.float32)
     denoiser = step.method.denoiser
     return {
         "step": rate,
         "step_size": f"{config.model.name}, {denoiser.encoder_size:,} parameters in the encoder, "
-        f"{denoiser.side**2} tokens, batch {batch_size}",
+        f"{denoiser.side**2} tokens, batch {step.batch_size}",
         "step_flops": flops,  # of an image
         "bf16": step.method.bf16,
         "product": product,  # FLOP/s
@@ -315,14 +305,6 @@ def check_packages(
         for extra, names in missing.items()
     ]
     return problems, optional
-
-
-def _requirements() -> list[str]:
-    """Return the requirements of the package; none when it is not installed."""
-    try:
-        return metadata.requires("ldae") or []
-    except metadata.PackageNotFoundError:
-        return []
 
 
 def _installed_version(package: str) -> str | None:
