@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cache.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/cache.json"))
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:

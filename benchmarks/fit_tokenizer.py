@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", nargs="+", default=ROWS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fit_tokenizer.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/fit_tokenizer.json"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=3, help="rounds after one of burn-in")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/probe.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/probe.json"))
     args = parser.parse_args()
 
     device = device_for(args.device)

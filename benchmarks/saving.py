@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--between", type=int, default=6, help="steps between saves, about")
     parser.add_argument("--no-start", action="store_true", help="do not measure the starts of runs")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/saving.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/saving.json"))
     args = parser.parse_args()
 
     config = replace(

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=12, help="steps of the loop, each with one alone"
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/step.json"))
     args = parser.parse_args()
 
     config = replace(
