@@ -12,17 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from ldae.commands.cache import cache
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source
+from ldae.data.photos import HEIGHT, WIDTH, write_photos
 from ldae.data.transforms import CropTransform
 from ldae.files import write_json
 from ldae.runs.environment import environment
 
-WIDTH, HEIGHT = 500, 375
 BATCH = 128
 
 
@@ -32,7 +29,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cache.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/cache.json"))
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -65,27 +62,6 @@ def main() -> None:
         },
     )
     print(f"{args.out}: {fast / slow:.1f} times")
-
-
-def write_photos(folder: Path, count: int) -> float:
-    """Write JPEGs in ten classes, and return their average size in bytes."""
-    rng, sizes = np.random.default_rng(0), []
-    for number in range(count):
-        path = folder / str(number % 10) / f"{number:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        photo(rng).save(path, quality=90)
-        sizes.append(path.stat().st_size)
-    return statistics.mean(sizes)
-
-
-def photo(rng: np.random.Generator) -> Image.Image:
-    """Draw a picture with less contrast in finer detail, as in photographs."""
-    pixels = np.zeros((HEIGHT, WIDTH, 3))
-    for cells in (2, 8, 32, 128, 500):
-        noise = rng.uniform(0, 255, (cells * HEIGHT // WIDTH + 1, cells, 3)).astype(np.uint8)
-        layer = Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        pixels += np.asarray(layer, float) / np.sqrt(cells)
-    return Image.fromarray((pixels * (255 / pixels.max())).astype(np.uint8))
 
 
 def rate(spec: str, args: argparse.Namespace, epochs: int) -> float:

@@ -19,11 +19,13 @@ import torch
 
 import ldae
 from ldae import distributed
-from ldae.data.loader import Batch, train_batches
+from ldae.data.loader import train_batches
 from ldae.data.open import open_source
+from ldae.data.workers import Batch
 from ldae.files import write_json
 from ldae.pretraining.tokenizer import prepare, tokenizer_loss
 from ldae.runs.environment import environment
+from ldae.timing import synchronize
 from ldae.train.optim import adamw
 from ldae.train.run import transform_of
 from ldae.tree import replace
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", nargs="+", default=ROWS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fit_tokenizer.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/fit_tokenizer.json"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
@@ -124,8 +126,7 @@ def seconds_a_step(
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / steps
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/knn.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/knn.json"))
     parser.add_argument("--search", choices=SEARCHES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.search:

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--exact", type=int, default=9, help="values of C on the first draw")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/logreg.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/logreg.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     threadpool_limits(args.threads)

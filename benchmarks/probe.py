@@ -28,6 +28,7 @@ from ldae.evals.online import train_online
 from ldae.evals.taps import Tap
 from ldae.files import write_json
 from ldae.runs.environment import environment
+from ldae.timing import synchronize
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=3, help="rounds after one of burn-in")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/probe.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/probe.json"))
     args = parser.parse_args()
 
     device = device_for(args.device)
@@ -68,8 +69,7 @@ def main() -> None:
         for _ in range(rounds + 1 if rounds > 1 else 1):
             start = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
         return statistics.median(times[-rounds:])
 

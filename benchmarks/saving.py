@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from step import batches, prepare, synchronize
+from step import batches, prepare
 
 import ldae
 from ldae import distributed, tree
@@ -27,6 +27,7 @@ from ldae.runs.checkpoints import Checkpoints, read
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
+from ldae.timing import synchronize
 from ldae.train.loop import Loop, Plan
 from ldae.tree import replace
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--between", type=int, default=6, help="steps between saves, about")
     parser.add_argument("--no-start", action="store_true", help="do not measure the starts of runs")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/saving.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/saving.json"))
     args = parser.parse_args()
 
     config = replace(

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scaling.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/scaling.json"))
     args = parser.parse_args()
 
     images = int(args.data.partition(":")[2])

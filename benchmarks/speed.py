@@ -12,14 +12,12 @@ to a first step without caches, set TORCHINDUCTOR_FORCE_DISABLE_CACHES=1.
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from dit_reference import ReferenceDiT
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import ldae
 from ldae.distributed import device_for
@@ -27,8 +25,10 @@ from ldae.files import write_json
 from ldae.method import LDAE, build
 from ldae.models.vit import vit_shape
 from ldae.runs.environment import environment
+from ldae.timing import matmul_rate, seconds, training_flops
 from ldae.train.optim import adamw
 from ldae.train.parallel import compile_parts
+from ldae.train.run import fuses_attention
 from ldae.tree import replace
 
 BUDGETS = (1.0, 0.9, 0.6, 0.3)
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/speed.json"))
     args = parser.parse_args()
 
     device, side, batch_size = device_for(args.device), args.side, args.batch_size
@@ -54,9 +54,9 @@ def main() -> None:
     method = awake(build(config, bf16=True))
     method.tokenizer.fit([images])
     method.to(device).train()
-    method.denoiser.fuse_attention(device.type != "cpu")  # as ``ldae pretrain`` does
+    method.denoiser.fuse_attention(fuses_attention(method.bf16, device))
     batch = (images.to(device), torch.arange(batch_size, device=device))
-    flops = 3 * count_flops(method, batch_size)  # the backward pass costs twice the forward pass
+    flops = training_flops(method.denoiser)  # of an image
 
     sizes = (side, method.denoiser.in_dim, method.denoiser.out_dim)
     reference = awake(ReferenceDiT(vit_shape(args.model), 2 * args.depth, *sizes)).to(device)
@@ -95,9 +95,9 @@ def main() -> None:
             "medians": {name: round(value, 2) for name, value in medians.items()},
             "over_dit_fp32": round(ours / medians["dit_fp32"], 3),
             "over_dit_bf16": round(ours / medians["dit_bf16"], 3),
-            "gflop_an_image": round(flops / batch_size / 1e9, 3),
+            "gflop_an_image": round(flops / 1e9, 3),
             "matmul_tflops": round(limit / 1e12, 4),
-            "share_of_matmul": round(ours * flops / batch_size / limit, 3),
+            "share_of_matmul": round(ours * flops / limit, 3),
             "memory_budget": config.system.memory_budget,
             "seconds_to_first_step": {name: round(value, 2) for name, value in first.items()},
             "saved_bytes": saved_bytes(method, config, batch),
@@ -143,36 +143,6 @@ def reference_step(network: ReferenceDiT, batch_size: int, bf16: bool) -> Callab
         optimizer.zero_grad()
 
     return step
-
-
-def seconds(call: Callable[[], None], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matmul_rate(device: torch.device) -> float:
-    """Return the operations a second of a large product in bfloat16."""
-    size = 8192 if device.type == "cuda" else 2048
-    left, right = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    times = [seconds(lambda: left @ right, device) for _ in range(6)]
-    return 2 * size**3 / statistics.median(times[1:])
-
-
-def count_flops(method: LDAE, batch_size: int) -> int:
-    """Return the operations of the denoiser's products in a forward pass."""
-    denoiser = copy.deepcopy(method.denoiser).to("meta")
-    tokens = torch.empty(batch_size, denoiser.side**2, denoiser.in_dim, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        denoiser(tokens, torch.zeros(batch_size, dtype=torch.int64, device="meta"))
-    return counter.get_total_flops()
 
 
 def saved_bytes(method: LDAE, config, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:

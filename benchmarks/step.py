@@ -28,9 +28,10 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
+from ldae.timing import synchronize
 from ldae.train.loop import Loop, Plan
 from ldae.train.optim import adamw
-from ldae.train.run import compiles, transform_of
+from ldae.train.run import compiles, fuses_attention, transform_of
 from ldae.tree import replace
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=12, help="steps of the loop, each with one alone"
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/step.json"))
     args = parser.parse_args()
 
     config = replace(
@@ -82,7 +83,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    fused = not (method.bf16 and device.type == "cpu")
+    fused = fuses_attention(method.bf16, device)
     speeds: dict[str, list[float]] = {}
     for _ in range(args.rounds):
         for name, run in (("bare", bare), ("step", step)):
@@ -124,7 +125,7 @@ def prepare(config: Config, device: torch.device, source) -> tuple[LDAE, bool]:
     bf16 = runs_in_bf16(config.system.precision, device)
     method = build(config, bf16=bf16)
     method.tokenizer.fit([next(batches(config, source, device)(0)).images])
-    method.to(device).denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
+    method.to(device).denoiser.fuse_attention(fuses_attention(bf16, device))
     return method, compiles(config.system.compile, device)
 
 
@@ -149,11 +150,6 @@ def seconds_a_call(call: Callable[[], None], steps: int, device: torch.device) -
         call()
     synchronize(device)
     return (time.perf_counter() - start) / steps
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def alternate(

@@ -1,6 +1,6 @@
 """Compare streaming PCA of patches with scikit-learn's IncrementalPCA: time, peak memory, angle.
 
-python benchmarks/tokenizer.py --small cifar10_train.zip --large imagenette224_train.zip
+python benchmarks/tokenizer.py [--small SOURCE] [--large SOURCE] [--out FILE]
 
 Each fit runs in its own process on the same uint8 images, streamed from one file. The angle is the
 largest between a kept axis and the same axis of a full eigendecomposition in float64.
@@ -22,6 +22,7 @@ import torch
 from sklearn.decomposition import IncrementalPCA
 
 from ldae.data.open import open_source
+from ldae.data.photos import write_photos
 from ldae.data.transforms import CropTransform
 from ldae.files import write_json
 from ldae.patches import patchify
@@ -35,10 +36,10 @@ BATCH = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", help="images for D = 48")
-    parser.add_argument("--large", help="images for D = 768")
+    parser.add_argument("--small", default="scattered-digits:20000", help="images for D = 48")
+    parser.add_argument("--large", default="", help="images for D = 768; empty: drawn photographs")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tokenizer.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/tokenizer.json"))
     parser.add_argument("--fit", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.fit:
@@ -75,13 +76,16 @@ def main() -> None:
                 "times_faster": round(
                     rows["incremental"]["seconds"] / rows["streaming"]["seconds"], 2
                 ),
-                "data": spec,
+                "data": spec or "drawn photographs",
             }
     write_json(args.out, results | {"rounds": args.rounds, "environment": environment()})
 
 
 def save_images(spec: str, dim: int, path: Path) -> int:
     size, _, _, count = SIZES[dim]
+    if not spec:
+        write_photos(path.with_name("photos"), count)
+        spec = str(path.with_name("photos"))
     source, transform = open_source(spec, "train"), CropTransform(size)
     chosen = np.random.default_rng(0).permutation(len(source))[:count]
     np.save(path, np.stack([transform(source.image(int(i)), None).numpy() for i in chosen]))

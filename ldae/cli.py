@@ -48,6 +48,7 @@ COMMANDS = {
     "jobs": "list the running, waiting and failed jobs",
     "show": "show the rows of the paper, or the settings of one row",
     "diff": "show the settings that differ between two rows",
+    "doctor": "measure this machine: what bounds a pre-training, and how long ImageNet takes",
     "demo": "run everything in minutes, on built-in images",
 }
 

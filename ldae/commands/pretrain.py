@@ -26,6 +26,7 @@ from ldae.train.run import (
     check_warmup,
     compiles,
     describe_training,
+    fuses_attention,
     train_in,
     transform_of,
 )
@@ -69,9 +70,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
             if exported:
                 init_from(method, exported)
             method.to(device)
-            # In bf16 on CPUs, the backward of torch's fused attention is slower than that of plain
-            # products, by a quarter of the step at 64 tokens (benchmarks/results/step.json).
-            method.denoiser.fuse_attention(not (bf16 and device.type == "cpu"))
+            method.denoiser.fuse_attention(fuses_attention(bf16, device))
 
             trained = train_in(
                 run,

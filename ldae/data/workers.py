@@ -18,8 +18,8 @@ from ldae.errors import InputError
 _PREFETCHED = 2  # pieces that each worker may have ready, PyTorch's default
 _SLOTS = _PREFETCHED + 1  # of each worker: the main process copies one more piece
 
-# Images in flight over all ranks of a machine. Containers often have 64 MB of shared memory.
-_SHARED_BYTES = 48_000_000
+SHARED_BYTES = 48_000_000
+"""Shared memory for images in flight, over all ranks of a machine; containers often have 64 MB."""
 
 
 class Batch(NamedTuple):
@@ -53,7 +53,7 @@ def load(
     # because Python 3.14 changes the default, and only on Linux because macOS' frameworks forbid
     # fork.
     context = "fork" if workers and sys.platform == "linux" else None
-    workers = min(workers, _available_cpus())
+    workers = min(workers, available_cpus())
     slots = _Slots(workers)
     pieces = _Pieces(batches, slots.size)
     loader = DataLoader(
@@ -79,7 +79,7 @@ class _Slots:
 
     def __init__(self, workers: int) -> None:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.size = _SHARED_BYTES // (ranks * workers * _SLOTS) if workers else sys.maxsize
+        self.size = SHARED_BYTES // (ranks * workers * _SLOTS) if workers else sys.maxsize
         words = math.ceil(self.size / 8) if workers else 0  # so that any numbers are aligned
         self.memory = torch.empty(workers, _SLOTS, 8 * words, dtype=torch.uint8)
         self.memory.share_memory_()
@@ -200,7 +200,7 @@ def report_dead_worker() -> Iterator[None]:
         ) from error
 
 
-def _available_cpus() -> int:
+def available_cpus() -> int:
     """Return the number of CPUs of this process; more workers would only wait for each other."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 

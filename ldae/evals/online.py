@@ -13,9 +13,10 @@ from timm.optim import Lars
 from tyro.conf import Fixed
 
 from ldae.console import print_main
-from ldae.data.loader import Batch, train_batches
+from ldae.data.loader import train_batches
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
+from ldae.data.workers import Batch
 from ldae.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, known_labels

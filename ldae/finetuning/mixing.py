@@ -8,7 +8,7 @@ from timm.data.random_erasing import RandomErasing
 
 from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.augment import seed_global_rng
-from ldae.data.loader import Batch
+from ldae.data.workers import Batch
 from ldae.errors import InputError
 from ldae.finetuning.settings import AugmentSettings
 

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Generator
 from itertools import islice
 
-from ldae.data.loader import Batch
+from ldae.data.workers import Batch
 from ldae.distributed import gather_values
 from ldae.errors import InputError
 

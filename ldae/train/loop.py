@@ -14,8 +14,7 @@ from torch import nn
 
 from ldae import distributed
 from ldae.console import print_main
-from ldae.data.loader import Batch
-from ldae.data.workers import report_dead_worker
+from ldae.data.workers import Batch, report_dead_worker
 from ldae.errors import InputError
 from ldae.precision import deterministic_algorithms, float32_products
 from ldae.runs.checkpoints import Checkpoints

@@ -8,9 +8,10 @@ from torch import nn
 
 from ldae import distributed
 from ldae.console import print_main
-from ldae.data.loader import Batch, Transform, train_batches
+from ldae.data.loader import Transform, train_batches
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
+from ldae.data.workers import Batch
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import LATENTS_OF, NAMES_HASH, RESIZED_TWICE, Settings, names_hash
@@ -127,3 +128,12 @@ def transform_of(config: Config) -> CropTransform:
 def compiles(mode: str, device: torch.device) -> bool:
     """Return whether the network is compiled; ``auto``: on GPUs."""
     return device.type == "cuda" if mode == "auto" else mode == "on"
+
+
+def fuses_attention(bf16: bool, device: torch.device) -> bool:
+    """Return whether training uses torch's fused attention.
+
+    In bf16 on CPUs, its backward is slower than that of plain products, by a quarter of the step at
+    64 tokens (benchmarks/step.py).
+    """
+    return not (bf16 and device.type == "cpu")

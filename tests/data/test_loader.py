@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from ldae.data.image import BadImage
-from ldae.data.loader import Batch, eval_batches, train_batches
+from ldae.data.loader import eval_batches, train_batches
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
+from ldae.data.workers import Batch
 from ldae.errors import InputError
 
 N = 23

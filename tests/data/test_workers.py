@@ -38,8 +38,8 @@ def test_workers_share_little_memory_with_all_ranks(ranks, monkeypatch):
     """Two workers of each rank have three slots each. Batches are as without workers."""
     image, most = 2, 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(workers, "_SHARED_BYTES", ranks * 2 * 3 * most * image)
-    monkeypatch.setattr(workers, "_available_cpus", lambda: 2)
+    monkeypatch.setattr(workers, "SHARED_BYTES", ranks * 2 * 3 * most * image)
+    monkeypatch.setattr(workers, "available_cpus", lambda: 2)
     sizes = []
 
     class Pieces(workers._Pieces):
@@ -62,10 +62,10 @@ def test_a_slot_is_filled_again_only_when_its_images_were_copied(monkeypatch):
                 time.sleep(0.005)  # the workers can run ahead now
             return super().get(place)
 
-    monkeypatch.setattr(workers, "_available_cpus", lambda: 2)
+    monkeypatch.setattr(workers, "available_cpus", lambda: 2)
     monkeypatch.setattr(workers, "_Slots", SlowCopy)
     for slot in (1, 2, 7):  # bytes; an image has two
-        monkeypatch.setattr(workers, "_SHARED_BYTES", 2 * 3 * slot)
+        monkeypatch.setattr(workers, "SHARED_BYTES", 2 * 3 * slot)
         check(stream(Numbered(), 2, size=6), size=6)
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ldae.backbones.preprocessing import EvalTransform
-from ldae.data.loader import Batch
+from ldae.data.workers import Batch
 from ldae.errors import InputError
 from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.settings import AugmentSettings

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ldae import distributed
-from ldae.data.loader import Batch
+from ldae.data.workers import Batch
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import OptimSettings, SystemSettings

@@ -1,0 +1,1 @@
+"""Benchmarks, and ``python -m benchmarks``, which runs those that measure speed."""

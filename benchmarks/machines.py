@@ -1,0 +1,148 @@
+"""The measurements of each machine in one JSON, and the table over all machines."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.registry import BENCHMARKS, GPU, Benchmark, Number
+from ldae.data.workers import available_cpus
+from ldae.errors import InputError
+from ldae.files import write, write_json
+
+MACHINES = Path(__file__).parent / "results" / "machines"
+MARKS = ("<!-- speed: python -m benchmarks --table --write README.md -->\n", "<!-- /speed -->\n")
+
+
+def machine_of(environment: dict) -> dict:
+    """Return the name, the processor, the cores and the GPU of this machine.
+
+    The name is that of the GPU, or that of the processor and its number of cores.
+
+    Args:
+        environment: as ``ldae.runs.environment`` returns it for the device.
+    """
+    cpu, gpu, cores = environment["cpu"], environment.get("gpu"), available_cpus()
+    model = re.sub(r"\((r|tm)\)|@.*| cpu| processor", "", (gpu or cpu).lower())
+    name = re.sub(r"[^a-z0-9]+", "-", model if gpu else f"cpu {model} {cores}").strip("-")
+    return {"name": name, "cpu": cpu, "cores": cores, "gpu": gpu}
+
+
+def read(file: Path) -> dict:
+    """Return the content of a machine's file; an empty one if there is no file.
+
+    Raises: InputError when the file is not of this format.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        found["machine"]["name"], found["benchmarks"].items()
+    except FileNotFoundError:
+        return {"machine": {}, "benchmarks": {}}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{file} is not a file of measurements") from None
+    return found
+
+
+def merge(folder: Path, machine: dict, name: str, record: dict) -> Path:
+    """Put the record of a benchmark into the machine's file, in place of its former record.
+
+    An error does not take the place of a measurement.
+    """
+    file = folder / f"{machine['name']}.json"
+    found = read(file)
+    former = found["benchmarks"].get(name)
+    if former is None or "error" in former or "error" not in record:
+        benchmarks = found["benchmarks"] | {name: record}
+        write_json(file, {"machine": machine, "benchmarks": dict(sorted(benchmarks.items()))})
+    return file
+
+
+def table(folder: Path = MACHINES) -> str:
+    """Return the table of all machines in a folder as Markdown.
+
+    A star marks a number that was measured with other arguments than those of the registry.
+    """
+    machines = [read(file) for file in sorted(folder.glob("*.json"))]
+    machines.sort(key=lambda found: (found["machine"]["gpu"] is not None, found["machine"]["name"]))
+    names = [found["machine"]["name"] for found in machines]
+    columns = [found["benchmarks"] for found in machines]
+    if not any(found["machine"]["gpu"] for found in machines):
+        names, columns = [*names, "GPU"], [*columns, {}]
+    lines = [f"| benchmark | | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    stars = False
+    for name, benchmark in (BENCHMARKS | GPU).items():
+        for number, cells in _rows(name, benchmark, columns):
+            stars |= any("*" in cell for cell in cells)
+            lines.append(f"| {name} | {number} | {' | '.join(cells)} |")
+    if stars:
+        lines += ["", "\\* measured with other arguments than the benchmark has now"]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(name: str, benchmark: Benchmark, columns: list[dict]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each number of a benchmark that a machine has, and its cells."""
+    for number in benchmark.numbers:
+        cells = [_cell(number, benchmark, column.get(name, {})) for column in columns]
+        if any(cells):
+            yield number.what, cells
+
+
+def _cell(number: Number, benchmark: Benchmark, record: dict) -> str:
+    value = _find(record, number.keys)
+    if value is None:
+        return ""
+    known = record["environment"]
+    threads = ", one thread" if known["device"] == "cpu" and known["cpu_threads"] == 1 else ""
+    star = "" if _has_arguments_of(benchmark, record) else " \\*"
+    return _text(value, number.form) + threads + star
+
+
+def _find(record: dict, keys: str) -> object:
+    """Return the value at keys separated by slashes, or None."""
+    value: object = record
+    for key in keys.split("/"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _text(value: object, form: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return form.format(value).replace("%", " %")
+
+
+def _has_arguments_of(benchmark: Benchmark, record: dict) -> bool:
+    """Return whether a record was measured by the benchmark's command, files and device aside."""
+    _, *words = record["environment"]["command"]
+    for flag in ("--out", "--device"):
+        if flag in words:
+            place = words.index(flag)
+            del words[place : place + 2]
+    return words == list(benchmark.arguments)
+
+
+def write_table(file: Path, folder: Path = MACHINES) -> None:
+    """Write the table between its two marks in a Markdown file.
+
+    Raises: InputError when the file has no such marks.
+    """
+    write(file, replace_table(_read_text(file), table(folder), file).encode())
+
+
+def replace_table(text: str, content: str, file: Path) -> str:
+    """Return ``text`` with ``content`` between the marks of the table.
+
+    Raises: InputError, naming ``file``, when the text does not have each mark once.
+    """
+    before, first, rest = text.partition(MARKS[0])
+    _, last, after = rest.partition(MARKS[1])
+    if not (first and last):
+        raise InputError(f"{file} has no marks {MARKS[0].strip()} and {MARKS[1].strip()}")
+    return before + first + content + last + after
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None

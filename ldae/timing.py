@@ -1,0 +1,116 @@
+"""The speed of a device: seconds of a call, the rate of a matrix product, and a training step."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldae.errors import InputError
+from ldae.method import build
+from ldae.models.contract import Denoiser
+from ldae.precision import float32_products, runs_in_bf16
+from ldae.settings import Config
+from ldae.train.optim import adamw
+from ldae.train.run import compiles, fuses_attention
+from ldae.train.state import State
+
+_FIT_IMAGES = 16  # enough patches for the axes of random images, which need no good fit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call, with all work of the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, size: int = 0) -> float:
+    """Return the FLOP/s of a large matrix product, the median of five.
+
+    Args:
+        size: side of the square matrices; by default 8192 on a GPU and 2048 on a CPU.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    times = [seconds(lambda: left @ right, device) for _ in range(6)]
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def training_flops(denoiser: Denoiser) -> int:
+    """Return the FLOPs of the matrix products of a denoiser for one training image.
+
+    The backward pass costs twice the forward pass.
+    """
+    denoiser = copy.deepcopy(denoiser).to("meta")
+    tokens = torch.empty(1, denoiser.side**2, denoiser.in_dim, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        denoiser(tokens, torch.zeros(1, dtype=torch.int64, device="meta"))
+    return 3 * counter.get_total_flops()
+
+
+class TrainingStep:
+    """The step of ``ldae pretrain`` on a fixed batch of random images, without the loop around it.
+
+    A call computes the loss and its gradients, and updates the weights. The first call is done.
+
+    Raises: torch.OutOfMemoryError when the batch does not fit into the memory of the device.
+    """
+
+    def __init__(self, config: Config, device: torch.device, batch_size: int) -> None:
+        self.config, self.device, self.batch_size = config, device, batch_size
+        bf16 = runs_in_bf16(config.system.precision, device)
+        self.method = build(config, bf16=bf16)
+        side = config.data.img_size
+        images = torch.randint(
+            256, (batch_size, config.data.in_chans, side, side), dtype=torch.uint8
+        )
+        self.method.tokenizer.fit([images[:_FIT_IMAGES]])
+        self.method.to(device).train()
+        self.method.denoiser.fuse_attention(fuses_attention(bf16, device))
+        self.images = images.to(device)
+        self.positions = torch.arange(batch_size, device=device)
+        compiled = compiles(config.system.compile, device)
+        self.state = State(self.method, config.optim, config.system, device, compiled, adamw)
+        self.first_seconds = seconds(self, device)
+        """Seconds of the first step, which compiles."""
+
+    def __call__(self) -> None:
+        with float32_products(tf32=self.config.system.precision == "tf32"):
+            self.state.parallel.network(self.images, self.positions).backward()
+        self.state.update(decay=0.0)
+
+    def rate(self, steps: int = 3, at_most: float = float("inf")) -> float:
+        """Return images a second, the median of ``steps`` steps after one of burn-in.
+
+        Args:
+            at_most: seconds after which no further step begins.
+        """
+        seconds(self, self.device)
+        times: list[float] = []
+        while len(times) < steps and sum(times) < at_most or not times:
+            times.append(seconds(self, self.device))
+        return self.batch_size / statistics.median(times)
+
+
+def fitting_step(config: Config, device: torch.device, batch_size: int) -> TrainingStep:
+    """Return a step with the batch halved until it fits into the memory of the device.
+
+    Raises: InputError when one image does not fit.
+    """
+    while batch_size:
+        try:
+            return TrainingStep(config, device, batch_size)
+        except torch.OutOfMemoryError:
+            batch_size //= 2
+    raise InputError(f"{device} has too little memory for a training step of one image")

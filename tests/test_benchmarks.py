@@ -1,0 +1,175 @@
+"""Benchmarks of speed: one command, one file for each machine, and the README's table."""
+
+import json
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as runner
+from benchmarks import machines
+from benchmarks.registry import BENCHMARKS, GPU, Benchmark, Number
+from ldae.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+MACHINE = {"name": "cpu-some-2", "cpu": "some", "cores": 2, "gpu": None}
+NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks import
+    *("classifier", "dit_reference", "finetune", "floors", "guidance", "latents", "rows", "soak"),
+    *("__init__", "__main__", "machines", "registry"),
+}
+
+
+def record(**values):
+    environment = {"command": ["fast.py", "--out", "x"], "device": "cpu", "cpu_threads": 2}
+    return values | {"environment": environment}
+
+
+def test_the_table_of_the_readme_is_that_of_the_files():
+    readme = ROOT / "README.md"
+    assert machines.replace_table(readme.read_text(), machines.table(), readme) == (
+        readme.read_text()
+    ), "run: python -m benchmarks --table --write README.md"
+
+
+def test_every_benchmark_of_speed_is_listed():
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    listed = {Path(part.file).stem for part in (BENCHMARKS | GPU).values()}
+    assert files == listed | NO_SPEED and not listed & NO_SPEED
+    for part in (BENCHMARKS | GPU).values():
+        code = (ROOT / "benchmarks" / part.file).read_text()
+        assert '"--out"' in code and part.takes_device == ('"--device"' in code)
+
+
+def test_the_parts_of_a_gpu_take_at_most_ten_minutes():
+    assert sum(part.seconds for part in GPU.values()) <= 600
+
+
+def test_numbers_are_where_the_committed_files_have_them():
+    for file in machines.MACHINES.glob("*.json"):
+        for name, found in machines.read(file)["benchmarks"].items():
+            for number in (BENCHMARKS | GPU)[name].numbers:
+                if "error" not in found and name in BENCHMARKS:
+                    assert machines._find(found, number.keys) is not None, (name, number.keys)
+
+
+def test_a_machine_is_named_by_its_gpu_or_its_processor_and_cores(monkeypatch):
+    monkeypatch.setattr(machines, "available_cpus", lambda: 2)
+    cpu = {"cpu": "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz"}
+    assert machines.machine_of(cpu)["name"] == "cpu-intel-xeon-platinum-8488c-2"
+    assert machines.machine_of({"cpu": "AMD EPYC"})["name"] == "cpu-amd-epyc-2"
+    gpu = machines.machine_of(cpu | {"gpu": "NVIDIA H100 80GB HBM3"})
+    assert gpu["name"] == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_new_measurement_replaces_only_its_own(tmp_path):
+    for name, value in (("a", 1), ("b", 2), ("a", 3)):
+        file = machines.merge(tmp_path, MACHINE, name, record(value=value))
+    machines.merge(tmp_path, MACHINE, "b", record(error="too slow"))
+    machines.merge(tmp_path, MACHINE, "c", record(error="too slow"))
+    found = json.loads(file.read_text())
+    assert file == tmp_path / "cpu-some-2.json" and found["machine"] == MACHINE
+    assert found["benchmarks"] == {
+        "a": record(value=3),
+        "b": record(value=2),
+        "c": record(error="too slow"),
+    }
+    (tmp_path / "cpu-some-2.json").write_text("[1]")
+    with pytest.raises(InputError, match="cpu-some-2.json is not a file of measurements"):
+        machines.merge(tmp_path, MACHINE, "a", record(value=4))
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """A registry of one benchmark."""
+    numbers = (Number("speed of light", "deep/value", "{:.1f} m/s"), Number("right", "right", "{}"))
+    only = {"fast": Benchmark("fast.py", numbers)}
+    monkeypatch.setattr(machines, "BENCHMARKS", only)
+    monkeypatch.setattr(machines, "GPU", {})
+
+
+def test_the_table_has_a_column_for_each_machine_and_an_empty_one_without_a_gpu(tmp_path, fast):
+    machines.merge(tmp_path, MACHINE, "fast", record(deep={"value": 1.25}, right=True))
+    assert machines.table(tmp_path).splitlines() == [
+        "| benchmark | | cpu-some-2 | GPU |",
+        "|---|---|---|---|",
+        "| fast | speed of light | 1.2 m/s |  |",
+        "| fast | right | yes |  |",
+    ]
+    other = record(deep={"value": 9})
+    other["environment"] = {"command": ["fast.py", "--rounds", "3"], "device": "cuda:0"}
+    machines.merge(tmp_path, MACHINE | {"name": "best", "gpu": "best"}, "fast", other)
+    lines = machines.table(tmp_path).splitlines()
+    assert lines[0] == "| benchmark | | cpu-some-2 | best |"
+    assert lines[2] == "| fast | speed of light | 1.2 m/s | 9.0 m/s \\* |"
+    assert lines[-1] == "\\* measured with other arguments than the benchmark has now"
+
+
+def test_the_table_is_written_between_its_marks(tmp_path, fast, capsys):
+    machines.merge(tmp_path, MACHINE, "fast", record(right=False))
+    file = tmp_path / "page.md"
+    file.write_text("before\n" + "old\n".join(machines.MARKS) + "after\n")
+    assert runner.main(["--out", str(tmp_path), "--table", "--write", str(file)]) == 0
+    first, last = machines.MARKS
+    assert file.read_text() == f"before\n{first}{machines.table(tmp_path)}{last}after\n"
+    file.write_text("before")
+    assert runner.main(["--out", str(tmp_path), "--write", str(file)]) == 2
+    assert "page.md has no marks" in capsys.readouterr().err
+
+
+BENCHMARK = """
+import argparse, json, pathlib, subprocess, sys, time
+parser = argparse.ArgumentParser()
+for name in ("how", "--out", "--device"):
+    parser.add_argument(name)
+args = parser.parse_args()
+if args.how == "fails":
+    sys.exit("the reason")
+if args.how == "hangs":
+    subprocess.run(["sleep", "60"])
+path = pathlib.Path(args.out)
+path.parent.mkdir(parents=True, exist_ok=True)
+command = {"command": sys.argv, "device": args.device}
+path.write_text(json.dumps({"how": args.how, "environment": command}))
+"""
+
+
+def test_a_benchmark_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capsys):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "fast.py").write_text(BENCHMARK)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    for name in ("fails", "hangs", "works"):
+        monkeypatch.setitem(runner.ALL, name, Benchmark("fast.py", (), (name,), seconds=20))
+    monkeypatch.setitem(runner.ALL, "hangs", runner.ALL["hangs"]._replace(seconds=0.2))
+    argv = ["fails", "hangs", "works", "--out", str(tmp_path / "machines"), "--device", "cpu"]
+    assert runner.main(argv) == 1
+    (file,) = (tmp_path / "machines").iterdir()
+    found = json.loads(file.read_text())["benchmarks"]
+    assert found["works"]["how"] == "works" and found["works"]["environment"]["device"] == "cpu"
+    assert found["fails"]["error"] == "it ended with status 1: the reason"
+    assert found["hangs"]["error"] == "it took longer than its limit of 0.2 s"
+    assert capsys.readouterr().out.endswith("failed: fails, hangs\n")
+
+
+def test_names_are_chosen_and_a_wrong_one_names_the_nearest(capsys):
+    assert runner.chosen([]) == list(BENCHMARKS)
+    assert runner.chosen(["knn", "gpu"]) == ["knn", *GPU]
+    assert runner.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(runner.ALL)
+    assert runner.main(["kn"]) == 2
+    assert "'knn'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["waits", "step-l", "features"])
+def test_a_part_of_the_gpus_runs_at_a_tiny_size_on_a_cpu(part, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = import_module("gpu")
+    assert {f"gpu-{name}" for name in gpu.PARTS} == GPU.keys()
+    args = Namespace(part=part, device="cpu", tiny=True)
+    found = gpu.PARTS[part](args, torch.device("cpu"))
+    assert "error" not in str(found)
+    numbers = GPU[f"gpu-{part}"].numbers
+    present = [number.what for number in numbers if machines._find(found, number.keys) is not None]
+    on_a_gpu = ("peak memory", "CUDA graphs", "wait for the GPU")
+    assert present == [number.what for number in numbers if not number.what.endswith(on_a_gpu)]

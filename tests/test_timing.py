@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from ldae.errors import InputError
+from ldae.timing import TrainingStep, fitting_step, training_flops
+
+CPU = torch.device("cpu")
+
+
+def test_a_step_updates_the_weights_and_rate_counts_all_steps(tiny):
+    step = TrainingStep(tiny(), CPU, batch_size=2)
+    assert step.first_seconds > 0
+    before = step.method.denoiser.embed.weight.clone()
+    assert step.rate(steps=2) > 0
+    assert not torch.equal(step.method.denoiser.embed.weight, before)
+    assert {int(state["step"]) for state in step.state.optimizer.state.values()} == {4}
+    assert step.rate(steps=5, at_most=0) > 0
+    assert {int(state["step"]) for state in step.state.optimizer.state.values()} == {6}
+
+
+def test_blocks_are_proportional_to_flops(tiny):
+    """The doctor measures few blocks on a CPU, and extrapolates to 24 by FLOPs."""
+    one, two, three = (
+        training_flops(TrainingStep(tiny(model__depth=depth), CPU, 1).method.denoiser)
+        for depth in (1, 2, 3)
+    )
+    assert three - two == two - one > 0
+
+
+def test_a_batch_is_halved_until_it_fits(tiny, monkeypatch):
+    tried, original = [], TrainingStep.__call__
+
+    def call(self):
+        tried.append(self.batch_size)
+        if self.batch_size > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        original(self)
+
+    monkeypatch.setattr(TrainingStep, "__call__", call)
+    limit = 3
+    assert fitting_step(tiny(), CPU, 8).batch_size == 2 and tried == [8, 4, 2]
+    limit = 0
+    with pytest.raises(InputError, match="cpu has too little memory"):
+        fitting_step(tiny(), CPU, 2)
