@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from speed import awake, seconds, step_of
+from speed import awake, step_of
 
 import ldae
 from ldae.distributed import device_for
@@ -21,9 +21,10 @@ from ldae.method import LDAE, build
 from ldae.precision import runs_in_bf16
 from ldae.pretraining.latents import LatentEncoder
 from ldae.runs.environment import environment
+from ldae.timing import seconds
 from ldae.train.optim import adamw
 from ldae.train.parallel import compile_parts
-from ldae.train.run import compiles
+from ldae.train.run import compiles, fuses_attention
 from ldae.tree import replace
 
 CLASSES = 1000
@@ -37,14 +38,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latent_cache.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/latent_cache.json"))
     args = parser.parse_args()
 
     device, batch_size = device_for(args.device), args.batch_size
     config = replace(ldae.config("dit", args.scale), {"model.depth": args.depth})
     bf16, compiled = runs_in_bf16("auto", device), compiles(args.compile, device)
     method = awake(build(config, CLASSES, bf16)).to(device).train()
-    method.denoiser.fuse_attention(not (bf16 and device.type == "cpu"))  # as ``ldae pretrain`` does
+    method.denoiser.fuse_attention(fuses_attention(bf16, device))
     size = (batch_size, config.data.in_chans, config.data.img_size, config.data.img_size)
     images = torch.randint(256, size, dtype=torch.uint8)
     method.tokenizer.fit_pixels([images])

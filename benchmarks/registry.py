@@ -86,6 +86,13 @@ BENCHMARKS = {
         ),
         takes_device=False,
     ),
+    "latent_cache": Benchmark(
+        "latent_cache.py",
+        (
+            Number("step of row 1, ViT-L, 256 px, batch 8", "medians/images", "{:.1f} s"),
+            Number("the same step from cached latents", "medians/cached_latents", "{:.1f} s"),
+        ),
+    ),
     "tokenizer": Benchmark(
         "tokenizer.py",
         (

@@ -16,7 +16,17 @@ from ldae.errors import InputError
 ROOT = Path(__file__).parent.parent
 MACHINE = {"name": "cpu-some-2", "cpu": "some", "cores": 2, "gpu": None}
 NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks import
-    *("classifier", "dit_reference", "finetune", "floors", "guidance", "latents", "rows", "soak"),
+    *(
+        "agreement",
+        "classifier",
+        "dit_reference",
+        "finetune",
+        "floors",
+        "guidance",
+        "latents",
+        "rows",
+        "soak",
+    ),
     *("__init__", "__main__", "machines", "registry"),
 }
 
