@@ -27,7 +27,8 @@ from ldae.runs.checkpoints import Checkpoints, read
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
-from ldae.train.loop import Loop, Plan
+from ldae.train.loop import Loop
+from ldae.train.plan import Plan
 from ldae.tree import replace
 
 

@@ -182,8 +182,10 @@ class ExecutionSettings:
     recomputes the others, the cheapest first."""
     checkpoint_activations: bool = False
     """Recompute whole blocks in the backward pass: little memory, a third more time."""
-    device_batch: Annotated[int, NOT_NEGATIVE] = 0
-    """Largest batch of a device; larger shares are split, and gradients accumulate. 0: no limit."""
+    device_batch: Annotated[int | Literal["auto"], NOT_NEGATIVE] = "auto"
+    """Largest batch of a device; a larger share of optim.batch_size is split, and gradients
+    accumulate. 0: the whole share; auto: the largest that fits into the memory of a GPU, tried
+    before the first step and kept in checkpoints (the whole share with fsdp)."""
     workers: Annotated[int, NOT_NEGATIVE] = 8
     """Data workers of each process; 0: load in the process itself."""
     log_every: Annotated[int, COUNT] = 20

@@ -138,9 +138,9 @@ def compile_parts(model: nn.Module, memory_budget: float = 1.0) -> None:
 
 
 def _compile(module: nn.Module, name: str) -> None:
-    """Compile a method of a module for training."""
+    """Compile a method of a module for training, in which all batches have one size."""
     method = getattr(type(module), name)
-    compiled = torch.compile(method, fullgraph=True)
+    compiled = torch.compile(method, fullgraph=True, dynamic=False)
 
     def call(self: nn.Module, *args: object) -> object:
         return (compiled if self.training else method)(self, *args)

@@ -54,6 +54,16 @@ def test_each_row_is_three_graphs_with_the_eager_loss(row, recomputed, method, i
     torch.testing.assert_close(compiled, eager)
 
 
+def test_each_size_of_a_batch_has_its_own_graphs(method, images, compiled_by):
+    """A graph for all sizes would be slower than one for the size of a run."""
+    one = method().train()
+    counter = compiled_by("eager")
+    compile_parts(one)
+    for count, size in enumerate((8, 4, 2), start=1):
+        losses(one, one, images[:size])
+        assert counter.frame_count == 3 * count
+
+
 def test_compiled_gradients_equal_eager_ones(method, images, compiled_by):
     one = method().train()
     eager = losses(one, one, images)
