@@ -177,6 +177,9 @@ class ExecutionSettings:
     """On a GPU, use only algorithms that give the same bits each time; they are slower."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, which compiles a block once for all blocks; auto: on GPUs."""
+    cuda_graphs: bool = False
+    """With compile, on a single GPU: replay the kernels of a block as a CUDA graph, for steps of
+    less than about 20 ms, in which launching kernels takes long. No GPU has run this yet."""
     memory_budget: Annotated[float, SHARE] = 0.9
     """With compile: the share of a block's activations to keep for the backward pass, which
     recomputes the others, the cheapest first."""

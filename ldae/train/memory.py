@@ -50,7 +50,8 @@ def _fits(update: Update, whole: Batch, plan: Plan) -> bool:
     # The last images of the run: what begins late in it, such as an adversary, has begun there.
     positions = torch.arange(plan.total - size, plan.total)
     batch = Batch(whole.images[:size], whole.targets[:size], positions, [])
-    passes = min(2, plan.micro_batches)  # the second has the gradients of the first in memory
+    # The second pass has the gradients of the first in memory. Graphs are recorded in the second.
+    passes = 3 if state.cuda_graphs else min(2, plan.micro_batches)
     generators = [state.device] if state.device.type == "cuda" else []
     with distributed.alone(), torch.random.fork_rng(generators), state.unchanged():
         try:

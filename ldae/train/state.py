@@ -10,7 +10,7 @@ from torch import nn
 
 from ldae import distributed
 from ldae.settings import ExecutionSettings, OptimSettings
-from ldae.train.parallel import parallelize
+from ldae.train.parallel import parallelize, uses_cuda_graphs
 
 
 class State:
@@ -26,6 +26,7 @@ class State:
         optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer],
     ) -> None:
         self.model, self.device, self.compiled = model, device, compiled
+        self.cuda_graphs = uses_cuda_graphs(system, device, compiled)
         self.average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
         self.parallel = parallelize(model, self.average, system, device, compiled)
         self.optimizer = optimizer(model, optim)
@@ -33,6 +34,9 @@ class State:
             module: _plain(module, bool | int | float) for module in model.modules()
         }
         self._host = HostCopy(device)
+        if self.cuda_graphs:  # else the gradients of the first step would lie in a graph's memory
+            for parameter in self._trained():
+                parameter.grad = torch.zeros_like(parameter)
 
     def update(self, decay: float) -> None:
         """Step the optimizer, then the model's own buffers, then the moving average of both.
@@ -40,11 +44,14 @@ class State:
         ``decay`` is the share of the former average in the new one.
         """
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._zero_grad()
         if hasattr(self.model, "after_step"):
             self.model.after_step()
         if self.average:
             _move_average(self.average, self.model, decay)
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -59,7 +66,7 @@ class State:
         try:
             yield
         finally:
-            self.optimizer.zero_grad()
+            self._zero_grad()
             for module, values in kept.items():
                 vars(module).update(values)
             with torch.no_grad():

@@ -54,6 +54,8 @@ class Update:
             batch = self.mixing(batch)
         torch.manual_seed(_seed_of(self.seed, batch))
         with state.parallel.gradient_sync(reduce):
+            if state.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             output = state.parallel.network(*on_device(batch, state.device))
             loss, parts = output if isinstance(output, tuple) else (output, {})
             (loss / count).backward()

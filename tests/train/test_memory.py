@@ -206,7 +206,7 @@ def test_a_search_compiles_each_size_once(tmp_path, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)
     monkeypatch.setattr(torch, "compile", lambda *args, **how: compile(
-        *args, **how | {"backend": backend}
+        *args, **how | {"backend": backend, "options": None}
     ))  # fmt: skip
     run(tmp_path, Small(room=2), compiled=True)
     assert sizes == [8, 8, 4, 4, 2, 2]  # the input of the first block takes no gradient
