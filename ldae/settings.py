@@ -174,7 +174,8 @@ class ExecutionSettings:
     """Precision of the network; auto: bf16 on devices that support it natively. All but tf32
     compute float32 products without TF32."""
     deterministic: bool = False
-    """On a GPU, use only algorithms that give the same bits each time; they are slower."""
+    """On a GPU, use only algorithms that give the same bits each time; they are slower. A resumed
+    run equals an undisturbed one bit for bit on a CPU; no GPU has shown this yet."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, which compiles a block once for all blocks; auto: on GPUs."""
     cuda_graphs: bool = False

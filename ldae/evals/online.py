@@ -194,7 +194,7 @@ def train_online(
     BatchNorm sees one group of the training order after the other, for any number of ranks and any
     batch size of the encoder, the number of images that go through the backbone at once.
 
-    The same call again resumes, bit for bit on as many ranks, until ``remove_training``.
+    The same call again resumes, on a CPU bit for bit with as many ranks, until ``remove_training``.
     Checkpoints of another protocol, backbone or source are removed.
 
     Returns: the head; and its learning rate, sizes and images seen, for the results.
