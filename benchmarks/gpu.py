@@ -54,7 +54,8 @@ from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
 from ldae.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
-from ldae.train.loop import Loop, Plan
+from ldae.train.loop import Loop
+from ldae.train.plan import Plan
 from ldae.train.run import compiles, fuses_attention
 from ldae.tree import flatten, replace
 

@@ -28,7 +28,8 @@ from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
 from ldae.timing import synchronize
-from ldae.train.loop import Loop, Plan
+from ldae.train.loop import Loop
+from ldae.train.plan import Plan
 from ldae.tree import replace
 
 

@@ -29,8 +29,9 @@ from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
 from ldae.timing import synchronize
-from ldae.train.loop import Loop, Plan
+from ldae.train.loop import Loop
 from ldae.train.optim import adamw
+from ldae.train.plan import Plan
 from ldae.train.run import compiles, fuses_attention, transform_of
 from ldae.tree import replace
 
@@ -64,7 +65,7 @@ def main() -> None:
     device = distributed.device_for(args.device)
     source = open_source(args.data, "train")
     method, compiled = prepare(config, device, source)
-    batch = next(batches(config, source, device)(0))
+    batch = next(batches(config, source, device)(0, 1))
     images, positions = batch.images.to(device), batch.positions.to(device)
     network = torch.compile(method) if compiled else method
     bare_network = torch.compile(method.denoiser) if compiled else method.denoiser
@@ -124,18 +125,19 @@ def prepare(config: Config, device: torch.device, source) -> tuple[LDAE, bool]:
     """Return a method as of ``ldae pretrain``, fitted on one batch, and whether it compiles."""
     bf16 = runs_in_bf16(config.system.precision, device)
     method = build(config, bf16=bf16)
-    method.tokenizer.fit([next(batches(config, source, device)(0)).images])
+    method.tokenizer.fit([next(batches(config, source, device)(0, 1)).images])
     method.to(device).denoiser.fuse_attention(fuses_attention(bf16, device))
     return method, compiles(config.system.compile, device)
 
 
 def batches(config: Config, source, device: torch.device) -> Callable:
-    return lambda start: train_batches(
+    return lambda start, micro_batches: train_batches(
         source,
         transform_of(config),
         seed=0,
         start=start,
         batch_size=config.optim.batch_size,
+        micro_batches=micro_batches,
         workers=config.system.workers,
         pin_memory=device.type == "cuda",
     )

@@ -22,6 +22,8 @@ _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_
 _REPORT_SECONDS = 20.0  # time that a rank waits for what the others report
 _ABORT_SECONDS = 5.0  # time that a rank which fails takes to abort the process group
 
+_alone = False  # see ``alone``
+
 # Errors of NCCL that this rank causes itself.
 _OWN_NCCL_ERRORS = "ncclInvalidArgument|ncclInvalidUsage|ncclUnhandledCudaError"
 
@@ -47,9 +49,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let ``all_reduce_sum`` return its argument, so that no rank waits for another one."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum ``tensor`` over all ranks, in place, and return it."""
-    if dist.is_initialized():
+    if dist.is_initialized() and not _alone:
         dist.all_reduce(tensor)
     return tensor
 

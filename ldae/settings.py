@@ -177,16 +177,22 @@ class ExecutionSettings:
     """Precision of the network; auto: bf16 on devices that support it natively. All but tf32
     compute float32 products without TF32."""
     deterministic: bool = False
-    """On a GPU, use only algorithms that give the same bits each time; they are slower."""
+    """On a GPU, use only algorithms that give the same bits each time; they are slower. A resumed
+    run equals an undisturbed one bit for bit on a CPU; no GPU has shown this yet."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, which compiles a block once for all blocks; auto: on GPUs."""
+    cuda_graphs: bool = False
+    """With compile, on a single GPU: replay the kernels of a block as a CUDA graph, for steps of
+    less than about 20 ms, in which launching kernels takes long. No GPU has run this yet."""
     memory_budget: Annotated[float, SHARE] = 0.9
     """With compile: the share of a block's activations to keep for the backward pass, which
     recomputes the others, the cheapest first."""
     checkpoint_activations: bool = False
     """Recompute whole blocks in the backward pass: little memory, a third more time."""
-    device_batch: Annotated[int, NOT_NEGATIVE] = 0
-    """Largest batch of a device; larger shares are split, and gradients accumulate. 0: no limit."""
+    device_batch: Annotated[int | Literal["auto"], NOT_NEGATIVE] = "auto"
+    """Largest batch of a device; a larger share of optim.batch_size is split, and gradients
+    accumulate. 0: the whole share; auto: the largest that fits into the memory of a GPU, tried
+    before the first step and kept in checkpoints (the whole share with fsdp)."""
     workers: Annotated[int, NOT_NEGATIVE] = 8
     """Data workers of each process; 0: load in the process itself."""
     log_every: Annotated[int, COUNT] = 20

@@ -108,10 +108,11 @@ def check(settings: Any, prefix: str = "") -> None:
 
 def _check(name: str, value: Any, hint: Any) -> None:
     for allowed in getattr(hint, "__metadata__", ()):
-        if isinstance(allowed, Range | Choice):
-            for part in value if isinstance(value, tuple) else (value,):
-                if part is not None:
-                    allowed.check(name, part)
+        # A setting with a range may also take a word or None.
+        checked = {Range: int | float, Choice: str}.get(type(allowed), ())
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, checked):
+                allowed.check(name, part)
 
 
 def replace(config: Any, changes: dict[str, Any]) -> Any:

@@ -46,6 +46,8 @@ def test_a_file_may_hold_only_changes(tmp_path):
         ("data: {crop: centre}", "data.crop.*takes center or random"),
         ("optim: {epochs: -1}", "optim.epochs must be above 0"),
         ("optim: {blr: fast}", "optim.blr.*takes float"),
+        ("system: {device_batch: all}", "system.device_batch.*takes int or auto"),
+        ("system: {device_batch: -1}", "system.device_batch must be at least 0, not -1"),
         ("data: {flip: 3}", "data.flip.*takes bool"),
         ("- 1", "holds no settings"),
         ("{", "not a YAML file"),

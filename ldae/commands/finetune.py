@@ -28,7 +28,8 @@ from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.settings import OptimSettings
-from ldae.train.loop import Hook, Plan, plan_run
+from ldae.train.loop import Hook
+from ldae.train.plan import Plan, plan_run
 from ldae.train.run import check_warmup, compiles, describe_training, train_in
 
 
@@ -112,7 +113,13 @@ def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> Fine
     evaluation = replace(
         evaluation, protocol=protocol, setup=setup, model=network, transform=transform
     )
-    plan = plan_run(len(evaluation.train), config.optim, config.system)
+    plan = plan_run(
+        len(evaluation.train),
+        config.optim,
+        config.system,
+        evaluation.device,
+        multiple=config.augment.mix_images,
+    )
     augmentation = Augmentation(
         transform.input_size,
         transform.interpolation,
@@ -123,7 +130,7 @@ def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> Fine
     )
     augmentation.check()
     mixing = Mixing(config.augment, transform, classes, config.seed, evaluation.device)
-    mixing.check(plan.batch_size // distributed.world_size() // plan.micro_batches)
+    mixing.check(plan.micro_batch)
     return FineTuning(config, evaluation, plan, augmentation, mixing, bf16)
 
 

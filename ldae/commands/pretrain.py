@@ -21,7 +21,7 @@ from ldae.runs import layout
 from ldae.runs.folder import open_run
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
-from ldae.train.loop import Plan, plan_run
+from ldae.train.plan import Plan, plan_run
 from ldae.train.run import (
     check_warmup,
     compiles,
@@ -51,7 +51,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         source = open_source(config.data.source, "train")
         if config.model.class_conditional and source.labels is None:
             raise InputError(f"model.class_conditional needs labels; {source.spec} has none")
-        plan = plan_run(len(source), config.optim, config.system)
+        plan = plan_run(len(source), config.optim, config.system, device)
         bf16 = runs_in_bf16(config.system.precision, device)
         method = build(config, num_classes=len(source.classes or ()), bf16=bf16)
         # Everything is checked before anything is written.

@@ -29,8 +29,9 @@ from ldae.runs.folder import names_hash
 from ldae.runs.lock import locked
 from ldae.runs.metrics import Metrics
 from ldae.settings import ExecutionSettings, OptimSettings
-from ldae.train.loop import Loop, Plan
+from ldae.train.loop import Loop
 from ldae.train.optim import peak_lr
+from ldae.train.plan import Plan
 from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE
 
 _LOG_IMAGES = 2**14  # images between two lines of progress
@@ -194,7 +195,7 @@ def train_online(
     BatchNorm sees one group of the training order after the other, for any number of ranks and any
     batch size of the encoder, the number of images that go through the backbone at once.
 
-    The same call again resumes, bit for bit on as many ranks, until ``remove_training``.
+    The same call again resumes, on a CPU bit for bit with as many ranks, until ``remove_training``.
     Checkpoints of another protocol, backbone or source are removed.
 
     Returns: the head; and its learning rate, sizes and images seen, for the results.
@@ -218,7 +219,7 @@ def train_online(
         side, chans, "random", protocol.flip, area=protocol.crop_area, clip=True
     )
 
-    def batches_from(start: int) -> Iterator[Batch]:
+    def batches_from(start: int, micro_batches: int) -> Iterator[Batch]:
         return train_batches(
             source,
             transform,
@@ -226,7 +227,7 @@ def train_online(
             start=start,
             stop=plan.total,
             batch_size=plan.batch_size,
-            micro_batches=plan.micro_batches,
+            micro_batches=micro_batches,
             rank=rank() % division.shares,
             world_size=division.shares,
             workers=encoder.workers,

@@ -7,7 +7,8 @@ from ldae.data.open import open_splits
 from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.settings import Config
-from ldae.train.loop import Hook, Plan
+from ldae.train.loop import Hook
+from ldae.train.plan import Plan
 
 _ONLINE_K = 20
 

@@ -35,10 +35,11 @@ from ldae.runs.skipped import record_skipped
 from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS, Tokenizer
 from ldae.tokenizers.losses import LossWeights, TokenizerLoss
-from ldae.train.loop import Plan, plan_run
+from ldae.train.plan import Plan, plan_run
 from ldae.train.run import check_warmup, train_in, transform_of
 
 _FIT_BATCH = 256
+_UNKNOWN_BATCH = 32  # where the training searches for the size of its micro batches
 _MEASURED_IMAGES = 5_000
 
 # Settings of a pre-training that its tokenizer does not depend on. It depends on model.patch_size.
@@ -100,7 +101,7 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     config = tree.replace(config, {"tokenizer.scale": tokenizer.scale})
     plan = None
     if tokenizer.trained and not config.tokenizer.pretrained:
-        plan = plan_run(len(source), config.tokenizer.optim, config.system)
+        plan = plan_run(len(source), config.tokenizer.optim, config.system, device)
     evaluation = open_source(config.data.eval_source or config.data.source, "eval")
     fit = Fit(config, source, evaluation, device, tokenizer, _pixel_stats(config), plan)
     if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
@@ -270,7 +271,7 @@ class FitImages:
     """This rank's share of about ``count`` images, in a random order that is the same in each pass.
 
     Iteration yields uint8 batches (B, C, H, W). Only full batches are used. A network gets no more
-    images at a time than in training.
+    images at a time than in training, or few where the training searches for the number.
     """
 
     fit: Fit
@@ -283,7 +284,7 @@ class FitImages:
         plan, world = self.fit.plan, distributed.world_size()
         count, share = min(self.count, len(self.source)), _FIT_BATCH
         if plan:
-            share = plan.batch_size // world // plan.micro_batches
+            share = min(plan.micro_batch, _UNKNOWN_BATCH if plan.searched else plan.micro_batch)
         batch_size = min(share, max(1, count // world)) * world
         stop = max(batch_size, count // batch_size * batch_size)
         batches = train_batches(

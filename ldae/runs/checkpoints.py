@@ -13,6 +13,7 @@ from ldae.files import PARTIAL, open_atomic, report_write_errors
 from ldae.runs import layout
 
 _KEYS = ("images_seen", "model", "average", "optimizer", "describe")
+_NEWER_KEYS = ("watchdog", "division")  # which older checkpoints do not have
 
 
 class Checkpoints:
@@ -118,4 +119,4 @@ def read(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message says how to execute the code
         raise InputError("it holds pickled code, which ldae never executes") from None
-    return {key: state[key] for key in _KEYS} | {"watchdog": state.get("watchdog")}
+    return {key: state[key] for key in _KEYS} | {key: state.get(key) for key in _NEWER_KEYS}

@@ -30,6 +30,10 @@ class Lookahead:
         except InputError as error:
             self.error = error
 
+    def next_batch(self) -> Batch:
+        """Return the first micro batch of the next step, which stays in place."""
+        return self._steps[0][0]
+
     def next_step(self) -> list[Batch]:
         """Return the micro batches of the next step."""
         return self._steps.popleft()

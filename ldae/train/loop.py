@@ -1,6 +1,5 @@
 """The one training loop. The only measure of progress is the number of images seen."""
 
-import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -8,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,47 +21,13 @@ from ldae.runs.skipped import record_skipped
 from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.lookahead import Lookahead
+from ldae.train.memory import fewest_micro_batches, too_little_memory
 from ldae.train.optim import adamw, ema_decay, lr_at, peak_lr, set_lr
+from ldae.train.plan import Plan
 from ldae.train.saver import Saver
-from ldae.train.state import State, map_tensors
+from ldae.train.state import State
+from ldae.train.update import Update
 from ldae.train.watchdog import Agreement, Exploded, Report, Watchdog
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The length of a run in images, and the division of a step's batch."""
-
-    epoch: int
-    """Images in one pass over the data."""
-    total: int
-    """Images in the run: a multiple of the batch size."""
-    batch_size: int
-    """Images in one step, over all ranks."""
-    micro_batches: int
-    """Micro batches of one rank in one step; their gradients accumulate."""
-
-    @property
-    def steps(self) -> int:
-        return self.total // self.batch_size
-
-
-def plan_run(images: int, optim: OptimSettings, system: ExecutionSettings) -> Plan:
-    """Return the plan of a run over ``images`` images, for the current number of ranks.
-
-    Raises: InputError when the batch cannot be divided as the settings require.
-    """
-    world = distributed.world_size()
-    if optim.batch_size < 1 or optim.batch_size % world:
-        raise InputError(f"optim.batch_size {optim.batch_size} cannot be split over {world} ranks")
-    share = optim.batch_size // world
-    micro_batches = math.ceil(share / system.device_batch) if system.device_batch else 1
-    if share % micro_batches:
-        raise InputError(
-            f"a rank's share of optim.batch_size, {share}, cannot be cut into {micro_batches} "
-            f"equal parts of at most system.device_batch {system.device_batch}"
-        )
-    total = math.ceil(optim.epochs * images / optim.batch_size) * optim.batch_size
-    return Plan(images, total, optim.batch_size, micro_batches)
 
 
 @dataclass(frozen=True)
@@ -101,8 +65,8 @@ class Loop:
     """
 
     model: nn.Module
-    batches_from: Callable[[int], Generator[Batch]]
-    """Returns this rank's micro batches, starting at the given image."""
+    batches_from: Callable[[int, int], Generator[Batch]]
+    """Returns this rank's micro batches, from an image on and with a number of them in a step."""
     plan: Plan
     optim: OptimSettings
     system: ExecutionSettings
@@ -132,6 +96,8 @@ class Loop:
         self.state = State(
             self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
         )
+        self.update = Update(self.state, self.seed, self.optim.clip_grad, self.mixing)
+        self.division: dict[str, int] | None = None  # found by a search, and its number of ranks
         self.watchdog = Watchdog(self.system.explosion)
         self.skipped: dict[str, str] = {}  # on this rank since the last checkpoint: name -> reason
         with (
@@ -152,16 +118,7 @@ class Loop:
                     self.saver.wait()
                     distributed.barrier()  # all ranks now see the same checkpoints
                 except torch.OutOfMemoryError:
-                    raise self._too_little_memory() from None
-
-    def _too_little_memory(self) -> InputError:
-        plan = self.plan
-        images = plan.batch_size // distributed.world_size() // plan.micro_batches
-        return InputError(
-            f"{self.device} has too little memory to train on {images} images at a time: set "
-            f"system.device_batch below {images}, a lower system.memory_budget (with "
-            "system.compile on) or system.checkpoint_activations; the same command then goes on"
-        )
+                    raise too_little_memory(self.plan, self.device) from None
 
     def _restore(self) -> None:
         """Load the newest checkpoint, if there is one.
@@ -174,11 +131,22 @@ class Loop:
         if checkpoint:
             _check_same_run(checkpoint["describe"], self.describe)
             self.state.restore(checkpoint)
+            self._use_division(checkpoint["division"])
         self.seen = checkpoint["images_seen"] if checkpoint else 0
         self.report: Report | None = None  # of the last step
         self.watchdog.restore(checkpoint and checkpoint["watchdog"])
         if self.system.explosion and not checkpoint:
             self._save()  # so that there is a checkpoint to go back to
+
+    def _use_division(self, division: dict[str, int] | None) -> None:
+        """Use the division of a checkpoint instead of a search, so that the run stays the same.
+
+        Another number of ranks needs another division.
+        """
+        plan = self.plan
+        if plan.searched and division and division["ranks"] == distributed.world_size():
+            if division["micro_batches"] in plan.divisions():
+                self.division, self.plan = division, plan.divided(division["micro_batches"])
 
     def _run(self) -> None:
         """Train from image ``seen`` to the end of the plan, and write metrics and checkpoints.
@@ -187,12 +155,12 @@ class Loop:
         """
         self.state.model.train()
         self.metrics, self.meter = self.open_metrics(self.seen), Meter(self.seen)
-        self.batches = Lookahead(self.batches_from(self.seen), self.plan.micro_batches)
+        self.batches = self._batches()
         saved_at = time.monotonic()
         try:
-            for _ in range(1 + report_lag(self.device) if self.seen < self.plan.total else 0):
-                self._fetch()
-            self.batches.raise_errors()
+            self._fetch_first()
+            if self.plan.searched and self.seen < self.plan.total:
+                self._find_division()
             while self.seen < self.plan.total:
                 save_due = time.monotonic() - saved_at >= 60 * self.system.save_minutes
                 if save_due:
@@ -218,6 +186,34 @@ class Loop:
         finally:
             self.metrics.close()
             self.batches.close()  # ends the data workers now instead of with the process
+
+    def _batches(self) -> Lookahead:
+        """Return the batches from image ``seen`` on."""
+        micro_batches = self.plan.micro_batches
+        return Lookahead(self.batches_from(self.seen, micro_batches), micro_batches)
+
+    def _fetch_first(self) -> None:
+        """Fetch the batches that are ahead of the first step. Raises: as ``Lookahead``."""
+        for _ in range(1 + report_lag(self.device) if self.seen < self.plan.total else 0):
+            self._fetch()
+        self.batches.raise_errors()
+
+    def _find_division(self) -> None:
+        """Divide a rank's share of the batch into the fewest micro batches that memory allows.
+
+        Raises: InputError as ``fewest_micro_batches``.
+        """
+        found = fewest_micro_batches(self.update, self.batches.next_batch(), self.plan)
+        self.division = {"ranks": distributed.world_size(), "micro_batches": found}
+        self.plan = self.plan.divided(found)
+        if found > 1:
+            print_main(
+                f"{self.plan.share} images do not fit into the memory of a device: each step has "
+                f"{found} micro batches of {self.plan.micro_batch} images"
+            )
+            self.batches.close()
+            self.batches = self._batches()
+            self._fetch_first()
 
     def _step(self, save_due: bool) -> Agreement:
         """Train on the next batch, and return what the ranks agree on."""
@@ -257,24 +253,11 @@ class Loop:
 
     def _update(self) -> dict[str, torch.Tensor]:
         """Update the weights once, and return this rank's mean loss and its parts."""
-        state, batches = self.state, self.batches.next_step()
-        means = {"loss": torch.zeros((), device=self.device)}
-        for micro, batch in enumerate(batches):
+        batches = self.batches.next_step()
+        for batch in batches:
             self.meter.skipped += len(batch.bad)
             self.skipped.update(batch.bad)
-            if self.mixing:
-                batch = self.mixing(batch)
-            torch.manual_seed(_seed_of(self.seed, batch))
-            with state.parallel.gradient_sync(micro == len(batches) - 1):
-                output = state.parallel.network(*on_device(batch, self.device))
-                loss, parts = output if isinstance(output, tuple) else (output, {})
-                (loss / len(batches)).backward()
-            for name, value in {"loss": loss.detach(), **parts}.items():
-                means[name] = means.get(name, 0) + value / len(batches)
-        if self.optim.clip_grad:
-            nn.utils.clip_grad_norm_(state.model.parameters(), self.optim.clip_grad)
-        state.update(ema_decay(self.seen // self.plan.batch_size, self.optim))
-        return means
+        return self.update(batches, ema_decay(self.seen // self.plan.batch_size, self.optim))
 
     def _skip_batch(self) -> dict[str, torch.Tensor]:
         """Skip the next batch, and return a loss of zero."""
@@ -330,6 +313,7 @@ class Loop:
         watchdog = self.watchdog.capture()
         if state:
             state |= {"images_seen": self.seen, "describe": self.describe, "watchdog": watchdog}
+            state["division"] = self.division
             self.saver.save(state, copied)
 
 
@@ -339,12 +323,6 @@ def report_lag(device: torch.device) -> int:
     On a GPU the report is read one step late, so that the device never waits for the host.
     """
     return 0 if device.type == "cpu" else 1
-
-
-def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Move a batch to the device; return its images, positions and tree of targets."""
-    parts = (batch.images, batch.positions, batch.targets)
-    return map_tensors(parts, lambda _, part: part.to(device, non_blocking=True))
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -360,10 +338,6 @@ def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
                 f"the images of this run have changed since it began: {name} was {value} then, "
                 f"and is {now[name]} now; put the images back, or name another --run"
             )
-
-
-def _seed_of(seed: int, batch: Batch) -> int:
-    return int(np.random.SeedSequence([seed, int(batch.positions[0])]).generate_state(1)[0])
 
 
 class Meter:

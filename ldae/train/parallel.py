@@ -108,16 +108,30 @@ def parallelize(
 ) -> Replicas | Shards:
     """Prepare ``model`` and its moving average, if it has one, for training on all ranks.
 
-    Raises: InputError when ``system.fsdp`` is set and torch is too old for it.
+    Raises: InputError when ``system.fsdp`` is set and torch is too old for it, and as
+        ``uses_cuda_graphs``.
     """
     if compiled:
-        compile_parts(model, system.memory_budget)
+        compile_parts(model, system.memory_budget, uses_cuda_graphs(system, device, compiled))
     if not system.fsdp or distributed.world_size() == 1:
         return Replicas(model, device)
     return Shards(model, average, device)
 
 
-def compile_parts(model: nn.Module, memory_budget: float = 1.0) -> None:
+def uses_cuda_graphs(system: ExecutionSettings, device: torch.device, compiled: bool) -> bool:
+    """Return whether the compiled parts run as CUDA graphs.
+
+    Raises: InputError with several ranks, because DDP and FSDP move gradients and weights about.
+    """
+    if not (system.cuda_graphs and compiled and device.type == "cuda"):
+        return False
+    if distributed.world_size() > 1:
+        ranks = distributed.world_size()
+        raise InputError(f"system.cuda_graphs works on one GPU, and this run has {ranks} ranks")
+    return True
+
+
+def compile_parts(model: nn.Module, memory_budget: float = 1.0, cuda_graphs: bool = False) -> None:
     """Compile a model in parts, in place; in evaluation mode it runs as it is.
 
     Each block of a stack is a graph. All blocks of a class and shape share one, so compilation
@@ -127,20 +141,22 @@ def compile_parts(model: nn.Module, memory_budget: float = 1.0) -> None:
     Args:
         memory_budget: the share of a graph's activations to keep for the backward pass, which
             recomputes the cheapest others.
+        cuda_graphs: replay each part as a CUDA graph, recorded anew for each block.
     """
     torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets
     torch._functorch.config.activation_memory_budget = memory_budget
     for block in _blocks(model):
         if any(parameter.requires_grad for parameter in block.parameters()):
-            _compile(block, "forward")
+            _compile(block, "forward", cuda_graphs)
     for name in getattr(model, "compiled_parts", ()):
-        _compile(model, name)
+        _compile(model, name, cuda_graphs)
 
 
-def _compile(module: nn.Module, name: str) -> None:
-    """Compile a method of a module for training."""
+def _compile(module: nn.Module, name: str, cuda_graphs: bool) -> None:
+    """Compile a method of a module for training, in which all batches have one size."""
     method = getattr(type(module), name)
-    compiled = torch.compile(method, fullgraph=True)
+    options = {"triton.cudagraphs": True} if cuda_graphs else None
+    compiled = torch.compile(method, fullgraph=True, dynamic=False, options=options)
 
     def call(self: nn.Module, *args: object) -> object:
         return (compiled if self.training else method)(self, *args)

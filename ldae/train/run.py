@@ -17,8 +17,9 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import LATENTS_OF, NAMES_HASH, RESIZED_TWICE, Settings, names_hash
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config, OptimSettings
-from ldae.train.loop import Hook, Loop, Plan
+from ldae.train.loop import Hook, Loop
 from ldae.train.optim import lr_at, peak_lr
+from ldae.train.plan import Plan
 
 
 def train_in(
@@ -46,7 +47,7 @@ def train_in(
 
     resizes_twice = source.resizes_twice(transform)
 
-    def batches_from(start: int) -> Generator[Batch]:
+    def batches_from(start: int, micro_batches: int) -> Generator[Batch]:
         return train_batches(
             source,
             transform,
@@ -54,7 +55,7 @@ def train_in(
             start=start,
             stop=plan.total,
             batch_size=plan.batch_size,
-            micro_batches=plan.micro_batches,
+            micro_batches=micro_batches,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             workers=config.system.workers,

@@ -1,7 +1,8 @@
 """The state of a training: the model, its moving average and the optimizer."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ldae import distributed
 from ldae.settings import ExecutionSettings, OptimSettings
-from ldae.train.parallel import parallelize
+from ldae.train.parallel import parallelize, uses_cuda_graphs
 
 
 class State:
@@ -24,12 +25,18 @@ class State:
         compiled: bool,
         optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer],
     ) -> None:
-        self.model, self.device = model, device
+        self.model, self.device, self.compiled = model, device, compiled
+        self.cuda_graphs = uses_cuda_graphs(system, device, compiled)
         self.average = copy.deepcopy(model).requires_grad_(False) if optim.ema else None
         self.parallel = parallelize(model, self.average, system, device, compiled)
         self.optimizer = optimizer(model, optim)
-        self._initial_counts = {module: _counts(module) for module in model.modules()}
+        self._initial_counts = {
+            module: _plain(module, bool | int | float) for module in model.modules()
+        }
         self._host = HostCopy(device)
+        if self.cuda_graphs:  # else the gradients of the first step would lie in a graph's memory
+            for parameter in self._trained():
+                parameter.grad = torch.zeros_like(parameter)
 
     def update(self, decay: float) -> None:
         """Step the optimizer, then the model's own buffers, then the moving average of both.
@@ -37,11 +44,48 @@ class State:
         ``decay`` is the share of the former average in the new one.
         """
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._zero_grad()
         if hasattr(self.model, "after_step"):
             self.model.after_step()
         if self.average:
             _move_average(self.average, self.model, decay)
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Undo what passes inside of the context do: gradients, buffers, numbers and lists."""
+        kept = {
+            module: _plain(module, bool | int | float | list) for module in self.model.modules()
+        }
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            yield
+        finally:
+            self._zero_grad()
+            for module, values in kept.items():
+                vars(module).update(values)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    def reserve(self) -> list[torch.Tensor]:
+        """Allocate the memory that a later step needs beside the passes of a first one.
+
+        This is the memory of AdamW's two moments before its first step, and a thirty-second part of
+        a GPU, for communication and for gaps between tensors.
+        """
+        reserved = []
+        if not self.optimizer.state:
+            reserved += [torch.empty_like(part) for part in self._trained() for _ in range(2)]
+        if self.device.type == "cuda":
+            spare = torch.cuda.get_device_properties(self.device).total_memory // 32
+            reserved.append(torch.empty(spare, dtype=torch.uint8, device=self.device))
+        return reserved
 
     def inference_model(self, averaged: bool = True) -> nn.Module:
         """Return the moving average, or the model if there is none or it is not ``averaged``."""
@@ -70,8 +114,7 @@ class State:
                 current = module.state_dict()
                 shards = {n: self._shard(part, current.get(n)) for n, part in state[key].items()}
                 module.load_state_dict(shards)
-        groups = self.optimizer.param_groups
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = self._trained()
 
         def moment(name: tuple, part: torch.Tensor) -> torch.Tensor:
             return self._shard(part, parameters[name[0]]) if part.ndim else part
@@ -129,10 +172,11 @@ def map_tensors(tree: Any, change: Callable, name: tuple = ()) -> Any:
     return tree
 
 
-def _counts(module: nn.Module) -> dict[str, bool | int | float]:
-    numbers = {n: part for n, part in vars(module).items() if isinstance(part, bool | int | float)}
-    numbers.pop("training")  # the mode of the module
-    return numbers
+def _plain(module: nn.Module, kind: Any) -> dict[str, Any]:
+    """Return copies of the attributes of a kind, without the mode of the module."""
+    values = {name: value for name, value in vars(module).items() if isinstance(value, kind)}
+    values.pop("training")
+    return {name: copy.copy(value) for name, value in values.items()}
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """A fine-tuning: its exactness, its files and its refusals."""
 
+import dataclasses
+import functools
 import json
 import shutil
 
@@ -13,6 +15,7 @@ from ldae import cli, tree
 from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
+from ldae.commands import finetune as command
 from ldae.commands.finetune import finetune
 from ldae.data.open import open_source
 from ldae.errors import InputError
@@ -22,6 +25,7 @@ from ldae.finetuning.settings import FinetuneConfig
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import settings_of
 from ldae.train.interrupt import Interrupted
+from ldae.train.plan import plan_run
 
 SHAPE = dict(
     img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, class_token=False,
@@ -240,6 +244,28 @@ def test_the_division_into_micro_batches_is_exact_without_drop_path(tiny, tmp_pa
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=2e-5, msg=name)
     losses = [lines(tmp_path / name)[-1]["loss"] for name in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_search_for_micro_batches_keeps_whole_groups_and_changes_nothing(
+    tiny, tmp_path, monkeypatch
+):
+    """Memory for 13 images is planted, and a group has 8: 12 would fit, but are no whole groups."""
+    forward = ClassificationLoss.forward
+
+    def small(self, images, positions, labels):
+        if self.training and len(images) > 13:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images, positions, labels)
+
+    monkeypatch.setattr(ClassificationLoss, "forward", small)
+    changes = dict(optim__batch_size=48, augment__mix_images=8, augment__erasing=0.5)
+    changes |= dict(optim__epochs=0.1, optim__warmup_epochs=0.05, system__eval_every=0.0)
+    finetune(tiny(system__device_batch=8, **changes), tmp_path / "given")
+    searched = functools.partial(dataclasses.replace, searched=True)  # as on a GPU
+    monkeypatch.setattr(command, "plan_run", lambda *args, **how: searched(plan_run(*args, **how)))
+    finetune(tiny(**changes), tmp_path / "searched")
+    assert Checkpoints(tmp_path / "searched").load()["division"]["micro_batches"] == 6
+    assert_same_state(tmp_path / "searched", tmp_path / "given")
 
 
 def test_the_seed_changes_the_run(tiny, tmp_path):

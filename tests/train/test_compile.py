@@ -10,10 +10,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from ldae import distributed, trajectory
+from ldae.errors import InputError
 from ldae.models.dit import Block
 from ldae.pretraining.latents import LatentEncoder
-from ldae.settings import SystemSettings
-from ldae.train.parallel import compile_parts, parallelize
+from ldae.settings import OptimSettings, SystemSettings
+from ldae.train.optim import adamw
+from ldae.train.parallel import compile_parts, parallelize, uses_cuda_graphs
+from ldae.train.state import State
 
 CPU = torch.device("cpu")
 ROWS = [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)]
@@ -65,6 +68,49 @@ def test_cached_latents_take_three_graphs_too(row, method, images, compiled_by):
     compiled = losses(one, one, rows)
     assert counter.frame_count == 3
     torch.testing.assert_close(compiled, eager)
+
+
+def test_each_size_of_a_batch_has_its_own_graphs(method, images, compiled_by):
+    """A graph for all sizes would be slower than one for the size of a run."""
+    one = method().train()
+    counter = compiled_by("eager")
+    compile_parts(one)
+    for count, size in enumerate((8, 4, 2), start=1):
+        losses(one, one, images[:size])
+        assert counter.frame_count == 3 * count
+
+
+def test_cuda_graphs_are_an_option_of_every_compiled_part(method, monkeypatch):
+    options = []
+    monkeypatch.setattr(torch, "compile", lambda part, **how: options.append(how["options"]))
+    for cuda_graphs in (False, True):
+        compile_parts(method(), cuda_graphs=cuda_graphs)
+    parts = 4 + 2  # blocks, noising and loss
+    assert options == [None] * parts + [{"triton.cudagraphs": True}] * parts
+
+
+def test_cuda_graphs_need_one_gpu_and_compilation(monkeypatch):
+    system, gpu = SystemSettings(cuda_graphs=True), torch.device("cuda:0")
+    assert uses_cuda_graphs(system, gpu, compiled=True)
+    assert not uses_cuda_graphs(SystemSettings(), gpu, compiled=True)
+    assert not uses_cuda_graphs(system, gpu, compiled=False)
+    assert not uses_cuda_graphs(system, CPU, compiled=True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    with pytest.raises(InputError, match="cuda_graphs works on one GPU, .* 8 ranks"):
+        uses_cuda_graphs(system, gpu, compiled=True)
+
+
+def test_gradients_lie_outside_of_the_memory_of_cuda_graphs(method):
+    """A graph would overwrite a gradient that it allocated when it runs for the next batch."""
+    one, system = method(), SystemSettings(cuda_graphs=True)
+    state = State(one, OptimSettings(), system, torch.device("cuda:0"), True, adamw)
+    trained = [part for part in one.parameters() if part.requires_grad]
+    gradients = [part.grad for part in trained]
+    for gradient in gradients:
+        gradient.fill_(1.0)
+    state.update(0.0)
+    for part, gradient in zip(trained, gradients, strict=True):
+        assert part.grad is gradient and not gradient.any()
 
 
 def test_compiled_gradients_equal_eager_ones(method, images, compiled_by):

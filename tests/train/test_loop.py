@@ -17,10 +17,12 @@ from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import loop, watchdog
-from ldae.train.loop import Hook, Loop, Plan, on_device, plan_run
+from ldae.train.loop import Hook, Loop
 from ldae.train.optim import adamw
+from ldae.train.plan import Plan
 from ldae.train.saver import Saver
 from ldae.train.state import State
+from ldae.train.update import on_device
 
 OPTIM = OptimSettings(batch_size=4, blr=1.0, epochs=3, warmup_epochs=0.5)
 SYSTEM = SystemSettings(log_every=2, workers=0)
@@ -37,10 +39,10 @@ class Line(nn.Module):
         return ((self.w * images - labels) ** 2).mean()
 
 
-def batches_from(micro_batches=1, bad_at=None, nan_at=None, wild=()):
+def batches_from(bad_at=None, nan_at=None, wild=()):
     """A stream of batches, with NaN or an error from an image on, and with some wild batches."""
 
-    def stream(start):
+    def stream(start, micro_batches):
         size = 4 // micro_batches
         for n in range(start, 48, size):
             positions = torch.arange(n, n + size)
@@ -95,7 +97,7 @@ def test_a_run_learns_logs_and_saves(tmp_path, capsys):
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path):
     whole, _ = run(tmp_path / "whole")
-    pieces, _ = run(tmp_path / "pieces", batches_from(micro_batches=2), micro_batches=2)
+    pieces, _ = run(tmp_path / "pieces", batches_from(), micro_batches=2)
     assert pieces == pytest.approx(whole, rel=1e-6)
 
 
@@ -110,7 +112,7 @@ class LineInParts(Line):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_parts_of_the_loss_are_logged_as_means(micro_batches, tmp_path):
     """The means are over micro batches and over the steps between two records."""
-    stream = batches_from(micro_batches)
+    stream = batches_from()
     plain, without = run(tmp_path / "plain", stream, micro_batches=micro_batches)
     weight, records = run(
         tmp_path / "parts", stream, micro_batches=micro_batches, model=LineInParts()
@@ -173,7 +175,7 @@ def test_an_explosion_is_undone_and_its_batch_left_out(
 ):
     """The run equals a run that never saw the batch, whenever it was saved."""
     system = SystemSettings(log_every=2, save_minutes=minutes, explosion=20)
-    stream = batches_from(micro_batches, wild=(24,))
+    stream = batches_from(wild=(24,))
     weight, _ = run(tmp_path, stream, WILD, system, micro_batches)
     assert weight == pytest.approx(slow_line(left_out=(24,)), rel=1e-5)
     assert weight != pytest.approx(slow_line(), rel=1e-5)
@@ -244,7 +246,7 @@ def test_too_little_memory_is_a_sentence_with_the_settings_to_change(tmp_path):
         InputError, match="memory to train on 4 images .* system.device_batch below"
     ):
         run(tmp_path, model=Large())
-    run(tmp_path, batches_from(2), micro_batches=2, model=Large())
+    run(tmp_path, batches_from(), micro_batches=2, model=Large())
 
 
 class Heavy(Line):
@@ -515,13 +517,13 @@ def slow_centred(decay):
 def test_another_optimizer_and_buffers_train_and_resume(tmp_path):
     optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.75)
     how = {"optim": optim, "micro_batches": 2, "optimizer": momentum}
-    run(tmp_path / "whole", batches_from(2), model=Centred(), **how)
+    run(tmp_path / "whole", batches_from(), model=Centred(), **how)
     whole = Checkpoints(tmp_path / "whole").load()
     states = [whole[kept][name].item() for kept in ("model", "average") for name in ("w", "mean")]
     assert states == pytest.approx(slow_centred(0.75), rel=1e-5)
     with pytest.raises(InputError):
-        run(tmp_path / "parts", batches_from(2, bad_at=30), model=Centred(), **how)
-    run(tmp_path / "parts", batches_from(2), model=Centred(), **how)
+        run(tmp_path / "parts", batches_from(bad_at=30), model=Centred(), **how)
+    run(tmp_path / "parts", batches_from(), model=Centred(), **how)
     parts = Checkpoints(tmp_path / "parts").load()
     for kept in ("model", "average"):
         assert parts[kept] == whole[kept]
@@ -547,22 +549,8 @@ def test_a_model_may_train_on_a_tree_of_targets(tmp_path):
             labels = torch.stack([target["boxes"].sum() for target in targets])
             return super().forward(images, positions, labels)
 
-    def stream(start):
-        for batch in batches_from()(start):
+    def stream(start, micro_batches):
+        for batch in batches_from()(start, micro_batches):
             yield batch._replace(targets=[{"boxes": torch.ones(3, int(n))} for n in batch.images])
 
     assert run(tmp_path / "tree", stream, model=Counts())[0] == run(tmp_path / "labels")[0]
-
-
-def test_a_plan_divides_the_batch_or_is_refused():
-    assert plan_run(100, OptimSettings(batch_size=32, epochs=2), SystemSettings()) == Plan(
-        100, 224, 32, 1
-    )
-    assert (
-        plan_run(100, OptimSettings(batch_size=32), SystemSettings(device_batch=8)).micro_batches
-        == 4
-    )
-    with pytest.raises(InputError, match="batch_size.*30.*4 equal parts.*device_batch 8"):
-        plan_run(100, OptimSettings(batch_size=30), SystemSettings(device_batch=8))
-    with pytest.raises(InputError, match="optim.batch_size 0"):
-        plan_run(100, OptimSettings(batch_size=0), SystemSettings())

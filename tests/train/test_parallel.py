@@ -16,8 +16,9 @@ from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import loop, parallel
-from ldae.train.loop import Hook, Loop, Plan
+from ldae.train.loop import Hook, Loop
 from ldae.train.optim import adamw
+from ldae.train.plan import Plan
 from ldae.train.state import State
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def run(
     with distributed.process_group(CPU, rank_timeout=1):
         trained = Loop(
             model(),
-            functools.partial(stream, micro_batches=micro_batches, bad_at=bad_at),
+            functools.partial(stream, bad_at=bad_at),
             Plan(epoch=16, total=8 * STEPS, batch_size=8, micro_batches=micro_batches),
             OPTIM,
             SystemSettings(log_every=1, save_minutes=save_minutes, fsdp=fsdp),
