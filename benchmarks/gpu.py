@@ -57,7 +57,7 @@ from ldae.timing import TrainingStep, fitting_step, matmul_rate, seconds, traini
 from ldae.train.loop import Loop
 from ldae.train.plan import Plan
 from ldae.train.run import compiles, fuses_attention
-from ldae.tree import flatten, replace
+from ldae.tree import replace
 
 # Scale, changes and largest batch of the measured steps.
 SIZES: dict[str, tuple[str, dict, int]] = {
@@ -117,7 +117,7 @@ def waits(args: argparse.Namespace, device: torch.device) -> dict:
     ahead = 2 if device.type == "cuda" else 1  # batches fetched before the first step
     first = WARM_UP + ahead
 
-    def watched(start: int) -> Generator[Batch]:
+    def watched(start: int, micro_batches: int) -> Generator[Batch]:
         for number, batch in enumerate(random_batches(config, batch_of("loop", args), start)):
             if device.type == "cuda" and number in (first, first + STEPS):
                 mode = "error" if number == first else "default"
@@ -210,7 +210,7 @@ def train_in(args: argparse.Namespace, device: torch.device) -> None:
             if record["images"] == args.kill_at * size:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def batches(start: int) -> Generator[Batch]:
+    def batches(start: int, micro_batches: int) -> Generator[Batch]:
         return random_batches(config, size, start)
 
     prepare_loop(config, device, args.run, STEPS, size, batches, Killed).train()
@@ -243,12 +243,10 @@ def measure_steps(size: str):
             "step": measured,
         }
         del step, denoiser
-        graphs = "system.cuda_graphs"
-        if graphs in flatten(config) and device.type == "cuda":
+        if device.type == "cuda":
+            graphs = replace(config, {"system.cuda_graphs": True})
             record["step_with_cuda_graphs"] = attempt(
-                lambda: measure_step(replace(config, {graphs: True}), device, batch_size, ceiling)[
-                    1
-                ]
+                lambda: measure_step(graphs, device, batch_size, ceiling)[1]
             )
         record["dit_bf16"] = attempt(
             lambda: dit_rate(config, sizes, record["what"], batch_size, device)
@@ -397,12 +395,8 @@ def fail_on_rank_1(device: torch.device) -> None:
 
 
 def memory(args: argparse.Namespace, device: torch.device) -> dict:
-    """Pre-train two steps with ``system.device_batch auto``, if the settings have it."""
+    """Pre-train two steps with ``system.device_batch auto``."""
     what = {"what": "ldae pretrain with system.device_batch auto"}
-    try:
-        replace(ldae.config("l_dae"), {"system.device_batch": "auto"})
-    except InputError:
-        return what | {"skipped": "system.device_batch has no auto"}
     size = ["--scale", "demo"] if args.tiny else []
     batch, data = (16, "scattered-digits:32") if args.tiny else (2048, "scattered-digits:4096")
     with tempfile.TemporaryDirectory() as folder:

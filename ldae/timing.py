@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldae.data.workers import Batch
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.models.contract import Denoiser
@@ -16,6 +17,7 @@ from ldae.settings import Config
 from ldae.train.optim import adamw
 from ldae.train.run import compiles, fuses_attention
 from ldae.train.state import State
+from ldae.train.update import Update
 
 _FIT_IMAGES = 16  # enough patches for the axes of random images, which need no good fit
 
@@ -62,7 +64,8 @@ def training_flops(denoiser: Denoiser) -> int:
 class TrainingStep:
     """The step of ``ldae pretrain`` on a fixed batch of random images, without the loop around it.
 
-    A call computes the loss and its gradients, and updates the weights. The first call is done.
+    A call copies the batch to the device, computes the loss and its gradients, and updates the
+    weights. The first call is done.
 
     Raises: torch.OutOfMemoryError when the batch does not fit into the memory of the device.
     """
@@ -78,17 +81,16 @@ class TrainingStep:
         self.method.tokenizer.fit([images[:_FIT_IMAGES]])
         self.method.to(device).train()
         self.method.denoiser.fuse_attention(fuses_attention(bf16, device))
-        self.images = images.to(device)
-        self.positions = torch.arange(batch_size, device=device)
+        self.batch = Batch(images, [], torch.arange(batch_size), [])
         compiled = compiles(config.system.compile, device)
         self.state = State(self.method, config.optim, config.system, device, compiled, adamw)
+        self.update = Update(self.state, clip_grad=config.optim.clip_grad)
         self.first_seconds = seconds(self, device)
         """Seconds of the first step, which compiles."""
 
     def __call__(self) -> None:
         with float32_products(tf32=self.config.system.precision == "tf32"):
-            self.state.parallel.network(self.images, self.positions).backward()
-        self.state.update(decay=0.0)
+            self.update([self.batch], decay=0.0)
 
     def rate(self, steps: int = 3, at_most: float = float("inf")) -> float:
         """Return images a second, the median of ``steps`` steps after one of burn-in.

@@ -53,6 +53,20 @@ def _blocks(name, args, kwargs, result):
 
 
 @pytest.fixture
+def apart(on_ranks):
+    """apart(function): call a function in a process of its own.
+
+    After a fake CUDA tensor or a backward pass on the meta device, autograd starts threads for
+    devices, and a process with such threads cannot fork for other tests.
+    """
+
+    def run(function):
+        assert on_ranks(function, ranks=1) == [""]
+
+    return run
+
+
+@pytest.fixture
 def on_gpu(tiny):
     """on_gpu(row): the mode of fake tensors, and a method whose tensors are fake ones on a GPU."""
 
@@ -72,22 +86,24 @@ def on_gpu(tiny):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_loss_of_each_row_is_computed_on_one_device_and_waits_for_nothing(row, on_gpu):
+def test_the_loss_of_each_row_is_computed_on_one_device_and_waits_for_nothing(row, on_gpu, apart):
     """A backward pass of fake CUDA tensors needs a driver, so it is not a part of this."""
-    mode, method = on_gpu(row)
-    with mode:
-        images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device=GPU)
-        positions, labels = torch.empty(2, 4, dtype=torch.int64, device=GPU)
-        with NoWaiting():
-            loss = method(images, positions, labels)
-    assert loss.device == GPU and loss.shape == () and loss.dtype == torch.float32
+
+    def work():
+        mode, method = on_gpu(row)
+        with mode:
+            images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device=GPU)
+            positions, labels = torch.empty(2, 4, dtype=torch.int64, device=GPU)
+            with NoWaiting():
+                loss = method(images, positions, labels)
+        assert loss.device == GPU and loss.shape == () and loss.dtype == torch.float32
+
+    apart(work)
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_backward_pass_of_each_row_waits_for_nothing(row, method, on_ranks):
-    """Tensors of the meta device have no values, so all that waits for values raises there. The
-    pass starts a thread of autograd, and a process with such a thread cannot fork for other tests.
-    """
+def test_the_backward_pass_of_each_row_waits_for_nothing(row, method, apart):
+    """Tensors of the meta device have no values, so all that waits for values raises there."""
     one = method(row, num_classes=3, system__checkpoint_activations=row == "l_dae").to("meta")
     images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="meta")
     positions, labels = torch.empty(2, 4, dtype=torch.int64, device="meta")
@@ -96,21 +112,19 @@ def test_the_backward_pass_of_each_row_waits_for_nothing(row, method, on_ranks):
         one.train()(images, positions, labels).backward()
         assert all(part.grad.is_meta for part in one.parameters() if part.requires_grad)
 
-    assert on_ranks(work, ranks=1) == [""]
+    apart(work)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_three_updates_wait_for_nothing(cuda_graphs, on_gpu, monkeypatch):
+def test_three_updates_wait_for_nothing(cuda_graphs, on_gpu, apart, monkeypatch):
     """From batches on the host to new weights and their average; all but the backward pass is
     real, for which autograd's engine needs a driver."""
-    mode, method = on_gpu()
     images, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long()
     batches = [Batch(images, labels, torch.arange(n, n + 4), []) for n in (0, 4)]
-    with mode:
-        state = State(method, OptimSettings(ema=0.9), SystemSettings(), GPU, False, adamw)
-        state.cuda_graphs = cuda_graphs  # without compiling anything
+
+    def work():
+        mode, method = on_gpu()
         trained = [part for part in method.parameters() if part.requires_grad]
-        marked = cudagraph_trees.MarkStepBox.mark_step_counter
 
         def backward(loss):
             assert loss.device == GPU and loss.requires_grad
@@ -118,25 +132,35 @@ def test_three_updates_wait_for_nothing(cuda_graphs, on_gpu, monkeypatch):
                 part.grad = torch.empty_like(part) + (0 if part.grad is None else part.grad)
 
         monkeypatch.setattr(torch.Tensor, "backward", backward)
-        with NoWaiting():
-            for _ in range(3):
-                losses = Update(state, clip_grad=1.0)(batches, 0.9)
+        marked = cudagraph_trees.MarkStepBox.mark_step_counter
+        with mode:
+            state = State(method, OptimSettings(ema=0.9), SystemSettings(), GPU, False, adamw)
+            state.cuda_graphs = cuda_graphs  # without compiling anything
+            with NoWaiting():
+                for _ in range(3):
+                    losses = Update(state, clip_grad=1.0)(batches, 0.9)
         assert losses["loss"].device == GPU
         steps = {moments["step"].device for moments in state.optimizer.state.values()}
         assert steps == {GPU} and len(state.optimizer.state) == len(trained)
-    assert marked - cudagraph_trees.MarkStepBox.mark_step_counter == 6 * cuda_graphs
+        assert marked - cudagraph_trees.MarkStepBox.mark_step_counter == 6 * cuda_graphs
+
+    apart(work)
 
 
-def test_waits_would_be_seen(on_gpu):
-    mode, _ = on_gpu()
-    with mode:
-        device, host = torch.empty(3, device=GPU), torch.empty(3)
-        for wait in (device.cpu, lambda: host.to(GPU), lambda: device.copy_(host), device.nonzero):
-            with NoWaiting(), pytest.raises(AssertionError, match="makes the host wait"):
-                wait()
-        with NoWaiting():
-            host.to(GPU, non_blocking=True)
-            device.copy_(host, non_blocking=True)
+def test_waits_would_be_seen(on_gpu, apart):
+    def work():
+        mode, _ = on_gpu()
+        with mode:
+            device, host = torch.empty(3, device=GPU), torch.empty(3)
+            waits = (device.cpu, device.nonzero, lambda: host.to(GPU), lambda: device.copy_(host))
+            for wait in waits:
+                with NoWaiting(), pytest.raises(AssertionError, match="makes the host wait"):
+                    wait()
+            with NoWaiting():
+                host.to(GPU, non_blocking=True)
+                device.copy_(host, non_blocking=True)
+
+    apart(work)
 
 
 def test_the_residual_stream_is_in_bfloat16_and_the_loss_in_float32(method, images):
