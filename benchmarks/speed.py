@@ -1,17 +1,21 @@
 """Compare the training step with an eager DiT step, and with the limit of the machine.
 
-python benchmarks/speed.py [--model NAME] [--side TOKENS] [--batch-size N] [--out FILE]
+python benchmarks/speed.py [--model NAME] [--side TOKENS] [--batch-size N] [--budgets] [--out FILE]
 
 All steps run in turn in one process, with the same threads: a DiT step in float32 and under
 bfloat16 autocast (``dit_reference``), the step of ``ldae pretrain`` in eager code, and the same
 compiled. The limit is the rate of a large matrix product in bfloat16 in the same process. Saved
-bytes are what one more image keeps for the backward pass, a token, channel and block. For the time
-to a first step without caches, set TORCHINDUCTOR_FORCE_DISABLE_CACHES=1.
+bytes are what one more image keeps for the backward pass, a token, channel and block. With
+--budgets the compiled step runs with each memory budget too, in turn, in processes of their own,
+because compiled code of one process is shared.
 """
 
 import argparse
 import copy
+import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from ldae.files import write_json
 from ldae.method import LDAE, build
 from ldae.models.vit import vit_shape
 from ldae.runs.environment import environment
+from ldae.settings import SystemSettings
 from ldae.timing import matmul_rate, seconds, training_flops
 from ldae.train.optim import adamw
 from ldae.train.parallel import compile_parts
@@ -41,6 +46,9 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=8, help="tokens along an edge")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=SystemSettings.memory_budget)
+    parser.add_argument("--budgets", action="store_true", help="compare memory budgets too")
+    parser.add_argument("--only-compiled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/speed.json"))
     args = parser.parse_args()
@@ -66,14 +74,14 @@ def main() -> None:
         "dit_bf16": reference_step(copy.deepcopy(reference), batch_size, bf16=True),
         "ldae_eager": step_of(eager, batch, adamw(eager, config.optim)),
     }
-    whole = torch.compile(copy.deepcopy(method))
-    first = {"whole_network": seconds(lambda: whole(*batch).backward(), device)}
-    torch._dynamo.reset()
     compiled = copy.deepcopy(method)
-    compile_parts(compiled, config.system.memory_budget)
+    compile_parts(compiled, args.budget)
     steps["ldae_compiled"] = step_of(compiled, batch, adamw(compiled, config.optim))
-    first["in_parts"] = seconds(steps["ldae_compiled"], device)
-
+    if args.only_compiled:
+        steps["ldae_compiled"]()
+        rates = [batch_size / seconds(steps["ldae_compiled"], device) for _ in range(args.rounds)]
+        print(json.dumps([statistics.median(rates), saved_bytes(compiled, batch)]))
+        return
     speeds: dict[str, list[float]] = {name: [] for name in steps}
     limits = []
     for step in steps.values():
@@ -86,6 +94,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ours = medians["ldae_compiled"]
     limit = statistics.median(limits)
+    saved = {"eager": saved_bytes(method, batch), "compiled": saved_bytes(compiled, batch)}
     write_json(
         args.out,
         {
@@ -98,9 +107,10 @@ def main() -> None:
             "gflop_an_image": round(flops / 1e9, 3),
             "matmul_tflops": round(limit / 1e12, 4),
             "share_of_matmul": round(ours * flops / limit, 3),
-            "memory_budget": config.system.memory_budget,
-            "seconds_to_first_step": {name: round(value, 2) for name, value in first.items()},
-            "saved_bytes": saved_bytes(method, config, batch),
+            "memory_budget": args.budget,
+            "saved_bytes": saved,
+            "saved_share": round(saved["compiled"] / saved["eager"], 3),
+            "budgets": measure_budgets(args) if args.budgets else None,
             "rounds": {name: [round(v, 2) for v in values] for name, values in speeds.items()},
             "threads": torch.get_num_threads(),
             "environment": environment(device),
@@ -145,17 +155,30 @@ def reference_step(network: ReferenceDiT, batch_size: int, bf16: bool) -> Callab
     return step
 
 
-def saved_bytes(method: LDAE, config, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
-    """Return the bytes that one more image keeps, in eager code and compiled."""
-    found = {"eager": bytes_an_image(copy.deepcopy(method), batch)}
-    for budget in BUDGETS:
-        compiled = copy.deepcopy(method)
-        torch._dynamo.reset()
-        compile_parts(compiled, budget)
-        found[f"compiled_{budget:g}"] = bytes_an_image(compiled, batch)
+def measure_budgets(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """Return images/s and saved bytes of the compiled step with each memory budget."""
+    found: dict[float, list[list[float]]] = {budget: [] for budget in BUDGETS}
+    names = ("model", "depth", "side", "batch_size", "rounds", "device")
+    options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    for _ in range(2):
+        for budget, measured in found.items():
+            command = [sys.executable, __file__, *options, "--only-compiled", f"--budget={budget}"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            measured.append(json.loads(done.stdout.splitlines()[-1]))
+    return {
+        f"{budget:g}": {
+            "images_per_second": [round(rate, 2) for rate, _ in measured],
+            "saved_bytes": measured[0][1],
+        }
+        for budget, measured in found.items()
+    }
+
+
+def saved_bytes(method: LDAE, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Return the bytes that one more image keeps, a token, channel and block."""
     denoiser = method.denoiser
     unit = denoiser.side**2 * denoiser.width * denoiser.stages
-    return {name: round(value / unit, 2) for name, value in found.items()}
+    return round(bytes_an_image(method, batch) / unit, 2)
 
 
 def bytes_an_image(method: LDAE, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
