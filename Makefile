@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slurm lint clean
+.PHONY: demo test test-lowest test-slurm lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldae demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+# The suite with the lowest versions that pyproject.toml allows, in an environment of its own.
+test-lowest: $(VENV)-lowest/installed
+	$(VENV)-lowest/bin/python -m pytest
 
 # Exit status 69: SLURM cannot be installed here. Then only continuous integration (CI) fails.
 test-slurm: $(VENV)/installed-test
@@ -24,7 +28,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-lowest
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldae needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -35,4 +39,11 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-%: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(VENV)-lowest/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --upgrade pip
+	$(PYTHON) tools/lowest_versions.py > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet -c $(VENV)-lowest/constraints.txt --editable '.[test]'
 	touch $@

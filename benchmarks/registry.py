@@ -158,6 +158,24 @@ BENCHMARKS = {
         (Number("40 linear probes of 1,000 classes", "seconds/heads together", "{:.1f} s"),),
         ("--classes", "1000", "--rounds", "1"),
     ),
+    "features": Benchmark(
+        "features.py",
+        (
+            Number(
+                "features of ViT-S at 224 x 224, bf16", "images_per_second/bf16", "{:.1f} images/s"
+            ),
+            Number("times as fast as in float32", "times_as_fast", "{:.2f}"),
+        ),
+    ),
+    "growth": Benchmark(
+        "growth.py",
+        (
+            Number("step, exponent of tokens", "exponents/training step, tokens", "{:.2f}"),
+            Number("step, exponent of the width", "exponents/training step, width", "{:.2f}"),
+            Number("step, exponent of blocks", "exponents/training step, blocks", "{:.2f}"),
+            Number("step, exponent of images", "exponents/training step, images", "{:.2f}"),
+        ),
+    ),
     "logreg": Benchmark(
         "logreg.py",
         (

@@ -60,18 +60,14 @@ class Shards:
     The gradients and the optimizer's moments are sharded too. Training in float32 takes
     16 / ranks bytes a parameter instead of 16, plus the memory of one full block. The moving
     average is sharded in the same way, but never called.
-
-    Raises: InputError where torch is too old.
     """
 
     sharded = True
 
     def __init__(self, model: nn.Module, average: nn.Module | None, device: torch.device) -> None:
-        try:
-            from torch.distributed.fsdp import fully_shard
-            from torch.distributed.tensor import DTensor, distribute_tensor
-        except ImportError:
-            raise InputError(f"system.fsdp needs torch 2.6, this is {torch.__version__}") from None
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
         self._dtensor, self._distribute = DTensor, distribute_tensor
         self._unsharded = copy.deepcopy(model).cpu()  # a sharded module cannot be copied
         mesh = torch.distributed.init_device_mesh(device.type, (distributed.world_size(),))
@@ -108,8 +104,7 @@ def parallelize(
 ) -> Replicas | Shards:
     """Prepare ``model`` and its moving average, if it has one, for training on all ranks.
 
-    Raises: InputError when ``system.fsdp`` is set and torch is too old for it, and as
-        ``uses_cuda_graphs``.
+    Raises: InputError as ``uses_cuda_graphs``.
     """
     if compiled:
         compile_parts(model, system.memory_budget, uses_cuda_graphs(system, device, compiled))
