@@ -104,7 +104,8 @@ def test_the_loss_from_cached_latents_is_that_from_images(row, method, images):
             raise AssertionError("the tokenizer encodes")
 
         for module in one.tokenizer.modules():
-            module.register_forward_pre_hook(refuse)
+            if [*module.parameters(recurse=False)]:  # diffusers may share the others globally
+                module.register_forward_pre_hook(refuse)
     (loss, gradients), (from_cache, others) = found
     assert from_cache != loss and from_cache.item() == pytest.approx(loss.item(), rel=1e-3)
     for name, gradient in gradients.items():
