@@ -21,8 +21,8 @@ from ldae.evals.evaluation import Setup
 from ldae.evals.features import Encoder
 from ldae.evals.neighbours import KNNProtocol
 from ldae.files import write_json
+from ldae.pretraining.timing import seconds
 from ldae.runs.environment import environment
-from ldae.timing import seconds
 
 PRECISIONS = ("fp32", "bf16")
 K = 20

@@ -23,9 +23,9 @@ from ldae.data.loader import train_batches
 from ldae.data.open import open_source
 from ldae.data.workers import Batch
 from ldae.files import write_json
+from ldae.pretraining.timing import synchronize
 from ldae.pretraining.tokenizer import prepare, tokenizer_loss
 from ldae.runs.environment import environment
-from ldae.timing import synchronize
 from ldae.train.optim import adamw
 from ldae.train.run import transform_of
 from ldae.tree import replace

@@ -49,11 +49,11 @@ from ldae.files import state_hash, write_json
 from ldae.method import build
 from ldae.models.vit import vit_shape
 from ldae.precision import runs_in_bf16
+from ldae.pretraining.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
-from ldae.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
 from ldae.train.loop import Loop
 from ldae.train.plan import Plan
 from ldae.train.run import compiles, fuses_attention

@@ -26,8 +26,8 @@ from ldae.console import progress
 from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import build_tokenizer
+from ldae.pretraining.timing import TrainingStep, seconds
 from ldae.runs.environment import environment
-from ldae.timing import TrainingStep, seconds
 from ldae.tree import replace
 
 DEFAULT = {"tokens": 64, "width": 192, "blocks": 8, "images": 128}

@@ -20,8 +20,8 @@ from ldae.files import write_json
 from ldae.method import LDAE, build
 from ldae.precision import runs_in_bf16
 from ldae.pretraining.latents import LatentEncoder
+from ldae.pretraining.timing import seconds
 from ldae.runs.environment import environment
-from ldae.timing import seconds
 from ldae.train.optim import adamw
 from ldae.train.parallel import compile_parts
 from ldae.train.run import compiles, fuses_attention

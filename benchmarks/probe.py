@@ -27,8 +27,8 @@ from ldae.evals.heads import Head, train_heads
 from ldae.evals.online import train_online
 from ldae.evals.taps import Tap
 from ldae.files import write_json
+from ldae.pretraining.timing import synchronize
 from ldae.runs.environment import environment
-from ldae.timing import synchronize
 
 
 def main() -> None:

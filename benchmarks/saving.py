@@ -23,11 +23,11 @@ import ldae
 from ldae import distributed, tree
 from ldae.data.open import open_source
 from ldae.files import write_json
+from ldae.pretraining.timing import synchronize
 from ldae.runs.checkpoints import Checkpoints, read
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
-from ldae.timing import synchronize
 from ldae.train.loop import Loop
 from ldae.train.plan import Plan
 from ldae.tree import replace

@@ -28,9 +28,9 @@ from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import LDAE, build
 from ldae.models.vit import vit_shape
+from ldae.pretraining.timing import matmul_rate, seconds, training_flops
 from ldae.runs.environment import environment
 from ldae.settings import SystemSettings
-from ldae.timing import matmul_rate, seconds, training_flops
 from ldae.train.optim import adamw
 from ldae.train.parallel import compile_parts
 from ldae.train.run import fuses_attention

@@ -22,8 +22,8 @@ from ldae.console import progress
 from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import build
+from ldae.pretraining.timing import seconds
 from ldae.runs.environment import environment
-from ldae.timing import seconds
 from ldae.train.parallel import compile_parts
 from ldae.train.run import fuses_attention
 from ldae.tree import replace

@@ -24,11 +24,11 @@ from ldae.data.open import open_source
 from ldae.files import write_json
 from ldae.method import LDAE, build
 from ldae.precision import runs_in_bf16
+from ldae.pretraining.timing import synchronize
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
-from ldae.timing import synchronize
 from ldae.train.loop import Loop
 from ldae.train.optim import adamw
 from ldae.train.plan import Plan

@@ -26,7 +26,7 @@ LAYERS = [
     ["method"],
     ["backbones", "plots"],
     ["sampling", "evals", "finetuning", "cluster"],
-    ["pretraining", "timing"],
+    ["pretraining"],
     ["cli"],
     ["commands"],
     ["__init__", "__main__"],

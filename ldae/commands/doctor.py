@@ -23,10 +23,10 @@ from ldae.distributed import device_for
 from ldae.files import check_writable, write_json
 from ldae.method import build
 from ldae.precision import runs_in_bf16
+from ldae.pretraining.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.settings import Config
-from ldae.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
 from ldae.train.run import transform_of
 from ldae.tree import replace
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldae.errors import InputError
-from ldae.timing import TrainingStep, fitting_step, training_flops
+from ldae.pretraining.timing import TrainingStep, fitting_step, training_flops
 
 CPU = torch.device("cpu")
 
