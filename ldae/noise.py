@@ -12,8 +12,10 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
-# Streams: the fourth word of the counter separates the draws for one image.
+# Streams: the fourth word of the counter separates the draws for one image. From SAMPLING on, each
+# step of a sampler has a stream.
 NOISE, _TIMESTEP, _LABEL, POSTERIOR, SAMPLING = range(5)
+MASK = _WORD
 
 Levels = tuple[torch.Tensor, torch.Tensor]
 """gamma and sigma at t = 0 .. T - 1, float64 (T,) each."""
@@ -132,6 +134,11 @@ def labels(seed: int, positions: torch.Tensor, count: int) -> torch.Tensor:
 def dropped_labels(seed: int, positions: torch.Tensor, probability: float) -> torch.Tensor:
     """Return whether each label is dropped, bool (B,), for positions (B,)."""
     return _philox(seed, positions, 1, _LABEL)[:, 0, 0] < probability * 2**32
+
+
+def words(seed: int, positions: torch.Tensor, count: int, stream: int) -> torch.Tensor:
+    """Return random 32-bit words, int64 (B, count), for positions (B,); draws as in ``normal``."""
+    return _philox(seed, positions, -(-count // 4), stream).flatten(1)[:, :count]
 
 
 def _philox(seed: int, positions: torch.Tensor, blocks: int, stream: int) -> torch.Tensor:

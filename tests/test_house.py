@@ -18,6 +18,7 @@ PACKAGE = Path(ldae.__file__).parent
 LAYERS = [
     ["errors"],
     ["files", "tree", "patches", "noise", "prediction", "precision", "distributed", "console"],
+    ["masking"],
     ["settings", "data", "models"],
     ["trajectory", "tokenizers"],
     ["runs"],
