@@ -70,8 +70,8 @@ def check_room(path: Path, needed: int) -> None:
 
 
 def format_size(count: int) -> str:
-    """Return a number of bytes in GB, such as ``1.5 GB``."""
-    return f"{count / 1e9:.3g} GB"
+    """Return a number of bytes in GB, or in MB below one GB, such as ``1.5 GB``."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 @contextmanager

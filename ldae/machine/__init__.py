@@ -1,0 +1,1 @@
+"""The machine that ldae runs on: its parts, its rates, and the time that a run takes on it."""
