@@ -24,11 +24,6 @@ def label_ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.where(scored, before.sum(1), UNRANKED)
 
 
-def top_n(label_ranks: torch.Tensor, n: int) -> float:
-    """Return the share of ranks below ``n``, in percent."""
-    return 100 * int((label_ranks < n).sum()) / len(label_ranks)
-
-
 def best_label_ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the rank (B,) of the first of several right classes; labels (B, m), padded with -1."""
     columns = [
