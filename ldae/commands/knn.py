@@ -1,13 +1,13 @@
 """``ldae knn``: grade a backbone by its nearest neighbours."""
 
 from dataclasses import replace
-
-import torch
+from functools import partial
 
 from ldae.errors import InputError
 from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import image_names, known_labels
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy, limit_k
+from ldae.evals.predictions import Predictions
 from ldae.evals.subsets import check_shots, grade_draws
 from ldae.evals.whitening import whitening_of
 
@@ -19,9 +19,14 @@ def knn(
     eval_data: EvalSourceSpec = None,
     *,
     protocol: KNNProtocol = KNNProtocol(),
+    predictions: bool = False,
     setup: Setup = Setup(),
 ) -> dict:
     """Grade a backbone by its nearest neighbours, without any training.
+
+    Args:
+        predictions: write the predicted class of each image to predictions.npz, beside
+            results.json.
 
     Returns: the content of results.json; its results are top-1 and top-5 in percent for every k.
 
@@ -41,9 +46,10 @@ def knn(
         evaluation = replace(evaluation, protocol=protocol)
         train, test = evaluation.features()
         whitening = whitening_of(train, protocol, evaluation.device)
-
-        def grade(chosen: torch.Tensor | None = None) -> dict[str, float]:
-            return knn_accuracy(train, test, protocol, evaluation.device, chosen, whitening)
-
-        results = grade() | grade_draws(protocol, image_names(evaluation.train), labels, grade)
+        grade = partial(knn_accuracy, train, test, protocol, evaluation.device, whitening=whitening)
+        predicted = Predictions(evaluation.eval, evaluation.device) if predictions else None
+        results = grade(predictions=predicted)
+        results |= grade_draws(protocol, image_names(evaluation.train), labels, grade)
+        if predicted:
+            predicted.save(evaluation.folder)
         return evaluation.write(results, train.features.shape[1])

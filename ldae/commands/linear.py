@@ -20,6 +20,7 @@ from ldae.evals.evaluation import (
 from ldae.evals.features import Features, extract_share, image_names, known_labels
 from ldae.evals.heads import Head, Heads, SweepProtocol, grade_heads, sweep, train_heads
 from ldae.evals.online import OnlineProtocol, check_batch_sizes, remove_training, train_online
+from ldae.evals.predictions import Predictions
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Pool, Tap, TapReader
 from ldae.tree import POSITIVE
@@ -88,12 +89,15 @@ def linear(
     *,
     protocol: CachedProtocol | MAEProtocol | LDAEProtocol = CachedProtocol(),
     save: Path | None = None,
+    predictions: bool = False,
     setup: Setup = Setup(),
 ) -> dict:
     """Grade a backbone by a linear classifier on its frozen features.
 
     Args:
         save: folder for the classifier, backbone and head, as timm opens it.
+        predictions: write the predicted class of each image to predictions.npz, beside
+            results.json.
 
     Returns: the content of results.json; its results are top-1 and top-5 in percent after the last
     epoch, and for a sweep the chosen head and the held-out top-1 of every head.
@@ -107,7 +111,10 @@ def linear(
             if protocol.taps != (Tap(),):
                 raise InputError("--save needs the model's own output, not blocks or other pools")
             check_savable(evaluation.model, save)
-        heads, results, dim = grade(evaluation)
+        predicted = Predictions(evaluation.eval, evaluation.device) if predictions else None
+        heads, results, dim = grade(evaluation, predicted)
+        if predicted:
+            predicted.save(evaluation.folder)
         record = evaluation.write(results, dim)
         if save:
             classes = evaluation.train.classes
@@ -116,24 +123,28 @@ def linear(
         return record
 
 
-def _sweep(evaluation: Evaluation) -> tuple[Heads, dict, int]:
+def _sweep(evaluation: Evaluation, predicted: Predictions | None) -> tuple[Heads, dict, int]:
     """Return the chosen head, its results and the width of its features."""
     protocol, labels = evaluation.protocol, known_labels(evaluation.train)
     held = held_out(image_names(evaluation.train), labels, protocol.held_out)
     reader = TapReader(evaluation.model, protocol.taps)
     train, test = evaluation.features(evaluation.encoder(reader))
     classes = int(labels.max()) + 1
-    heads, results = linear_probe(train, test, held, classes, protocol, evaluation.device)
+    heads, results = linear_probe(
+        train, test, held, classes, protocol, evaluation.device, predicted
+    )
     return heads, results, heads.weight.shape[2]
 
 
-def _train_online(evaluation: Evaluation) -> tuple[Heads, dict, int]:
+def _train_online(evaluation: Evaluation, predicted: Predictions | None) -> tuple[Heads, dict, int]:
     """Return the head trained on augmented images, its results and the width of its features."""
     protocol, encoder = evaluation.protocol, evaluation.encoder()
     check_batch_sizes(encoder, len(evaluation.train), protocol)
     heads, record = train_online(encoder, evaluation.train, protocol, evaluation.folder)
     test = extract_share(encoder, evaluation.eval)
     top1, top5 = grade_heads({Tap(): heads}, test, evaluation.device)[Tap()][0].tolist()
+    if predicted:
+        predicted.classify("top1", heads, test)
     return heads, {"top1": top1, "top5": top5, **record}, encoder.dim
 
 
@@ -144,15 +155,20 @@ def linear_probe(
     classes: int,
     protocol: CachedProtocol = CachedProtocol(),
     device: torch.device = torch.device("cpu"),
+    predicted: Predictions | None = None,
 ) -> tuple[Heads, dict]:
     """Return the chosen head, trained on all of ``train``, and its results on ``test`` in percent.
 
-    Both are this rank's share. ``held`` (N,) marks which of all train images choose the head.
+    Both are this rank's share. ``held`` (N,) marks which of all train images choose the head, and
+    ``predicted`` gets the classes that it predicts.
     """
     swept = sweep(train, held, classes, protocol.heads, protocol, device)
     best = max(swept, key=swept.get)
     trained = train_heads(train, [best], classes, protocol, device)
     top1, top5 = grade_heads(trained, test, device)[best.tap][0].tolist()
+    if predicted:
+        columns = test.columns[best.tap]
+        predicted.classify("top1", lambda rows: trained[best.tap](rows[:, columns]), test)
     return trained[best.tap], {
         "top1": top1,
         "top5": top5,

@@ -12,6 +12,7 @@ from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpe
 from ldae.evals.features import Features, image_names, known_labels
 from ldae.evals.heads import count_hits, grade_heads
 from ldae.evals.logistic import LogisticRegression
+from ldae.evals.predictions import Predictions
 from ldae.evals.subsets import FewShotProtocol, check_shots, fold_splits, grade_draws, held_out
 from ldae.evals.taps import Tap
 from ldae.tree import COUNT, POSITIVE
@@ -50,6 +51,7 @@ def logreg(
     eval_data: EvalSourceSpec = None,
     *,
     protocol: LogregProtocol = LogregProtocol(),
+    predictions: bool = False,
     setup: Setup = Setup(),
 ) -> dict:
     """Grade a backbone by logistic regression on its frozen features.
@@ -58,6 +60,10 @@ def logreg(
     few-shot draw chooses C by cross-validation within the drawn images. All values of C are fitted
     together; each rank computes with its share of the images, which memory holds in float32 and, of
     train, in float64.
+
+    Args:
+        predictions: write the predicted class of each image to predictions.npz, beside
+            results.json.
 
     Returns: the content of results.json; its results are top-1 and top-5 in percent, the chosen C,
     the held-out top-1 of every C, and the values of C that did not converge.
@@ -71,7 +77,10 @@ def logreg(
         check_shots(protocol, labels, evaluation.train.classes)  # before features are extracted
         train, test = evaluation.features()
         everything = torch.ones_like(held)
-        results = logistic_regression(train, test, everything, [(~held, held)], protocol, device)
+        predicted = Predictions(evaluation.eval, device) if predictions else None
+        results = logistic_regression(
+            train, test, everything, [(~held, held)], protocol, device, predicted
+        )
 
         def grade(chosen: torch.Tensor) -> dict[str, float]:
             folds = fold_splits(names, labels, chosen, protocol.folds)
@@ -79,6 +88,8 @@ def logreg(
             return {key: graded[key] for key in (*protocol.accuracies, "C")}
 
         results |= grade_draws(protocol, names, labels, grade)
+        if predicted:
+            predicted.save(evaluation.folder)
         return evaluation.write(results, train.features.shape[1])
 
 
@@ -89,6 +100,7 @@ def logistic_regression(
     splits: list[tuple[torch.Tensor, torch.Tensor]],
     protocol: LogregProtocol = LogregProtocol(),
     device: torch.device = torch.device("cpu"),
+    predicted: Predictions | None = None,
 ) -> dict:
     """Return top-1 and top-5 on ``test`` in percent for the best C, and the record of the choice.
 
@@ -98,6 +110,7 @@ def logistic_regression(
         chosen: bool (N,), the train images of all ranks that the best C is fitted to.
         splits: pairs of bool (N,): chosen images to fit every C to, and train images that choose C.
             Without splits C is ``protocol.C_of_one_shot``.
+        predicted: gets the predicted classes.
 
     Raises: InputError when the images to fit to are of one class.
     """
@@ -108,6 +121,8 @@ def logistic_regression(
         best = max(tried, key=lambda outcome: (outcome["held_out_top1"], -outcome["C"]))["C"]
     (final,) = images.fit([chosen], [best], protocol.max_iter, protocol.tol)
     top1, top5 = grade_heads({Tap(): final.classifiers}, test, device)[Tap()][0].tolist()
+    if predicted:
+        predicted.classify("top1", final.classifiers, test)
     return {
         "top1": top1,
         "top5": top5,

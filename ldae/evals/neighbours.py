@@ -20,6 +20,7 @@ from ldae.evals.features import (
     move_if_fits,
 )
 from ldae.evals.heads import count_images
+from ldae.evals.predictions import Predictions
 from ldae.evals.subsets import FewShotProtocol
 from ldae.evals.whitening import WhiteningProtocol, whitening_of
 from ldae.tree import COUNT, POSITIVE
@@ -219,6 +220,7 @@ def knn_accuracy(
     device: torch.device = torch.device("cpu"),
     chosen: torch.Tensor | None = None,
     whitening: nn.Module | None = None,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """Return top-1 and top-5 in percent for every k, as ``top1_k20``, from one search.
 
@@ -229,6 +231,7 @@ def knn_accuracy(
         test: this rank's share of the queries.
         chosen: bool (N,), which of the train images of all ranks are searched; by default all.
         whitening: by default what the protocol asks for, of all train images.
+        predictions: gets the predicted classes for every k, as ``k20``.
 
     Raises: InputError when there are more neighbours than images, or too few images to whiten.
     """
@@ -241,8 +244,11 @@ def knn_accuracy(
         targets, neighbour_labels = test.labels[nearest.queries], labels[nearest.indices]
         for row, k in enumerate(protocol.k):
             neighbours = nearest.similarities[:, :k], neighbour_labels[:, :k]
-            placed = label_ranks(vote(*neighbours, classes, protocol.temperature), targets)
+            scores = vote(*neighbours, classes, protocol.temperature)
+            placed = label_ranks(scores, targets)
             hits[row] += torch.stack([(placed < n).sum() for n in (1, min(5, k))])
+            if predictions:
+                predictions.add(f"k{k}", nearest.queries, scores)
     percent = 100 * all_reduce_sum(hits.to(device)).cpu().double() / queries
     return dict(zip(protocol.accuracies, percent.flatten().tolist(), strict=True))
 

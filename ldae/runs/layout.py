@@ -33,6 +33,7 @@ CLASSIFIER = "classifier"
 # Evaluations, each in a folder of EVALS
 EVALS = "evals"
 RESULTS = "results.json"
+PREDICTIONS = "predictions.npz"
 GRID_TABLE, GRID_PICTURE = "grid.md", "grid.png"
 CORRUPTIONS_TABLE, CORRUPTIONS_PICTURE = "corruptions.md", "corruptions.png"
 
