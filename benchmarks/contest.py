@@ -1,0 +1,296 @@
+r"""Compare methods of pre-training at equal wall clock, in one loop, by the same graders.
+
+python benchmarks/contest.py leads --data TRAIN --runs runs/leads
+python benchmarks/contest.py final --data TRAIN --eval-data TEST --runs runs/contest/NAME \
+    [--minutes 10] [--seeds 3] [--only NAME ...] [settings of ldae pretrain]
+python benchmarks/contest.py final ... --images N
+
+``contest.toml`` names the contestants of the final, and the leads: settings that may win.
+
+leads: each lead is trained for the same number of images on nine tenths of TRAIN and graded on the
+other tenth, by one seed. The test split decides nothing.
+
+final: each contestant is trained for the same wall clock. One minute of its training gives the
+number of images, and the seconds that the run really took are in the table. With --images each one
+sees that number of images instead. Then it is graded on TEST once, beside raw pixels and its own
+architecture with random weights. Use a machine that does nothing else.
+
+Finished runs and gradings are kept: run the same command again to resume. table.json and table.md
+in --runs hold all numbers.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paired import bootstrap, correct
+
+from ldae.data.open import open_source
+from ldae.evals.features import image_names, known_labels
+from ldae.evals.subsets import held_out
+from ldae.files import write, write_json
+from ldae.runs import layout
+from ldae.runs.environment import environment
+
+CONTEST = Path(__file__).with_suffix(".toml")
+CALIBRATION = 60  # seconds
+RIVAL = "mae"
+WARMUP = 0.1  # of the epochs
+GRADERS = {
+    "linear": ("linear", "--epochs", "20", "--predictions"),
+    "knn": ("knn", "--k", "20", "--predictions"),
+    "knn-whitened": ("knn", "--k", "20", "--whiten", "--predictions"),
+    "ten-a-class": ("logreg", "--shots", "10"),
+}
+HEADLINES = {
+    "linear": "top1",
+    "knn": "top1_k20",
+    "knn-whitened": "top1_k20",
+    "ten-a-class": "top1_10shot",
+}
+PREDICTIONS = {"linear": "top1", "knn": "k20", "knn-whitened": "k20"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("phase", choices=("leads", "final"))
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--eval-data")
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--contest", type=Path, default=CONTEST)
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--graders", nargs="+", choices=GRADERS, default=list(GRADERS))
+    parser.add_argument("--images", type=int, help="by default what --minutes allow")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    args, more = parser.parse_known_args()
+    contest = tomllib.loads(args.contest.read_text())
+    settings = [*flags(contest["settings"]), *more]
+    if args.phase == "leads":
+        args.images = args.images or contest["images_of_a_lead"]
+        args.seeds, args.eval_data = 1, None
+        args.data, args.eval_data = hold_out(args.data, args.runs)
+    entries = [
+        entry
+        for entry in contest["leads" if args.phase == "leads" else "contestants"]
+        if not args.only or entry["name"] in args.only
+    ]
+    for seed in range(args.seeds):
+        for entry in entries:
+            run = args.runs / f"{entry['name']}-seed{seed}"
+            words = [entry["row"], *settings, *flags(entry.get("settings", {}))]
+            train(args, words, run, seed)
+            grade(str(run), args, run / layout.EVALS)
+            if args.phase == "final" and not seed:
+                grade(str(run), args, run / "untrained", "--random-init")
+            write_table(args, entries)
+    grade("pixels:32", args, args.runs / "pixels")
+    write_table(args, entries)
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Return settings of ``ldae pretrain`` as its arguments."""
+    words: list[str] = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+def hold_out(data: str, folder: Path) -> tuple[str, str]:
+    """Write nine tenths of the train images, and the other tenth, as two archives."""
+    paths = folder / "nine-tenths.zip", folder / "tenth.zip"
+    if not all(path.exists() for path in paths):
+        source = open_source(data, "train")
+        held = held_out(image_names(source), known_labels(source), 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, numbers in zip(paths, ((~held).nonzero(), held.nonzero())):
+            partial = path.with_suffix(".partial")
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+                for number in numbers[:, 0].tolist():
+                    content = io.BytesIO()
+                    source.image(number).save(content, "PNG")
+                    label = source.classes[int(source.labels[number])]
+                    archive.writestr(f"{label}/{number:07d}.png", content.getvalue())
+            partial.rename(path)
+    return str(paths[0]), str(paths[1])
+
+
+def train(args: argparse.Namespace, words: list[str], run: Path, seed: int) -> None:
+    """Train a contestant, unless it is trained."""
+    if (run / "seconds.json").exists():
+        return
+    count = len(open_source(args.data, "train"))
+    words = ["pretrain", *words, "--data", args.data, "--seed", str(seed)]
+    images = args.images
+    if not images:
+        rate = calibrate(words, run.with_name(f"{run.name}-calibration"))
+        images = round(60 * args.minutes * rate)
+    epochs = images / count
+    ldae(*words, *length(epochs), "--run", run)
+    write_json(run / "seconds.json", {"images": images, "seconds": seconds_of(run)})
+
+
+def length(epochs: float) -> list[str]:
+    return ["--optim.epochs", f"{epochs:.4f}", "--optim.warmup-epochs", f"{WARMUP * epochs:.4f}"]
+
+
+def calibrate(words: list[str], run: Path) -> float:
+    """Return the images a second of about one minute of training, after its first record."""
+    shutil.rmtree(run, ignore_errors=True)
+    command = [sys.executable, "-m", "ldae", *words, *length(1000), "--run", str(run)]
+    print("$", *command[2:], "# for a minute", flush=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        begun = None
+        while process.poll() is None:
+            time.sleep(1)
+            if begun is None and records_of(run):
+                begun = time.monotonic()
+            if begun and time.monotonic() - begun > CALIBRATION and len(records_of(run)) > 2:
+                break
+        else:
+            raise SystemExit(f"{words} ended in its calibration")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    records = records_of(run)
+    shutil.rmtree(run)
+    return statistics.median(record["images_per_second"] for record in records[1:])
+
+
+def records_of(run: Path) -> list[dict]:
+    path = run / layout.METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def seconds_of(run: Path) -> float:
+    """Return the seconds that the loop took; the first record, which compiles, at the median."""
+    records = records_of(run)
+    usual = statistics.median(record["images_per_second"] for record in records[1:] or records)
+    total = records[0]["images"] / usual
+    for before, after in itertools.pairwise(records):
+        total += (after["images"] - before["images"]) / after["images_per_second"]
+    return round(total, 1)
+
+
+def grade(spec: str, args: argparse.Namespace, folder: Path, *more: str) -> None:
+    for name in args.graders:
+        out = folder / name
+        if not (out / layout.RESULTS).exists():
+            verb, *words = GRADERS[name]
+            data = ("--data", args.data, "--eval-data", args.eval_data)
+            ldae(verb, spec, *data, *words, *more, "--precision", "bf16", "--out", out)
+
+
+def ldae(*words: object) -> None:
+    """Run a command of the package, and stop when it fails."""
+    command = [str(word) for word in words]
+    print("$ ldae", *command, flush=True)
+    subprocess.run([sys.executable, "-m", "ldae", *command], check=True)
+
+
+def write_table(args: argparse.Namespace, entries: Sequence[dict]) -> None:
+    """Write the accuracies so far, and the differences to the rival where there are two seeds."""
+    rows = []
+    for entry in entries:
+        runs = [args.runs / f"{entry['name']}-seed{seed}" for seed in range(args.seeds)]
+        runs = [run for run in runs if all_graded(args, run / layout.EVALS)]
+        if runs:
+            rows.append(row_of(args, entry["name"], [run / layout.EVALS for run in runs]))
+            times = [json.loads((run / "seconds.json").read_text()) for run in runs]
+            rows[-1] |= {key: [part[key] for part in times] for key in ("images", "seconds")}
+        untrained = args.runs / f"{entry['name']}-seed0" / "untrained"
+        if all_graded(args, untrained):
+            rows.append(row_of(args, f"{entry['name']}, untrained", [untrained]))
+    if all_graded(args, args.runs / "pixels"):
+        rows.append(row_of(args, "raw pixels", [args.runs / "pixels"]))
+    against = {
+        row["name"]: differences(args, row["name"])
+        for row in rows
+        if args.phase == "final" and "images" in row and row["name"] != RIVAL
+        if all_graded(args, args.runs / f"{RIVAL}-seed0" / layout.EVALS)
+    }
+    record = {"phase": args.phase, "data": [args.data, args.eval_data], "rows": rows}
+    record |= {"against_" + RIVAL: against, "environment": environment()}
+    write_json(args.runs / "table.json", record)
+    write(args.runs / "table.md", markdown(args, rows, against).encode())
+
+
+def all_graded(args: argparse.Namespace, folder: Path) -> bool:
+    return all((folder / name / layout.RESULTS).exists() for name in args.graders)
+
+
+def row_of(args: argparse.Namespace, name: str, folders: Sequence[Path]) -> dict:
+    accuracies = {}
+    for grader in args.graders:
+        found = [json.loads((folder / grader / layout.RESULTS).read_text()) for folder in folders]
+        accuracies[grader] = [round(part["results"][HEADLINES[grader]], 2) for part in found]
+    return {"name": name, "accuracies": accuracies}
+
+
+def differences(args: argparse.Namespace, name: str) -> dict[str, dict]:
+    """Return the differences to the rival: means, deviations of the seeds, and an interval."""
+    found = {}
+    for grader in set(args.graders) & PREDICTIONS.keys():
+        pairs = []
+        for contestant in (name, RIVAL):
+            folders = [
+                args.runs / f"{contestant}-seed{seed}" / layout.EVALS / grader
+                for seed in range(args.seeds)
+            ]
+            folders = [folder for folder in folders if (folder / layout.RESULTS).exists()]
+            seeds = [correct(folder, PREDICTIONS[grader]) for folder in folders]
+            pairs.append((sum(seeds) / len(seeds), [100 * seed.mean() for seed in seeds]))
+        (ours, our_seeds), (theirs, their_seeds) = pairs
+        found[grader] = {
+            "difference": round(100 * float((ours - theirs).mean()), 2),
+            "interval": [round(end, 2) for end in bootstrap(ours, theirs)],
+        }
+        if min(len(our_seeds), len(their_seeds)) > 1:
+            pooled = statistics.mean([statistics.variance(s) for s in (our_seeds, their_seeds)])
+            found[grader]["pooled_deviation"] = round(pooled**0.5, 2)
+    return found
+
+
+def markdown(args: argparse.Namespace, rows: Sequence[dict], against: dict[str, dict]) -> str:
+    lines = [
+        f"| | {' | '.join(args.graders)} | images | seconds |",
+        "|---" * (len(args.graders) + 3) + "|",
+    ]
+    for row in rows:
+        cells = [mean_and_deviation(row["accuracies"][grader]) for grader in args.graders]
+        images = f"{statistics.mean(row['images']):,.0f}" if "images" in row else ""
+        seconds = f"{statistics.mean(row['seconds']):,.0f}" if "seconds" in row else ""
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {images} | {seconds} |")
+    for name, graders in against.items():
+        for grader, found in graders.items():
+            low, high = found["interval"]
+            deviation = found.get("pooled_deviation", "unknown")
+            lines.append("")
+            lines.append(
+                f"{name} minus {RIVAL}, {grader}: {found['difference']:+.2f} points; 95 % interval "
+                f"over images {low:+.2f} to {high:+.2f}; pooled deviation of seeds {deviation}."
+            )
+    return "\n".join(lines) + "\n"
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()
