@@ -19,11 +19,13 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
     *(
         "agreement",
         "classifier",
+        "contest",
         "dit_reference",
         "finetune",
         "floors",
         "guidance",
         "latents",
+        "paired",
         "rows",
         "soak",
     ),
