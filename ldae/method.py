@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ldae import noise, tokenizers
+from ldae import masking, noise, tokenizers
 from ldae.models import DENOISERS
 from ldae.models.contract import Denoiser
 from ldae.models.vit import vit_shape
-from ldae.objective import Objective
+from ldae.objective import Objective, token_weights
 from ldae.patches import unpatchify
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer, Posterior, Tokenizer
@@ -30,6 +30,8 @@ class Noised(NamedTuple):
     """The noise levels, int64 (B,)."""
     tokens: torch.Tensor
     """The denoiser's input for z_t (B, N, d or D)."""
+    kept: torch.Tensor | None
+    """The indices of the tokens that the encoder gets, int64 (B, n); None if it gets all."""
 
 
 class LDAE(nn.Module):
@@ -43,6 +45,8 @@ class LDAE(nn.Module):
         image_input: show the denoiser the inverse projection of z_t (B, N, D) instead of z_t.
         samples_posterior: train on draws from the tokenizer's posterior instead of its mean.
         label_dropout: share of the labels that training replaces by the null label.
+        kept: number of tokens that the encoder gets in training; by default all.
+        kept_weight: weight of a kept token in the loss, relative to a dropped token.
         seed: determines every draw, together with the image's position in the run.
         bf16: run the networks under autocast; the rest keeps the precision of the parameters.
     """
@@ -62,6 +66,8 @@ class LDAE(nn.Module):
         image_input: bool,
         samples_posterior: bool = False,
         label_dropout: float = 0.0,
+        kept: int | None = None,
+        kept_weight: float = 1.0,
         seed: int = 0,
         bf16: bool = False,
     ) -> None:
@@ -71,7 +77,8 @@ class LDAE(nn.Module):
         self.register_buffer("gamma", gamma.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
         self.image_input, self.samples_posterior = image_input, samples_posterior
-        self.label_dropout, self.seed, self.bf16 = label_dropout, seed, bf16
+        self.label_dropout, self.kept, self.kept_weight = label_dropout, kept, kept_weight
+        self.seed, self.bf16 = seed, bf16
 
     def forward(
         self, images: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor | None = None
@@ -81,12 +88,12 @@ class LDAE(nn.Module):
         Args:
             images: uint8 (B, C, H, W), or in their place rows of a latent cache, see ``read``.
             positions: int64 (B,), the number of each image in the run. With the seed it determines
-                t, the noise, the draw from the posterior and the dropped labels.
+                t, the noise, the draw from the posterior, the dropped labels and the kept tokens.
             labels: int64 (B,), read only by a class-conditional denoiser.
         """
         noised = self.add_noise(images, positions)
         labels = self.drop_labels(labels, positions)
-        output = self.run_denoiser(noised.tokens, noised.t, labels)  #            (B, N, d or D)
+        output = self.run_denoiser(noised.tokens, noised.t, labels, noised.kept)  # (B, N, d or D)
         return self.loss(noised, output)
 
     def add_noise(self, images: torch.Tensor, positions: torch.Tensor) -> Noised:
@@ -97,13 +104,15 @@ class LDAE(nn.Module):
         eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  #        (B, N, d)
         gamma, sigma = self.level(t)  #                                           (B, 1, 1)
         z_t = gamma * z_0 + sigma * eps  #                                        (B, N, d)
-        return Noised(x, z_0, eps, t, self.network_input(z_t))
+        kept = self.keep(positions)  #                                            (B, n), or None
+        return Noised(x, z_0, eps, t, self.network_input(z_t), kept)
 
     def loss(self, noised: Noised, output: torch.Tensor) -> torch.Tensor:
         """Return the loss, a scalar, of the denoiser's output (B, N, d or D)."""
-        x, z_0, eps, t, _ = noised
+        x, z_0, eps, t, _, kept = noised
         target = self.objective.target(self.tokenizer, x, z_0, eps, *self.level(t))
-        return self.objective.loss(self.tokenizer, target - output.to(target), t)
+        weights = None if kept is None else token_weights(kept, z_0.shape[1], self.kept_weight)
+        return self.objective.loss(self.tokenizer, target - output.to(target), t, weights)
 
     def read(self, images: torch.Tensor) -> torch.Tensor | Posterior:
         """Return images, uint8 (B, C, H, W), normalised.
@@ -130,6 +139,12 @@ class LDAE(nn.Module):
         with torch.no_grad(), self._autocast(self.tokenizer.trained):
             return self.tokenizer.encode(x, eps).to(x)
 
+    def keep(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """Return the indices of the kept tokens, int64 (B, n), of images at ``positions`` (B,)."""
+        if self.kept is None:
+            return None
+        return masking.kept_tokens(self.seed, positions, self.tokenizer.num_tokens, self.kept)
+
     def level(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gamma_t and sigma_t, (B, 1, 1) each, at t (B,)."""
         return self.gamma[t, None, None], self.sigma[t, None, None]
@@ -144,11 +159,15 @@ class LDAE(nn.Module):
         return self.run_denoiser(self.network_input(z_t), t, labels).to(z_t)
 
     def run_denoiser(
-        self, tokens: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the denoiser's output (B, N, d or D) for its tokens, in its own precision."""
         with self._autocast():
-            return self.denoiser(tokens, t, labels)
+            return self.denoiser(tokens, t, labels, kept)
 
     def network_input(self, z_t: torch.Tensor) -> torch.Tensor:
         """Return the denoiser's tokens for z_t: itself (B, N, d), or projected back (B, N, D)."""
@@ -264,6 +283,10 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         num_classes=num_classes if config.model.class_conditional else 0,
         checkpoint_activations=config.system.checkpoint_activations,
     )
+    tokens = tokenizer.num_tokens
+    kept = masking.number_kept(config.masking.ratio, tokens, "masking.ratio")
+    if kept < tokens:
+        denoiser.add_mask_token()  # drawn last, so that the other weights are those without masking
     return LDAE(
         tokenizer,
         denoiser,
@@ -273,6 +296,8 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         image_input=image_input,
         samples_posterior=tokenizer.stochastic and config.tokenizer.posterior == "sample",
         label_dropout=config.model.label_dropout,
+        kept=kept if kept < tokens else None,
+        kept_weight=config.masking.kept_weight,
         seed=config.seed,
         bf16=bf16,
     )

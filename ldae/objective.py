@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ldae import masking
 from ldae.errors import InputError
 from ldae.patches import patchify
 from ldae.prediction import PREDICTIONS, Prediction
@@ -109,8 +110,14 @@ class Objective(nn.Module):
         self.residual_weight = residual_weight
         self.register_buffer("weights", WEIGHTS[weight](gamma, sigma).float(), persistent=False)
 
-    def loss(self, tokenizer: Tokenizer, error: Tensor, t: Tensor) -> Tensor:
-        """Return the weighted mean square of error (B, N, C) at t (B,), a scalar."""
+    def loss(
+        self, tokenizer: Tokenizer, error: Tensor, t: Tensor, tokens: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted mean square of error (B, N, C) at t (B,), a scalar.
+
+        Args:
+            tokens: weights of the tokens (B, N), whose mean is 1; by default all are 1.
+        """
         square = error.square().sum(-1)
         if self.has_residual:
             assert isinstance(tokenizer, OrthonormalTokenizer)  # as checked at the start
@@ -118,5 +125,18 @@ class Objective(nn.Module):
             # others. V is orthonormal, so the others hold what the first d leave of |error|^2.
             kept = (error @ tokenizer.basis[: tokenizer.dim].T).square().sum(-1)
             square = kept + self.residual_weight * (square - kept)
+        if tokens is not None:
+            square = square * tokens
         per_image = square.mean(1) / error.shape[-1]
         return (self.weights[t] * per_image).mean()
+
+
+def token_weights(kept: Tensor, tokens: int, kept_weight: float) -> Tensor:
+    """Return the weights (B, tokens) of the tokens in the loss, in proportion to 1 if dropped.
+
+    The weights of the tokens at the indices ``kept`` (B, n) are in proportion to ``kept_weight``.
+    The mean over the tokens of an image is 1.
+    """
+    total = tokens - kept.shape[1] + kept_weight * kept.shape[1]
+    weights = torch.where(masking.is_kept(kept, tokens), kept_weight, 1.0)
+    return weights * (tokens / total)

@@ -144,6 +144,17 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True)
+class MaskingSettings:
+    """The tokens that are dropped before the encoder, as in MAE, and the weights of the others."""
+
+    ratio: Annotated[float, SHARE] = 0.0
+    """Share of the tokens that the encoder does not get. The decoder gets a learned token in place
+    of each, and predicts all tokens. Features of a run are always those of all tokens."""
+    kept_weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Weight of a kept token in the loss, a weighted mean in which a dropped token has weight 1."""
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """The choice of a denoiser, and the sizes of DiT: its encoder, and a decoder as deep."""
 
@@ -233,6 +244,7 @@ class Config:
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    masking: MaskingSettings = field(default_factory=MaskingSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
