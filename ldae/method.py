@@ -199,21 +199,28 @@ class LDAE(nn.Module):
     ) -> torch.Tensor:
         """Return the predicted z_0 (B, N, d) of z_t at t (B,), for samplers.
 
-        A network that predicts the noise or the score needs gamma_t above 0.
+        A network that predicts the noise or the score needs gamma_t above 0. Of targets without a
+        ``clean``, no z_0 follows.
         """
         output = self.predict(z_t, t, labels)
         return self.objective.clean(self.tokenizer, output, z_t, *self.level(t))
 
     def predict_image(
-        self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        z_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        x: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the predicted normalised images (B, C, H, W) of z_t at t (B,).
 
-        They are the output of a network that predicts images, and otherwise z_0 decoded.
+        They are the output of a network that predicts images, and otherwise z_0 decoded. A network
+        that predicts normalised patches needs the clean images x (B, C, H, W), which give each
+        patch its mean and variance.
         """
         if not self.objective.is_image:
             return self.decode(self.denoise(z_t, t, labels))
-        patches = self.predict(z_t, t, labels)
+        patches = self.objective.patches(self.tokenizer, self.predict(z_t, t, labels), x)
         return unpatchify(patches, self.tokenizer.patch_size, self.tokenizer.in_chans)
 
     def decode(self, z_0: torch.Tensor) -> torch.Tensor:
@@ -249,7 +256,7 @@ class LDAE(nn.Module):
         steps = torch.full_like(positions, t)
         gamma, sigma = self.level(steps)
         z_t = gamma * z_0 + sigma * noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)
-        pictures = (x, self.decode(z_t), self.predict_image(z_t, steps))
+        pictures = (x, self.decode(z_t), self.predict_image(z_t, steps, x=x))
         clean, noised, denoised = (self.tokenizer.denormalize(p).clamp(0, 1) for p in pictures)
         return clean, noised, denoised
 
@@ -279,7 +286,7 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         **taken_by(DENOISERS[name], settings),
         side=config.data.img_size // tokenizer.patch_size,
         in_dim=tokenizer.patch_dim if image_input else tokenizer.dim,
-        out_dim=tokenizer.patch_dim if objective.is_image else tokenizer.dim,
+        out_dim=objective.out_dim,
         num_classes=num_classes if config.model.class_conditional else 0,
         checkpoint_activations=config.system.checkpoint_activations,
     )

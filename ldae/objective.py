@@ -10,7 +10,7 @@ from ldae import masking
 from ldae.errors import InputError
 from ldae.patches import patchify
 from ldae.prediction import PREDICTIONS, Prediction
-from ldae.tokenizers import OrthonormalTokenizer, PatchTokenizer, Tokenizer, check_kind
+from ldae.tokenizers import OrthonormalTokenizer, PatchPCA, PatchTokenizer, Tokenizer, check_kind
 
 Tensor = torch.Tensor
 
@@ -24,14 +24,21 @@ class Target(NamedTuple):
     x (B, C, H, W) are clean images, which a cache of latents does not have; z_0 and eps are
     (B, N, d); gamma and sigma are (B, 1, 1).
     """
-    clean: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(tokenizer, output, z_t, gamma, sigma) -> z_0 (B, N, d)."""
+    clean: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor] | None
+    """(tokenizer, output, z_t, gamma, sigma) -> z_0 (B, N, d); None if z_0 does not follow."""
     tokenizer: type[Tokenizer] = Tokenizer
     """The class of the tokenizers for which the target exists."""
-    is_image: bool = False
-    """Whether the target is patches of an image (B, N, D) instead of latents (B, N, d)."""
-    has_residual: bool = False
-    """Whether ``residual_weight`` scales the error outside the latent's d axes."""
+    patches: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
+    """(tokenizer, output, x) -> the patches (B, N, D) that an output (B, N, D) shows.
+
+    Targets in the latent space (B, N, d) have None. Only a target without ``clean`` reads the
+    clean images x (B, C, H, W).
+    """
+    on_axes: Callable[[Any, Tensor], Tensor] | None = None
+    """(tokenizer, error (B, N, D)) -> the error on the latent's d axes (B, N, d).
+
+    With it, ``residual_weight`` scales the error outside of these axes.
+    """
 
 
 def _of_latents(prediction: Prediction) -> Target:
@@ -41,23 +48,58 @@ def _of_latents(prediction: Prediction) -> Target:
     )
 
 
-TARGETS = {name: _of_latents(prediction) for name, prediction in PREDICTIONS.items()} | {
-    "projected": Target(  # the inverse projection of z_0 (row 12)
-        lambda tokenizer, x, z_0, eps, gamma, sigma: tokenizer.inverse(z_0),
-        lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
-        tokenizer=PatchTokenizer,
-        is_image=True,
-    ),
-    "image": Target(  # the original image (rows 13, 14)
-        lambda tokenizer, x, z_0, eps, gamma, sigma: patchify(x, tokenizer.patch_size),
-        lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
-        tokenizer=OrthonormalTokenizer,
-        is_image=True,
-        has_residual=True,
-    ),
-}
-"""The targets by name: projected, image, and the prediction types, such as eps (rows 1 to 8) and
-latent (rows 9 to 11)."""
+def _normalize(patches: Tensor) -> Tensor:
+    """Return patches (B, N, D), each with zero mean and unit variance (He et al. 2022, MAE)."""
+    mean, std = _moments(patches)
+    return (patches - mean) / std
+
+
+def _denormalize(output: Tensor, patches: Tensor) -> Tensor:
+    """Return normalised patches (B, N, D) with the mean and variance of the true ``patches``."""
+    mean, std = _moments(patches)
+    return output * std + mean
+
+
+def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of each patch, with MAE's 1e-6 in the variance."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+TARGETS = (
+    {name: _of_latents(prediction) for name, prediction in PREDICTIONS.items()}
+    | {
+        "projected": Target(  # the inverse projection of z_0 (row 12)
+            lambda tokenizer, x, z_0, eps, gamma, sigma: tokenizer.inverse(z_0),
+            lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
+            tokenizer=PatchTokenizer,
+            patches=lambda tokenizer, output, x: output,
+        ),
+        "image": Target(  # the original image (rows 13, 14)
+            lambda tokenizer, x, z_0, eps, gamma, sigma: patchify(x, tokenizer.patch_size),
+            lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
+            tokenizer=OrthonormalTokenizer,
+            patches=lambda tokenizer, output, x: output,
+            on_axes=lambda tokenizer, error: error @ tokenizer.basis[: tokenizer.dim].T,
+        ),
+        "whitened": Target(  # the original image on its principal axes, each with unit variance
+            lambda tokenizer, x, *latents: tokenizer.whiten(patchify(x, tokenizer.patch_size)),
+            lambda tokenizer, output, *level: tokenizer.project(tokenizer.unwhiten(output)),
+            tokenizer=PatchPCA,
+            patches=lambda tokenizer, output, x: tokenizer.unwhiten(output),
+            on_axes=lambda tokenizer, error: error[..., : tokenizer.dim],
+        ),
+        "normalized": Target(  # MAE's: each patch of the image with zero mean and unit variance
+            lambda tokenizer, x, *latents: _normalize(patchify(x, tokenizer.patch_size)),
+            None,
+            tokenizer=PatchTokenizer,
+            patches=lambda tokenizer, output, x: _denormalize(
+                output, patchify(x, tokenizer.patch_size)
+            ),
+        ),
+    }
+)
+"""The targets by name: projected, image, whitened, normalized, and the prediction types, such as
+eps (rows 1 to 8) and latent (rows 9 to 11)."""
 
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uniform": lambda gamma, sigma: torch.ones_like(gamma),
@@ -71,13 +113,13 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Objective(nn.Module):
     """The loss of one row: lambda_t |error|^2, where the error is target - output.
 
-    With the target image, the square is weighted by principal axis, see ``loss``.
+    With the targets image and whitened, the square is weighted by principal axis, see ``loss``.
 
     Args:
         target: a key of ``TARGETS``.
         weight: a key of ``WEIGHTS``.
-        residual_weight: weight of the error outside the latent's d axes when the target is the
-            image (paper, section 4.4: 0.1).
+        residual_weight: weight of the error outside the latent's d axes, when the target has an
+            ``on_axes`` (paper, section 4.4: 0.1).
         gamma, sigma: every level of the schedule, (T,) each.
 
     Raises: InputError for a target that is undefined at a level or needs another tokenizer.
@@ -105,8 +147,10 @@ class Objective(nn.Module):
                     f"objective.target {target} is undefined at t = {t} of noise.schedule, where "
                     f"gamma is {gamma[t]:g} and sigma {sigma[t]:g}"
                 )
-        self.target, self.clean = kind.target, kind.clean
-        self.is_image, self.has_residual = kind.is_image, kind.has_residual
+        self.name, self.target, self.clean = target, kind.target, kind.clean
+        self.patches, self.on_axes = kind.patches, kind.on_axes
+        self.is_image = kind.patches is not None
+        self.out_dim = tokenizer.patch_dim if self.is_image else tokenizer.dim
         self.residual_weight = residual_weight
         self.register_buffer("weights", WEIGHTS[weight](gamma, sigma).float(), persistent=False)
 
@@ -119,12 +163,11 @@ class Objective(nn.Module):
             tokens: weights of the tokens (B, N), whose mean is 1; by default all are 1.
         """
         square = error.square().sum(-1)
-        if self.has_residual:
-            assert isinstance(tokenizer, OrthonormalTokenizer)  # as checked at the start
+        if self.on_axes:
             # sum_i w_i r_i^2 with r = V error, w_i = 1 on the first d axes, residual_weight on the
             # others. V is orthonormal, so the others hold what the first d leave of |error|^2.
-            kept = (error @ tokenizer.basis[: tokenizer.dim].T).square().sum(-1)
-            square = kept + self.residual_weight * (square - kept)
+            first = self.on_axes(tokenizer, error).square().sum(-1)
+            square = first + self.residual_weight * (square - first)
         if tokens is not None:
             square = square * tokens
         per_image = square.mean(1) / error.shape[-1]

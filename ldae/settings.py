@@ -135,12 +135,14 @@ class ObjectiveSettings:
     input: Literal["latent", "image"] = "image"
     """Noised latents z_t, or their inverse projection: a noisy image."""
     target: Annotated[str, Choice("ldae.objective:TARGETS")] = "image"
-    """image: the original image; projected: the inverse projection of z_0; latent: z_0; eps, v,
-    score, velocity: see ldae/prediction.py."""
+    """image: the original image; projected: the inverse projection of z_0; whitened: the image on
+    its principal axes, each with unit variance; normalized: MAE's pixels, where each patch has zero
+    mean and unit variance; latent: z_0; eps, v, score, velocity: see ldae/prediction.py."""
     weight: Annotated[str, Choice("ldae.objective:WEIGHTS")] = "inverse"
     """Weight lambda_t of a noise level: 1, gamma_t^2, sigma_t^2 or 1 / (1 + sigma_t^2)."""
     residual_weight: Annotated[float, NOT_NEGATIVE] = 0.1
-    """Weight of the error outside the first d principal axes, for the target image."""
+    """Weight of the error outside the first d principal axes, for the targets image and whitened.
+    With target whitened, 1 weights all axes alike, and 0 leaves the first d."""
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,27 @@ def patches_of(method, image):
     return torch.stack([x[:, i : i + p, j : j + p].reshape(-1) for i, j in corners])
 
 
-def reference_loss(method, images, positions, kept_weight) -> float:
-    """Compute the loss of l_dae by loops over images, tokens and axes."""
+def error_of(method, target, patch, output):
+    """Return the weighted square error of a token's output, by a loop over axes or pixels."""
+    tokenizer, d = method.tokenizer, method.tokenizer.dim
+    if target == "normalized":
+        mean = sum(patch) / D
+        variance = sum((value - mean) ** 2 for value in patch) / (D - 1)
+        wanted = (patch - mean) / (variance + 1e-6) ** 0.5
+        return sum((wanted - output) ** 2) / D
+    if target == "image":
+        r = tokenizer.basis @ (patch - output)
+    else:  # whitened
+        r = tokenizer.basis @ (patch - tokenizer.patch_mean)
+        level = 1 / (255 * tokenizer.pixel_std.repeat_interleave(D // 3))  # of grey, per pixel
+        for axis, variance in enumerate(tokenizer.variances):
+            rounding = (tokenizer.basis[axis] ** 2 * level**2 / 12).sum()
+            r[axis] = r[axis] / max(variance, rounding) ** 0.5 - output[axis]
+    return sum((1.0 if i < d else 0.1) * r[i] ** 2 for i in range(D)) / D
+
+
+def reference_loss(method, target, images, positions, kept_weight) -> float:
+    """Compute the loss of l_dae with another target by loops over images, tokens and axes."""
     tokenizer, d = method.tokenizer, method.tokenizer.dim
     steps = noise.timesteps(method.seed, positions, 1000)
     all_kept = masking.kept_tokens(method.seed, positions, N, method.kept).tolist()
@@ -78,25 +97,27 @@ def reference_loss(method, images, positions, kept_weight) -> float:
         output = predict(method.denoiser, seen, t, kept)
         errors, weights = [], []
         for token in range(N):
-            r = tokenizer.basis @ (patches[token] - output[token])
-            errors.append(sum((1.0 if i < d else 0.1) * r[i] ** 2 for i in range(D)) / D)
+            errors.append(error_of(method, target, patches[token], output[token]))
             weights.append(kept_weight if token in kept else 1.0)
         mean_error = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
         total += float(mean_error) / (1 + sigma**2) / len(images)
     return total
 
 
-@pytest.mark.parametrize("kept_weight", [1.0, 0.2, 0.0])
-def test_the_loss_of_a_masked_row_is_its_equation(kept_weight, tiny, images, awake, fitted):
+@pytest.mark.parametrize(
+    "target, kept_weight",
+    [("image", 1.0), ("image", 0.2), ("image", 0.0), ("normalized", 0.0), ("whitened", 0.2)],
+)
+def test_the_loss_of_a_masked_row_is_its_equation(target, kept_weight, tiny, images, awake, fitted):
     changes = {"masking__ratio": 0.75, "masking__kept_weight": kept_weight}
-    method = build(tiny("l_dae", **changes)).double()
+    method = build(tiny("l_dae", objective__target=target, **changes)).double()
     fitted(method.tokenizer)
     awake(method.denoiser)
     assert method.kept == 4
-    positions = torch.tensor([0, 21, 2**33 + 1])
+    positions = torch.tensor([0, 2**33 + 1])
     with torch.no_grad():
-        actual = method(images[:3], positions).item()
-        expected = reference_loss(method, images[:3], positions, kept_weight)
+        actual = method(images[:2], positions).item()
+        expected = reference_loss(method, target, images[:2], positions, kept_weight)
     assert actual == pytest.approx(expected, rel=1e-6)
 
 
