@@ -54,9 +54,10 @@ def _normalize(patches: Tensor) -> Tensor:
     return (patches - mean) / std
 
 
-def _denormalize(output: Tensor, patches: Tensor) -> Tensor:
-    """Return normalised patches (B, N, D) with the mean and variance of the true ``patches``."""
-    mean, std = _moments(patches)
+def _denormalize(tokenizer: Tokenizer, output: Tensor, x: Tensor | None) -> Tensor:
+    """Return the output (B, N, D) with the mean and variance of each patch of images x."""
+    assert x is not None, "the mean and variance of a patch come from the image"
+    mean, std = _moments(patchify(x, tokenizer.patch_size))
     return output * std + mean
 
 
@@ -65,39 +66,35 @@ def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-TARGETS = (
-    {name: _of_latents(prediction) for name, prediction in PREDICTIONS.items()}
-    | {
-        "projected": Target(  # the inverse projection of z_0 (row 12)
-            lambda tokenizer, x, z_0, eps, gamma, sigma: tokenizer.inverse(z_0),
-            lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
-            tokenizer=PatchTokenizer,
-            patches=lambda tokenizer, output, x: output,
-        ),
-        "image": Target(  # the original image (rows 13, 14)
-            lambda tokenizer, x, z_0, eps, gamma, sigma: patchify(x, tokenizer.patch_size),
-            lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
-            tokenizer=OrthonormalTokenizer,
-            patches=lambda tokenizer, output, x: output,
-            on_axes=lambda tokenizer, error: error @ tokenizer.basis[: tokenizer.dim].T,
-        ),
-        "whitened": Target(  # the original image on its principal axes, each with unit variance
-            lambda tokenizer, x, *latents: tokenizer.whiten(patchify(x, tokenizer.patch_size)),
-            lambda tokenizer, output, *level: tokenizer.project(tokenizer.unwhiten(output)),
-            tokenizer=PatchPCA,
-            patches=lambda tokenizer, output, x: tokenizer.unwhiten(output),
-            on_axes=lambda tokenizer, error: error[..., : tokenizer.dim],
-        ),
-        "normalized": Target(  # MAE's: each patch of the image with zero mean and unit variance
-            lambda tokenizer, x, *latents: _normalize(patchify(x, tokenizer.patch_size)),
-            None,
-            tokenizer=PatchTokenizer,
-            patches=lambda tokenizer, output, x: _denormalize(
-                output, patchify(x, tokenizer.patch_size)
-            ),
-        ),
-    }
-)
+TARGETS = {
+    **{name: _of_latents(prediction) for name, prediction in PREDICTIONS.items()},
+    "projected": Target(  # the inverse projection of z_0 (row 12)
+        lambda tokenizer, x, z_0, eps, gamma, sigma: tokenizer.inverse(z_0),
+        lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
+        tokenizer=PatchTokenizer,
+        patches=lambda tokenizer, output, x: output,
+    ),
+    "image": Target(  # the original image (rows 13, 14)
+        lambda tokenizer, x, z_0, eps, gamma, sigma: patchify(x, tokenizer.patch_size),
+        lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
+        tokenizer=OrthonormalTokenizer,
+        patches=lambda tokenizer, output, x: output,
+        on_axes=lambda tokenizer, error: error @ tokenizer.basis[: tokenizer.dim].T,
+    ),
+    "whitened": Target(  # the original image on its principal axes, each with unit variance
+        lambda tokenizer, x, *latents: tokenizer.whiten(patchify(x, tokenizer.patch_size)),
+        lambda tokenizer, output, *level: tokenizer.project(tokenizer.unwhiten(output)),
+        tokenizer=PatchPCA,
+        patches=lambda tokenizer, output, x: tokenizer.unwhiten(output),
+        on_axes=lambda tokenizer, error: error[..., : tokenizer.dim],
+    ),
+    "normalized": Target(  # MAE's: each patch of the image with zero mean and unit variance
+        lambda tokenizer, x, *latents: _normalize(patchify(x, tokenizer.patch_size)),
+        None,
+        tokenizer=PatchTokenizer,
+        patches=_denormalize,
+    ),
+}
 """The targets by name: projected, image, whitened, normalized, and the prediction types, such as
 eps (rows 1 to 8) and latent (rows 9 to 11)."""
 
@@ -120,6 +117,7 @@ class Objective(nn.Module):
         weight: a key of ``WEIGHTS``.
         residual_weight: weight of the error outside the latent's d axes, when the target has an
             ``on_axes`` (paper, section 4.4: 0.1).
+        kept_weight: weight of a kept token of a masked image, relative to a dropped token.
         gamma, sigma: every level of the schedule, (T,) each.
 
     Raises: InputError for a target that is undefined at a level or needs another tokenizer.
@@ -132,6 +130,7 @@ class Objective(nn.Module):
         target: str,
         weight: str,
         residual_weight: float,
+        kept_weight: float,
         gamma: Tensor,
         sigma: Tensor,
         tokenizer: Tokenizer,
@@ -151,16 +150,16 @@ class Objective(nn.Module):
         self.patches, self.on_axes = kind.patches, kind.on_axes
         self.is_image = kind.patches is not None
         self.out_dim = tokenizer.patch_dim if self.is_image else tokenizer.dim
-        self.residual_weight = residual_weight
+        self.residual_weight, self.kept_weight = residual_weight, kept_weight
         self.register_buffer("weights", WEIGHTS[weight](gamma, sigma).float(), persistent=False)
 
     def loss(
-        self, tokenizer: Tokenizer, error: Tensor, t: Tensor, tokens: Tensor | None = None
+        self, tokenizer: Tokenizer, error: Tensor, t: Tensor, kept: Tensor | None = None
     ) -> Tensor:
         """Return the weighted mean square of error (B, N, C) at t (B,), a scalar.
 
         Args:
-            tokens: weights of the tokens (B, N), whose mean is 1; by default all are 1.
+            kept: indices of the kept tokens (B, n) of masked images.
         """
         square = error.square().sum(-1)
         if self.on_axes:
@@ -168,17 +167,16 @@ class Objective(nn.Module):
             # others. V is orthonormal, so the others hold what the first d leave of |error|^2.
             first = self.on_axes(tokenizer, error).square().sum(-1)
             square = first + self.residual_weight * (square - first)
-        if tokens is not None:
-            square = square * tokens
+        if kept is not None:
+            square = square * token_weights(kept, error.shape[1], self.kept_weight)
         per_image = square.mean(1) / error.shape[-1]
         return (self.weights[t] * per_image).mean()
 
 
 def token_weights(kept: Tensor, tokens: int, kept_weight: float) -> Tensor:
-    """Return the weights (B, tokens) of the tokens in the loss, in proportion to 1 if dropped.
+    """Return the weights (B, tokens) of the tokens of each image in the loss, with a mean of 1.
 
-    The weights of the tokens at the indices ``kept`` (B, n) are in proportion to ``kept_weight``.
-    The mean over the tokens of an image is 1.
+    A token at the indices ``kept`` (B, n) weighs ``kept_weight`` times as much as a dropped token.
     """
     total = tokens - kept.shape[1] + kept_weight * kept.shape[1]
     weights = torch.where(masking.is_kept(kept, tokens), kept_weight, 1.0)

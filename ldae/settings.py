@@ -157,6 +157,18 @@ class MaskingSettings:
 
 
 @dataclass(frozen=True)
+class FeatureSettings:
+    """A second target: features of the clean image, by a moving average of the encoder."""
+
+    share: Annotated[float, SHARE] = 0.0
+    """Share of the second target in the loss, of which the other target has the rest; 0: off."""
+    kept_weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Weight of a kept token in the loss of the second target, as masking.kept_weight."""
+    decay: Annotated[float, DECAY] = 0.996  # BYOL's
+    """Decay per step of the moving average of the encoder."""
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """The choice of a denoiser, and the sizes of DiT: its encoder, and a decoder as deep."""
 
@@ -247,6 +259,7 @@ class Config:
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     masking: MaskingSettings = field(default_factory=MaskingSettings)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     system: SystemSettings = field(default_factory=SystemSettings)

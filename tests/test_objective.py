@@ -14,7 +14,7 @@ SIGMA = torch.tensor([0.1, 0.6, 0.9])
 
 
 def objective(tiny, target: str, weight: str = "uniform", sigma: torch.Tensor = SIGMA) -> Objective:
-    return Objective(target, weight, 0.1, GAMMA, sigma, build(tiny()).tokenizer)
+    return Objective(target, weight, 0.1, 1.0, GAMMA, sigma, build(tiny()).tokenizer)
 
 
 @pytest.mark.parametrize(

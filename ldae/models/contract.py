@@ -30,7 +30,8 @@ class Denoiser(nn.Module):
 
     A subclass sets ``width``, ``depth`` and ``stages``, and defines ``forward``, ``condition``,
     ``encode``, ``taps`` and ``encoder_size``. A network that can be trained on a part of the tokens
-    also defines ``add_mask_token``. An encoder that is a plain ViT at a fixed condition can be
+    also defines ``add_mask_token``, and an encoder with one feature for each token
+    ``encoder_copy``. An encoder that is a plain ViT at a fixed condition can be
     exported to timm, and can start from a plain ViT. Its class also defines ``embed``,
     ``plain_vit``, ``plain_state`` and ``load_plain_state``.
 
@@ -88,6 +89,17 @@ class Denoiser(nn.Module):
         Raises: InputError when the network needs all tokens.
         """
         raise InputError(f"masking.ratio must be 0: {type(self).__name__} needs all tokens")
+
+    def encoder_copy(self) -> "Denoiser":
+        """Return a copy with which only ``condition`` and ``encode`` can be called.
+
+        Its parameters and buffers have the names that they have in this network.
+
+        Raises: InputError when ``encode`` does not return a feature for each token.
+        """
+        raise InputError(
+            f"features.share must be 0: {type(self).__name__} has no features of single tokens"
+        )
 
     def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the condition of the stages (B, cond_dim), from t (B,) and labels (B,)."""

@@ -1,5 +1,6 @@
 """DiT as a denoiser: a stack of blocks; the first half is the encoder, the second the decoder."""
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -196,6 +197,11 @@ class DiT(Denoiser):
 
     def add_mask_token(self) -> None:
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(self.width), std=0.02))
+
+    def encoder_copy(self) -> "DiT":
+        copied = copy.deepcopy(self)
+        del copied.decoder, copied.final, copied.mask_token
+        return copied
 
     def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         c = self.t_embed(t)
