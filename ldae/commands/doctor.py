@@ -160,7 +160,7 @@ def training_rates(config: Config, device: torch.device, batch_size: int, run: P
     """
     step = fitting_step(config, device, batch_size)
     rate = step.rate(at_most=2 * _SECONDS)
-    flops = training_flops(step.method.denoiser)
+    flops = training_flops(step.method)
     product = matmul_rate(device, torch.bfloat16 if step.method.bf16 else torch.float32)
     denoiser = step.method.denoiser
     return {
@@ -205,8 +205,8 @@ def extrapolate(rates: dict, gpus: int) -> dict:
     """
     config = trajectory.config("l_dae")
     with torch.device("meta"):
-        denoiser = build(config).denoiser
-    flops = training_flops(denoiser)
+        method = build(config)
+    flops = training_flops(method)
     images = config.optim.epochs * IMAGENET_IMAGES
     devices = max(gpus, 1)
     per_second = {"decode": rates["decode"]}
@@ -214,7 +214,7 @@ def extrapolate(rates: dict, gpus: int) -> dict:
         per_second["copy"] = rates["copy"] * devices
     per_second["step"] = rates["step"] * devices * rates["step_flops"] / flops
     hours = {name: images / rate / 3600 for name, rate in per_second.items()}
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    parameters = sum(parameter.numel() for parameter in method.denoiser.parameters())
     saves = 60 * hours["step"] / config.system.save_minutes
     hours["save"] = saves * _BYTES_A_PARAMETER * parameters / rates["save"] / 3600
     together = max(hours.values())
