@@ -238,7 +238,7 @@ def measure_steps(size: str):
         sizes = (denoiser.side, denoiser.in_dim, denoiser.out_dim)
         record = {
             "what": f"{config.model.name}, {denoiser.stages} blocks, {denoiser.side**2} tokens",
-            "gflop_an_image": round(training_flops(denoiser) / 1e9, 3),
+            "gflop_an_image": round(training_flops(step.method) / 1e9, 3),
             "matmul_tflops": round(ceiling / 1e12, 4),
             "step": measured,
         }
@@ -265,7 +265,7 @@ def measure_step(
     free_memory(device)
     step = fitting_step(config, device, batch_size)
     rate = step.rate(steps=10, at_most=20)
-    share = rate * training_flops(step.method.denoiser) / ceiling
+    share = rate * training_flops(step.method) / ceiling
     measured = {
         "images_per_second": round(rate, 2),
         "share_of_matmul": round(share, 4),

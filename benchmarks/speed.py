@@ -64,7 +64,7 @@ def main() -> None:
     method.to(device).train()
     method.denoiser.fuse_attention(fuses_attention(method.bf16, device))
     batch = (images.to(device), torch.arange(batch_size, device=device))
-    flops = training_flops(method.denoiser)  # of an image
+    flops = training_flops(method)  # of an image
 
     sizes = (side, method.denoiser.in_dim, method.denoiser.out_dim)
     reference = awake(ReferenceDiT(vit_shape(args.model), 2 * args.depth, *sizes)).to(device)

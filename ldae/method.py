@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ldae import noise, tokenizers
+from ldae import masking, noise, tokenizers
+from ldae.feature_target import FeatureTarget
 from ldae.models import DENOISERS
 from ldae.models.contract import Denoiser
 from ldae.models.vit import vit_shape
@@ -30,6 +31,8 @@ class Noised(NamedTuple):
     """The noise levels, int64 (B,)."""
     tokens: torch.Tensor
     """The denoiser's input for z_t (B, N, d or D)."""
+    kept: torch.Tensor | None
+    """The indices of the tokens that the encoder gets, int64 (B, n); None if it gets all."""
 
 
 class LDAE(nn.Module):
@@ -43,13 +46,16 @@ class LDAE(nn.Module):
         image_input: show the denoiser the inverse projection of z_t (B, N, D) instead of z_t.
         samples_posterior: train on draws from the tokenizer's posterior instead of its mean.
         label_dropout: share of the labels that training replaces by the null label.
+        kept: number of tokens that the encoder gets in training; by default all.
+        feature_target: a second target, for which the denoiser's output has W further numbers.
         seed: determines every draw, together with the image's position in the run.
         bf16: run the networks under autocast; the rest keeps the precision of the parameters.
     """
 
     gamma: torch.Tensor
     sigma: torch.Tensor
-    compiled_parts = ("add_noise", "loss")  # beside the blocks of the denoiser
+    feature_target: FeatureTarget | None
+    compiled_parts = ("add_noise", "loss", "feature_target")  # beside the blocks of the denoiser
 
     def __init__(
         self,
@@ -62,32 +68,36 @@ class LDAE(nn.Module):
         image_input: bool,
         samples_posterior: bool = False,
         label_dropout: float = 0.0,
+        kept: int | None = None,
+        feature_target: FeatureTarget | None = None,
         seed: int = 0,
         bf16: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(False)  # it was fitted before
         self.denoiser, self.objective = denoiser, objective
+        self.feature_target = feature_target
         self.register_buffer("gamma", gamma.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
         self.image_input, self.samples_posterior = image_input, samples_posterior
-        self.label_dropout, self.seed, self.bf16 = label_dropout, seed, bf16
+        self.label_dropout, self.kept, self.seed, self.bf16 = label_dropout, kept, seed, bf16
 
     def forward(
         self, images: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the loss of a batch, a scalar.
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss of a batch, a scalar; with a second target also its two parts, detached.
 
         Args:
             images: uint8 (B, C, H, W), or in their place rows of a latent cache, see ``read``.
             positions: int64 (B,), the number of each image in the run. With the seed it determines
-                t, the noise, the draw from the posterior and the dropped labels.
+                t, the noise, the draw from the posterior, the dropped labels and the kept tokens.
             labels: int64 (B,), read only by a class-conditional denoiser.
         """
         noised = self.add_noise(images, positions)
         labels = self.drop_labels(labels, positions)
-        output = self.run_denoiser(noised.tokens, noised.t, labels)  #            (B, N, d or D)
-        return self.loss(noised, output)
+        output = self.run_denoiser(noised.tokens, noised.t, labels, noised.kept)  # (B, N, d or D)
+        features = self.clean_features(noised.z_0)  #                             (B, N, W), or None
+        return self.loss(noised, output, features)
 
     def add_noise(self, images: torch.Tensor, positions: torch.Tensor) -> Noised:
         """Encode images, uint8 (B, C, H, W), and noise their latents by ``positions`` (B,)."""
@@ -97,13 +107,38 @@ class LDAE(nn.Module):
         eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  #        (B, N, d)
         gamma, sigma = self.level(t)  #                                           (B, 1, 1)
         z_t = gamma * z_0 + sigma * eps  #                                        (B, N, d)
-        return Noised(x, z_0, eps, t, self.network_input(z_t))
+        kept = self.keep(positions)  #                                            (B, n), or None
+        return Noised(x, z_0, eps, t, self.network_input(z_t), kept)
 
-    def loss(self, noised: Noised, output: torch.Tensor) -> torch.Tensor:
-        """Return the loss, a scalar, of the denoiser's output (B, N, d or D)."""
-        x, z_0, eps, t, _ = noised
+    def clean_features(self, z_0: torch.Tensor) -> torch.Tensor | None:
+        """Return the second target for clean latents z_0 (B, N, d): features (B, N, W), or None."""
+        if self.feature_target is None:
+            return None
+        t = noise.features_level(len(self.sigma))
+        tokens = self.network_input(self.gamma[t] * z_0)
+        with self._autocast():
+            return self.feature_target(tokens, torch.full((len(z_0),), t, device=z_0.device))
+
+    def loss(
+        self, noised: Noised, output: torch.Tensor, features: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss, a scalar, of the denoiser's output (B, N, d or D).
+
+        With the second target ``features`` (B, N, W), the output has W further numbers, and the two
+        parts of the loss are returned too, detached.
+        """
+        x, z_0, eps, t, _, kept = noised
         target = self.objective.target(self.tokenizer, x, z_0, eps, *self.level(t))
-        return self.objective.loss(self.tokenizer, target - output.to(target), t)
+        output, own = output.to(target), self.objective.out_dim
+        loss = self.objective.loss(self.tokenizer, target - output[..., :own], t, kept)
+        if self.feature_target is None or features is None:
+            return loss
+        return self.feature_target.add_loss(loss, features, output[..., own:], kept)
+
+    def after_step(self) -> None:
+        """Let the second target follow the encoder; the loop calls this after each update."""
+        if self.feature_target is not None:
+            self.feature_target.follow(self.denoiser)
 
     def read(self, images: torch.Tensor) -> torch.Tensor | Posterior:
         """Return images, uint8 (B, C, H, W), normalised.
@@ -130,6 +165,12 @@ class LDAE(nn.Module):
         with torch.no_grad(), self._autocast(self.tokenizer.trained):
             return self.tokenizer.encode(x, eps).to(x)
 
+    def keep(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """Return the indices of the kept tokens, int64 (B, n), of images at ``positions`` (B,)."""
+        if self.kept is None:
+            return None
+        return masking.kept_tokens(self.seed, positions, self.tokenizer.num_tokens, self.kept)
+
     def level(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gamma_t and sigma_t, (B, 1, 1) each, at t (B,)."""
         return self.gamma[t, None, None], self.sigma[t, None, None]
@@ -141,14 +182,22 @@ class LDAE(nn.Module):
 
         Without ``labels`` (B,) every label is the null label.
         """
-        return self.run_denoiser(self.network_input(z_t), t, labels).to(z_t)
+        output = self.run_denoiser(self.network_input(z_t), t, labels)
+        return output[..., : self.objective.out_dim].to(z_t)
 
     def run_denoiser(
-        self, tokens: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the denoiser's output (B, N, d or D) for its tokens, in its own precision."""
+        """Return the denoiser's output for its tokens, in its own precision.
+
+        The output is (B, N, d or D), with W further numbers a token for a second target.
+        """
         with self._autocast():
-            return self.denoiser(tokens, t, labels)
+            return self.denoiser(tokens, t, labels, kept)
 
     def network_input(self, z_t: torch.Tensor) -> torch.Tensor:
         """Return the denoiser's tokens for z_t: itself (B, N, d), or projected back (B, N, D)."""
@@ -180,21 +229,29 @@ class LDAE(nn.Module):
     ) -> torch.Tensor:
         """Return the predicted z_0 (B, N, d) of z_t at t (B,), for samplers.
 
-        A network that predicts the noise or the score needs gamma_t above 0.
+        A network that predicts the noise or the score needs gamma_t above 0. Of targets without a
+        ``clean``, no z_0 follows.
         """
         output = self.predict(z_t, t, labels)
+        assert self.objective.clean is not None  # else samplers refuse the run
         return self.objective.clean(self.tokenizer, output, z_t, *self.level(t))
 
     def predict_image(
-        self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        z_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        x: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the predicted normalised images (B, C, H, W) of z_t at t (B,).
 
-        They are the output of a network that predicts images, and otherwise z_0 decoded.
+        They are the output of a network that predicts images, and otherwise z_0 decoded. A network
+        that predicts normalised patches needs the clean images x (B, C, H, W), which give each
+        patch its mean and variance.
         """
-        if not self.objective.is_image:
+        if self.objective.patches is None:
             return self.decode(self.denoise(z_t, t, labels))
-        patches = self.predict(z_t, t, labels)
+        patches = self.objective.patches(self.tokenizer, self.predict(z_t, t, labels), x)
         return unpatchify(patches, self.tokenizer.patch_size, self.tokenizer.in_chans)
 
     def decode(self, z_0: torch.Tensor) -> torch.Tensor:
@@ -230,7 +287,7 @@ class LDAE(nn.Module):
         steps = torch.full_like(positions, t)
         gamma, sigma = self.level(steps)
         z_t = gamma * z_0 + sigma * noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)
-        pictures = (x, self.decode(z_t), self.predict_image(z_t, steps))
+        pictures = (x, self.decode(z_t), self.predict_image(z_t, steps, x=x))
         clean, noised, denoised = (self.tokenizer.denormalize(p).clamp(0, 1) for p in pictures)
         return clean, noised, denoised
 
@@ -249,21 +306,19 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         config.objective.target,
         config.objective.weight,
         config.objective.residual_weight,
+        config.masking.kept_weight,
         gamma,
         sigma,
         tokenizer,
     )
-    name = config.model.denoiser
-    settings = asdict(config.model if name == "dit" else getattr(config, name))
-    torch.manual_seed(config.seed)
-    denoiser = DENOISERS[name](
-        **taken_by(DENOISERS[name], settings),
-        side=config.data.img_size // tokenizer.patch_size,
-        in_dim=tokenizer.patch_dim if image_input else tokenizer.dim,
-        out_dim=tokenizer.patch_dim if objective.is_image else tokenizer.dim,
-        num_classes=num_classes if config.model.class_conditional else 0,
-        checkpoint_activations=config.system.checkpoint_activations,
-    )
+    denoiser = _build_denoiser(config, tokenizer, objective, num_classes)
+    tokens = tokenizer.num_tokens
+    kept = masking.number_kept(config.masking.ratio, tokens, "masking.ratio")
+    if kept < tokens:
+        denoiser.add_mask_token()  # drawn last, so that the other weights are those without masking
+    second, features = None, config.features
+    if features.share:
+        second = FeatureTarget(denoiser, features.share, features.decay, features.kept_weight)
     return LDAE(
         tokenizer,
         denoiser,
@@ -273,9 +328,39 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         image_input=image_input,
         samples_posterior=tokenizer.stochastic and config.tokenizer.posterior == "sample",
         label_dropout=config.model.label_dropout,
+        kept=kept if kept < tokens else None,
+        feature_target=second,
         seed=config.seed,
         bf16=bf16,
     )
+
+
+def _build_denoiser(
+    config: Config, tokenizer: Tokenizer, objective: Objective, num_classes: int
+) -> Denoiser:
+    """Return the denoiser of a configuration, with weights drawn from its seed.
+
+    Raises: InputError when settings do not fit together.
+    """
+    name = config.model.denoiser
+    settings = asdict(config.model if name == "dit" else getattr(config, name))
+
+    def create(out_dim: int) -> Denoiser:
+        return DENOISERS[name](
+            **taken_by(DENOISERS[name], settings),
+            side=config.data.img_size // tokenizer.patch_size,
+            in_dim=tokenizer.patch_dim if config.objective.input == "image" else tokenizer.dim,
+            out_dim=out_dim,
+            num_classes=num_classes if config.model.class_conditional else 0,
+            checkpoint_activations=config.system.checkpoint_activations,
+        )
+
+    out_dim = objective.out_dim
+    if config.features.share:
+        with torch.device("meta"):  # only for its width
+            out_dim += create(out_dim).width
+    torch.manual_seed(config.seed)
+    return create(out_dim)
 
 
 def build_tokenizer(config: Config) -> Tokenizer:

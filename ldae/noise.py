@@ -35,6 +35,14 @@ def level_of_1000(t: int, steps: int) -> int:
     return min(round(t / 1000 * steps), steps - 1)
 
 
+def features_level(steps: int) -> int:
+    """Return the t of a backbone's features: 10 of 1000, or the same share of another schedule.
+
+    Source: paper, appendix; it is the best t with clean input.
+    """
+    return level_of_1000(10, steps)
+
+
 def ddpm(steps: int) -> Levels:
     """Let beta rise linearly from 1e-4 to 0.02 (Ho et al. 2020)."""
     return _preserving((1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)).cumprod(0))

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ldae import masking
 from ldae.errors import InputError
 from ldae.patches import patchify
 from ldae.prediction import PREDICTIONS, Prediction
-from ldae.tokenizers import OrthonormalTokenizer, PatchTokenizer, Tokenizer, check_kind
+from ldae.tokenizers import OrthonormalTokenizer, PatchPCA, PatchTokenizer, Tokenizer, check_kind
 
 Tensor = torch.Tensor
 
@@ -23,14 +24,21 @@ class Target(NamedTuple):
     x (B, C, H, W) are clean images, which a cache of latents does not have; z_0 and eps are
     (B, N, d); gamma and sigma are (B, 1, 1).
     """
-    clean: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(tokenizer, output, z_t, gamma, sigma) -> z_0 (B, N, d)."""
+    clean: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor] | None
+    """(tokenizer, output, z_t, gamma, sigma) -> z_0 (B, N, d); None if z_0 does not follow."""
     tokenizer: type[Tokenizer] = Tokenizer
     """The class of the tokenizers for which the target exists."""
-    is_image: bool = False
-    """Whether the target is patches of an image (B, N, D) instead of latents (B, N, d)."""
-    has_residual: bool = False
-    """Whether ``residual_weight`` scales the error outside the latent's d axes."""
+    patches: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
+    """(tokenizer, output, x) -> the patches (B, N, D) that an output (B, N, D) shows.
+
+    Targets in the latent space (B, N, d) have None. Only a target without ``clean`` reads the
+    clean images x (B, C, H, W).
+    """
+    on_axes: Callable[[Any, Tensor], Tensor] | None = None
+    """(tokenizer, error (B, N, D)) -> the error on the latent's d axes (B, N, d).
+
+    With it, ``residual_weight`` scales the error outside of these axes.
+    """
 
 
 def _of_latents(prediction: Prediction) -> Target:
@@ -40,23 +48,55 @@ def _of_latents(prediction: Prediction) -> Target:
     )
 
 
-TARGETS = {name: _of_latents(prediction) for name, prediction in PREDICTIONS.items()} | {
+def _normalize(patches: Tensor) -> Tensor:
+    """Return patches (B, N, D), each with zero mean and unit variance (He et al. 2022, MAE)."""
+    mean, std = _moments(patches)
+    return (patches - mean) / std
+
+
+def _denormalize(tokenizer: Tokenizer, output: Tensor, x: Tensor | None) -> Tensor:
+    """Return the output (B, N, D) with the mean and variance of each patch of images x."""
+    assert x is not None, "the mean and variance of a patch come from the image"
+    mean, std = _moments(patchify(x, tokenizer.patch_size))
+    return output * std + mean
+
+
+def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of each patch, with MAE's 1e-6 in the variance."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+TARGETS = {
+    **{name: _of_latents(prediction) for name, prediction in PREDICTIONS.items()},
     "projected": Target(  # the inverse projection of z_0 (row 12)
         lambda tokenizer, x, z_0, eps, gamma, sigma: tokenizer.inverse(z_0),
         lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
         tokenizer=PatchTokenizer,
-        is_image=True,
+        patches=lambda tokenizer, output, x: output,
     ),
     "image": Target(  # the original image (rows 13, 14)
         lambda tokenizer, x, z_0, eps, gamma, sigma: patchify(x, tokenizer.patch_size),
         lambda tokenizer, output, z_t, gamma, sigma: tokenizer.project(output),
         tokenizer=OrthonormalTokenizer,
-        is_image=True,
-        has_residual=True,
+        patches=lambda tokenizer, output, x: output,
+        on_axes=lambda tokenizer, error: error @ tokenizer.basis[: tokenizer.dim].T,
+    ),
+    "whitened": Target(  # the original image on its principal axes, each with unit variance
+        lambda tokenizer, x, *latents: tokenizer.whiten(patchify(x, tokenizer.patch_size)),
+        lambda tokenizer, output, *level: tokenizer.project(tokenizer.unwhiten(output)),
+        tokenizer=PatchPCA,
+        patches=lambda tokenizer, output, x: tokenizer.unwhiten(output),
+        on_axes=lambda tokenizer, error: error[..., : tokenizer.dim],
+    ),
+    "normalized": Target(  # MAE's: each patch of the image with zero mean and unit variance
+        lambda tokenizer, x, *latents: _normalize(patchify(x, tokenizer.patch_size)),
+        None,
+        tokenizer=PatchTokenizer,
+        patches=_denormalize,
     ),
 }
-"""The targets by name: projected, image, and the prediction types, such as eps (rows 1 to 8) and
-latent (rows 9 to 11)."""
+"""The targets by name: projected, image, whitened, normalized, and the prediction types, such as
+eps (rows 1 to 8) and latent (rows 9 to 11)."""
 
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uniform": lambda gamma, sigma: torch.ones_like(gamma),
@@ -70,13 +110,14 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Objective(nn.Module):
     """The loss of one row: lambda_t |error|^2, where the error is target - output.
 
-    With the target image, the square is weighted by principal axis, see ``loss``.
+    With the targets image and whitened, the square is weighted by principal axis, see ``loss``.
 
     Args:
         target: a key of ``TARGETS``.
         weight: a key of ``WEIGHTS``.
-        residual_weight: weight of the error outside the latent's d axes when the target is the
-            image (paper, section 4.4: 0.1).
+        residual_weight: weight of the error outside the latent's d axes, when the target has an
+            ``on_axes`` (paper, section 4.4: 0.1).
+        kept_weight: weight of a kept token of a masked image, relative to a dropped token.
         gamma, sigma: every level of the schedule, (T,) each.
 
     Raises: InputError for a target that is undefined at a level or needs another tokenizer.
@@ -89,6 +130,7 @@ class Objective(nn.Module):
         target: str,
         weight: str,
         residual_weight: float,
+        kept_weight: float,
         gamma: Tensor,
         sigma: Tensor,
         tokenizer: Tokenizer,
@@ -104,19 +146,38 @@ class Objective(nn.Module):
                     f"objective.target {target} is undefined at t = {t} of noise.schedule, where "
                     f"gamma is {gamma[t]:g} and sigma {sigma[t]:g}"
                 )
-        self.target, self.clean = kind.target, kind.clean
-        self.is_image, self.has_residual = kind.is_image, kind.has_residual
-        self.residual_weight = residual_weight
+        self.name, self.target, self.clean = target, kind.target, kind.clean
+        self.patches, self.on_axes = kind.patches, kind.on_axes
+        self.is_image = kind.patches is not None
+        self.out_dim = tokenizer.patch_dim if self.is_image else tokenizer.dim
+        self.residual_weight, self.kept_weight = residual_weight, kept_weight
         self.register_buffer("weights", WEIGHTS[weight](gamma, sigma).float(), persistent=False)
 
-    def loss(self, tokenizer: Tokenizer, error: Tensor, t: Tensor) -> Tensor:
-        """Return the weighted mean square of error (B, N, C) at t (B,), a scalar."""
+    def loss(
+        self, tokenizer: Tokenizer, error: Tensor, t: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted mean square of error (B, N, C) at t (B,), a scalar.
+
+        Args:
+            kept: indices of the kept tokens (B, n) of masked images.
+        """
         square = error.square().sum(-1)
-        if self.has_residual:
-            assert isinstance(tokenizer, OrthonormalTokenizer)  # as checked at the start
+        if self.on_axes:
             # sum_i w_i r_i^2 with r = V error, w_i = 1 on the first d axes, residual_weight on the
             # others. V is orthonormal, so the others hold what the first d leave of |error|^2.
-            kept = (error @ tokenizer.basis[: tokenizer.dim].T).square().sum(-1)
-            square = kept + self.residual_weight * (square - kept)
+            first = self.on_axes(tokenizer, error).square().sum(-1)
+            square = first + self.residual_weight * (square - first)
+        if kept is not None:
+            square = square * token_weights(kept, error.shape[1], self.kept_weight)
         per_image = square.mean(1) / error.shape[-1]
         return (self.weights[t] * per_image).mean()
+
+
+def token_weights(kept: Tensor, tokens: int, kept_weight: float) -> Tensor:
+    """Return the weights (B, tokens) of the tokens of each image in the loss, with a mean of 1.
+
+    A token at the indices ``kept`` (B, n) weighs ``kept_weight`` times as much as a dropped token.
+    """
+    total = tokens - kept.shape[1] + kept_weight * kept.shape[1]
+    weights = torch.where(masking.is_kept(kept, tokens), kept_weight, 1.0)
+    return weights * (tokens / total)

@@ -135,12 +135,37 @@ class ObjectiveSettings:
     input: Literal["latent", "image"] = "image"
     """Noised latents z_t, or their inverse projection: a noisy image."""
     target: Annotated[str, Choice("ldae.objective:TARGETS")] = "image"
-    """image: the original image; projected: the inverse projection of z_0; latent: z_0; eps, v,
-    score, velocity: see ldae/prediction.py."""
+    """image: the original image; projected: the inverse projection of z_0; whitened: the image on
+    its principal axes, each with unit variance; normalized: MAE's pixels, where each patch has zero
+    mean and unit variance; latent: z_0; eps, v, score, velocity: see ldae/prediction.py."""
     weight: Annotated[str, Choice("ldae.objective:WEIGHTS")] = "inverse"
     """Weight lambda_t of a noise level: 1, gamma_t^2, sigma_t^2 or 1 / (1 + sigma_t^2)."""
     residual_weight: Annotated[float, NOT_NEGATIVE] = 0.1
-    """Weight of the error outside the first d principal axes, for the target image."""
+    """Weight of the error outside the first d principal axes, for the targets image and whitened.
+    With target whitened, 1 weights all axes alike, and 0 leaves the first d."""
+
+
+@dataclass(frozen=True)
+class MaskingSettings:
+    """The tokens that are dropped before the encoder, as in MAE, and the weights of the others."""
+
+    ratio: Annotated[float, SHARE] = 0.0
+    """Share of the tokens that the encoder does not get. The decoder gets a learned token in place
+    of each, and predicts all tokens. Features of a run are always those of all tokens."""
+    kept_weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Weight of a kept token in the loss, a weighted mean in which a dropped token has weight 1."""
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """A second target: features of the clean image, by a moving average of the encoder."""
+
+    share: Annotated[float, SHARE] = 0.0
+    """Share of the second target in the loss, of which the other target has the rest; 0: off."""
+    kept_weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Weight of a kept token in the loss of the second target, as masking.kept_weight."""
+    decay: Annotated[float, DECAY] = 0.996  # BYOL's
+    """Decay per step of the moving average of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +258,8 @@ class Config:
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    masking: MaskingSettings = field(default_factory=MaskingSettings)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     system: SystemSettings = field(default_factory=SystemSettings)

@@ -60,11 +60,15 @@ ROWS = (
     Row(14, "l_dae_single", "a single noise level", {"noise.schedule": "single"}, 61.5),
 )  # fmt: skip
 
-# Rows outside the trajectory, which the paper only mentions or could have started from.
+# Rows outside the trajectory: the paper mentions them, or they begin where it ends.
 BESIDE = (
     Row(None, "dae", "a classical DAE: noise on pixels, no latent",
         {"tokenizer.name": "pixel", "tokenizer.dim": 768, "tokenizer.scale": "raw"},
         base="l_dae_single"),
+    Row(None, "l_dae_masked", "l-DAE with masked tokens, and features as a second target", {
+        "objective.target": "whitened", "objective.residual_weight": 1.0,
+        "masking.ratio": 0.75, "masking.kept_weight": 0.2, "features.share": 0.5,
+    }, base="l_dae"),
     Row(None, "vqvae", "row 4 on a VQ-VAE",
         {"tokenizer.codes": 16_384, "tokenizer.kl_weight": 0.0}, base="no_adversarial"),
     Row(None, "vqgan", "row 2 on a VQGAN",

@@ -23,7 +23,7 @@ LAYERS = [
     ["trajectory", "tokenizers"],
     ["runs"],
     ["train"],
-    ["objective"],
+    ["objective", "feature_target"],
     ["method"],
     ["backbones", "plots"],
     ["sampling", "evals", "finetuning", "cluster"],

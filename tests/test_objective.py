@@ -14,7 +14,7 @@ SIGMA = torch.tensor([0.1, 0.6, 0.9])
 
 
 def objective(tiny, target: str, weight: str = "uniform", sigma: torch.Tensor = SIGMA) -> Objective:
-    return Objective(target, weight, 0.1, GAMMA, sigma, build(tiny()).tokenizer)
+    return Objective(target, weight, 0.1, 1.0, GAMMA, sigma, build(tiny()).tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -50,17 +50,19 @@ def test_a_score_weighted_by_sigma2_has_the_loss_of_eps(tiny):
     torch.testing.assert_close(as_score, as_eps)
 
 
-def test_the_residual_outside_the_kept_axes_has_its_weight(tiny, images):
-    method = build(tiny("l_dae"))
+@pytest.mark.parametrize("target", ["image", "whitened"])
+def test_the_residual_outside_the_kept_axes_has_its_weight(tiny, images, target):
+    method = build(tiny("l_dae", objective__target=target))
     method.tokenizer.fit([images])
     basis, d = method.tokenizer.basis, method.tokenizer.dim
+    axes = basis if target == "image" else torch.eye(192)
     for axis, weight in ((0, 1.0), (d - 1, 1.0), (d, 0.1), (191, 0.1)):
-        error = basis[axis].expand(1, 16, -1)
+        error = axes[axis].expand(1, 16, -1)
         loss = method.objective.loss(method.tokenizer, error, torch.tensor([0]))
         assert loss.item() == pytest.approx(weight / 192, rel=1e-4)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [name for name in TARGETS if TARGETS[name].clean])
 def test_clean_recovers_z_0_from_the_target(tiny, images, target):
     """For an image, z_0 is its projection."""
     changes = {"noise__schedule": "cosine", "objective__target": target}
@@ -78,9 +80,36 @@ def test_clean_recovers_z_0_from_the_target(tiny, images, target):
         assert torch.equal(output, patchify(x, method.tokenizer.patch_size))
 
 
+@pytest.mark.parametrize("target", [name for name in TARGETS if TARGETS[name].patches])
+def test_the_target_shows_the_image_that_it_is(tiny, images, target):
+    """Or its projection. Normalised patches take mean and variance from the image."""
+    method = build(tiny("l_dae", objective__target=target)).double()
+    method.tokenizer.fit([images])
+    x = method.tokenizer.normalize(images)
+    output = method.objective.target(method.tokenizer, x, method.encode(x), *3 * [None])
+    patches = method.objective.patches(method.tokenizer, output, x)
+    expected = method.decode(method.encode(x)) if target == "projected" else x
+    torch.testing.assert_close(patches, patchify(expected, method.tokenizer.patch_size))
+
+
+def test_normalized_patches_have_zero_mean_and_unit_variance(tiny, images):
+    """A patch of one colour has MAE's 1e-6 instead of its variance."""
+    method = build(tiny("l_dae", objective__target="normalized")).double()
+    method.tokenizer.fit([images])
+    images[0, :, :8, :8] = 77
+    x = method.tokenizer.normalize(images)
+    output = method.objective.target(method.tokenizer, x, *4 * [None])
+    assert output.mean(-1).abs().max() < 1e-9
+    assert (output.var(-1) - 1).abs().flatten()[1:].max() < 1e-2 and output.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [
+        (
+            {"tokenizer__name": "pixel", "tokenizer__dim": 12, "objective__target": "whitened"},
+            "objective.target whitened needs tokenizer.name patch_pca, not pixel",
+        ),
         ({"objective__target": "score"}, "score is undefined at t = 0 .*sigma 0"),
         (
             {"tokenizer__name": "patch_ae"},

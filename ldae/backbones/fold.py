@@ -19,11 +19,8 @@ TOLERANCE = 1e-5  # relative, in float32
 
 
 def default_timestep(method: LDAE) -> int:
-    """Return the t of a backbone's features: 10 of 1000, or the same share of another schedule.
-
-    Source: paper, appendix; it is the best t with clean input.
-    """
-    return noise.level_of_1000(10, len(method.sigma))
+    """Return the t of a backbone's features, see ``noise.features_level``."""
+    return noise.features_level(len(method.sigma))
 
 
 @torch.no_grad()
@@ -190,6 +187,8 @@ def init_from(method: LDAE, vit: VisionTransformer) -> None:
     method.denoiser.embed.weight.copy_(embed)
     method.denoiser.embed.bias.copy_(vit.patch_embed.proj.bias - embed @ offset)
     method.denoiser.load_plain_state(vit.state_dict())
+    if method.feature_target is not None:
+        method.feature_target.restart(method.denoiser)
 
 
 def _shapes(vit: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -24,8 +24,8 @@ def extrapolate(rates: dict, gpus: int) -> dict:
     """
     config = trajectory.config("l_dae")
     with torch.device("meta"):
-        denoiser = build(config).denoiser
-    flops = training_flops(denoiser)
+        method = build(config)
+    flops = training_flops(method)
     images = config.optim.epochs * IMAGENET_IMAGES
     devices = max(gpus, 1)
     per_second = {"decode": rates["decode"]}
@@ -33,7 +33,7 @@ def extrapolate(rates: dict, gpus: int) -> dict:
         per_second["copy"] = rates["copy"] * devices
     per_second["step"] = rates["step"] * devices * rates["step_flops"] / flops
     hours = {name: images / rate / 3600 for name, rate in per_second.items()}
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    parameters = sum(parameter.numel() for parameter in method.denoiser.parameters())
     saves = 60 * hours["step"] / config.system.save_minutes
     hours["save"] = saves * _BYTES_A_PARAMETER * parameters / rates["save"] / 3600
     together = max(hours.values())

@@ -52,7 +52,7 @@ def training_rates(config: Config, device: torch.device, batch_size: int, run: P
     """
     step = fitting_step(config, device, batch_size)
     rate = step.rate(at_most=2 * _SECONDS)
-    flops = training_flops(step.method.denoiser)
+    flops = training_flops(step.method)
     product = matmul_rate(device, torch.bfloat16 if step.method.bf16 else torch.float32)
     denoiser = step.method.denoiser
     return {

@@ -29,8 +29,10 @@ class Denoiser(nn.Module):
     encoder, which is graded and exported.
 
     A subclass sets ``width``, ``depth`` and ``stages``, and defines ``forward``, ``condition``,
-    ``encode``, ``taps`` and ``encoder_size``. An encoder that is a plain ViT at a fixed condition
-    can be exported to timm, and can start from a plain ViT. Its class also defines ``embed``,
+    ``encode``, ``taps`` and ``encoder_size``. A network that can be trained on a part of the tokens
+    also defines ``add_mask_token``, and an encoder with one feature for each token
+    ``encoder_copy``. An encoder that is a plain ViT at a fixed condition can be
+    exported to timm, and can start from a plain ViT. Its class also defines ``embed``,
     ``plain_vit``, ``plain_state`` and ``load_plain_state``.
 
     Args:
@@ -64,13 +66,40 @@ class Denoiser(nn.Module):
         self.num_classes, self.checkpoint_activations = num_classes, checkpoint_activations
 
     def forward(
-        self, tokens: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the prediction (B, N, out_dim) for tokens (B, N, in_dim) at t (B,).
 
         Labels are int64 (B,); without them every label is the null label.
+
+        Args:
+            kept: indices, int64 (B, n), of the tokens that the encoder gets, after
+                ``add_mask_token``; by default all. The decoder gets the mask token in place of the
+                others, and predicts all tokens.
         """
         raise NotImplementedError
+
+    def add_mask_token(self) -> None:
+        """Create the learned token that stands in the decoder for tokens that are dropped.
+
+        Raises: InputError when the network needs all tokens.
+        """
+        raise InputError(f"masking.ratio must be 0: {type(self).__name__} needs all tokens")
+
+    def encoder_copy(self) -> "Denoiser":
+        """Return a copy with which only ``condition`` and ``encode`` can be called.
+
+        Its parameters and buffers have the names that they have in this network.
+
+        Raises: InputError when ``encode`` does not return a feature for each token.
+        """
+        raise InputError(
+            f"features.share must be 0: {type(self).__name__} has no features of single tokens"
+        )
 
     def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the condition of the stages (B, cond_dim), from t (B,) and labels (B,)."""

@@ -1,5 +1,6 @@
 """DiT as a denoiser: a stack of blocks; the first half is the encoder, the second the decoder."""
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ldae.masking import restore
 from ldae.models.contract import Denoiser, PlainViT
 from ldae.models.vit import vit_shape
 from ldae.patches import sincos_positions
@@ -176,6 +178,7 @@ class DiT(Denoiser):
         self.encoder = nn.ModuleList(Block(*sizes) for _ in range(shape.depth))
         self.decoder = nn.ModuleList(Block(*sizes) for _ in range(shape.depth))
         self.final = FinalLayer(self.width, out_dim, cond_dim)
+        self.mask_token: nn.Parameter | None = None
         self.initialize()
 
     def initialize(self) -> None:
@@ -191,6 +194,14 @@ class DiT(Denoiser):
         for module in (*self.encoder, *self.decoder, self.final):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final.linear.weight)
+
+    def add_mask_token(self) -> None:
+        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(self.width), std=0.02))
+
+    def encoder_copy(self) -> "DiT":
+        copied = copy.deepcopy(self)
+        del copied.decoder, copied.final, copied.mask_token
+        return copied
 
     def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         c = self.t_embed(t)
@@ -212,10 +223,17 @@ class DiT(Denoiser):
             yield x
 
     def forward(
-        self, tokens: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         c = self.condition(t, labels)  #              (B, cond_dim)
-        x = self.encode(tokens, c)  #                 (B, N, W)
+        x = self.encode(tokens, c, kept)  #           (B, N, W), or the kept ones (B, n, W)
+        if kept is not None:
+            others = self.mask_token + self.pos_embed
+            x = restore(x, kept, others.to(x))  #     (B, N, W)
         x = self._run(self.decoder, x, c)  #          (B, N, W)
         return self.final(x, c)  #                    (B, N, out_dim)
 

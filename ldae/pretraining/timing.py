@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldae.data.workers import Batch
 from ldae.errors import InputError
-from ldae.method import build
-from ldae.models.contract import Denoiser
+from ldae.method import LDAE, build
 from ldae.precision import float32_products, runs_in_bf16
 from ldae.settings import Config
 from ldae.train.optim import adamw
@@ -49,16 +48,22 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, size:
     return 2 * size**3 / statistics.median(times[1:])
 
 
-def training_flops(denoiser: Denoiser) -> int:
-    """Return the FLOPs of the matrix products of a denoiser for one training image.
+def training_flops(method: LDAE) -> int:
+    """Return the FLOPs of the matrix products of the networks for one training image.
 
-    The backward pass costs twice the forward pass.
+    The backward pass of the denoiser costs twice its forward pass. The averaged encoder of a second
+    target has no backward pass. The tokenizer is left out.
     """
-    denoiser = copy.deepcopy(denoiser).to("meta")
+    method = copy.deepcopy(method).to("meta")
+    denoiser, average = method.denoiser, method.feature_target
     tokens = torch.empty(1, denoiser.side**2, denoiser.in_dim, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        denoiser(tokens, torch.zeros(1, dtype=torch.int64, device="meta"))
-    return 3 * counter.get_total_flops()
+    position = torch.zeros(1, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as trained:
+        denoiser(tokens, position, kept=method.keep(position))
+    with FlopCounterMode(display=False) as frozen:
+        if average is not None:
+            average(tokens, position)
+    return 3 * trained.get_total_flops() + frozen.get_total_flops()
 
 
 class TrainingStep:

@@ -44,7 +44,8 @@ _MEASURED_IMAGES = 5_000
 
 # Settings of a pre-training that its tokenizer does not depend on. It depends on model.patch_size.
 _IGNORED = (
-    "noise.", "objective.", "optim.", "init_from", "tokenizer.posterior", "tokenizer.path",
+    "noise.", "objective.", "masking.", "features.", "optim.", "init_from",
+    "tokenizer.posterior", "tokenizer.path",
     "model.denoiser", "model.name", "model.depth", "model.embed_dim", "model.num_heads",
     "model.cond_ratio", "model.class_conditional", "model.label_dropout",
     *(f"{denoiser}." for denoiser in DENOISERS),

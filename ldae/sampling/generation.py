@@ -61,6 +61,11 @@ def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> Res
     Raises: InputError naming the setting that does not fit the run.
     """
     conditional = bool(method.denoiser.num_classes)
+    if method.objective.clean is None:
+        raise InputError(
+            f"a run with objective.target {method.objective.name} cannot be sampled, because its "
+            "output does not determine z_0"
+        )
     if settings.guidance != 1 and not conditional:
         raise InputError("guidance needs a run with model.class_conditional; it is off in this run")
     if settings.guidance != 1 and not method.label_dropout:

@@ -102,6 +102,24 @@ class PatchPCA(OrthonormalTokenizer):
         largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
         return basis * largest.sign()
 
+    def whiten(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return the coordinates of patches (..., D) on all D axes, each with unit variance."""
+        return (patches - self.patch_mean) @ self.basis.T / self._deviations()
+
+    def unwhiten(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """Return the patches (..., D) of whitened coordinates (..., D)."""
+        return coordinates * self._deviations() @ self.basis + self.patch_mean
+
+    def _deviations(self) -> torch.Tensor:
+        """Return the standard deviation (D,) on each axis, at least that of 8-bit rounding.
+
+        Rounding a pixel to a whole grey level is noise with a variance of 1/12 squared levels. An
+        axis with less variance shows nothing else.
+        """
+        level = 1 / (255 * self.pixel_std)  # a grey level in normalised units, for each channel
+        level = level.repeat_interleave(self.patch_dim // self.in_chans)
+        return self.variances.maximum(self.basis.square() @ level.square() / 12).sqrt()
+
 
 class PixelTokenizer(OrthonormalTokenizer):
     """The pixels of the image, or of the image downsampled by averaging.

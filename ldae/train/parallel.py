@@ -130,8 +130,8 @@ def compile_parts(model: nn.Module, memory_budget: float = 1.0, cuda_graphs: boo
     """Compile a model in parts, in place; in evaluation mode it runs as it is.
 
     Each block of a stack is a graph. All blocks of a class and shape share one, so compilation
-    takes as long as for one block, and DDP and FSDP communicate between the blocks. The methods
-    that the model names in ``compiled_parts`` are compiled too.
+    takes as long as for one block, and DDP and FSDP communicate between the blocks. Of what the
+    model names in ``compiled_parts``, methods are compiled too, and blocks of frozen modules.
 
     Args:
         memory_budget: the share of a graph's activations to keep for the backward pass, which
@@ -144,7 +144,12 @@ def compile_parts(model: nn.Module, memory_budget: float = 1.0, cuda_graphs: boo
         if any(parameter.requires_grad for parameter in block.parameters()):
             _compile(block, "forward", cuda_graphs)
     for name in getattr(model, "compiled_parts", ()):
-        _compile(model, name, cuda_graphs)
+        part = getattr(model, name)
+        if isinstance(part, nn.Module):
+            for block in _blocks(part):
+                _compile(block, "forward", cuda_graphs)
+        elif part is not None:
+            _compile(model, name, cuda_graphs)
 
 
 def _compile(module: nn.Module, name: str, cuda_graphs: bool) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ldae import distributed
 from ldae.settings import ExecutionSettings, OptimSettings
+from ldae.train.average import move_average
 from ldae.train.parallel import parallelize, uses_cuda_graphs
 
 
@@ -48,7 +49,7 @@ class State:
         if hasattr(self.model, "after_step"):
             self.model.after_step()
         if self.average:
-            _move_average(self.average, self.model, decay)
+            move_average(self.average, self.model, decay)
 
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
@@ -177,12 +178,3 @@ def _plain(module: nn.Module, kind: Any) -> dict[str, Any]:
     values = {name: value for name, value in vars(module).items() if isinstance(value, kind)}
     values.pop("training")
     return {name: copy.copy(value) for name, value in values.items()}
-
-
-@torch.no_grad()
-def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Set average to decay * average + (1 - decay) * model, for parameters and buffers."""
-    for kind in (nn.Module.parameters, nn.Module.buffers):
-        pairs = [pair for pair in zip(kind(average), kind(model)) if pair[0].is_floating_point()]
-        if pairs:
-            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)

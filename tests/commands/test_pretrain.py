@@ -60,7 +60,9 @@ def folder(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("row", ["l_dae", "l_dae_single", "patch_pca", "predict_latent"])
+@pytest.mark.parametrize(
+    "row", ["l_dae", "l_dae_single", "patch_pca", "predict_latent", "l_dae_masked"]
+)
 def test_a_run_writes_its_files(row, tiny, tmp_path, capsys):
     run = tmp_path / "run"
     config = tiny(row, system__log_every=4, optim__epochs=3)
@@ -92,17 +94,18 @@ def test_a_flat_folder_without_labels_trains(folder, tiny, tmp_path):
     assert lines(tmp_path / "run")[-1]["images"] == 24
 
 
-def test_interrupted_equals_uninterrupted(tiny, tmp_path, interrupts):
+@pytest.mark.parametrize("row", ["l_dae", "l_dae_masked"])
+def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, interrupts):
     """The run gets Ctrl-C after a few steps, twice."""
-    config = tiny(optim__epochs=2, system__log_every=3, optim__ema=0.9)
-    pretrain(config, tmp_path / "whole", "l_dae")
+    config = tiny(row, optim__epochs=2, system__log_every=3, optim__ema=0.9)
+    pretrain(config, tmp_path / "whole", row)
     run = tmp_path / "parts"
     interrupts(LDAE, 4, 9)
     for seen in (32, 72):
         with pytest.raises(Interrupted, match=f"stopped at image {seen} of 128") as stopped:
-            pretrain(config, run, "l_dae")
+            pretrain(config, run, row)
         assert stopped.value.exit_status == 130
-    pretrain(config, run, "l_dae")
+    pretrain(config, run, row)
     whole, parts = (Checkpoints(path).load() for path in (tmp_path / "whole", run))
     assert_equal(parts["model"], whole["model"])
     assert_equal(parts["average"], whole["average"])
@@ -195,9 +198,26 @@ def test_two_gloo_ranks_equal_one_and_resume_each_other(tiny, tmp_path, on_ranks
     assert (resumed / "denoised.png").read_bytes()
 
 
-def test_accumulation_equals_the_full_batch(tiny, tmp_path):
-    pretrain(tiny(optim__blr=1e-3), tmp_path / "whole", "l_dae")
-    pretrain(tiny(optim__blr=1e-3, system__device_batch=2), tmp_path / "parts", "l_dae")
+def test_two_ranks_equal_one_with_a_second_target(tiny, tmp_path, on_ranks):
+    """As replicas, then as shards with accumulation, which resume the run of one rank."""
+    config = tiny("l_dae_masked", optim__blr=1e-3, tokenizer__fit_images=32, system__keep=0)
+    config = tree.replace(config, {"system.save_minutes": 0, "system.log_every": 1})
+    one, two = tmp_path / "one", tmp_path / "two"
+    pretrain(config, one, "l_dae_masked")
+    assert on_ranks(lambda: pretrain(config, two, "l_dae_masked")) == ["", ""]
+    assert_close(one, two)
+    shards = tree.replace(config, {"system.fsdp": True, "system.device_batch": 2})
+    resumed = half(one, tmp_path / "one then two")
+    assert on_ranks(lambda: pretrain(shards, resumed, "l_dae_masked")) == ["", ""]
+    assert_close(one, resumed)
+    average = {name for name in weights(one) if name.startswith("feature_target.")}
+    assert average and lines(one)[-1].keys() >= {"denoising", "features"}
+
+
+@pytest.mark.parametrize("row", ["l_dae", "l_dae_masked"])
+def test_accumulation_equals_the_full_batch(row, tiny, tmp_path):
+    pretrain(tiny(row, optim__blr=1e-3), tmp_path / "whole", row)
+    pretrain(tiny(row, optim__blr=1e-3, system__device_batch=2), tmp_path / "parts", row)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)

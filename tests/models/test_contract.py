@@ -115,6 +115,51 @@ def test_kept_features_come_in_the_order_of_kept(encode):
     torch.testing.assert_close(encode(kept[:, order]), encode(kept)[:, order])
 
 
+@pytest.fixture
+def masked(make, awake):
+    """A denoiser with a mask token; skipped if it needs all tokens."""
+    denoiser = make().eval()
+    try:
+        denoiser.add_mask_token()
+    except InputError as refused:
+        pytest.skip(str(refused))
+    return awake(denoiser)
+
+
+def test_the_prediction_does_not_depend_on_dropped_tokens(masked, tokens):
+    t, kept = torch.tensor([3, 500, 999]), torch.stack([torch.randperm(N)[:5] for _ in range(B)])
+    others = torch.randn_like(tokens)
+    for image, numbers in enumerate(kept):
+        others[image, numbers] = tokens[image, numbers]
+    with torch.no_grad():
+        output = masked(tokens, t, kept=kept)
+        assert output.shape == (B, N, masked.out_dim)
+        assert torch.equal(masked(others, t, kept=kept), output)
+        assert not torch.allclose(masked(tokens, t), output)
+        masked.mask_token.add_(1.0)
+        assert not torch.allclose(masked(tokens, t, kept=kept), output)
+
+
+def test_a_prediction_from_all_tokens_does_not_depend_on_the_mask_token(masked, tokens):
+    """Neither without ``kept`` nor when all are kept; only tokens at other places are replaced."""
+    t, everyone = torch.tensor([3, 500, 999]), torch.arange(N).expand(B, N)
+    with torch.no_grad():
+        output = masked(tokens, t)
+        masked.mask_token.add_(1.0)
+        assert torch.equal(masked(tokens, t), output)
+        assert torch.equal(masked(tokens, t, kept=everyone), output)
+
+
+def test_a_mask_token_changes_no_other_weight(name, tiny):
+    try:
+        masked = build(tiny(model__denoiser=name, masking__ratio=0.5)).denoiser.state_dict()
+    except InputError as refused:
+        pytest.skip(str(refused))
+    plain = build(tiny(model__denoiser=name)).denoiser.state_dict()
+    assert masked.keys() > plain.keys()
+    assert all(torch.equal(masked[name], value) for name, value in plain.items())
+
+
 def test_fused_attention_gives_the_same_output(denoiser, tokens):
     t, outputs = torch.tensor([3, 500, 999]), []
     for fused in (False, True):

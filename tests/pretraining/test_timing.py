@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ldae.errors import InputError
+from ldae.method import build
 from ldae.pretraining.timing import TrainingStep, fitting_step, training_flops
 
 CPU = torch.device("cpu")
@@ -21,10 +22,21 @@ def test_a_step_updates_the_weights_and_rate_counts_all_steps(tiny):
 def test_blocks_are_proportional_to_flops(tiny):
     """The doctor measures few blocks on a CPU, and extrapolates to 24 by FLOPs."""
     one, two, three = (
-        training_flops(TrainingStep(tiny(model__depth=depth), CPU, 1).method.denoiser)
-        for depth in (1, 2, 3)
+        training_flops(TrainingStep(tiny(model__depth=depth), CPU, 1).method) for depth in (1, 2, 3)
     )
     assert three - two == two - one > 0
+
+
+def test_dropped_tokens_and_a_second_target_count(tiny):
+    """Of 16 tokens the encoder gets 4. The average gets all, without a backward pass."""
+    sizes = {"model__depth": 3, "features__share": 0.0}
+    plain, masked = (
+        training_flops(build(tiny("l_dae_masked", masking__ratio=ratio, **sizes)))
+        for ratio in (0.0, 0.75)
+    )
+    assert 0.5 * plain < masked < 0.75 * plain
+    second = training_flops(build(tiny("l_dae_masked", model__depth=3)))
+    assert masked + plain / 6 < second < masked + plain / 5
 
 
 def test_a_batch_is_halved_until_it_fits(tiny, monkeypatch):

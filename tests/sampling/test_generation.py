@@ -191,6 +191,12 @@ def test_classes_of_run_and_classifier_are_matched_by_name(conditional, method, 
         resolve(plain, [], every)
 
 
+def test_a_target_that_does_not_determine_z_0_is_refused(method):
+    made = method(objective__target="normalized")
+    with pytest.raises(InputError, match="objective.target normalized cannot be sampled"):
+        resolve(made, CLASSES, SamplingSettings())
+
+
 @pytest.mark.parametrize(
     "how, message",
     [

@@ -43,6 +43,30 @@ def test_reconstruction_error_is_the_variance_of_dropped_axes(images):
     torch.testing.assert_close(actual, tokenizer.variances[6:].sum(), rtol=1e-6, atol=1e-9)
 
 
+def test_whitened_patches_are_uncorrelated_with_unit_variance(images):
+    """The first d are the latents of scale per-axis."""
+    tokenizer = fitted(images)
+    patches = patches_of(tokenizer, images)
+    whitened = tokenizer.whiten(patches)
+    covariance = whitened.flatten(0, 1).T.cov(correction=0)
+    torch.testing.assert_close(covariance, torch.eye(48).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokenizer.unwhiten(whitened), patches)
+    torch.testing.assert_close(whitened[..., :6], tokenizer.project(patches))
+
+
+def test_axes_without_variance_stay_small_when_whitened(images):
+    """Rounding errors are not scaled up: the left half of each patch is of one colour."""
+    images[..., torch.arange(32) % 4 < 2] = 100
+    tokenizer = PatchPCA(32, 4, 3, 6, "per-axis")
+    tokenizer.fit([images])
+    patches = patches_of(tokenizer, images)
+    whitened = tokenizer.whiten(patches)
+    assert whitened[..., 24:].abs().max() < 1e-2
+    spread = whitened[..., :24].flatten(0, 1).std(0)
+    torch.testing.assert_close(spread, torch.ones(24), atol=1e-2, rtol=0)
+    torch.testing.assert_close(tokenizer.unwhiten(whitened), patches, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("kind, dim", [(PatchPCA, 6), (PixelTokenizer, 12)])
 def test_latents_have_the_variance_of_their_scale(images, kind, dim):
     """raw changes nothing, global gives unit mean variance, per-axis gives unit variance."""

@@ -20,6 +20,8 @@ from ldae.train.state import State
 
 CPU = torch.device("cpu")
 ROWS = [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)]
+# Blocks of a masked row see the kept tokens, all tokens, and clean tokens without gradients.
+GRAPHS = dict.fromkeys(ROWS, 3) | {"l_dae_masked": 5}
 
 
 @pytest.fixture
@@ -40,21 +42,25 @@ def losses(network, method, images):
     """Return the losses of three batches, and the gradients of their sum."""
     labels = torch.arange(len(images)) % 3
     found = [network(images, torch.arange(n, n + len(images)), labels) for n in (0, 8, 2**40)]
+    found = [loss[0] if isinstance(loss, tuple) else loss for loss in found]
     sum(found).backward()
     gradients = {name: part.grad for name, part in method.named_parameters() if part.requires_grad}
     method.zero_grad()
     return found, gradients
 
 
-@pytest.mark.parametrize("row, recomputed", [*((row, False) for row in ROWS), ("l_dae", True)])
-def test_each_row_is_three_graphs_with_the_eager_loss(row, recomputed, method, images, compiled_by):
+@pytest.mark.parametrize(
+    "row, recomputed",
+    [*((row, False) for row in ROWS), ("l_dae", True), ("l_dae_masked", True)],
+)
+def test_each_row_is_few_graphs_with_the_eager_loss(row, recomputed, method, images, compiled_by):
     """The graphs are the noising, one block for all, and the loss. No position recompiles them."""
     one = method(row, num_classes=3, system__checkpoint_activations=recomputed).train()
     eager = losses(one, one, images)
     counter = compiled_by("eager")
     compile_parts(one)
     compiled = losses(one, one, images)
-    assert counter.frame_count == 3
+    assert counter.frame_count == GRAPHS[row]
     torch.testing.assert_close(compiled, eager)
 
 
@@ -137,10 +143,10 @@ def test_a_compiled_model_and_its_copies_evaluate_as_they_are(method, images, co
     assert counter.frame_count == 0
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_ranks_compile_the_same_graphs(fsdp, method, images, compiled_by, on_ranks):
+@pytest.mark.parametrize("row, fsdp", [("l_dae", False), ("l_dae", True), ("l_dae_masked", True)])
+def test_two_ranks_compile_the_same_graphs(row, fsdp, method, images, compiled_by, on_ranks):
     """Neither DDP's buckets nor FSDP's hooks cut a graph."""
-    one = method().train()
+    one = method(row).train()
     expected, gradients = losses(one, one, images)
 
     def work():
@@ -149,7 +155,7 @@ def test_two_ranks_compile_the_same_graphs(fsdp, method, images, compiled_by, on
             system = SystemSettings(fsdp=fsdp)
             parallel = parallelize(one, None, system, CPU, compiled=True)
             found, sharded = losses(parallel.network, one, images)
-            assert counter.frame_count == 3
+            assert counter.frame_count == GRAPHS[row]
             full = {name: parallel.full_tensor(part) for name, part in sharded.items()}
             torch.testing.assert_close((found, full), (expected, gradients))
 
