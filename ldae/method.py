@@ -254,7 +254,7 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         tokenizer,
     )
     name = config.model.denoiser
-    settings = asdict(config.model if name == "dit" else getattr(config, name))
+    settings = asdict(getattr(config, name, config.model))  # DiT's are in config.model
     torch.manual_seed(config.seed)
     denoiser = DENOISERS[name](
         **taken_by(DENOISERS[name], settings),

@@ -92,17 +92,18 @@ def test_a_flat_folder_without_labels_trains(folder, tiny, tmp_path):
     assert lines(tmp_path / "run")[-1]["images"] == 24
 
 
-def test_interrupted_equals_uninterrupted(tiny, tmp_path, interrupts):
-    """The run gets Ctrl-C after a few steps, twice."""
-    config = tiny(optim__epochs=2, system__log_every=3, optim__ema=0.9)
-    pretrain(config, tmp_path / "whole", "l_dae")
+@pytest.mark.parametrize("row", ["l_dae", "ddpm"])
+def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, interrupts):
+    """The run gets Ctrl-C after a few steps, twice. The U-Net of ddpm has dropout."""
+    config = tiny(row, optim__epochs=2, system__log_every=3, optim__ema=0.9, unet__dropout=0.1)
+    pretrain(config, tmp_path / "whole", row)
     run = tmp_path / "parts"
     interrupts(LDAE, 4, 9)
     for seen in (32, 72):
         with pytest.raises(Interrupted, match=f"stopped at image {seen} of 128") as stopped:
-            pretrain(config, run, "l_dae")
+            pretrain(config, run, row)
         assert stopped.value.exit_status == 130
-    pretrain(config, run, "l_dae")
+    pretrain(config, run, row)
     whole, parts = (Checkpoints(path).load() for path in (tmp_path / "whole", run))
     assert_equal(parts["model"], whole["model"])
     assert_equal(parts["average"], whole["average"])
