@@ -343,7 +343,7 @@ def _build_denoiser(
     Raises: InputError when settings do not fit together.
     """
     name = config.model.denoiser
-    settings = asdict(config.model if name == "dit" else getattr(config, name))
+    settings = asdict(getattr(config, name, config.model))  # DiT's are in config.model
 
     def create(out_dim: int) -> Denoiser:
         return DENOISERS[name](

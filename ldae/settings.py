@@ -193,6 +193,22 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class UNetSettings:
+    """The sizes of the U-Net, with model.denoiser unet. The defaults are DDPM's for CIFAR-10."""
+
+    channels: Annotated[tuple[int, ...], COUNT] = (128, 256, 256, 256)
+    """Width of each level; the map is halved from one level to the next."""
+    layers: Annotated[int, COUNT] = 2
+    """Residual blocks of a level on the way down; there is one more on the way up."""
+    attn_resolutions: Annotated[tuple[int, ...], COUNT] = (16,)
+    """Sides of the maps, in tokens, whose levels have self-attention. The middle always has."""
+    dropout: Annotated[float, DECAY] = 0.1
+    """Dropout inside of the residual blocks."""
+    groups: Annotated[int, COUNT] = 32
+    """Groups of the group normalisation."""
+
+
+@dataclass(frozen=True)
 class ExecutionSettings:
     """The execution of a run. These settings may change when a run resumes."""
 
@@ -261,6 +277,7 @@ class Config:
     masking: MaskingSettings = field(default_factory=MaskingSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    unet: UNetSettings = field(default_factory=UNetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
     seed: Annotated[int, NOT_NEGATIVE] = 0

@@ -24,6 +24,9 @@ class Row:
     """Published FID-50K, if there is one."""
     base: str = ""
     """Name of the row that a row outside the trajectory changes."""
+    recipe: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Changes to the data and the training, where the row was published with its own. A run of the
+    row may have others."""
 
 
 ROWS = (
@@ -73,6 +76,20 @@ BESIDE = (
         {"tokenizer.codes": 16_384, "tokenizer.kl_weight": 0.0}, base="no_adversarial"),
     Row(None, "vqgan", "row 2 on a VQGAN",
         {"tokenizer.codes": 16_384, "tokenizer.kl_weight": 0.0}, base="unconditional"),
+    # Ho et al. 2020 on CIFAR-10: 800,000 steps of Adam, which is AdamW without weight decay, on
+    # pixels in [-1, 1]. Only their sampler differs: it clips predicted images to [-1, 1], and the
+    # variance of a step is beta_t, the larger of the two that they compare.
+    Row(None, "ddpm", "DDPM: a U-Net on the pixels of 32 x 32 images", {
+        "tokenizer.name": "pixel", "tokenizer.dim": 3, "tokenizer.scale": "raw",
+        "noise.schedule": "ddpm",
+        "model.denoiser": "unet", "model.patch_size": 1,
+    }, base="patch_pca", recipe={
+        "data.img_size": 32, "data.flip": True,
+        "data.mean": (0.5, 0.5, 0.5), "data.std": (0.5, 0.5, 0.5),
+        "optim.batch_size": 128, "optim.blr": 4e-4, "optim.min_lr": 2e-4,  # a constant 2e-4
+        "optim.epochs": 2048, "optim.warmup_epochs": 12.8,  # 5,000 steps
+        "optim.clip_grad": 1.0, "optim.ema": 0.9999,
+    }),
 )  # fmt: skip
 
 
@@ -82,8 +99,9 @@ class Scale:
 
     changes: dict[str, Any] = field(hash=False)
     """Changes that are applied after those of the row."""
-    sizes: dict[str, dict[int, int]] = field(hash=False)
-    """Setting -> number at the paper's scale -> number at this scale."""
+    sizes: dict[str, dict[Any, Any]] = field(hash=False)
+    """Setting -> value at the paper's scale -> value at this scale. A row with another value keeps
+    it."""
 
 
 SCALES: dict[str, Scale] = {
@@ -92,17 +110,21 @@ SCALES: dict[str, Scale] = {
     # 32 x 32 images on one device.
     "small": Scale({
         "data.img_size": 32,
-        "model.name": "vit_tiny_patch16_224", "model.patch_size": 4, "model.depth": 4,
+        "model.name": "vit_tiny_patch16_224", "model.depth": 4,
         "tokenizer.width": 32,
         "tokenizer.optim.batch_size": 64, "tokenizer.optim.epochs": 20,
         "tokenizer.adversarial_start": 2_000,
         "optim.batch_size": 256, "optim.blr": 1e-3, "optim.epochs": 200, "optim.warmup_epochs": 10,
         "system.workers": 2,
-    }, {"tokenizer.dim": {16: 16, 32: 24, 768: 48}, "tokenizer.codes": {16_384: 1_024}}),
+    }, {
+        "tokenizer.dim": {16: 16, 32: 24, 768: 48}, "tokenizer.codes": {16_384: 1_024},
+        "model.patch_size": {None: 4},
+        "unet.channels": {(128, 256, 256, 256): (64, 128, 128, 128)},
+    }),
     # The demonstration: minutes on two cores.
     "demo": Scale({
         "data.img_size": 32,
-        "model.name": "vit_tiny_patch16_224", "model.patch_size": 4, "model.depth": 2,
+        "model.name": "vit_tiny_patch16_224", "model.depth": 2,
         "model.embed_dim": 128, "model.num_heads": 4,
         "tokenizer.width": 16,
         "tokenizer.optim.batch_size": 32, "tokenizer.optim.epochs": 2,
@@ -110,7 +132,13 @@ SCALES: dict[str, Scale] = {
         "tokenizer.adversarial_start": 500,
         "optim.batch_size": 128, "optim.blr": 2e-3, "optim.epochs": 4, "optim.warmup_epochs": 0.5,
         "system.log_every": 50, "system.workers": 0,
-    }, {"tokenizer.dim": {16: 8, 32: 8, 768: 48}, "tokenizer.codes": {16_384: 256}}),
+    }, {
+        "tokenizer.dim": {16: 8, 32: 8, 768: 48}, "tokenizer.codes": {16_384: 256},
+        "model.patch_size": {None: 4},
+        "unet.channels": {(128, 256, 256, 256): (16, 32, 64)}, "unet.layers": {2: 1},
+        "unet.attn_resolutions": {(16,): (8,)}, "unet.groups": {32: 8}, "unet.dropout": {0.1: 0.0},
+        "optim.ema": {0.9999: 0.99},
+    }),
 }  # fmt: skip
 
 
@@ -158,7 +186,7 @@ def config(name: str | int = "l_dae", scale: str = "paper") -> Config:
     changes: dict[str, Any] = {}
     for step in ROWS[: row(last.base or name).number]:
         changes |= step.changes
-    leaves = flatten(put(Config(), changes | last.changes))
+    leaves = flatten(put(Config(), changes | last.changes | last.recipe))
     for setting, sizes in SCALES[scale].sizes.items():
         leaves[setting] = sizes.get(leaves[setting], leaves[setting])
     return put(Config(), leaves | SCALES[scale].changes)

@@ -122,8 +122,8 @@ def test_the_loss_of_a_masked_row_is_its_equation(target, kept_weight, tiny, ima
     assert actual == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_every_row_can_be_masked(row, method, images):
+@pytest.mark.parametrize("row", [row for row in ROWS if row != "ddpm"])
+def test_every_row_of_a_transformer_can_be_masked(row, method, images):
     """Also the rows whose tokens are latents of a convolutional tokenizer."""
     one = method(row, 5, masking__ratio=0.75)
     loss, found = gradients(one, images, torch.arange(8), torch.arange(8) % 5)

@@ -111,7 +111,7 @@ def unread(config) -> list[str]:
     )
     by_entries = taken("noise.", SCHEDULES) | taken("tokenizer.", TOKENIZERS)
     for name, denoiser in DENOISERS.items():
-        by_entries |= taken("model." if name == "dit" else f"{name}.", {name: denoiser})
+        by_entries |= taken(f"{name if hasattr(config, name) else 'model'}.", {name: denoiser})
     return [
         name
         for name in tree.flatten(config).keys() - by_entries

@@ -5,6 +5,7 @@ from ldae import trajectory
 from ldae.errors import InputError
 from ldae.method import build, build_tokenizer
 from ldae.settings import Config
+from ldae.train.optim import peak_lr
 from ldae.tree import difference, flatten, replace
 
 
@@ -23,7 +24,7 @@ def test_each_row_differs_by_exactly_its_changes():
 def test_rows_outside_the_trajectory_differ_by_exactly_their_changes():
     for row in trajectory.BESIDE:
         changed = difference(ldae.config(row.base), ldae.config(row.name))
-        assert {name: new for name, (_, new) in changed.items()} == row.changes
+        assert {name: new for name, (_, new) in changed.items()} == row.changes | row.recipe
         assert row.number is None and row.accuracy is None
 
 
@@ -68,6 +69,14 @@ def test_the_papers_recipe():
     assert config["data.img_size"] == 256 and config["data.crop"] == "center"
     assert not config["data.flip"] and config["model.cond_ratio"] == 0.25
     assert ldae.config("no_adversarial").tokenizer.dim == 16
+
+
+def test_the_recipe_of_ddpm():
+    """Steps are those of CIFAR-10, of 50,000 images; the rate is constant after its warm-up."""
+    optim = ldae.config("ddpm").optim
+    assert (optim.epochs * 50_000 / 128, optim.warmup_epochs * 50_000 / 128) == (800_000, 5_000)
+    assert peak_lr(optim) == optim.min_lr == 2e-4 and optim.weight_decay == 0
+    assert (optim.batch_size, optim.clip_grad, optim.ema) == (128, 1, 0.9999)
 
 
 def test_rows_have_a_name_and_a_number():

@@ -125,6 +125,8 @@ class PixelTokenizer(OrthonormalTokenizer):
     """The pixels of the image, or of the image downsampled by averaging.
 
     ``dim`` = in_chans * k^2 keeps k x k averaged pixels of a patch; ``dim`` = D keeps all pixels.
+    With the scale ``raw``, the mean of the patches is not subtracted: latents are the normalised
+    pixels, such as numbers in [-1, 1] for a given mean and standard deviation of 0.5.
 
     Source: paper, Fig. 5.
 
@@ -142,6 +144,16 @@ class PixelTokenizer(OrthonormalTokenizer):
             )
         self.factor = patch_size // sizes[dim]
         self.raw_scale = 1 / self.factor  # f x f pixels of value v have the coordinate f v
+
+    def fit(
+        self,
+        images: Iterable[torch.Tensor],
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+    ) -> None:
+        super().fit(images, mean, std)
+        if self.scale == "raw":
+            self.patch_mean.zero_()
 
     def axes(self, covariance: torch.Tensor) -> torch.Tensor:
         kept = self.patch_size // self.factor

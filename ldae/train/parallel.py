@@ -140,6 +140,9 @@ def compile_parts(model: nn.Module, memory_budget: float = 1.0, cuda_graphs: boo
     """
     torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets
     torch._functorch.config.activation_memory_budget = memory_budget
+    # A graph for each shape of a block, and of a micro batch while the largest is searched for: the
+    # blocks of a transformer have one shape, those of a U-Net about a dozen.
+    torch._dynamo.config.recompile_limit = 64
     for block in _blocks(model):
         if any(parameter.requires_grad for parameter in block.parameters()):
             _compile(block, "forward", cuda_graphs)

@@ -94,10 +94,10 @@ def test_a_flat_folder_without_labels_trains(folder, tiny, tmp_path):
     assert lines(tmp_path / "run")[-1]["images"] == 24
 
 
-@pytest.mark.parametrize("row", ["l_dae", "l_dae_masked"])
+@pytest.mark.parametrize("row", ["l_dae", "l_dae_masked", "ddpm"])
 def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, interrupts):
-    """The run gets Ctrl-C after a few steps, twice."""
-    config = tiny(row, optim__epochs=2, system__log_every=3, optim__ema=0.9)
+    """The run gets Ctrl-C after a few steps, twice. The U-Net of ddpm has dropout."""
+    config = tiny(row, optim__epochs=2, system__log_every=3, optim__ema=0.9, unet__dropout=0.1)
     pretrain(config, tmp_path / "whole", row)
     run = tmp_path / "parts"
     interrupts(LDAE, 4, 9)
