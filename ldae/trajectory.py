@@ -77,8 +77,8 @@ BESIDE = (
     Row(None, "vqgan", "row 2 on a VQGAN",
         {"tokenizer.codes": 16_384, "tokenizer.kl_weight": 0.0}, base="unconditional"),
     # Ho et al. 2020 on CIFAR-10: 800,000 steps of Adam, which is AdamW without weight decay, on
-    # pixels in [-1, 1]. Only their sampler differs: it clips predicted images to [-1, 1], and the
-    # variance of a step is beta_t, the larger of the two that they compare.
+    # pixels in [-1, 1]. Their samples are those of `--sampler ddpm --steps 1000 --clip`, but with
+    # beta_t as the variance of a step, the larger of the two that they compare.
     Row(None, "ddpm", "DDPM: a U-Net on the pixels of 32 x 32 images", {
         "tokenizer.name": "pixel", "tokenizer.dim": 3, "tokenizer.scale": "raw",
         "noise.schedule": "ddpm",

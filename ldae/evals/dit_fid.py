@@ -46,7 +46,8 @@ def differences_of_samples(images: dict) -> list[str]:
     samples = images["samples"]
     if not samples or "training" not in samples:
         return ["the images have no record of the run that generated them, or one without its EMA"]
-    found = samples | samples["training"] | {"images": images["images"]}
+    found = asdict(SamplingSettings()) | samples  # an older record lacks settings at their defaults
+    found |= samples["training"] | {"images": images["images"]}
     wanted = asdict(_sampling(found["class_conditional"])) | {
         "images": IMAGES,
         "ema": _EMA,

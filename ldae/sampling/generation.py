@@ -20,6 +20,7 @@ from ldae.sampling import samplers
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import SamplingSettings
 from ldae.sampling.start import LatentGaussian, load_or_fit_gaussian
+from ldae.tokenizers import OrthonormalTokenizer, check_kind
 from ldae.trajectory import row_of
 from ldae.tree import taken_by
 
@@ -77,6 +78,8 @@ def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> Res
         raise InputError(
             "labels need a run with model.class_conditional, or a --classifier that guides"
         )
+    if settings.clip:
+        check_kind(OrthonormalTokenizer, method.tokenizer, "clip")
     top = highest_level(method)
     levels = samplers.sub_sequence(top, settings.steps or min(_STEPS, top + 1), settings.spacing)
     labels = None
@@ -145,6 +148,8 @@ def generate(
     labels = None if resolved.labels is None else resolved.choose(resolved.labels, numbers)
     plain = partial(method.denoise, labels=labels)
     denoise = _guided(method, resolved, plain, gamma, sigma, numbers)
+    if settings.clip:
+        denoise = _clipped(method, denoise)
 
     def draw(step: int) -> torch.Tensor:
         shape = (tokenizer.num_tokens, tokenizer.dim)
@@ -211,6 +216,21 @@ def _guided(
     return samplers.classifier_guided(
         denoise, log_likelihood, settings.classifier_scale, gamma, sigma
     )
+
+
+def _clipped(method: LDAE, denoise: samplers.Denoise) -> samplers.Denoise:
+    """Return the denoiser with its predicted images clipped to the range of pixels.
+
+    Source: Ho et al. 2020, in the code.
+    """
+    ends = torch.tensor([0, 255], dtype=torch.uint8, device=method.gamma.device)
+    ends = ends[:, None, None, None].expand(2, method.tokenizer.in_chans, 1, 1)
+    lowest, highest = method.tokenizer.normalize(ends)
+
+    def clipped(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return method.encode(method.decode(denoise(z_t, t)).clamp(lowest, highest))
+
+    return clipped
 
 
 def _class_indices(

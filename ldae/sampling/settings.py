@@ -21,6 +21,9 @@ class SamplingSettings:
     """ddim: noise added in each step, as a share of DDPM's; 0: none, 1: DDPM."""
     spacing: Literal["linear", "quadratic"] = "linear"
     """Spacing of the visited levels; quadratic: dense at low noise."""
+    clip: bool = False
+    """Clip each predicted image to the range of pixels, as DDPM does. A network that predicts noise
+    and was trained for a short time needs it: at high noise its error of z_0 is many times larger."""
     guidance: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of classifier-free guidance, for class-conditional runs; 1: none."""
     labels: tuple[str, ...] = ()

@@ -197,6 +197,21 @@ def test_a_target_that_does_not_determine_z_0_is_refused(method):
         resolve(made, CLASSES, SamplingSettings())
 
 
+@pytest.mark.parametrize("scale", ["raw", "per-axis"])
+def test_clip_keeps_predicted_images_in_the_range_of_pixels(scale, method, monkeypatch):
+    """The sampler sees z_0 of the clipped image, which is z_0 itself where it was in the range."""
+    made, seen = method("ddpm", tokenizer__scale=scale), []
+    z = 3 * torch.randn(2, 16, made.tokenizer.dim)
+    monkeypatch.setattr(made, "denoise", lambda z_t, t, labels=None: z_t)
+    sampler = lambda denoise, *_, **__: seen.append(denoise(z, 0)) or z  # noqa: E731
+    monkeypatch.setitem(generation.SAMPLERS, "ddim", sampler)
+    sampled(made, FEW[:2], [], clip=True)
+    pixels = made.tokenizer.denormalize(made.decode(z))
+    assert pixels.min() < 0 and pixels.max() > 1
+    found = made.tokenizer.denormalize(made.decode(seen[0]))
+    torch.testing.assert_close(found, pixels.clamp(0, 1))
+
+
 @pytest.mark.parametrize(
     "how, message",
     [
@@ -209,6 +224,11 @@ def test_a_target_that_does_not_determine_z_0_is_refused(method):
 def test_settings_that_do_not_fit_the_run_are_refused(method, how, message):
     with pytest.raises(InputError, match=message):
         resolve(method(), CLASSES, SamplingSettings(**how))
+
+
+def test_clip_needs_a_tokenizer_that_gives_latents_back(method):
+    with pytest.raises(InputError, match="clip needs tokenizer.name patch_pca or pixel, not patch"):
+        resolve(method("patch_ae"), [], SamplingSettings(clip=True))
 
 
 def test_unknown_classes_are_refused(conditional):
