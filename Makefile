@@ -12,7 +12,6 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
 # The suite with the lowest versions that pyproject.toml allows, in an environment of its own.
-# It does not pass yet: some bounds in pyproject.toml are still too low.
 test-lowest: $(VENV)-lowest/installed
 	$(VENV)-lowest/bin/python -m pytest
 

@@ -1,11 +1,13 @@
 """Opens any encoder as a plain timm model: a run, a folder, a timm name or a checkpoint file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 from ldae.backbones.weights import load_weights
@@ -142,7 +144,10 @@ def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> Ti
         if "weights_only" in reason:  # the libraries explain how to run the code
             reason = "it holds pickled code, which is not run here"
         raise InputError(f"{folder} cannot be opened by timm: {reason}") from error
-    model.model_args = config.get("model_args", {})
+    args = model.model_args = config.get("model_args", {})
+    # timm before 1.0.31 saves the preprocessing of its own weights, which may be of another input.
+    own_chans = model.pretrained_cfg["input_size"][0]
+    adapt_cfg(model, args.get("in_chans", own_chans), args.get("img_size"))
     model.images_seen = None if random_init else config.get("images_seen")
     return model
 
@@ -207,15 +212,19 @@ def _timm_cfg(name: str) -> Any:
     raise InputError(f"there is no folder {name} and no timm model of that name{hint}")
 
 
-def adapt_cfg(model: TimmModel, in_chans: int, img_size: int | None) -> None:
-    """Adapt ``pretrained_cfg``, which describes timm's weights, to the model that was built."""
+def adapt_cfg(model: TimmModel, in_chans: int, img_size: int | Sequence[int] | None) -> None:
+    """Adapt ``pretrained_cfg``, which describes timm's weights, to the model that was built.
+
+    Args:
+        img_size: side, or height and width; None: the size stays.
+    """
     cfg = dict(model.pretrained_cfg)
-    own_chans, height, width = cfg["input_size"]
-    if in_chans != own_chans:
-        # As timm does when the statistics are unknown: all channels get their mean.
-        for key in ("mean", "std"):
+    for key in ("mean", "std"):
+        if len(cfg[key]) != in_chans:
+            # As timm does when the statistics are unknown: all channels get their mean.
             cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
-    cfg["input_size"] = (in_chans, img_size or height, img_size or width)
+    size = to_2tuple(img_size) if img_size else cfg["input_size"][1:]
+    cfg["input_size"] = (in_chans, *size)
     if cfg["input_size"] != tuple(model.pretrained_cfg["input_size"]):
         cfg["pool_size"] = None
         for key in ("test_input_size", "test_crop_pct", "min_input_size"):

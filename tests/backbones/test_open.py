@@ -1,6 +1,7 @@
 """Every backbone is a plain timm model, and tensors that do not load are reported."""
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -129,6 +130,34 @@ def test_timm_folder_opens_with_its_weights_or_as_its_control(folder):
     assert not torch.allclose(features(control, x), features(model, x))
     assert preprocessing(opened) == preprocessing(model)
     assert backbone_folder(path) == path
+
+
+@pytest.mark.parametrize("chans", [1, 2, 3, 5])
+def test_a_folder_opens_with_its_weights_for_any_number_of_channels(chans, tmp_path):
+    """timm before 1.0.31 leaves the patch embedding random for 2, 4 and more channels."""
+    model = trained(in_chans=chans)
+    how = {"safe_serialization": True, "model_args": model.model_args}
+    timm.models.save_for_hf(model, tmp_path / "vit", **how)
+    opened = load_backbone(tmp_path / "vit")
+    assert torch.equal(features(opened, images(chans)), features(model, images(chans)))
+
+
+@pytest.mark.parametrize("size", [SIZE, [SIZE, SIZE]])
+def test_a_folder_with_the_preprocessing_of_timms_own_weights_is_adapted(size, tmp_path):
+    """timm before 1.0.31 wrote such folders."""
+    args = {"img_size": size, "in_chans": 1}
+    model = timm.create_model(VIT, num_classes=0, **args).eval()
+    path = tmp_path / "vit"
+    timm.models.save_for_hf(model, path, safe_serialization=True, model_args=args)
+    config = json.loads((path / "config.json").read_text())
+    rgb = {"input_size": [3, 160, 160], "mean": [0.2, 0.4, 0.6], "std": [0.5, 0.5, 0.5]}
+    config["pretrained_cfg"] |= rgb
+    (path / "config.json").write_text(json.dumps(config))
+    opened = load_backbone(path)
+    transform = preprocessing(opened)
+    assert transform.input_size == (1, SIZE, SIZE)
+    assert transform.mean == pytest.approx((0.4,)) and transform.std == (0.5,)
+    assert torch.equal(features(opened, images(1)), features(model, images(1)))
 
 
 def test_a_folder_keeps_its_own_size_and_channels(folder):
