@@ -2,6 +2,20 @@
 
 import torch
 
+from ldae.errors import InputError
+
+
+def patches_a_side(img_size: int, patch_size: int) -> int:
+    """Return the number of patches along an edge of a square image.
+
+    Raises: InputError when ``patch_size`` does not divide ``img_size``.
+    """
+    if img_size % patch_size:
+        raise InputError(
+            f"data.img_size {img_size} is not a multiple of model.patch_size {patch_size}"
+        )
+    return img_size // patch_size
+
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Cut images (B, C, H, W) into tokens (B, N, C * p * p), row by row.
