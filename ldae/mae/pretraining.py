@@ -1,0 +1,79 @@
+"""Pre-training of an MAE."""
+
+from pathlib import Path
+
+import torch
+
+from ldae import distributed
+from ldae.console import describe
+from ldae.mae.network import MAE, backbone_of, build, control_of, exported
+from ldae.mae.settings import MAEConfig
+from ldae.mae.start import open_start, start_from
+from ldae.plots.pictures import save_grid
+from ldae.pretraining.images import FitImages, pixel_stats, sample_images
+from ldae.pretraining.training import Training, prepare_training
+from ldae.runs import layout
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.kinds import Pretraining
+from ldae.runs.skipped import record_skipped
+from ldae.train.run import transform_of
+
+_STATISTICS_IMAGES = 20_000  # as many as a row fits its tokenizer on
+
+
+def pretrain(config: MAEConfig, run: Path, row: str, dry_run: bool = False) -> None:
+    """Pre-train an MAE in the folder ``run``, or resume the run there.
+
+    Beside the files of every pre-training, the folder gets reconstructed.png: masked images,
+    reconstructed ones and the originals.
+
+    Raises: InputError for wrong settings or data; Interrupted after a stop signal.
+    """
+    with prepare_training("mae", config, run, row) as training:
+        mae = build(config, bf16=training.bf16)
+        # Everything is checked before anything is written.
+        hooks, stats = training.hooks(), pixel_stats(config.data)
+        start = open_start(config.init_from, mae) if config.init_from else None
+        if dry_run:
+            print(describe(config, _facts(training, mae)))
+            return
+        with training.open_run():
+            if start:
+                start_from(mae, start)
+            elif stats[0]:
+                mae.pixels.set_pixel_stats(*map(torch.tensor, stats))
+            elif not Checkpoints(run).paths():  # else they are in there
+                _measure_pixels(training, mae)
+            trained = training.train(mae, hooks)
+            if distributed.is_main():
+                images = sample_images(config.data, training.device)
+                positions = torch.arange(len(images), device=training.device)
+                save_grid(list(trained.reconstruct(images, positions)), run / layout.RECONSTRUCTED)
+                print(f"{run}: done; pictures in {layout.RECONSTRUCTED}")
+
+
+def _measure_pixels(training: Training, mae: MAE) -> None:
+    """Set the pixel statistics to those of the first images in training order."""
+    config = training.config
+    images = FitImages(
+        training.source,
+        transform_of(config),
+        _STATISTICS_IMAGES,
+        config.seed,
+        workers=config.system.workers,
+        bad_images=config.data.bad_images,
+    )
+    mae.pixels.fit_pixels(images)
+    record_skipped(training.run, images.skipped)
+
+
+def _facts(training: Training, mae: MAE) -> dict[str, str]:
+    encoder, whole = (sum(p.numel() for p in part.parameters()) for part in (mae.encoder, mae))
+    return training.facts(
+        f"{whole:,} ({encoder:,} in the encoder)",
+        f"{mae.num_tokens}, of which the encoder sees {mae.num_visible}",
+    )
+
+
+MAE_PRETRAINING = Pretraining(pretrain, build, backbone_of, control_of, exported)
+"""The functions of this kind of pre-training."""
