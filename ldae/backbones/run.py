@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldae.backbones.fold import LDAE_URL, default_timestep, fold, pretrained_cfg
+from ldae.backbones.fold import LDAE_URL, default_timestep, fold, pretrained_cfg, stock_vit
 from ldae.errors import InputError
-from ldae.method import LDAE
+from ldae.method import LDAE, build
 from ldae.models.contract import NoPlainViT
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.kinds import KINDS, Exported, pretraining_in, settings_of
+from ldae.runs.kinds import KINDS, Exported, Opening, pretraining_in, settings_of
 from ldae.runs.layout import CONFIG
 
 
@@ -27,7 +27,7 @@ def load_run(run: Path, kind: str = "pretraining") -> tuple[Any, dict]:
     state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
-    method = KINDS[kind].pretraining().build(config, num_classes=len(state["describe"]["classes"]))
+    method = KINDS[kind].opened().build(config, num_classes=len(state["describe"]["classes"]))
     try:
         method.load_state_dict(state["average"] or state["model"])
     except RuntimeError:
@@ -90,16 +90,20 @@ def exported(method: LDAE, timestep: int | None = None) -> Exported:
     )
 
 
+DENOISING = Opening(build, backbone_of, stock_vit, exported)
+"""How graders and the export open a denoising pre-training."""
+
+
 def backbone_of_run(run: str | Path) -> nn.Module:
     """Return the encoder of a pre-training's newest checkpoint as a backbone.
 
     Its ``images_seen`` is the checkpoint's.
 
-    Raises: InputError as ``load_run``, and as the kind's ``Pretraining.backbone``.
+    Raises: InputError as ``load_run``, and as the kind's ``Opening.backbone``.
     """
     kind = pretraining_in(Path(run))
     method, state = load_run(Path(run), kind)
-    backbone = KINDS[kind].pretraining().backbone(method, True)
+    backbone = KINDS[kind].opened().backbone(method, True)
     backbone.images_seen = state["images_seen"]
     return backbone
 
@@ -107,9 +111,9 @@ def backbone_of_run(run: str | Path) -> nn.Module:
 def control_of_run(run: str | Path) -> nn.Module:
     """Return the untrained control of a run's encoder: timm's ViT with random weights.
 
-    Raises: InputError as ``load_run``, and as the kind's ``Pretraining.control``.
+    Raises: InputError as ``load_run``, and as the kind's ``Opening.control``.
     """
     kind = pretraining_in(Path(run))
     with torch.random.fork_rng(devices=[]):  # the seed of the run must not decide the control
         method, _ = load_run(Path(run), kind)
-    return KINDS[kind].pretraining().control(method)
+    return KINDS[kind].opened().control(method)

@@ -71,7 +71,7 @@ def export(
     kind = pretraining_in(run)
     method, state = load_run(run, kind)
     try:
-        exported = KINDS[kind].pretraining().export(method, timestep)
+        exported = KINDS[kind].opened().export(method, timestep)
     except NoPlainViT as error:
         raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
     vit = exported.vit

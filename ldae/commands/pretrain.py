@@ -17,4 +17,4 @@ def pretrain(config: Any, run: Path, row: str, dry_run: bool = False) -> None:
     """
     pretrainings = (kinds.KINDS[name] for name in kinds.pretrainings())
     kind = next(kind for kind in pretrainings if type(kind.defaults()) is type(config))
-    kind.pretraining().pretrain(config, Path(run), row, dry_run)
+    kind.pretrain(config, Path(run), row, dry_run)

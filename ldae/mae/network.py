@@ -17,7 +17,7 @@ from ldae.mae.settings import MAEConfig
 from ldae.masking import is_kept, kept_tokens, number_kept, restore
 from ldae.models.vit import ViTShape, check_width, vit_shape
 from ldae.patches import patches_a_side, patchify, sincos_positions, unpatchify
-from ldae.runs.kinds import Exported
+from ldae.runs.kinds import Exported, Opening
 from ldae.tokenizers.pixels import PixelStatistics
 
 MAE_URL = "https://arxiv.org/abs/2111.06377"
@@ -338,6 +338,10 @@ def exported(mae: MAE, timestep: int | None = None) -> Exported:
             "target": "pixels, normalised in each patch" if mae.norm_pix_loss else "pixels",
         },
     )
+
+
+OPENING = Opening(build, backbone_of, control_of, exported)
+"""How graders and the export open a run of this kind."""
 
 
 def _positions(width: int, side: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from ldae import distributed
 from ldae.console import describe
-from ldae.mae.network import MAE, backbone_of, build, control_of, exported
+from ldae.mae.network import MAE, build
 from ldae.mae.settings import MAEConfig
 from ldae.mae.start import open_start, start_from
 from ldae.plots.pictures import save_grid
@@ -14,7 +14,6 @@ from ldae.pretraining.images import FitImages, pixel_stats, sample_images
 from ldae.pretraining.training import Training, prepare_training
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.kinds import Pretraining
 from ldae.runs.skipped import record_skipped
 from ldae.train.run import transform_of
 
@@ -73,7 +72,3 @@ def _facts(training: Training, mae: MAE) -> dict[str, str]:
         f"{whole:,} ({encoder:,} in the encoder)",
         f"{mae.num_tokens}, of which the encoder sees {mae.num_visible}",
     )
-
-
-MAE_PRETRAINING = Pretraining(pretrain, build, backbone_of, control_of, exported)
-"""The functions of this kind of pre-training."""

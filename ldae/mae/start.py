@@ -49,25 +49,24 @@ def open_start(spec: str, mae: MAE) -> Start:
     Raises: InputError naming ``spec`` when it cannot be opened, or is no MAE of these sizes.
     """
     name, at, file = spec.partition("@")
-    published = _published(Path(file)) if at else {}
-    vit = load_backbone(spec)
-    if not isinstance(vit, VisionTransformer) or vit.num_prefix_tokens != 1:
+    vit = load_backbone(name if at else spec, random_init=bool(at))
+    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
         raise InputError(f"init_from {spec} is no ViT with a class token, as an MAE's encoder is")
     drop_whitening(vit)
-    encoder = _without_positions(vit.state_dict())
-    if at and (absent := encoder.keys() - published.keys()):
-        raise InputError(f"init_from {file} is no whole {name}: it does not hold {min(absent)}")
-    heads = vit.blocks[0].attn.num_heads, mae.encoder.blocks[0].attn.num_heads
-    _check_shapes(spec, "an encoder", encoder, _without_positions(mae.encoder.state_dict()), heads)
-    _check_positions(spec, vit)
-    decoder: StateDict = {}
-    if not at and kind_of(Path(spec)):
-        own, _ = load_run(Path(spec), "mae")
-        decoder = own.decoder.state_dict()
-    elif at:
-        decoder = _published_decoder(published, mae)
+    encoder, decoder = vit.state_dict(), {}
+    if at:
+        encoder, decoder = _published(Path(file), mae.pixels.in_chans)
+    elif kind_of(Path(spec)) == "mae":
+        decoder = load_run(Path(spec), "mae")[0].decoder.state_dict()
+    _check_positions(spec, encoder.pop("pos_embed", torch.zeros(1, 1, 1)))
+    own = mae.encoder.state_dict()
+    own.pop("pos_embed")
+    _check_shapes(spec, "an encoder", encoder, own)
     if decoder:
         _check_shapes(spec, "a decoder", decoder, mae.decoder.state_dict())
+    heads, own_heads = (part.blocks[0].attn.num_heads for part in (vit, mae.encoder))
+    if heads != own_heads:
+        raise InputError(f"init_from {spec} has {heads} heads, and model.num_heads is {own_heads}")
     cfg = vit.pretrained_cfg
     return Start(encoder, decoder, torch.tensor(cfg["mean"]), torch.tensor(cfg["std"]))
 
@@ -81,42 +80,33 @@ def start_from(mae: MAE, start: Start) -> None:
     mae.pixels.set_pixel_stats(start.mean, start.std)
 
 
-def _published(file: Path) -> StateDict:
-    """Return the weights in a published file. Raises: InputError as ``read_checkpoint``."""
+def _published(file: Path, chans: int) -> tuple[StateDict, StateDict]:
+    """Return the encoder in a published file, and the decoder by our names, empty if it has none.
+
+    The decoder's patches are pixel by pixel, (p, p, C), where ours are by channel, (C, p, p).
+
+    Raises: InputError as ``read_checkpoint``, and for a file without weights.
+    """
     content = read_checkpoint(file)
     weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
-        raise InputError(f"{file} holds no weights")
-    return weights
-
-
-def _published_decoder(published: StateDict, mae: MAE) -> StateDict:
-    """Return the decoder in a published file by our names; empty when the file has none.
-
-    Its patches are pixel by pixel, (p, p, C), where ours are channel by channel, (C, p, p).
-    """
-    decoder = {
-        ours + name.removeprefix(theirs): value
-        for name, value in published.items()
-        for theirs, ours in _DECODER.items()
-        if name.startswith(theirs)
-    }
-    if "mask_token" in decoder:
+    if not isinstance(weights, dict) or "cls_token" not in weights:
+        raise InputError(f"init_from {file} does not hold the weights of a published MAE")
+    encoder, decoder = {}, {}
+    for name, value in weights.items():
+        theirs = next(filter(name.startswith, _DECODER), None)
+        if theirs:
+            decoder[_DECODER[theirs] + name.removeprefix(theirs)] = value
+        elif name != "decoder_pos_embed":  # constants
+            encoder[name] = value
+    if decoder:
         decoder["mask_token"] = decoder["mask_token"].flatten(0, -2)
-    for name in ("pred.weight", "pred.bias"):
-        if name in decoder:
-            pixels = decoder[name].unflatten(0, (-1, mae.pixels.in_chans))
+        for name in ("pred.weight", "pred.bias"):
+            pixels = decoder[name].unflatten(0, (-1, chans))
             decoder[name] = pixels.transpose(0, 1).flatten(0, 1)
-    return decoder
+    return encoder, decoder
 
 
-def _without_positions(state: StateDict) -> StateDict:
-    return {name: value for name, value in state.items() if name != "pos_embed"}
-
-
-def _check_shapes(
-    spec: str, what: str, found: StateDict, wanted: StateDict, heads: tuple[int, int] = (0, 0)
-) -> None:
+def _check_shapes(spec: str, what: str, found: StateDict, wanted: StateDict) -> None:
     """Raises: InputError naming the first weight that differs."""
     for name in sorted(found.keys() | wanted.keys()):
         shapes = [tuple(state[name].shape) if name in state else None for state in (found, wanted)]
@@ -126,16 +116,15 @@ def _check_shapes(
                 f"init_from {spec} holds {what} of another shape than this run's: {name} is "
                 f"{there} there, {here} here"
             )
-    if heads[0] != heads[1]:
-        raise InputError(
-            f"init_from {spec} has {heads[0]} attention heads, and model.num_heads is {heads[1]}"
-        )
 
 
-def _check_positions(spec: str, vit: VisionTransformer) -> None:
-    """Raises: InputError for positions that were learned, since an MAE's are constants."""
-    side = round(vit.patch_embed.num_patches**0.5)
-    expected = sincos_positions(vit.embed_dim, side)
-    found = vit.pos_embed[0, 1:]
-    if found.shape != expected.shape or (found - expected).abs().max() > 1e-3:
+def _check_positions(spec: str, pos_embed: torch.Tensor) -> None:
+    """Check the positions (1, 1 + N, W) of an encoder, of any number of patches N.
+
+    Raises: InputError for learned positions, since an MAE's are constants.
+    """
+    _, tokens, width = pos_embed.shape
+    expected = sincos_positions(width, round((tokens - 1) ** 0.5))
+    found = pos_embed[0, 1:]
+    if not len(found) or found.shape != expected.shape or (found - expected).abs().max() > 1e-3:
         raise InputError(f"init_from {spec} has other positions than the constant ones of an MAE")

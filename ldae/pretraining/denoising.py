@@ -4,8 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldae import distributed
-from ldae.backbones.fold import init_from, open_exported, stock_vit
-from ldae.backbones.run import backbone_of, exported
+from ldae.backbones.fold import init_from, open_exported
 from ldae.console import describe
 from ldae.data.cached import copy_latents
 from ldae.errors import InputError
@@ -16,7 +15,6 @@ from ldae.pretraining.latents import open_latents
 from ldae.pretraining.tokenizer import prepare, tokenizer_of_run
 from ldae.pretraining.training import Training, prepare_training
 from ldae.runs import layout
-from ldae.runs.kinds import Pretraining
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
 
@@ -67,7 +65,3 @@ def _facts(training: Training, method: LDAE) -> dict[str, str]:
         f"{count:,} ({denoiser.encoder_size:,} in the encoder)",
         f"{denoiser.side**2}, each of {denoiser.in_dim} numbers",
     )
-
-
-DENOISING = Pretraining(pretrain, build, backbone_of, stock_vit, exported)
-"""The functions of this kind of pre-training."""

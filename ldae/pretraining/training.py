@@ -51,7 +51,7 @@ class Training:
 
         Raises: InputError as ``online_knn``.
         """
-        backbone = KINDS[self.kind].pretraining().backbone
+        backbone = KINDS[self.kind].opened().backbone
         return online_knn(self.config, self.plan, self.device, backbone)
 
     def facts(self, parameters: str, tokens: str) -> dict[str, str]:

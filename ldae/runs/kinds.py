@@ -31,14 +31,12 @@ class Exported(NamedTuple):
     """How the scores on the card were measured, after "measured on the run"."""
 
 
-class Pretraining(NamedTuple):
-    """The functions of a kind of pre-training.
+class Opening(NamedTuple):
+    """The functions by which graders and the export open a pre-training of one kind.
 
     Its method is the network in training: uint8 images, positions and labels -> loss.
     """
 
-    pretrain: Callable[[Any, Path, str, bool], None]
-    """(settings, run, name of the recipe, dry_run): pre-train in the folder, or resume there."""
     build: Callable[..., "nn.Module"]
     """(settings, num_classes) -> the method, with weights drawn from the seed."""
     backbone: Callable[[Any, bool], "nn.Module"]
@@ -67,16 +65,25 @@ class Kind(NamedTuple):
     """``module:Class`` of the settings."""
     recipes: str = ""
     """The module of the recipes that a command takes by name, see ``ldae.pretraining.recipes``."""
-    functions: str = ""
-    """``module:NAME`` of the ``Pretraining``; empty for a kind that pre-trains no encoder."""
+    opening: str = ""
+    """``module:NAME`` of the ``Opening``; empty for a kind that pre-trains no encoder."""
+    training: str = ""
+    """``module:function`` that pre-trains in a folder or resumes there.
+
+    Its arguments are the settings, the folder, the name of the recipe and ``dry_run``.
+    """
 
     def defaults(self) -> Any:
         """Return the default settings of this kind."""
         return pkgutil.resolve_name(self.settings)()
 
-    def pretraining(self) -> Pretraining:
-        """Return the functions of this kind of pre-training."""
-        return pkgutil.resolve_name(self.functions)
+    def opened(self) -> Opening:
+        """Return the functions that open a pre-training of this kind."""
+        return pkgutil.resolve_name(self.opening)
+
+    def pretrain(self, config: Any, run: Path, row: str, dry_run: bool = False) -> None:
+        """Pre-train in the folder ``run`` by the settings ``config``, or resume there."""
+        pkgutil.resolve_name(self.training)(config, run, row, dry_run)
 
 
 KINDS = {
@@ -84,13 +91,15 @@ KINDS = {
         "a denoising pre-training",
         "ldae.settings:Config",
         "ldae.trajectory",
-        "ldae.pretraining.denoising:DENOISING",
+        "ldae.backbones.run:DENOISING",
+        "ldae.pretraining.denoising:pretrain",
     ),
     "mae": Kind(
         "an MAE pre-training",
         "ldae.mae.settings:MAEConfig",
         "ldae.mae.recipes",
-        "ldae.mae.pretraining:MAE_PRETRAINING",
+        "ldae.mae.network:OPENING",
+        "ldae.mae.pretraining:pretrain",
     ),
     "tokenizer": Kind("a tokenizer", "ldae.settings:Config", "ldae.trajectory"),
     "fine-tuning": Kind("a fine-tuning", "ldae.finetuning.settings:FinetuneConfig"),
@@ -99,7 +108,7 @@ KINDS = {
 
 def pretrainings() -> list[str]:
     """Return the kinds that pre-train an encoder."""
-    return [name for name, kind in KINDS.items() if kind.functions]
+    return [name for name, kind in KINDS.items() if kind.training]
 
 
 def kind_of(folder: Path) -> str | None:
