@@ -340,10 +340,10 @@ def exported(mae: MAE, timestep: int | None = None) -> Exported:
     )
 
 
-OPENING = Opening(build, backbone_of, control_of, exported)
-"""How graders and the export open a run of this kind."""
-
-
 def _positions(width: int, side: int) -> torch.Tensor:
     """Return sine-cosine positions (1, 1 + side^2, width), with zeros for the class token."""
     return torch.cat([torch.zeros(1, width), sincos_positions(width, side)])[None]
+
+
+OPENING = Opening(build, backbone_of, control_of, exported)
+"""How graders and the export open a run of this kind."""
