@@ -157,6 +157,16 @@ def scale_of(name: str) -> Scale:
     return SCALES[name]
 
 
+def at_scale(settings: Any, name: str) -> Any:
+    """Return the settings of any kind of pre-training with those changes of a scale that they have.
+
+    Raises: InputError as ``scale_of``.
+    """
+    known = flatten(settings)
+    changes = scale_of(name).changes
+    return put(settings, {key: value for key, value in changes.items() if key in known})
+
+
 def config(name: str | int = DEFAULT, scale: str = "paper") -> Config:
     """Return the configuration of a row at a scale.
 

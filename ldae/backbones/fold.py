@@ -12,7 +12,7 @@ from ldae import noise, tokenizers
 from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError, first_line
 from ldae.method import LDAE
-from ldae.models.contract import NoPlainViT
+from ldae.models.contract import NoPlainViT, PlainViT
 from ldae.tokenizers import PatchTokenizer
 from ldae.tokenizers.pixels import PixelStatistics
 
@@ -68,16 +68,26 @@ def stock_vit(method: LDAE) -> VisionTransformer:
 
     Raises: NoPlainViT when the encoder is not a plain ViT.
     """
-    plain, tokenizer = method.denoiser.plain_vit(), method.tokenizer
+    tokenizer = method.tokenizer
+    return build_vit(method.denoiser.plain_vit(), tokenizer, tokenizer.patch_size, LDAE_URL)
+
+
+def build_vit(
+    plain: PlainViT, pixels: PixelStatistics, patch_size: int, url: str
+) -> VisionTransformer:
+    """Build a ViT of timm for images of these statistics, with timm's random initialisation.
+
+    Its ``model_args`` are the arguments with which timm builds it again. ``url`` is the address of
+    the method that pre-trains it.
+    """
     args = {
-        "img_size": tokenizer.img_size,
-        "patch_size": tokenizer.patch_size,
-        "in_chans": tokenizer.in_chans,
+        "img_size": pixels.img_size,
+        "patch_size": patch_size,
+        "in_chans": pixels.in_chans,
         "num_classes": 0,
         **plain.args,
     }
-    cfg = pretrained_cfg(tokenizer, LDAE_URL)
-    vit = timm.create_model(plain.name, pretrained_cfg=cfg, **args)
+    vit = timm.create_model(plain.name, pretrained_cfg=pretrained_cfg(pixels, url), **args)
     vit.model_args = args
     return vit
 

@@ -4,17 +4,17 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from ldae.backbones.fold import TOLERANCE, pretrained_cfg
+from ldae.backbones.fold import TOLERANCE, build_vit
 from ldae.errors import InputError
 from ldae.mae.settings import MAEConfig
 from ldae.masking import is_kept, kept_tokens, number_kept, restore
+from ldae.models.contract import PlainViT
 from ldae.models.vit import ViTShape, check_width, vit_shape
 from ldae.patches import patches_a_side, patchify, sincos_positions, unpatchify
 from ldae.runs.kinds import Exported, Opening
@@ -228,8 +228,6 @@ def build(config: MAEConfig, num_classes: int = 0, bf16: bool = False) -> MAE:
     Raises: InputError when settings do not fit together.
     """
     data, model = config.data, config.model
-    if data.latents:
-        raise InputError("data.latents are latents of a tokenizer, and an MAE has none")
     shape = vit_shape(model.name, model.depth, model.embed_dim, model.num_heads)
     patch_size = model.patch_size or shape.patch_size
     side = patches_a_side(data.img_size, patch_size)
@@ -244,7 +242,7 @@ def build(config: MAEConfig, num_classes: int = 0, bf16: bool = False) -> MAE:
         data.in_chans * patch_size**2,
     )
     return MAE(
-        _vit(shape, pixels, patch_size),
+        build_vit(_plain_vit(shape), pixels, patch_size, MAE_URL),
         decoder,
         pixels,
         **asdict(config.objective),
@@ -254,13 +252,9 @@ def build(config: MAEConfig, num_classes: int = 0, bf16: bool = False) -> MAE:
     )
 
 
-def _vit(shape: ViTShape, pixels: PixelStatistics, patch_size: int) -> VisionTransformer:
-    """Build timm's ViT of a shape with MAE's class token and final norm, and random weights."""
+def _plain_vit(shape: ViTShape) -> PlainViT:
+    """Return the ViT of a shape with MAE's class token and final norm."""
     args = {
-        "img_size": pixels.img_size,
-        "patch_size": patch_size,
-        "in_chans": pixels.in_chans,
-        "num_classes": 0,
         "embed_dim": shape.embed_dim,
         "depth": shape.depth,
         "num_heads": shape.num_heads,
@@ -272,19 +266,14 @@ def _vit(shape: ViTShape, pixels: PixelStatistics, patch_size: int) -> VisionTra
         "final_norm": True,
         "fc_norm": False,
     }
-    cfg = pretrained_cfg(pixels, MAE_URL)
-    vit = timm.create_model(shape.name, pretrained_cfg=cfg, **args)
-    vit.model_args = args
-    return vit
+    return PlainViT(shape.name, args)
 
 
 def control_of(mae: MAE) -> VisionTransformer:
     """Return timm's ViT of the encoder's architecture, with timm's random initialisation."""
-    vit, args = mae.encoder, mae.encoder.model_args
-    cfg = pretrained_cfg(mae.pixels, MAE_URL)
-    control = timm.create_model(vit.pretrained_cfg["architecture"], pretrained_cfg=cfg, **args)
-    control.model_args = args
-    return control
+    vit = mae.encoder
+    plain = PlainViT(vit.pretrained_cfg["architecture"], vit.model_args)
+    return build_vit(plain, mae.pixels, mae.patch_size, MAE_URL)
 
 
 @torch.no_grad()

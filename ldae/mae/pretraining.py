@@ -10,14 +10,9 @@ from ldae.mae.network import MAE, build
 from ldae.mae.settings import MAEConfig
 from ldae.mae.start import open_start, start_from
 from ldae.plots.pictures import save_grid
-from ldae.pretraining.images import FitImages, pixel_stats, sample_images
+from ldae.pretraining.images import sample_images
 from ldae.pretraining.training import Training, prepare_training
 from ldae.runs import layout
-from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.skipped import record_skipped
-from ldae.train.run import transform_of
-
-_STATISTICS_IMAGES = 20_000  # as many as a row fits its tokenizer on
 
 
 def pretrain(config: MAEConfig, run: Path, row: str, dry_run: bool = False) -> None:
@@ -31,7 +26,7 @@ def pretrain(config: MAEConfig, run: Path, row: str, dry_run: bool = False) -> N
     with prepare_training("mae", config, run, row) as training:
         mae = build(config, bf16=training.bf16)
         # Everything is checked before anything is written.
-        hooks, stats = training.hooks(), pixel_stats(config.data)
+        hooks = training.hooks()
         start = open_start(config.init_from, mae) if config.init_from else None
         if dry_run:
             print(describe(config, _facts(training, mae)))
@@ -39,31 +34,14 @@ def pretrain(config: MAEConfig, run: Path, row: str, dry_run: bool = False) -> N
         with training.open_run():
             if start:
                 start_from(mae, start)
-            elif stats[0]:
-                mae.pixels.set_pixel_stats(*map(torch.tensor, stats))
-            elif not Checkpoints(run).paths():  # else they are in there
-                _measure_pixels(training, mae)
+            else:
+                training.set_pixel_stats(mae.pixels)
             trained = training.train(mae, hooks)
             if distributed.is_main():
                 images = sample_images(config.data, training.device)
                 positions = torch.arange(len(images), device=training.device)
                 save_grid(list(trained.reconstruct(images, positions)), run / layout.RECONSTRUCTED)
                 print(f"{run}: done; pictures in {layout.RECONSTRUCTED}")
-
-
-def _measure_pixels(training: Training, mae: MAE) -> None:
-    """Set the pixel statistics to those of the first images in training order."""
-    config = training.config
-    images = FitImages(
-        training.source,
-        transform_of(config),
-        _STATISTICS_IMAGES,
-        config.seed,
-        workers=config.system.workers,
-        bad_images=config.data.bad_images,
-    )
-    mae.pixels.fit_pixels(images)
-    record_skipped(training.run, images.skipped)
 
 
 def _facts(training: Training, mae: MAE) -> dict[str, str]:

@@ -1,9 +1,8 @@
 """The recipe of MAE at every scale."""
 
-from ldae.errors import unknown
 from ldae.mae.settings import MAEConfig
-from ldae.trajectory import scale_of
-from ldae.tree import flatten, put
+from ldae.trajectory import at_scale
+from ldae.tree import put
 
 DEFAULT = "mae"
 SUMMARIES = {"mae": "masked autoencoder: pixels of the patches that the encoder does not see"}
@@ -31,15 +30,11 @@ def config(name: str = DEFAULT, scale: str = "paper") -> MAEConfig:
     At the scale paper it is MAE's published pre-training of ViT-L: batch 4096, 800 epochs, the
     length of PRETRAIN.md's command and of the paper's ablations (its final models take 1600, and
     the script's own default is 400). At the other scales the image size, the encoder, the batch and
-    the epochs are those of the rows, so that the two can be compared.
+    the epochs are those of the rows, so that the two can be compared. There is one recipe, so
+    ``name`` is not read.
 
-    Raises: InputError for a recipe or a scale that does not exist.
+    Raises: InputError for a scale that does not exist.
 
     Source: He et al. 2022, table 8; facebookresearch/mae, main_pretrain.py and PRETRAIN.md.
     """
-    if name not in SUMMARIES:
-        raise unknown("there is no recipe", name, SUMMARIES)
-    size = scale_of(scale)
-    known = flatten(MAEConfig())
-    shared = {key: value for key, value in size.changes.items() if key in known}
-    return put(MAEConfig(), shared | _CHANGES[scale])
+    return put(at_scale(MAEConfig(), scale), _CHANGES[scale])

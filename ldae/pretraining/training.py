@@ -13,11 +13,16 @@ from ldae import distributed, tree
 from ldae.data.loader import Transform
 from ldae.data.open import open_source
 from ldae.data.source import Source
+from ldae.errors import InputError
 from ldae.models.vit import fuse_attention
 from ldae.precision import runs_in_bf16
+from ldae.pretraining.images import FitImages, pixel_stats
 from ldae.pretraining.online_knn import online_knn
+from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.runs.kinds import KINDS
+from ldae.runs.skipped import record_skipped
+from ldae.tokenizers.pixels import PixelStatistics
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan, plan_run
 from ldae.train.run import (
@@ -28,6 +33,8 @@ from ldae.train.run import (
     train_in,
     transform_of,
 )
+
+_STATISTICS_IMAGES = 20_000  # as many as a row fits its tokenizer on
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Training:
     plan: Plan
     bf16: bool
     """Whether the network runs in bfloat16."""
+    stats: tuple[tuple[float, ...], tuple[float, ...]]
+    """Mean and standard deviation of the pixels; empty to measure them."""
 
     def hooks(self) -> tuple[Hook, ...]:
         """Return what is measured during the training: the online k-NN, if it is asked for.
@@ -65,6 +74,26 @@ class Training:
     def open_run(self) -> AbstractContextManager[None]:
         """Open the run folder, see ``ldae.runs.folder.open_run``."""
         return open_run(self.run, self.kind, self.config, self.source, self.device)
+
+    def set_pixel_stats(self, pixels: PixelStatistics) -> None:
+        """Set the statistics of the settings, or those of the first images in training order.
+
+        The checkpoint of a run that resumes has them.
+        """
+        data = self.config.data
+        if self.stats[0]:
+            pixels.set_pixel_stats(*map(torch.tensor, self.stats))
+        elif not Checkpoints(self.run).paths():
+            images = FitImages(
+                self.source,
+                transform_of(self.config),
+                _STATISTICS_IMAGES,
+                self.config.seed,
+                workers=self.config.system.workers,
+                bad_images=data.bad_images,
+            )
+            pixels.fit_pixels(images)
+            record_skipped(self.run, images.skipped)
 
     def train(
         self,
@@ -106,7 +135,11 @@ def prepare_training(kind: str, config: Any, run: Path, row: str) -> Iterator[Tr
     with distributed.process_group(device, config.system.rank_timeout):
         tree.check(config)
         check_warmup(run, config.optim)
+        if config.data.latents and not hasattr(config, "tokenizer"):
+            noun = KINDS[kind].noun
+            raise InputError(f"data.latents are of a tokenizer, which {noun} does not have")
         source = open_source(config.data.source, "train")
         plan = plan_run(len(source), config.optim, config.system, device)
         bf16 = runs_in_bf16(config.system.precision, device)
-        yield Training(kind, config, run, row, device, source, plan, bf16)
+        stats = pixel_stats(config.data)
+        yield Training(kind, config, run, row, device, source, plan, bf16, stats)

@@ -261,7 +261,6 @@ def test_the_reconstruction_keeps_what_is_visible(mae, images):
         ({"model__num_heads": 3}, "model.num_heads 3 does not divide model.embed_dim 32"),
         ({"model__name": "vit_tiny_patch16"}, "no model 'vit_tiny_patch16'; the nearest"),
         ({"model__name": "resnet18"}, "resnet18 is not one of timm's plain vision transformers"),
-        ({"data__latents": "x"}, "data.latents are latents of a tokenizer, and an MAE has none"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, sentence, tiny_mae):
