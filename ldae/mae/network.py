@@ -1,6 +1,5 @@
 """A masked autoencoder: from uint8 images to the loss on the patches that are masked."""
 
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -245,7 +244,8 @@ def build(config: MAEConfig, num_classes: int = 0, bf16: bool = False) -> MAE:
         build_vit(_plain_vit(shape), pixels, patch_size, MAE_URL),
         decoder,
         pixels,
-        **asdict(config.objective),
+        mask_ratio=config.objective.mask_ratio,
+        norm_pix_loss=config.objective.norm_pix_loss,
         seed=config.seed,
         bf16=bf16,
         checkpoint_activations=config.system.checkpoint_activations,

@@ -161,11 +161,11 @@ def test_a_folder_without_a_run_is_refused(argv, sentence, capsys, monkeypatch, 
         ("{", "config.yaml is not a YAML file"),
         (
             "kind: [1]\n",
-            "run is of the unknown kind '\\[1\\]'; kinds are pretraining, mae, tokenizer",
+            "run is of the unknown kind '\\[1\\]'; kinds are pretraining, mae",
         ),
         (
             "kind: moco\n",
-            "run is of the unknown kind 'moco'; kinds are pretraining, mae, tokenizer, fine-tun",
+            "run is of the unknown kind 'moco'; kinds are pretraining, mae",
         ),
         (
             "kind: pretraining\nmodel: {deep: 1}\n",
