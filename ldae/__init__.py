@@ -12,7 +12,7 @@ __all__ = ["Config", "config", "load_backbone", "__version__"]
 __version__ = metadata.version("ldae")
 _MODULES = {
     "Config": "ldae.settings",
-    "config": "ldae.trajectory",
+    "config": "ldae.pretraining.recipes",
     "load_backbone": "ldae.backbones.open",
 }
 

@@ -17,7 +17,8 @@ from ldae.train.interrupt import SIGNALS, Interrupted
 if TYPE_CHECKING:
     from ldae.evals.protocol import Grader
 
-_KIND_OF_RUN = {"pretrain": "pretraining", "fit-tokenizer": "tokenizer"}  # commands that take a row
+# Commands that take a recipe by name -> the kinds of run that they start; empty: all pre-trainings.
+_STARTS: dict[str, tuple[str, ...]] = {"pretrain": (), "fit-tokenizer": ("tokenizer",)}
 _WITHOUT_JOBS = ("jobs", "show", "diff")
 _RELIST = "--relist"
 _NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # sections of a docstring
@@ -34,7 +35,7 @@ GRADERS = {
 }
 """The commands with a protocol, which may be part of a suite."""
 COMMANDS = {
-    "pretrain": "pre-train a row of the paper; the same command resumes",
+    "pretrain": "pre-train a row of the paper, or a rival (mae); the same command resumes",
     "fit-tokenizer": "fit or train only the tokenizer of a row; the same command resumes",
     "finetune": "fine-tune a backbone by a recipe; the same command resumes",
     **GRADERS,
@@ -46,7 +47,7 @@ COMMANDS = {
     "export": "write the backbone of a run as a folder for timm and the hub",
     "submit": "send a pre-training and the jobs that follow it to a cluster",
     "jobs": "list the running, waiting and failed jobs",
-    "show": "show the rows of the paper, or the settings of one row",
+    "show": "show the rows of the paper and their rivals, or the settings of one",
     "diff": "show the settings that differ between two rows",
     "doctor": "measure this machine: what bounds a pre-training, and how long ImageNet takes",
     "demo": "run everything in minutes, on built-in images",
@@ -176,7 +177,7 @@ def _call(command: str, argv: Sequence[str], function: Callable | None = None) -
         with relisting():
             return _call(command, [word for word in argv if word != _RELIST], function)
     function = function or _function(command)
-    if command in _KIND_OF_RUN:
+    if command in _STARTS:
         _call_with_row(command, argv, function)
     elif command == "finetune":
         _call_with_recipe(command, argv, function)
@@ -259,21 +260,17 @@ def _call_with_protocol(command: str, argv: Sequence[str], function: Callable) -
 def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> None:
     """Read the row and ``--scale`` first, as they set the settings' defaults."""
     from ldae import trajectory
-    from ldae.runs import kinds
+    from ldae.pretraining import recipes
 
     chosen, rest = _read_options(argv, scale="paper")
     row = _pop_positional(rest)
     if row is None and not _asks_help(rest):
-        raise InputError(
-            f"name a row of the paper: ldae {command} l_dae ... (`ldae show` lists the rows)"
-        )
+        raise InputError(f"name a row: ldae {command} l_dae ... (`ldae show` lists the rows)")
     if row and Path(row).suffix in (".yaml", ".yml"):
-        base = kinds.load(
-            Path(row), _KIND_OF_RUN[command], trajectory.config("l_dae", chosen.scale)
-        )
+        base = recipes.read(Path(row), chosen.scale, _STARTS[command])
     else:
-        base = trajectory.config(row or "l_dae", chosen.scale)
-        row = trajectory.row(row or "l_dae").name
+        _, row = recipes.find(row or "l_dae", _STARTS[command])
+        base = recipes.config(row, chosen.scale)
     _call_with_settings(
         command,
         function,

@@ -8,7 +8,7 @@ from torch import nn
 
 from ldae import masking
 from ldae.errors import InputError
-from ldae.patches import patchify
+from ldae.patches import patch_moments, patchify
 from ldae.prediction import PREDICTIONS, Prediction
 from ldae.tokenizers import OrthonormalTokenizer, PatchPCA, PatchTokenizer, Tokenizer, check_kind
 
@@ -50,20 +50,15 @@ def _of_latents(prediction: Prediction) -> Target:
 
 def _normalize(patches: Tensor) -> Tensor:
     """Return patches (B, N, D), each with zero mean and unit variance (He et al. 2022, MAE)."""
-    mean, std = _moments(patches)
+    mean, std = patch_moments(patches)
     return (patches - mean) / std
 
 
 def _denormalize(tokenizer: Tokenizer, output: Tensor, x: Tensor | None) -> Tensor:
     """Return the output (B, N, D) with the mean and variance of each patch of images x."""
     assert x is not None, "the mean and variance of a patch come from the image"
-    mean, std = _moments(patchify(x, tokenizer.patch_size))
+    mean, std = patch_moments(patchify(x, tokenizer.patch_size))
     return output * std + mean
-
-
-def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation of each patch, with MAE's 1e-6 in the variance."""
-    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 TARGETS = {

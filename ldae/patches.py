@@ -2,6 +2,20 @@
 
 import torch
 
+from ldae.errors import InputError
+
+
+def patches_a_side(img_size: int, patch_size: int) -> int:
+    """Return the number of patches along an edge of a square image.
+
+    Raises: InputError when ``patch_size`` does not divide ``img_size``.
+    """
+    if img_size % patch_size:
+        raise InputError(
+            f"data.img_size {img_size} is not a multiple of model.patch_size {patch_size}"
+        )
+    return img_size // patch_size
+
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Cut images (B, C, H, W) into tokens (B, N, C * p * p), row by row.
@@ -22,6 +36,15 @@ def unpatchify(tokens: torch.Tensor, patch_size: int, chans: int) -> torch.Tenso
     side = round(count**0.5)
     grid = tokens.reshape(batch, side, side, chans, p, p)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, chans, side * p, side * p)
+
+
+def patch_moments(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and the standard deviation (..., 1) of each patch (..., D).
+
+    1e-6 is added to the unbiased variance (He et al. 2022, MAE), so no patch has a deviation of 0.
+    """
+    variance = patches.var(-1, keepdim=True)
+    return patches.mean(-1, keepdim=True), (variance + 1e-6).sqrt()
 
 
 def sincos_positions(embed_dim: int, side: int) -> torch.Tensor:

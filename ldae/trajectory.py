@@ -142,6 +142,10 @@ SCALES: dict[str, Scale] = {
 }  # fmt: skip
 
 
+DEFAULT = "l_dae"
+SUMMARIES = {row.name: row.summary for row in (*ROWS, *BESIDE)}
+
+
 def row(name: str | int) -> Row:
     """Return the row of this name or number.
 
@@ -175,18 +179,37 @@ def row_of(settings: Config) -> Row | None:
     return None
 
 
-def config(name: str | int = "l_dae", scale: str = "paper") -> Config:
+def scale_of(name: str) -> Scale:
+    """Return the scale of this name.
+
+    Raises: InputError with the nearest name when there is none.
+    """
+    if name not in SCALES:
+        raise unknown("there is no scale", name, SCALES, f"; the scales are {', '.join(SCALES)}")
+    return SCALES[name]
+
+
+def at_scale(settings: Any, name: str) -> Any:
+    """Return the settings of any kind of pre-training with those changes of a scale that they have.
+
+    Raises: InputError as ``scale_of``.
+    """
+    known = flatten(settings)
+    changes = scale_of(name).changes
+    return put(settings, {key: value for key, value in changes.items() if key in known})
+
+
+def config(name: str | int = DEFAULT, scale: str = "paper") -> Config:
     """Return the configuration of a row at a scale.
 
     Raises: InputError for a row or a scale that does not exist.
     """
-    if scale not in SCALES:
-        raise unknown("there is no scale", scale, SCALES, f"; the scales are {', '.join(SCALES)}")
+    size = scale_of(scale)
     last = row(name)
     changes: dict[str, Any] = {}
     for step in ROWS[: row(last.base or name).number]:
         changes |= step.changes
     leaves = flatten(put(Config(), changes | last.changes | last.recipe))
-    for setting, sizes in SCALES[scale].sizes.items():
+    for setting, sizes in size.sizes.items():
         leaves[setting] = sizes.get(leaves[setting], leaves[setting])
-    return put(Config(), leaves | SCALES[scale].changes)
+    return put(Config(), leaves | size.changes)

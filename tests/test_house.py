@@ -28,6 +28,7 @@ LAYERS = [
     ["backbones", "plots"],
     ["sampling", "evals", "finetuning", "cluster"],
     ["pretraining"],
+    ["mae"],
     ["machine"],
     ["cli"],
     ["commands"],

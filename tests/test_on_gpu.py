@@ -66,21 +66,26 @@ def apart(on_ranks):
     return run
 
 
+def fake_on_gpu(method):
+    """Replace the tensors of a method by fake ones on a GPU, and return their mode."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        for module in method.modules():
+            for name, part in module.named_parameters(recurse=False):
+                fake = torch.empty(part.shape, device=GPU)
+                setattr(module, name, torch.nn.Parameter(fake, part.requires_grad))
+            for name, part in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty(part.shape, dtype=part.dtype, device=GPU)
+    return mode
+
+
 @pytest.fixture
 def on_gpu(tiny):
     """on_gpu(row): the mode of fake tensors, and a method whose tensors are fake ones on a GPU."""
 
     def make(row="l_dae"):
         method = build(tiny(row), num_classes=3, bf16=True).train()
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            for module in method.modules():
-                for name, part in module.named_parameters(recurse=False):
-                    fake = torch.empty(part.shape, device=GPU)
-                    setattr(module, name, torch.nn.Parameter(fake, part.requires_grad))
-                for name, part in module.named_buffers(recurse=False):
-                    module._buffers[name] = torch.empty(part.shape, dtype=part.dtype, device=GPU)
-        return mode, method
+        return fake_on_gpu(method), method
 
     return make
 

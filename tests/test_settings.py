@@ -82,16 +82,19 @@ def test_a_number_out_of_range_is_refused(name, value, sentence):
         tree.check(tree.replace(Config(), {name: value}))
 
 
-def test_every_number_has_a_range():
+@pytest.mark.parametrize("kind", kinds.pretrainings())
+def test_every_number_has_a_range(kind):
     """Without a range a wrong number would pass silently or end in a traceback."""
-    for name, value in tree.flatten(Config()).items():
+    config = kinds.KINDS[kind].defaults()
+    for name, value in tree.flatten(config).items():
         numbers = value if isinstance(value, tuple) else (value,)
         if name in ("data.mean", "data.std", "model.depth") or any(
             isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
         ):
-            wrong = (-1e9,) if isinstance(value, tuple) else type(value)(-1e9)
+            kind_of_number = int if value is None else type(value)
+            wrong = (-1e9,) if isinstance(value, tuple) else kind_of_number(-1e9)
             with pytest.raises(InputError, match=re.escape(name)):
-                tree.check(tree.replace(Config(), {name: wrong}))
+                tree.check(tree.replace(config, {name: wrong}))
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -99,8 +102,9 @@ def test_a_missing_file_is_refused(tmp_path):
         kinds.load(tmp_path / "nothing.yaml", "pretraining")
 
 
-def test_every_setting_is_read():
-    assert unread(Config()) == []
+@pytest.mark.parametrize("kind", kinds.pretrainings())
+def test_every_setting_is_read(kind):
+    assert unread(kinds.KINDS[kind].defaults()) == []
 
 
 def unread(config) -> list[str]:

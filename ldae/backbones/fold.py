@@ -12,9 +12,11 @@ from ldae import noise, tokenizers
 from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError, first_line
 from ldae.method import LDAE
-from ldae.models.contract import NoPlainViT
+from ldae.models.contract import NoPlainViT, PlainViT
 from ldae.tokenizers import PatchTokenizer
+from ldae.tokenizers.pixels import PixelStatistics
 
+LDAE_URL = "https://arxiv.org/abs/2401.14404"
 TOLERANCE = 1e-5  # relative, in float32
 
 
@@ -63,15 +65,26 @@ def stock_vit(method: LDAE) -> VisionTransformer:
 
     Raises: NoPlainViT when the encoder is not a plain ViT.
     """
-    plain, tokenizer = method.denoiser.plain_vit(), method.tokenizer
+    tokenizer = method.tokenizer
+    return build_vit(method.denoiser.plain_vit(), tokenizer, tokenizer.patch_size, LDAE_URL)
+
+
+def build_vit(
+    plain: PlainViT, pixels: PixelStatistics, patch_size: int, url: str
+) -> VisionTransformer:
+    """Build a ViT of timm for images of these statistics, with timm's random initialisation.
+
+    Its ``model_args`` are the arguments with which timm builds it again. ``url`` is the address of
+    the method that pre-trains it.
+    """
     args = {
-        "img_size": tokenizer.img_size,
-        "patch_size": tokenizer.patch_size,
-        "in_chans": tokenizer.in_chans,
+        "img_size": pixels.img_size,
+        "patch_size": patch_size,
+        "in_chans": pixels.in_chans,
         "num_classes": 0,
         **plain.args,
     }
-    vit = timm.create_model(plain.name, pretrained_cfg=pretrained_cfg(method), **args)
+    vit = timm.create_model(plain.name, pretrained_cfg=pretrained_cfg(pixels, url), **args)
     vit.model_args = args
     return vit
 
@@ -113,24 +126,23 @@ def _verify(exact: LDAE, vit: VisionTransformer, t: int) -> None:
         )
 
 
-def pretrained_cfg(method: LDAE) -> dict:
-    """Return timm's record of the preprocessing.
+def pretrained_cfg(pixels: PixelStatistics, url: str) -> dict:
+    """Return timm's record of the preprocessing, with the address ``url`` of the method.
 
     It sets every key that timm would otherwise fill with the value of its own weights.
     """
-    tokenizer = method.tokenizer
-    side = tokenizer.img_size
+    side = pixels.img_size
     return {
         "tag": "ldae",
-        "origin_url": "https://arxiv.org/abs/2401.14404",
-        "input_size": (tokenizer.in_chans, side, side),
+        "origin_url": url,
+        "input_size": (pixels.in_chans, side, side),
         "fixed_input_size": True,
         "num_classes": 0,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "center",
-        "mean": tuple(round(value, 6) for value in tokenizer.pixel_mean.tolist()),
-        "std": tuple(round(value, 6) for value in tokenizer.pixel_std.tolist()),
+        "mean": tuple(round(value, 6) for value in pixels.pixel_mean.tolist()),
+        "std": tuple(round(value, 6) for value in pixels.pixel_std.tolist()),
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }

@@ -2,31 +2,32 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ldae.backbones.fold import default_timestep, fold, pretrained_cfg, stock_vit
+from ldae.backbones.fold import LDAE_URL, default_timestep, fold, pretrained_cfg, stock_vit
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.models.contract import NoPlainViT
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.kinds import settings_of
+from ldae.runs.kinds import KINDS, Exported, Opening, pretraining_in, settings_of
 from ldae.runs.layout import CONFIG
 
 
-def load_run(run: Path) -> tuple[LDAE, dict]:
-    """Load the newest checkpoint of a run folder; return its method and the whole checkpoint.
+def load_run(run: Path, kind: str = "pretraining") -> tuple[Any, dict]:
+    """Load the newest checkpoint of a pre-training; return its method and the whole checkpoint.
 
     The method has the moving average of the weights if the run has one.
 
-    Raises: InputError when the folder holds no pre-training, or no checkpoint yet.
+    Raises: InputError when the folder holds no run of this kind, or no checkpoint yet.
     """
-    config = settings_of(run, "pretraining")
+    config = settings_of(run, kind)
     state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
-    method = build(config, num_classes=len(state["describe"]["classes"]))
+    method = KINDS[kind].opened().build(config, num_classes=len(state["describe"]["classes"]))
     try:
         method.load_state_dict(state["average"] or state["model"])
     except RuntimeError:
@@ -44,7 +45,7 @@ class TokenizerAndEncoder(nn.Module):
         super().__init__()
         self.method, self.timestep = method, timestep
         name = type(method.denoiser).__name__
-        self.pretrained_cfg = pretrained_cfg(method) | {"architecture": name}
+        self.pretrained_cfg = pretrained_cfg(method.tokenizer, LDAE_URL) | {"architecture": name}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.method.features(images, self.timestep)
@@ -64,15 +65,45 @@ def backbone_of(method: LDAE, verify: bool = True) -> nn.Module:
         return TokenizerAndEncoder(method, default_timestep(method))
 
 
+def exported(method: LDAE, timestep: int | None = None) -> Exported:
+    """Return the encoder at a fixed t, by default ``default_timestep``, as a timm ViT.
+
+    Raises: NoPlainViT and InputError as ``fold``, and InputError for a t that does not exist.
+    """
+    own = default_timestep(method)
+    timestep = own if timestep is None else timestep
+    if not 0 <= timestep < len(method.sigma):
+        raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
+    tokenizer = method.tokenizer
+    return Exported(
+        fold(method, timestep),
+        "denoising-autoencoder",
+        "An image encoder pre-trained by latent denoising "
+        f"([l-DAE]({LDAE_URL})) with\n"
+        "ldae: a plain ViT, no class token, averaged features.",
+        {
+            "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
+            f"scale {tokenizer.scale}",
+            "folded at": f"t = {timestep}, clean input",
+        },
+        f" at t = {own}",
+    )
+
+
+DENOISING = Opening(build, backbone_of, stock_vit, exported)
+"""How graders and the export open a denoising pre-training."""
+
+
 def backbone_of_run(run: str | Path) -> nn.Module:
-    """Return the encoder of a run's newest checkpoint as a backbone, see ``backbone_of``.
+    """Return the encoder of a pre-training's newest checkpoint as a backbone.
 
     Its ``images_seen`` is the checkpoint's.
 
-    Raises: InputError as ``load_run`` and ``backbone_of`` do.
+    Raises: InputError as ``load_run``, and as the kind's ``Opening.backbone``.
     """
-    method, state = load_run(Path(run))
-    backbone = backbone_of(method)
+    kind = pretraining_in(Path(run))
+    method, state = load_run(Path(run), kind)
+    backbone = KINDS[kind].opened().backbone(method, True)
     backbone.images_seen = state["images_seen"]
     return backbone
 
@@ -80,8 +111,9 @@ def backbone_of_run(run: str | Path) -> nn.Module:
 def control_of_run(run: str | Path) -> nn.Module:
     """Return the untrained control of a run's encoder: timm's ViT with random weights.
 
-    Raises: InputError as ``load_run`` and ``stock_vit`` do.
+    Raises: InputError as ``load_run``, and as the kind's ``Opening.control``.
     """
+    kind = pretraining_in(Path(run))
     with torch.random.fork_rng(devices=[]):  # the seed of the run must not decide the control
-        method, _ = load_run(Path(run))
-    return stock_vit(method)
+        method, _ = load_run(Path(run), kind)
+    return KINDS[kind].opened().control(method)

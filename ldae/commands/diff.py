@@ -9,8 +9,16 @@ def diff(first: str, second: str, /, scale: str = "paper") -> None:
         second: the name or number of another row.
         scale: the scale of both rows.
     """
-    from ldae import trajectory, tree
+    from ldae import tree
+    from ldae.errors import InputError
+    from ldae.pretraining import recipes
+    from ldae.runs.kinds import KINDS
 
-    old, new = (trajectory.config(name, scale) for name in (first, second))
+    nouns = [KINDS[recipes.find(name)[0]].noun for name in (first, second)]
+    if nouns[0] != nouns[1]:
+        raise InputError(
+            f"{first} is {nouns[0]}, and {second} is {nouns[1]}: they share no settings"
+        )
+    old, new = (recipes.config(name, scale) for name in (first, second))
     for name, (before, after) in tree.difference(old, new).items():
         print(f"{name:32} {before} -> {after}")

@@ -13,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ldae.backbones.card import model_card
-from ldae.backbones.fold import default_timestep, fold
 from ldae.backbones.run import load_run
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.backbones.whitening import SHRINKAGE, add_whitening, whitening
@@ -24,8 +23,8 @@ from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.scores import score_table
 from ldae.evals.whitening import WhiteningProtocol
-from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT
+from ldae.runs.kinds import KINDS, Exported, pretraining_in
 from ldae.tokenizers.moments import Moments
 
 _WHITENED_BY = (
@@ -54,8 +53,8 @@ def export(
     Args:
         run: a run folder; its newest checkpoint is exported.
         out: the folder to write; it must not exist yet, or must hold this export already.
-        timestep: the t that is folded into the weights; by default 10 of 1000 noise levels, or
-            the same share of another number.
+        timestep: the t that is folded into the weights of a denoising pre-training; by default 10
+            of 1000 noise levels, or the same share of another number.
         license: license of the weights, in the hub's spelling, such as cc-by-nc-4.0; by default
             config.json and the card claim none.
         whiten: images, with or without labels; their train split gives the mean and covariance of
@@ -68,15 +67,14 @@ def export(
         ``whiten`` are too few, or the verification fails.
     """
     run, out = Path(run), Path(out)
-    method, state = load_run(run)
-    timestep = default_timestep(method) if timestep is None else timestep
-    if not 0 <= timestep < len(method.sigma):
-        raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
     WhiteningProtocol(whiten is not None, whiten_shrinkage)  # checks the shrinkage
+    kind = pretraining_in(run)
+    method, state = load_run(run, kind)
     try:
-        vit = fold(method, timestep)
+        exported = KINDS[kind].opened().export(method, timestep)
     except NoPlainViT as error:
         raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
+    vit = exported.vit
     source = open_source(whiten, "train") if whiten else None
     record = _record(source, whiten_shrinkage) if source else None
     if out.exists():
@@ -85,11 +83,11 @@ def export(
         print(f"{out} is this export already; its model card stays as it is")
         return out
     vit.images_seen, vit.pretrained_cfg["license"] = state["images_seen"], license or None
-    card = _model_card(run, vit, method, state, timestep, license, record)
+    card = _model_card(run, exported, state, license, record)
     if source:
         moments = _moments(vit, source, workers, device_for(device))
         add_whitening(vit, whitening(moments, whiten_shrinkage))
-    verify = partial(_verify_file, vit, method)
+    verify = partial(_verify_file, vit)
     write_timm_folder(out, vit, vit.model_args, verify, card=card, whitening=record)
     print(f"exported {run} at {state['images_seen']:,} images to {out}")
     return out
@@ -135,46 +133,35 @@ def _holds(out: Path, vit: VisionTransformer, license: str, whitened: dict | Non
     )
 
 
-def _verify_file(vit: VisionTransformer, method: LDAE, opened: nn.Module) -> None:
+def _verify_file(vit: VisionTransformer, opened: nn.Module) -> None:
     """Raises: InputError when the opened file and the ViT differ on random images."""
-    side = method.tokenizer.img_size
-    images = torch.randn(2, method.tokenizer.in_chans, side, side)
+    images = torch.randn(2, *vit.pretrained_cfg["input_size"])
     with torch.no_grad():
         if not torch.equal(opened(images), vit(images)):
             raise InputError("not exported: timm does not read back what was written")
 
 
 def _model_card(
-    run: Path,
-    vit: VisionTransformer,
-    method: LDAE,
-    state: dict,
-    timestep: int,
-    license: str,
-    whitened: dict | None,
+    run: Path, exported: Exported, state: dict, license: str, whitened: dict | None
 ) -> str:
-    tokenizer, describe = method.tokenizer, state["describe"]
+    vit, describe = exported.vit, state["describe"]
     params = sum(parameter.numel() for parameter in vit.parameters())
     table = score_table(run, params, state["images_seen"])
-    measured = f"Scores in percent, measured on the run at t = {default_timestep(method)}:"
+    measured = f"Scores in percent, measured on the run{exported.graded}:"
     name, heads = vit.pretrained_cfg["architecture"], vit.blocks[0].attn.num_heads
-    patch, side = tokenizer.patch_size, tokenizer.img_size
+    chans, side, _ = vit.pretrained_cfg["input_size"]
     return model_card(
         run.resolve().name,
-        ["image-feature-extraction", "timm", "self-supervised-learning", "denoising-autoencoder"],
-        "An image encoder pre-trained by latent denoising "
-        "([l-DAE](https://arxiv.org/abs/2401.14404)) with\n"
-        "ldae: a plain ViT, no class token, averaged features.",
+        ["image-feature-extraction", "timm", "self-supervised-learning", exported.tag],
+        exported.description,
         {
-            "row of the paper": describe["row"],
+            "row": describe["row"],
             "architecture": f"{name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, "
             f"{heads} heads",
-            "input": f"{tokenizer.in_chans} x {side} x {side}, patch {patch}",
+            "input": f"{chans} x {side} x {side}, patch {vit.patch_embed.patch_size[0]}",
             "pre-trained on": f"{describe['images']:,} images, {state['images_seen']:,} seen",
-            "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
-            f"scale {tokenizer.scale}",
-            "folded at": f"t = {timestep}, clean input",
         }
+        | exported.facts
         | ({"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}),
         f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
         license=license,

@@ -24,6 +24,7 @@ from ldae.files import write
 from ldae.method import LDAE
 from ldae.plots.heat_maps import HeatMap, save_heat_maps
 from ldae.runs import layout
+from ldae.runs.kinds import KINDS, pretraining_in
 
 Input = Literal["clean", "noisy"]
 
@@ -74,6 +75,12 @@ def grid(
     """
     if setup.random_init:
         raise InputError("an untrained network has no t: ldae linear grades the control")
+    kind = pretraining_in(Path(run))
+    if kind != "pretraining":
+        raise InputError(
+            f"{run} is {KINDS[kind].noun}, which has no t: ldae linear {run} --blocks 0 1 probes "
+            "its blocks"
+        )
     method, _ = load_run(Path(run))
     steps, blocks = len(method.sigma), method.denoiser.stages
     if protocol.timesteps == GridProtocol.timesteps:

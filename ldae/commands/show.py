@@ -1,20 +1,25 @@
-"""``ldae show``: show the rows of the paper, or the settings of one row."""
+"""``ldae show``: show the rows of the paper and their rivals, or the settings of one of them."""
 
 
 def show(row: str = "", /, scale: str = "paper") -> None:
-    """Show the rows of the paper as a table, or all settings of one row.
+    """Show the rows of the paper and their rivals as a table, or all settings of one of them.
 
     Args:
-        row: the name or number of a row; empty for the table.
+        row: the name or number of a row, or the name of a rival; empty for the table.
         scale: the scale of the settings.
     """
     from ldae import trajectory, tree
+    from ldae.pretraining import recipes
+    from ldae.runs import kinds
 
     if row:
-        found = trajectory.row(row)
-        place = f"row {found.number}" if found.number else f"beside the rows, from {found.base}"
-        print(f"# {place}, {found.name}: {found.summary}")
-        print(tree.to_yaml(trajectory.config(row, scale)), end="")
+        kind, name = recipes.find(row)
+        place = kinds.KINDS[kind].noun
+        if kind == "pretraining":
+            found = trajectory.row(name)
+            place = f"row {found.number}" if found.number else f"beside the rows, from {found.base}"
+        print(f"# {place}, {name}: {recipes.recipes_of(kind).SUMMARIES[name]}")
+        print(tree.to_yaml(recipes.config(name, scale)), end="")
         return
     print("  # row               top-1  FID-50K  what changes")
     for entry in (*trajectory.ROWS, *trajectory.BESIDE):
@@ -23,4 +28,8 @@ def show(row: str = "", /, scale: str = "paper") -> None:
         )
         summary = entry.summary + (f" ({entry.base} changed)" if entry.base else "")
         print(f"{entry.number or '':3} {entry.name:17} {accuracy:>5}  {fid:>7}  {summary}")
+    for kind in kinds.pretrainings():
+        if kind != "pretraining":
+            for name, summary in recipes.recipes_of(kind).SUMMARIES.items():
+                print(f"{'':3} {name:17} {'-':>5}  {'-':>7}  {summary} ({kinds.KINDS[kind].noun})")
     print("\nImageNet, 400 epochs, as published; linear probing of the encoder half.")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ldae.errors import InputError
+from ldae.models.vit import fuse_attention
 
 
 class NoPlainViT(InputError):
@@ -134,13 +135,8 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def fuse_attention(self, fused: bool) -> None:
-        """Choose whether timm's attention layers call torch's scaled_dot_product_attention.
-
-        They do by default. The choice changes the speed, not the result.
-        """
-        for module in self.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = fused  # type: ignore[assignment]  # a plain bool of timm's
+        """Choose the attention of the network, see ``ldae.models.vit.fuse_attention``."""
+        fuse_attention(self, fused)
 
     def plain_vit(self) -> PlainViT:
         """Return the timm ViT that the encoder is at a fixed condition.

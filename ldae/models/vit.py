@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import timm
 import torch
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from torch import nn
 
 from ldae.errors import InputError, unknown
 
@@ -48,12 +49,30 @@ def vit_shape(
         num_heads=num_heads or block.attn.num_heads,
         mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim,
     )
-    if shape.embed_dim % shape.num_heads:
-        raise InputError(
-            f"model.num_heads {shape.num_heads} does not divide model.embed_dim {shape.embed_dim}"
-        )
-    if shape.embed_dim % 4:
-        raise InputError(
-            f"model.embed_dim {shape.embed_dim} is not a multiple of 4 (sine-cosine positions)"
-        )
+    check_width(shape.embed_dim, shape.num_heads)
     return shape
+
+
+def check_width(embed_dim: int, num_heads: int, prefix: str = "model.") -> None:
+    """Check the width of a stack of blocks. ``prefix`` is that of the settings' names.
+
+    Raises: InputError when it is not a multiple of the heads and of 4.
+    """
+    if embed_dim % num_heads:
+        raise InputError(
+            f"{prefix}num_heads {num_heads} does not divide {prefix}embed_dim {embed_dim}"
+        )
+    if embed_dim % 4:
+        raise InputError(
+            f"{prefix}embed_dim {embed_dim} is not a multiple of 4 (sine-cosine positions)"
+        )
+
+
+def fuse_attention(network: nn.Module, fused: bool) -> None:
+    """Choose whether timm's attention layers call torch's scaled_dot_product_attention.
+
+    They do by default. The choice changes the speed, not the result.
+    """
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused  # type: ignore[assignment]  # a plain bool of timm's

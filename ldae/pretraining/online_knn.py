@@ -1,20 +1,25 @@
 """The k-NN accuracy of a pre-training, measured while it trains."""
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-from ldae.backbones.run import backbone_of
+import torch
+from torch import nn
+
 from ldae.data.open import open_splits
 from ldae.errors import InputError
-from ldae.method import LDAE
-from ldae.settings import Config
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan
 
 _ONLINE_K = 20
 
 
-def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, ...]:
+def online_knn(
+    config: Any, plan: Plan, device: torch.device, backbone_of: Callable[[Any, bool], nn.Module]
+) -> tuple[Hook, ...]:
     """Return the hook of ``system.knn_every``, if it is set.
+
+    ``backbone_of(method, verify)`` returns the encoder of a method as a backbone.
 
     Raises: InputError when the images have no labels, or are fewer than the neighbours.
     """
@@ -33,9 +38,9 @@ def online_knn(config: Config, plan: Plan, device: torch.device) -> tuple[Hook, 
             )
     check_enough(_ONLINE_K, len(splits[0]))
 
-    def measure(method: LDAE) -> dict[str, float]:
+    def measure(method: Any) -> dict[str, float]:
         precision = "bf16" if method.bf16 else "fp32"
-        backbone = backbone_of(method, verify=False)
+        backbone = backbone_of(method, False)
         encoder = Encoder(backbone, device, precision, workers=config.system.workers)
         train_set, test_set = (extract_share(encoder, split) for split in splits)
         return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)

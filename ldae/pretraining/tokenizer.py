@@ -1,15 +1,13 @@
 """Fitting of a tokenizer, in one pass over images or by training, and its reconstruction report."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ldae import console, distributed, files, tokenizers, tree
+from ldae import distributed, files, tokenizers, tree
 from ldae.backbones.perceptual import (
     PerceptualDistance,
     lpips_is_cached,
@@ -17,7 +15,6 @@ from ldae.backbones.perceptual import (
     open_perceptual,
 )
 from ldae.console import print_main
-from ldae.data.loader import train_batches
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
@@ -26,6 +23,7 @@ from ldae.method import build_tokenizer
 from ldae.models import DENOISERS
 from ldae.plots.pictures import save_reconstruction
 from ldae.precision import runs_in_bf16
+from ldae.pretraining.images import FIT_BATCH, FitImages, pixel_stats, sample_images
 from ldae.pretraining.reconstruction import measure_reconstruction
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
@@ -38,7 +36,6 @@ from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 from ldae.train.plan import Plan, plan_run
 from ldae.train.run import check_warmup, train_in, transform_of
 
-_FIT_BATCH = 256
 _UNKNOWN_BATCH = 32  # where the training searches for the size of its micro batches
 _MEASURED_IMAGES = 5_000
 
@@ -104,7 +101,7 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     if tokenizer.trained and not config.tokenizer.pretrained:
         plan = plan_run(len(source), config.tokenizer.optim, config.system, device)
     evaluation = open_source(config.data.eval_source or config.data.source, "eval")
-    fit = Fit(config, source, evaluation, device, tokenizer, _pixel_stats(config), plan)
+    fit = Fit(config, source, evaluation, device, tokenizer, pixel_stats(config.data), plan)
     if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
         inner = run / layout.TOKENIZER_RUN  # of a pre-training
         check_warmup(inner if inner.exists() else run, config.tokenizer.optim, "tokenizer.optim")
@@ -221,11 +218,13 @@ def _report(fit: Fit, run: Path, row: str) -> None:
     config, tokenizer, source = fit.config, fit.tokenizer, fit.evaluation
     center = CropTransform(config.data.img_size, config.data.in_chans)
     count = min(config.tokenizer.fit_images or _MEASURED_IMAGES, _MEASURED_IMAGES)
-    images = FitImages(fit, source, center, count, seed=0)
+    images = _fit_images(fit, source, center, count, seed=0)
     results = measure_reconstruction(tokenizer, images, fit.distances())
     if not distributed.is_main():
         return
-    save_reconstruction(tokenizer, sample_images(config, fit.device), run / layout.RECONSTRUCTED)
+    save_reconstruction(
+        tokenizer, sample_images(config.data, fit.device), run / layout.RECONSTRUCTED
+    )
     record = {
         "row": row,
         "tokenizer": tokenizers.describe(tokenizer),
@@ -245,66 +244,33 @@ def _report(fit: Fit, run: Path, row: str) -> None:
     print_main(f"{config.tokenizer.name}: {numbers} over {where}")
 
 
-def sample_images(config: Config, device: torch.device, count: int = 12) -> torch.Tensor:
-    """Return images for a run's pictures, uint8 (n, C, H, W), of the evaluation split if any.
-
-    Images that cannot be decoded are left out, because pictures measure nothing.
-    """
-    source = open_source(config.data.source, "eval")
-    center = CropTransform(config.data.img_size, config.data.in_chans)
-    count = min(count, len(source))
-    batches = train_batches(
-        source, center, seed=0, start=0, stop=count, batch_size=count, bad_images="skip"
-    )
-    return next(batches).images.to(device)
-
-
-def _first_images(fit: Fit) -> "FitImages":
+def _first_images(fit: Fit) -> FitImages:
     """Return the images of a fit: the first ones in training order."""
     config = fit.config
     count = config.tokenizer.fit_images or len(fit.source)
-    transform = transform_of(config)
-    return FitImages(fit, fit.source, transform, count, config.seed)
+    return _fit_images(fit, fit.source, transform_of(config), count, config.seed)
 
 
-@dataclass(frozen=True)
-class FitImages:
-    """This rank's share of about ``count`` images, in a random order that is the same in each pass.
+def _fit_images(
+    fit: Fit, source: Source, transform: CropTransform, count: int, seed: int
+) -> FitImages:
+    """Return images for a fit or its report, at most as many at a time as a network can take.
 
-    Iteration yields uint8 batches (B, C, H, W). Only full batches are used. A network gets no more
-    images at a time than in training, or few where the training searches for the number.
+    These are no more than in training, or few where the training searches for the number.
     """
-
-    fit: Fit
-    source: Source
-    transform: CropTransform
-    count: int
-    seed: int
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        plan, world = self.fit.plan, distributed.world_size()
-        count, share = min(self.count, len(self.source)), _FIT_BATCH
-        if plan:
-            share = min(plan.micro_batch, _UNKNOWN_BATCH if plan.searched else plan.micro_batch)
-        batch_size = min(share, max(1, count // world)) * world
-        stop = max(batch_size, count // batch_size * batch_size)
-        batches = train_batches(
-            self.source,
-            self.transform,
-            seed=self.seed,
-            start=0,
-            stop=stop,
-            batch_size=batch_size,
-            rank=distributed.rank(),
-            world_size=world,
-            workers=self.fit.config.system.workers,
-            bad_images=self.fit.config.data.bad_images,
-        )
-        with console.progress(stop, "tokenizer") as bar:
-            for batch in batches:
-                self.fit.skipped.update(batch.bad)
-                yield batch.images
-                bar.update(batch_size)
+    config, plan, at_once = fit.config, fit.plan, FIT_BATCH
+    if plan:
+        at_once = min(plan.micro_batch, _UNKNOWN_BATCH if plan.searched else plan.micro_batch)
+    return FitImages(
+        source,
+        transform,
+        count,
+        seed,
+        at_once,
+        config.system.workers,
+        config.data.bad_images,
+        fit.skipped,
+    )
 
 
 def _check_settings(config: Config) -> None:
@@ -321,20 +287,3 @@ def _check_settings(config: Config) -> None:
             "tokenizer.pretrained takes pixels in [-1, 1]: data.mean, data.std and data.stats "
             "cannot be set beside it"
         )
-
-
-def _pixel_stats(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation that the settings give; empty to measure them.
-
-    Raises: InputError for another number of values than channels.
-    """
-    mean, std, chans = config.data.mean, config.data.std, config.data.in_chans
-    if not mean and not std and config.data.stats == "imagenet":
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if mean or std:
-        for name, values in (("data.mean", mean), ("data.std", std)):
-            if len(values) != chans:
-                raise InputError(
-                    f"{name} needs one number for each of {chans} channels, not {values}"
-                )
-    return mean, std

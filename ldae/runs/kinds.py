@@ -1,34 +1,114 @@
 """The kinds of runs, and the kind and settings of the run in a folder."""
 
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldae import tree
 from ldae.errors import InputError
 from ldae.runs import layout
 
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
+
 _KEY = "kind"  # of the first line of config.yaml
 
 
+class Exported(NamedTuple):
+    """The encoder of a run as a timm ViT, and what its model card says about it."""
+
+    vit: "VisionTransformer"
+    """In eval mode, with the ``model_args`` by which timm builds it and a ``pretrained_cfg``."""
+    tag: str
+    """The hub's name of the method."""
+    description: str
+    """How the encoder was pre-trained, and what its features are."""
+    facts: dict[str, str]
+    """Further lines of the card's table."""
+    graded: str = ""
+    """How the scores on the card were measured, after "measured on the run"."""
+
+
+class Opening(NamedTuple):
+    """The functions by which graders and the export open a pre-training of one kind.
+
+    Its method is the network in training: uint8 images, positions and labels -> loss.
+    """
+
+    build: Callable[..., "nn.Module"]
+    """(settings, num_classes) -> the method, with weights drawn from the seed."""
+    backbone: Callable[[Any, bool], "nn.Module"]
+    """(method, verify) -> its encoder as a backbone: normalised (B, C, H, W) -> features (B, D).
+
+    With ``verify`` it raises InputError when the backbone's features are not the encoder's.
+    """
+    control: Callable[[Any], "VisionTransformer"]
+    """method -> the untrained control: timm's ViT of the architecture, with random weights."""
+    export: Callable[[Any, int | None], Exported]
+    """(method, timestep or None) -> its encoder for timm.
+
+    It raises ``NoPlainViT`` for an encoder that timm does not have.
+    """
+
+
 class Kind(NamedTuple):
-    """One kind of run."""
+    """One kind of run.
+
+    Its modules are imported when needed, since they may import this one.
+    """
 
     noun: str
     """The name in a sentence, with an article."""
     settings: str
-    """``module:Class`` of the settings, imported when needed: the module may import this one."""
+    """``module:Class`` of the settings."""
+    recipes: str = ""
+    """The module of the recipes that a command takes by name, see ``ldae.pretraining.recipes``."""
+    opening: str = ""
+    """``module:NAME`` of the ``Opening``; empty for a kind that pre-trains no encoder."""
+    training: str = ""
+    """``module:function`` that pre-trains in a folder or resumes there.
+
+    Its arguments are the settings, the folder, the name of the recipe and ``dry_run``.
+    """
 
     def defaults(self) -> Any:
         """Return the default settings of this kind."""
         return pkgutil.resolve_name(self.settings)()
 
+    def opened(self) -> Opening:
+        """Return the functions that open a pre-training of this kind."""
+        return pkgutil.resolve_name(self.opening)
+
+    def pretrain(self, config: Any, run: Path, row: str, dry_run: bool = False) -> None:
+        """Pre-train in the folder ``run`` by the settings ``config``, or resume there."""
+        pkgutil.resolve_name(self.training)(config, run, row, dry_run)
+
 
 KINDS = {
-    "pretraining": Kind("a pre-training", "ldae.settings:Config"),
-    "tokenizer": Kind("a tokenizer", "ldae.settings:Config"),
+    "pretraining": Kind(
+        "a denoising pre-training",
+        "ldae.settings:Config",
+        "ldae.trajectory",
+        "ldae.backbones.run:DENOISING",
+        "ldae.pretraining.denoising:pretrain",
+    ),
+    "mae": Kind(
+        "an MAE pre-training",
+        "ldae.mae.settings:MAEConfig",
+        "ldae.mae.recipes",
+        "ldae.mae.network:OPENING",
+        "ldae.mae.pretraining:pretrain",
+    ),
+    "tokenizer": Kind("a tokenizer", "ldae.settings:Config", "ldae.trajectory"),
     "fine-tuning": Kind("a fine-tuning", "ldae.finetuning.settings:FinetuneConfig"),
 }
+
+
+def pretrainings() -> list[str]:
+    """Return the kinds that pre-train an encoder."""
+    return [name for name, kind in KINDS.items() if kind.training]
 
 
 def kind_of(folder: Path) -> str | None:
@@ -46,13 +126,36 @@ def settings_of(run: Path, kind: str) -> Any:
 
     Raises: InputError when the folder holds no run or a run of another kind, naming that kind.
     """
-    path, kinds = run / layout.CONFIG, _possible_kinds(run)
+    kinds = _possible_kinds(run)
     if not kinds:
-        reason = f"its {path.name} is of no run" if path.is_file() else f"it has no {path.name}"
-        raise InputError(f"{run} is not a run folder: {reason}")
+        raise _no_run(run)
     if kind not in kinds:
         raise InputError(f"run folder {run} holds {KINDS[kinds[0]].noun}, not {KINDS[kind].noun}")
-    return load(path, kind)
+    return load(run / layout.CONFIG, kind)
+
+
+def pretraining_in(run: Path) -> str:
+    """Return the kind of the pre-training in the folder ``run``.
+
+    Raises: InputError when the folder holds no pre-training, naming the kind of its run.
+    """
+    kind = kind_of(run)
+    if kind is None:
+        raise _no_run(run)
+    if kind not in pretrainings():
+        raise InputError(f"run folder {run} holds {KINDS[kind].noun}, not a pre-training")
+    return kind
+
+
+def _no_run(folder: Path) -> InputError:
+    path = folder / layout.CONFIG
+    reason = f"its {path.name} is of no run" if path.is_file() else f"it has no {path.name}"
+    return InputError(f"{folder} is not a run folder: {reason}")
+
+
+def kind_of_file(path: Path) -> str | None:
+    """Return the kind that a YAML file of settings names, if any. Raises: as ``load``."""
+    return tree.read_yaml(path).get(_KEY)
 
 
 def load(path: Path, kind: str, base: Any = None) -> Any:

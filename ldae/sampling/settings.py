@@ -23,7 +23,7 @@ class SamplingSettings:
     """Spacing of the visited levels; quadratic: dense at low noise."""
     clip: bool = False
     """Clip each predicted image to the range of pixels, as DDPM does. A network that predicts noise
-    and was trained for a short time needs it: at high noise its error of z_0 is many times larger."""
+    needs it after a short training, because its error of z_0 is many times larger at high noise."""
     guidance: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of classifier-free guidance, for class-conditional runs; 1: none."""
     labels: tuple[str, ...] = ()

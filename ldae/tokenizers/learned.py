@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from ldae.tokenizers.contract import Tokenizer, check_not_empty, latent_scales
+from ldae.tokenizers.contract import Tokenizer, latent_scales
 from ldae.tokenizers.moments import Moments
+from ldae.tokenizers.pixels import check_not_empty
 
 # LDM's clamp of a posterior's log-variance, so that no variance underflows or overflows.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

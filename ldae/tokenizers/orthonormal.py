@@ -6,8 +6,9 @@ import torch
 
 from ldae.errors import InputError
 from ldae.patches import patchify
-from ldae.tokenizers.contract import PatchTokenizer, check_not_empty, latent_scales
+from ldae.tokenizers.contract import PatchTokenizer, latent_scales
 from ldae.tokenizers.moments import Moments
+from ldae.tokenizers.pixels import check_not_empty
 
 
 class OrthonormalTokenizer(PatchTokenizer):

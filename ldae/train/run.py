@@ -16,7 +16,7 @@ from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import LATENTS_OF, NAMES_HASH, RESIZED_TWICE, Settings, names_hash
 from ldae.runs.metrics import Metrics
-from ldae.settings import Config, OptimSettings
+from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Loop
 from ldae.train.optim import lr_at, peak_lr
 from ldae.train.plan import Plan
@@ -120,7 +120,7 @@ def describe_training(
     }
 
 
-def transform_of(config: Config) -> CropTransform:
+def transform_of(config: Settings) -> CropTransform:
     """Return the transform of the training images."""
     data = config.data
     return CropTransform(data.img_size, data.in_chans, data.crop, data.flip)

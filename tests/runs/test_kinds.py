@@ -20,7 +20,7 @@ from ldae.tree import flatten
 # The kinds are the names of its folders.
 BEFORE = Path(__file__).parent / "written_before"
 NOUNS = {
-    "pretraining": "a pre-training",
+    "pretraining": "a denoising pre-training",
     "tokenizer": "a tokenizer",
     "fine-tuning": "a fine-tuning",
 }
@@ -110,7 +110,8 @@ def test_a_command_for_pretrainings_names_the_kind_of_another_run(
     run = str(older_run(kind))
     assert cli.main([run if word == "RUN" else word for word in argv]) == 2
     err = capsys.readouterr().err
-    assert refusal(kind, "pretraining") in err and len(err.splitlines()) == 1
+    asked = "a pre-training" if argv[0] in ("export", "grid", "knn") else NOUNS["pretraining"]
+    assert f"holds {NOUNS[kind]}, not {asked}" in err and len(err.splitlines()) == 1
 
 
 TO_FOLDERS = [
@@ -158,10 +159,13 @@ def test_a_folder_without_a_run_is_refused(argv, sentence, capsys, monkeypatch, 
     [
         ("", "run is damaged: its config.yaml is empty"),
         ("{", "config.yaml is not a YAML file"),
-        ("kind: [1]\n", "run is of the unknown kind '\\[1\\]'; kinds are pretraining, tokenizer"),
         (
-            "kind: mae\n",
-            "run is of the unknown kind 'mae'; kinds are pretraining, tokenizer, fine-tun",
+            "kind: [1]\n",
+            "run is of the unknown kind '\\[1\\]'; kinds are pretraining, mae",
+        ),
+        (
+            "kind: moco\n",
+            "run is of the unknown kind 'moco'; kinds are pretraining, mae",
         ),
         (
             "kind: pretraining\nmodel: {deep: 1}\n",
@@ -218,7 +222,9 @@ def test_a_settings_class_and_a_registry_line_add_a_kind(monkeypatch, tmp_path):
     assert kinds.kind_of(run) == "masked"
     assert kinds.settings_of(run, "masked") == MadeUp(masked=0.5)
     assert folder_of(SlurmSettings(), [str(run)]) == run
-    with pytest.raises(InputError, match="holds a masked pre-training, not a pre-training"):
+    with pytest.raises(
+        InputError, match="holds a masked pre-training, not a denoising pre-training"
+    ):
         open_as(run, "pretraining", Config())
     state = {"images_seen": 8, "model": {}, "average": None, "optimizer": {}}
     Checkpoints(run).save(state | {"describe": {"row": "masked 0.5"}})

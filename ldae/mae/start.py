@@ -1,0 +1,130 @@
+"""The start of an MAE pre-training from another MAE: a run, its export, or a published file."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from ldae.backbones.open import load_backbone
+from ldae.backbones.run import load_run
+from ldae.backbones.weights import StateDict, read_checkpoint
+from ldae.backbones.whitening import drop_whitening
+from ldae.errors import InputError
+from ldae.mae.network import MAE
+from ldae.patches import sincos_positions
+from ldae.runs.kinds import kind_of
+
+# The decoder's names in published files -> ours.
+_DECODER = {
+    "mask_token": "mask_token",
+    "decoder_embed.": "embed.",
+    "decoder_blocks.": "blocks.",
+    "decoder_norm.": "norm.",
+    "decoder_pred.": "pred.",
+}
+
+
+class Start(NamedTuple):
+    """The weights to start from."""
+
+    encoder: StateDict
+    """Without the positions, which are constants."""
+    decoder: StateDict
+    """Empty when the start has no decoder."""
+    mean: torch.Tensor
+    """Mean (C,) of the pixels, in [0, 1]."""
+    std: torch.Tensor
+    """Standard deviation (C,) of the pixels, in [0, 1]."""
+
+
+def open_start(spec: str, mae: MAE) -> Start:
+    """Open the weights that ``init_from`` names.
+
+    Args:
+        spec: a run folder of an MAE, an exported folder, or ``NAME@FILE`` for a checkpoint with
+            MAE's published names, such as ``vit_base_patch16_224.mae@mae_pretrain_vit_base.pth``.
+        mae: the network that will start from them.
+
+    Raises: InputError naming ``spec`` when it cannot be opened, or is no MAE of these sizes.
+    """
+    name, at, file = spec.partition("@")
+    vit = load_backbone(name if at else spec, random_init=bool(at))
+    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
+        raise InputError(f"init_from {spec} is no ViT with a class token, as an MAE's encoder is")
+    drop_whitening(vit)
+    encoder, decoder = vit.state_dict(), {}
+    if at:
+        encoder, decoder = _published(Path(file), mae.pixels.in_chans)
+    elif kind_of(Path(spec)) == "mae":
+        decoder = load_run(Path(spec), "mae")[0].decoder.state_dict()
+    _check_positions(spec, encoder.pop("pos_embed", torch.zeros(1, 1, 1)))
+    own = mae.encoder.state_dict()
+    own.pop("pos_embed")
+    _check_shapes(spec, "an encoder", encoder, own)
+    if decoder:
+        _check_shapes(spec, "a decoder", decoder, mae.decoder.state_dict())
+    heads, own_heads = (part.blocks[0].attn.num_heads for part in (vit, mae.encoder))
+    if heads != own_heads:
+        raise InputError(f"init_from {spec} has {heads} heads, and model.num_heads is {own_heads}")
+    cfg = vit.pretrained_cfg
+    return Start(encoder, decoder, torch.tensor(cfg["mean"]), torch.tensor(cfg["std"]))
+
+
+@torch.no_grad()
+def start_from(mae: MAE, start: Start) -> None:
+    """Set the weights of the encoder, of the decoder if the start has one, and the statistics."""
+    mae.encoder.load_state_dict(start.encoder, strict=False)
+    if start.decoder:
+        mae.decoder.load_state_dict(start.decoder)
+    mae.pixels.set_pixel_stats(start.mean, start.std)
+
+
+def _published(file: Path, chans: int) -> tuple[StateDict, StateDict]:
+    """Return the encoder in a published file, and the decoder by our names, empty if it has none.
+
+    The decoder's patches are pixel by pixel, (p, p, C), where ours are by channel, (C, p, p).
+
+    Raises: InputError as ``read_checkpoint``, and for a file without weights.
+    """
+    content = read_checkpoint(file)
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or "cls_token" not in weights:
+        raise InputError(f"init_from {file} does not hold the weights of a published MAE")
+    encoder, decoder = {}, {}
+    for name, value in weights.items():
+        theirs = next(filter(name.startswith, _DECODER), None)
+        if theirs:
+            decoder[_DECODER[theirs] + name.removeprefix(theirs)] = value
+        elif name != "decoder_pos_embed":  # constants
+            encoder[name] = value
+    if decoder:
+        decoder["mask_token"] = decoder["mask_token"].flatten(0, -2)
+        for name in ("pred.weight", "pred.bias"):
+            pixels = decoder[name].unflatten(0, (-1, chans))
+            decoder[name] = pixels.transpose(0, 1).flatten(0, 1)
+    return encoder, decoder
+
+
+def _check_shapes(spec: str, what: str, found: StateDict, wanted: StateDict) -> None:
+    """Raises: InputError naming the first weight that differs."""
+    for name in sorted(found.keys() | wanted.keys()):
+        shapes = [tuple(state[name].shape) if name in state else None for state in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            there, here = (shape or "missing" for shape in shapes)
+            raise InputError(
+                f"init_from {spec} holds {what} of another shape than this run's: {name} is "
+                f"{there} there, {here} here"
+            )
+
+
+def _check_positions(spec: str, pos_embed: torch.Tensor) -> None:
+    """Check the positions (1, 1 + N, W) of an encoder, of any number of patches N.
+
+    Raises: InputError for learned positions, since an MAE's are constants.
+    """
+    _, tokens, width = pos_embed.shape
+    expected = sincos_positions(width, round((tokens - 1) ** 0.5))
+    found = pos_embed[0, 1:]
+    if not len(found) or found.shape != expected.shape or (found - expected).abs().max() > 1e-3:
+        raise InputError(f"init_from {spec} has other positions than the constant ones of an MAE")

@@ -1,0 +1,76 @@
+"""The recipes of all kinds of pre-training by name: the rows of the paper, and their rivals."""
+
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from ldae import trajectory
+from ldae.errors import InputError, unknown
+from ldae.runs import kinds
+
+
+class Recipes(Protocol):
+    """The module of the recipes of one kind."""
+
+    DEFAULT: str
+    """The recipe that a file of settings changes."""
+    SUMMARIES: dict[str, str]
+    """Name of a recipe -> a line about it."""
+
+    def config(self, name: str, scale: str) -> Any:
+        """Return the settings of a recipe at a scale. Raises: InputError for another scale."""
+
+
+def recipes_of(kind: str) -> Recipes:
+    """Return the recipes of a kind of run."""
+    return cast(Recipes, import_module(kinds.KINDS[kind].recipes))
+
+
+def find(name: str | int, among: Iterable[str] = ()) -> tuple[str, str]:
+    """Return the kind and the name of a recipe; the number of a row stands for its name.
+
+    Args:
+        among: kinds of run that may have the recipe; by default those that pre-train an encoder.
+
+    Raises: InputError when none of them has it, with the kind that does or the nearest name.
+    """
+    numbered = {str(row.number): row.name for row in trajectory.ROWS}
+    name, among = numbered.get(str(name), str(name)), tuple(among) or tuple(kinds.pretrainings())
+    known = {
+        recipe: kind
+        for kind in (*reversed(kinds.pretrainings()), *reversed(among))
+        for recipe in recipes_of(kind).SUMMARIES
+    }
+    if name not in known:
+        own = [recipe for recipe, kind in known.items() if kind in among]
+        raise unknown("there is no row", name, own, " (`ldae show` lists all)")
+    if known[name] not in among:
+        wanted = " or ".join(kinds.KINDS[kind].noun for kind in among)
+        raise InputError(f"{name} is {kinds.KINDS[known[name]].noun}, not {wanted}")
+    return known[name], name
+
+
+def config(name: str | int = "l_dae", scale: str = "paper") -> Any:
+    """Return the settings of a recipe at a scale: a row of the paper, or a rival such as ``mae``.
+
+    Raises: InputError for a recipe or a scale that does not exist.
+    """
+    kind, name = find(name)
+    return recipes_of(kind).config(name, scale)
+
+
+def read(path: Path, scale: str, among: Iterable[str] = ()) -> Any:
+    """Return the settings in a YAML file, which changes the default recipe of its kind at a scale.
+
+    Args:
+        among: the kinds of run that the file may be for; by default those that pre-train an
+            encoder. The first is the kind of a file that names none.
+
+    Raises: InputError naming the file, as ``kinds.load``.
+    """
+    among = tuple(among) or tuple(kinds.pretrainings())
+    given = kinds.kind_of_file(path)
+    kind = given if given in among else among[0]
+    recipes = recipes_of(kind)
+    return kinds.load(path, kind, recipes.config(recipes.DEFAULT, scale))

@@ -1,0 +1,145 @@
+"""What all kinds of pre-training share: the checks before a run, and the training in its folder."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldae import distributed, tree
+from ldae.data.loader import Transform
+from ldae.data.open import open_source
+from ldae.data.source import Source
+from ldae.errors import InputError
+from ldae.models.vit import fuse_attention
+from ldae.precision import runs_in_bf16
+from ldae.pretraining.images import FitImages, pixel_stats
+from ldae.pretraining.online_knn import online_knn
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.folder import open_run
+from ldae.runs.kinds import KINDS
+from ldae.runs.skipped import record_skipped
+from ldae.tokenizers.pixels import PixelStatistics
+from ldae.train.loop import Hook
+from ldae.train.plan import Plan, plan_run
+from ldae.train.run import (
+    check_warmup,
+    compiles,
+    describe_training,
+    fuses_attention,
+    train_in,
+    transform_of,
+)
+
+_STATISTICS_IMAGES = 20_000  # as many as a row fits its tokenizer on
+
+
+@dataclass(frozen=True)
+class Training:
+    """A pre-training in a folder, after the checks that all kinds share."""
+
+    kind: str
+    config: Any
+    run: Path
+    row: str
+    """The name of the recipe in the records."""
+    device: torch.device
+    source: Source
+    """The training images."""
+    plan: Plan
+    bf16: bool
+    """Whether the network runs in bfloat16."""
+    stats: tuple[tuple[float, ...], tuple[float, ...]]
+    """Mean and standard deviation of the pixels; empty to measure them."""
+
+    def hooks(self) -> tuple[Hook, ...]:
+        """Return what is measured during the training: the online k-NN, if it is asked for.
+
+        Raises: InputError as ``online_knn``.
+        """
+        backbone = KINDS[self.kind].opened().backbone
+        return online_knn(self.config, self.plan, self.device, backbone)
+
+    def facts(self, parameters: str, tokens: str) -> dict[str, str]:
+        """Return what a dry run prints below the settings, given the sizes of the network."""
+        return {
+            "parameters": parameters,
+            "tokens per image": tokens,
+            "images": f"{len(self.source):,} in {self.source.spec}",
+        } | describe_training(self.plan, self.config.optim, self.bf16, self.device)
+
+    def open_run(self) -> AbstractContextManager[None]:
+        """Open the run folder, see ``ldae.runs.folder.open_run``."""
+        return open_run(self.run, self.kind, self.config, self.source, self.device)
+
+    def set_pixel_stats(self, pixels: PixelStatistics) -> None:
+        """Set the statistics of the settings, or those of the first images in training order.
+
+        The checkpoint of a run that resumes has them.
+        """
+        data = self.config.data
+        if self.stats[0]:
+            pixels.set_pixel_stats(*map(torch.tensor, self.stats))
+        elif not Checkpoints(self.run).paths():
+            images = FitImages(
+                self.source,
+                transform_of(self.config),
+                _STATISTICS_IMAGES,
+                self.config.seed,
+                workers=self.config.system.workers,
+                bad_images=data.bad_images,
+            )
+            pixels.fit_pixels(images)
+            record_skipped(self.run, images.skipped)
+
+    def train(
+        self,
+        method: nn.Module,
+        hooks: tuple[Hook, ...],
+        transform: Transform | None = None,
+    ) -> nn.Module:
+        """Train a method to the end of the plan, on crops of the training images.
+
+        Args:
+            transform: applied to each image instead of the crop of the settings.
+
+        Returns: the method, or its moving average where the recipe has one, in evaluation mode.
+        """
+        method.to(self.device)
+        fuse_attention(method, fuses_attention(self.bf16, self.device))
+        return train_in(
+            self.run,
+            method,
+            self.config,
+            self.config.optim,
+            self.plan,
+            self.source,
+            row=self.row,
+            transform=transform or transform_of(self.config),
+            device=self.device,
+            compiled=compiles(self.config.system.compile, self.device),
+            hooks=hooks,
+        ).eval()
+
+
+@contextmanager
+def prepare_training(kind: str, config: Any, run: Path, row: str) -> Iterator[Training]:
+    """Join the process group, and check what all kinds of pre-training need; nothing is written.
+
+    Raises: InputError for wrong settings or data.
+    """
+    device = distributed.device_for(config.system.device)
+    with distributed.process_group(device, config.system.rank_timeout):
+        tree.check(config)
+        check_warmup(run, config.optim)
+        if config.data.latents and not hasattr(config, "tokenizer"):
+            noun = KINDS[kind].noun
+            raise InputError(f"data.latents are of a tokenizer, which {noun} does not have")
+        source = open_source(config.data.source, "train")
+        plan = plan_run(len(source), config.optim, config.system, device)
+        bf16 = runs_in_bf16(config.system.precision, device)
+        stats = pixel_stats(config.data)
+        yield Training(kind, config, run, row, device, source, plan, bf16, stats)
