@@ -296,8 +296,8 @@ DDAE = {
     ("name", "content", "sentence"),
     [
         (VIT_S, lambda: dinov2(VIT_S_14)[1],
-         "is a checkpoint of DINOv2 and no NAME: its patches have 14 pixels a side, and those of the "
-         "model 16"),
+         "is a checkpoint of DINOv2 and no NAME: its patches have 14 pixels a side, and those of "
+         "the model 16"),
         (VIT_S_14, lambda: dinov2(REGISTERS)[1],
          "does not fit NAME: timm cannot convert it"),
         (VIT_S_14, lambda: without(dinov2(VIT_S_14)[1], "norm.bias"),
