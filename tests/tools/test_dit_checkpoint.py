@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ldae import cli
 from ldae.backbones.run import load_run
@@ -181,30 +182,32 @@ def test_published_files_bring_their_number_of_images(make):
     assert load_run(run)[1]["images_seen"] == 1_792_000_000
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["sample", "RUN", "--steps", "2", "--images", "2", "--labels", "3", "--guidance", "4"],
-        ["knn", "RUN", "--data", "scattered-digits:24", "--k", "3", "--workers", "0"],
-        [
-            "grid",
-            "RUN",
-            "--data",
-            "scattered-digits:24",
-            "--timesteps",
-            "10",
-            "--epochs",
-            "1",
-            "--workers",
-            "0",
-        ],
-    ],
-)
-def test_commands_take_the_run(argv, make, capsys):
-    run = make(weights(), data="scattered-digits:24")
-    assert (
-        cli.main([str(run) if part == "RUN" else part for part in argv] + ["--device", "cpu"]) == 0
-    )
+@pytest.fixture
+def digits(tmp_path):
+    """A folder of ten classes, with four images of each to train on and one to evaluate on."""
+    for split, count in (("train", 4), ("val", 1)):
+        for number in range(CLASSES):
+            folder = tmp_path / "digits" / split / f"digit-{number}"
+            folder.mkdir(parents=True)
+            for image in range(count):
+                Image.new("RGB", (64, 64), (25 * number, 60 * image, 99)).save(
+                    folder / f"{image}.png"
+                )
+    return str(tmp_path / "digits")
+
+
+COMMANDS = {
+    "sample": "RUN --steps 2 --images 2 --labels digit-3 --guidance 4",
+    "knn": "RUN --data DATA --k 1 --workers 0",
+    "grid": "RUN --data DATA --timesteps 10 --epochs 1 --workers 0",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_take_the_run(command, make, digits):
+    given = {"RUN": str(make(weights(), data=digits)), "DATA": digits}
+    argv = [given.get(word, word) for word in COMMANDS[command].split()]
+    assert cli.main([command, *argv, "--device", "cpu"]) == 0
 
 
 def without(name: str) -> dict:
@@ -239,12 +242,11 @@ def test_a_folder_with_a_run_is_left_alone(make):
         make(weights())
 
 
-def test_a_source_of_other_classes_is_refused(make, monkeypatch):
-    monkeypatch.setattr("test_dit_checkpoint.CLASSES", 9)
-    with pytest.raises(
-        InputError, match="scattered-digits:24 has 10 classes, and the checkpoint 9"
-    ):
-        make(weights(), data="scattered-digits:24")
+def test_a_source_of_other_classes_is_refused(make, digits):
+    own = weights()
+    own["y_embedder.embedding_table.weight"] = torch.zeros(CLASSES, WIDTH)
+    with pytest.raises(InputError, match="digits has 10 classes, and the checkpoint 9"):
+        make(own, data=digits)
 
 
 def test_the_command_line_prints_one_sentence(tmp_path, capsys):
