@@ -44,7 +44,8 @@ def load_backbone(
             - a run folder: the backbone of its newest checkpoint;
             - a folder written by timm or by ``ldae export``;
             - a timm name with timm's weights, or ``hf-hub:USER/MODEL``;
-            - ``NAME@FILE``: a timm name and a local checkpoint, ``.safetensors`` or PyTorch's;
+            - ``NAME@FILE``: a timm name and a local checkpoint, ``.safetensors`` or PyTorch's, also
+              in a published layout of ``ldae.backbones.layouts``;
             - ``pixels`` or ``pixels:SIZE``: the raw pixels of a square, by default of side 32.
 
         random_init: give the same architecture timm's random initialisation, the untrained control.
