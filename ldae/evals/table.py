@@ -90,7 +90,7 @@ def _markdown(entries: list[dict]) -> str:
         if entry["results"]:
             row[protocol] = f"{entry['results'][entry['headline']]:.2f}"
         if entry["published"] is not None:
-            row[_PUBLISHED.format(protocol)] = f"{entry['published']:g}"
+            row[_PUBLISHED.format(protocol)] = str(entry["published"])
     lines = [
         ["data", "backbone", *heads.values()],
         ["---", "---", *("--:" for _ in heads)],

@@ -146,7 +146,7 @@ def test_published_numbers_stand_beside_the_results_and_decide_nothing(suite, se
     suite.write_text((backbone + SUITE).replace("74.5", "75"))
     count = len(called.made)
     evaluate(("pixels:8",), suite=suite, setup=setup)
-    assert len(called.made) == count and "| 75 |" in (setup.out / "table.md").read_text()
+    assert len(called.made) == count and "| 75.0 |" in (setup.out / "table.md").read_text()
 
 
 def test_cells_of_a_backbone_and_a_data_set_share_features(suite, setup, monkeypatch):
