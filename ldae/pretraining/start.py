@@ -35,10 +35,8 @@ def open_start(config: Config, run: Path) -> tuple[Config, VisionTransformer | N
     """
     if not config.init_from:
         return config, None
-    if Checkpoints(run).paths():
-        before = tree.flatten(settings_of(run, "pretraining"))
-        decided = (*UNNAMED_SIZES, _PARTS, *_STATISTICS)
-        return _put(config, {n: v for n, v in before.items() if n.startswith(decided)}), None
+    if resumed := decided_before(config, run, "pretraining"):
+        return resumed, None
     tokenizer = TOKENIZERS[config.tokenizer.name]
     if not issubclass(tokenizer, PatchTokenizer):
         raise InputError(f"init_from needs a patch-wise tokenizer, not {tokenizer.__name__}")
@@ -54,38 +52,56 @@ def open_start(config: Config, run: Path) -> tuple[Config, VisionTransformer | N
     if not (config.tokenizer.path or any(pixel_stats(config.data))):
         cfg = vit.pretrained_cfg
         leaves |= {"data.mean": tuple(cfg["mean"]), "data.std": tuple(cfg["std"])}
-    return _put(config, leaves), vit
+    return decide(config, leaves), vit
 
 
-def _put(config: Config, leaves: dict[str, Any]) -> Config:
-    """Return the settings with the leaves that a start decides.
+def decided_before(config: Any, run: Path, kind: str) -> Any | None:
+    """Return the settings with what a start decided for the run in the folder ``run``.
+
+    Without a checkpoint there, the result is None.
+
+    Raises: InputError as ``decide``, and when the folder holds a run of another kind.
+    """
+    if not Checkpoints(run).paths():
+        return None
+    before = tree.flatten(settings_of(run, kind))
+    decided = (*UNNAMED_SIZES, _PARTS, *_STATISTICS)
+    return decide(config, {n: v for n, v in before.items() if n.startswith(decided)})
+
+
+def decide(config: Any, leaves: dict[str, Any]) -> Any:
+    """Return the settings of any kind of run with the leaves that its start decides.
 
     Raises: InputError when the settings name another value of one of them.
     """
     decided = tree.put(config, leaves)
-    values = _sizes(decided)
-    for name, value in (_sizes(config) | _parts(config)).items():
-        if (other := values.get(name, tree.flatten(decided)[name])) != value:
-            raise InputError(f"{name} is {value}, and init_from {config.init_from} has {other}")
+    values = tree.flatten(decided) | _sizes(decided)
+    for name, value in _named(config).items():
+        if values[name] != value:
+            raise InputError(
+                f"{name} is {value}, and init_from {config.init_from} has {values[name]}"
+            )
     return decided
 
 
-def _sizes(config: Config) -> dict[str, Any]:
+def _named(config: Any) -> dict[str, Any]:
+    """Return the sizes, the parts and the statistics that the settings name."""
+    given, defaults = tree.flatten(config), tree.flatten(type(config)())
+    parts = [name for name in given if name.startswith(_PARTS) and given[name] != defaults[name]]
+    statistics = [name for name in _STATISTICS if given[name]]
+    return _sizes(config) | {name: given[name] for name in (*parts, *statistics)}
+
+
+def _sizes(config: Any) -> dict[str, Any]:
     """Return the sizes that the settings name, or ``model.name`` for them, without that name."""
-    model = config.model
-    sizes = {name: getattr(model, name.removeprefix("model.")) for name in UNNAMED_SIZES}
-    if name := sizes.pop("model.name"):
-        shape = vit_shape(name, model.depth, model.embed_dim, model.num_heads, model.mlp_ratio)
-        sizes = {
-            size: value or getattr(shape, size.removeprefix("model."))
-            for size, value in sizes.items()
-        }
-    return {size: value for size, value in sizes.items() if value}
-
-
-def _parts(config: Config) -> dict[str, Any]:
-    """Return the settings with values of their own that say more than sizes."""
-    parts = tree.difference(type(config.model.vit)(), config.model.vit)
-    named = {_PARTS + name: value for name, (_, value) in parts.items()}
-    given = tree.flatten(config)
-    return named | {name: given[name] for name in _STATISTICS if given[name]}
+    sizes = {
+        name.removeprefix("model."): value
+        for name, value in tree.flatten(config).items()
+        if name in UNNAMED_SIZES
+    }
+    if name := sizes.pop("name"):
+        patch_size = sizes.pop("patch_size")
+        shape = vit_shape(name, **sizes)
+        sizes = {size: getattr(shape, size) for size in sizes}
+        sizes["patch_size"] = patch_size or shape.patch_size
+    return {f"model.{size}": value for size, value in sizes.items() if value}

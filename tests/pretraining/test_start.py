@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+import ldae
 from ldae.backbones.fold import fold, init_from
 from ldae.backbones.open import load_backbone
 from ldae.backbones.run import load_run
@@ -12,6 +13,7 @@ from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.patches import sincos_positions
+from ldae.pretraining import recipes
 from ldae.pretraining.start import open_start
 from ldae.runs.kinds import settings_of
 from ldae.settings import UNNAMED_SIZES
@@ -220,7 +222,7 @@ def test_a_timm_name_is_a_start(config, tmp_path, monkeypatch, awake):
         ({"model.depth": 3}, "model.depth is 3, and init_from .*start has 2"),
         ({"model.patch_size": 4}, "model.patch_size is 4, and init_from .*start has 8"),
         ({"model.num_heads": 4}, "model.num_heads is 4, and init_from .*start has 2"),
-        ({"model.name": "vit_tiny_patch16_224"}, "model.patch_size is 16, and init_from"),
+        ({"model.name": "vit_tiny_patch16_224"}, "model.depth is 12, and init_from .*start has 2"),
         ({"model.vit.reg_tokens": 1}, "model.vit.reg_tokens is 1, and init_from .*start has 0"),
         ({"data.in_chans": 4}, "in_chans is for timm names"),
         ({"tokenizer.name": "conv_vae"}, "init_from needs a patch-wise tokenizer, not ConvTok"),
@@ -234,6 +236,19 @@ def test_what_does_not_fit_a_start_is_refused(changes, sentence, start, config, 
     with pytest.raises(InputError, match=sentence) as refused:
         pretrain(replace(config(folder), changes), tmp_path / "run", "l_dae")
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_recipe_names_no_size_beside_a_start(tmp_path):
+    for name in ("l_dae", "mae"):
+        found = flatten(ldae.config(name, "demo", init_from="x"))
+        known = UNNAMED_SIZES.items() & found.items()
+        assert known and len(known) == sum(size in found for size in UNNAMED_SIZES)
+        assert found["init_from"] == "x" and found["optim.batch_size"] == 128
+    file = tmp_path / "mine.yaml"
+    file.write_text("init_from: y\nmodel: {depth: 3}\n")
+    found = flatten(recipes.read(file, "demo", init_from="x"))
+    assert UNNAMED_SIZES.items() - found.items() == {("model.depth", None)}
+    assert found["init_from"] == "y" and found["model.depth"] == 3
 
 
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
