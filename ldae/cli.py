@@ -258,19 +258,22 @@ def _call_with_protocol(command: str, argv: Sequence[str], function: Callable) -
 
 
 def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> None:
-    """Read the row and ``--scale`` first, as they set the settings' defaults."""
+    """Read what sets the settings' defaults first: the row, ``--scale`` and ``--init-from``."""
     from ldae import trajectory
     from ldae.pretraining import recipes
 
     chosen, rest = _read_options(argv, scale="paper")
     row = _pop_positional(rest)
+    start = ""
+    if command == "pretrain":
+        start = vars(_read_options(rest, **{"init-from": ""})[0])["init_from"]
     if row is None and not _asks_help(rest):
         raise InputError(f"name a row: ldae {command} l_dae ... (`ldae show` lists the rows)")
     if row and Path(row).suffix in (".yaml", ".yml"):
-        base = recipes.read(Path(row), chosen.scale, _STARTS[command])
+        base = recipes.read(Path(row), chosen.scale, _STARTS[command], start)
     else:
         _, row = recipes.find(row or "l_dae", _STARTS[command])
-        base = recipes.config(row, chosen.scale)
+        base = recipes.config(row, chosen.scale, start)
     _call_with_settings(
         command,
         function,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -172,13 +172,34 @@ class FeatureSettings:
 
 
 @dataclass(frozen=True)
+class ViTSettings:
+    """The parts of DiT's blocks and of its encoder. init_from takes them from the start."""
+
+    class_token: bool = False
+    """A learned token before the patches, which ends with the encoder."""
+    reg_tokens: Annotated[int, NOT_NEGATIVE] = 0
+    """Register tokens, which follow the class token and end with the encoder too."""
+    act_layer: Annotated[str, Choice("ldae.models.activations:ACTIVATIONS")] = "gelu_tanh"
+    """The activation of the MLPs."""
+    norm_eps: Annotated[float, POSITIVE] = 1e-6
+    """Epsilon of the LayerNorms in blocks."""
+    pre_norm: bool = False
+    """A LayerNorm before the first block, as in CLIP."""
+    final_norm: bool = False
+    """A LayerNorm behind the last block of the encoder."""
+    pos_embed: Literal["sincos", "learn"] = "sincos"
+    """Positions: sine-cosine constants, or a learned table that begins as these."""
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """The choice of a denoiser, and the sizes of DiT: its encoder and its decoder."""
 
     denoiser: Annotated[str, Choice("ldae.models:DENOISERS")] = "dit"
     """The kind of denoiser."""
     name: str = "vit_large_patch16_224"
-    """A timm ViT, which gives patch_size, depth, embed_dim and num_heads unless they are set."""
+    """A timm ViT, which gives patch_size, depth, embed_dim, num_heads and mlp_ratio unless they are
+    set."""
     patch_size: Annotated[int | None, COUNT] = None
     """Side of a patch, in pixels."""
     depth: Annotated[int | None, COUNT] = 12  # "ViT-1/2L": DiT-L's 24 blocks are 12 + 12
@@ -189,6 +210,9 @@ class ModelSettings:
     """Width of the tokens in the network."""
     num_heads: Annotated[int | None, COUNT] = None
     """Attention heads."""
+    mlp_ratio: Annotated[float | None, POSITIVE] = None
+    """Width of the MLPs, as a multiple of embed_dim."""
+    vit: ViTSettings = field(default_factory=ViTSettings)
     cond_ratio: Annotated[float, POSITIVE] = 0.25  # DiT's 1 takes a third of the parameters
     """Width of the conditioning as a share of embed_dim."""
     class_conditional: bool = False
@@ -288,4 +312,16 @@ class Config:
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the weights, the data order, the augmentation and the noise."""
     init_from: str = ""
-    """An exported backbone to start the encoder from, for a run with the same tokenizer."""
+    """A plain ViT to start the encoder from: a run, an exported folder, a timm name or NAME@FILE.
+    It decides the encoder's architecture, and the pixel statistics unless these are given."""
+
+
+UNNAMED_SIZES: dict[str, Any] = {
+    "model.name": "",
+    "model.patch_size": None,
+    "model.depth": None,
+    "model.embed_dim": None,
+    "model.num_heads": None,
+    "model.mlp_ratio": None,
+}
+"""The sizes that init_from decides, none of them named."""

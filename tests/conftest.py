@@ -57,6 +57,18 @@ TINY = {
 }
 
 
+# The parts of a ViT that rows do not have.
+PARTS = {
+    "model__vit__class_token": True,
+    "model__vit__reg_tokens": 2,
+    "model__vit__act_layer": "quick_gelu",
+    "model__vit__norm_eps": 1e-5,
+    "model__vit__pre_norm": True,
+    "model__vit__final_norm": True,
+    "model__vit__pos_embed": "learn",
+    "model__name": "vit_base_patch16_clip_224",  # timm has this eps only with such a name
+}
+
 # tokenizer.dim for tokenizers that cannot have 6 numbers a token.
 _DIMS = {"conv_vae": 8, "pixel": 192}
 

@@ -124,7 +124,7 @@ def test_the_commands_lead_from_pretraining_to_a_saved_classifier(capsys, tmp_pa
     import timm
 
     assert timm.create_model(f"local-dir:{saved}", pretrained=True).num_classes == 10
-    again = ["pretrain", "l_dae", "--scale", "demo", "--data", data, *small, "--init-from", out]
+    again = ["pretrain", "l_dae", "--scale", "demo", "--data", data, "--init-from", out, *small[6:]]
     assert call(capsys, *again, "--run", str(tmp_path / "second"))[0] == 0
 
 

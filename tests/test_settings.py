@@ -10,6 +10,8 @@ import ldae
 from ldae import tree
 from ldae.errors import InputError
 from ldae.models import DENOISERS
+from ldae.models.activations import ACTIVATIONS
+from ldae.models.vit import ViTParts
 from ldae.noise import SCHEDULES
 from ldae.objective import TARGETS, WEIGHTS
 from ldae.runs import kinds
@@ -114,6 +116,7 @@ def unread(config) -> list[str]:
         path.read_text() for path in package.rglob("*.py") if path.name != "settings.py"
     )
     by_entries = taken("noise.", SCHEDULES) | taken("tokenizer.", TOKENIZERS)
+    by_entries |= taken("model.vit.", {"dit": ViTParts})
     for name, denoiser in DENOISERS.items():
         by_entries |= taken(f"{name if hasattr(config, name) else 'model'}.", {name: denoiser})
     return [
@@ -128,6 +131,10 @@ def taken(prefix: str, registry: dict) -> set[str]:
     return {prefix + name for entry in registry.values() for name in signature(entry).parameters}
 
 
+def test_the_parts_of_a_vit_are_settings_with_the_same_defaults():
+    assert ViTParts(**dataclasses.asdict(Config().model.vit)) == ViTParts()
+
+
 def test_the_parameters_of_entries_are_settings():
     known = tree.flatten(Config())
     assert taken("noise.", SCHEDULES) <= known.keys()
@@ -139,6 +146,7 @@ def test_the_parameters_of_entries_are_settings():
 
 CHOICES = [
     (Config(), "model.denoiser", DENOISERS),
+    (Config(), "model.vit.act_layer", ACTIVATIONS),
     (Config(), "noise.schedule", SCHEDULES),
     (Config(), "objective.target", TARGETS),
     (Config(), "objective.weight", WEIGHTS),

@@ -1,18 +1,16 @@
 """Fold an encoder into a stock timm VisionTransformer, and start an encoder from such a ViT."""
 
 import copy
-from pathlib import Path
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from ldae import noise, tokenizers
-from ldae.backbones.whitening import drop_whitening
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT, PlainViT
+from ldae.models.vit import resized_state
 from ldae.tokenizers import PatchTokenizer
 from ldae.tokenizers.pixels import PixelStatistics
 
@@ -52,6 +50,10 @@ def fold(method: LDAE, timestep: int | None = None, verify: bool = True) -> Visi
     exact.bf16 = False
     condition = exact.denoiser.condition(torch.tensor([t]))
     state = exact.denoiser.plain_state(condition) | _fold_embedding(exact, t)
+    if vit.patch_embed.proj.bias is None:  # as timm has it before a pre_norm
+        bias, prefix = state.pop("patch_embed.proj.bias"), vit.num_prefix_tokens
+        first, others = state["pos_embed"].tensor_split([prefix], dim=1)
+        state["pos_embed"] = torch.cat([first, others + bias], dim=1)
     vit.load_state_dict({name: value.float() for name, value in state.items()})
     if verify:
         _verify(exact, vit, t)
@@ -148,64 +150,46 @@ def pretrained_cfg(pixels: PixelStatistics, url: str) -> dict:
     }
 
 
-def open_exported(folder: str | Path, method: LDAE) -> VisionTransformer:
-    """Open an exported backbone of the architecture of the method's encoder, without whitening.
-
-    Raises: InputError when the folder holds no such backbone, and when the tokenizer is a network,
-        since no backbone of images was trained on its latents; NoPlainViT when the encoder is not a
-        plain ViT.
-    """
-    if not isinstance(method.tokenizer, PatchTokenizer):
-        raise InputError(
-            f"init_from needs a patch-wise tokenizer, not {type(method.tokenizer).__name__}"
-        )
-    try:
-        vit = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # json, timm and safetensors share no type of exception
-        raise InputError(
-            f"init_from {folder} is not an exported backbone: {first_line(error)}"
-        ) from None
-    drop_whitening(vit)
-    with torch.device("meta"):
-        expected = stock_vit(method)
-    if _shapes(vit) != _shapes(expected):
-        raise InputError(
-            f"init_from {folder} holds a model of another shape than this run's encoder"
-        )
-    return vit
-
-
 @torch.no_grad()
-def init_from(method: LDAE, vit: VisionTransformer) -> None:
-    """Set the encoder's weights so that its fold is an exported backbone.
+def init_from(method: LDAE, vit: VisionTransformer) -> float:
+    """Set the encoder's weights so that its tokens at every t are those of a plain ViT.
 
-    The tokenizer must be fitted. The decoder stays as it is.
+    The encoder must have the ViT's architecture, and the tokenizer must be fitted. The tokens are
+    equal on images without noise that have no part outside of the tokenizer's axes: those that an
+    orthonormal tokenizer gives back. Positions are interpolated for another number of patches. The
+    decoder stays as it is.
 
-    Raises: InputError when the tokenizer drops a part of the patches that the backbone reads.
+    Returns: the share of the norm of the patch embedding that reads what the tokenizer drops.
     """
     exact = copy.deepcopy(method).cpu().double()
+    tokenizer, denoiser = exact.tokenizer, exact.denoiser
+    assert isinstance(tokenizer, PatchTokenizer)
+    weight, bias = _embedding_of(vit, tokenizer)
     matrix, offset = _patch_to_token(exact, default_timestep(method))
-    weight = vit.patch_embed.proj.weight.flatten(1).double()
-    # W' (A x + a) + b' = W x + b for every patch x, if the rows of W lie in the row space of A.
+    # The network sees a patch x as A x + a. The embedding W' reads from it what W reads from the
+    # part of x in the row space of A. The other part is that of the image given back for x = 0.
     # Singular values below float32's precision carry nothing of W.
     embed = weight @ torch.linalg.pinv(matrix, rtol=1e-6)
-    dropped = (embed @ matrix - weight).norm() / weight.norm()
-    if not dropped < TOLERANCE:
-        raise InputError(
-            f"init_from: this run's tokenizer.name {tokenizers.name_of(method.tokenizer)} drops "
-            f"{100 * dropped:.2g} % of what the backbone reads from a patch; give the tokenizer of "
-            "the backbone's run by --tokenizer.path"
-        )
+    dropped = weight - embed @ matrix
+    origin = tokenizer.inverse(tokenizer.project(torch.zeros_like(dropped[0])))
     method.denoiser.embed.weight.copy_(embed)
-    method.denoiser.embed.bias.copy_(vit.patch_embed.proj.bias - embed @ offset)
-    method.denoiser.load_plain_state(vit.state_dict())
+    method.denoiser.embed.bias.copy_(bias + dropped @ origin - embed @ offset)
+    method.denoiser.load_plain_state(resized_state(vit, denoiser.side))
     if method.feature_target is not None:
         method.feature_target.restart(method.denoiser)
+    return float(dropped.norm() / weight.norm())
 
 
-def _shapes(vit: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights, without the positions, which depend on the image size."""
-    state = vit.state_dict()
-    heads = vit.blocks[0].attn.num_heads if isinstance(vit, VisionTransformer) else 0
-    shapes = {name: tuple(value.shape) for name, value in state.items() if name != "pos_embed"}
-    return shapes | {"heads": (heads,)}
+def _embedding_of(
+    vit: VisionTransformer, pixels: PixelStatistics
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a ViT's patch embedding, W (width, D) and b (width,), for patches normalised by
+    ``pixels``.
+    """
+    weight = vit.patch_embed.proj.weight.double()
+    bias = vit.patch_embed.proj.bias
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    mean, std = (weight.new_tensor(vit.pretrained_cfg[key]) for key in ("mean", "std"))
+    shift = (pixels.pixel_mean - mean) / std
+    bias = bias + weight.sum((2, 3)) @ shift
+    return (weight * (pixels.pixel_std / std)[:, None, None]).flatten(1), bias

@@ -74,13 +74,14 @@ def exported(method: LDAE, timestep: int | None = None) -> Exported:
     timestep = own if timestep is None else timestep
     if not 0 <= timestep < len(method.sigma):
         raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")
-    tokenizer = method.tokenizer
+    tokenizer, vit = method.tokenizer, fold(method, timestep)
+    others = ", although it has a class token" if vit.has_class_token else ", no class token"
     return Exported(
-        fold(method, timestep),
+        vit,
         "denoising-autoencoder",
         "An image encoder pre-trained by latent denoising "
         f"([l-DAE]({LDAE_URL})) with\n"
-        "ldae: a plain ViT, no class token, averaged features.",
+        f"ldae: a plain ViT, averaged features of the patches{others}.",
         {
             "tokenizer": f"{type(tokenizer).__name__}, d = {tokenizer.dim}, "
             f"scale {tokenizer.scale}",

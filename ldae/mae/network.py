@@ -14,7 +14,7 @@ from ldae.errors import InputError
 from ldae.mae.settings import MAEConfig
 from ldae.masking import is_kept, kept_tokens, number_kept, restore
 from ldae.models.contract import PlainViT
-from ldae.models.vit import ViTShape, check_width, vit_shape
+from ldae.models.vit import ViTParts, ViTShape, check_width, timm_args, vit_shape
 from ldae.patches import patch_moments, patches_a_side, patchify, sincos_positions, unpatchify
 from ldae.runs.kinds import Exported, Opening
 from ldae.tokenizers.pixels import PixelStatistics
@@ -252,19 +252,8 @@ def build(config: MAEConfig, num_classes: int = 0, bf16: bool = False) -> MAE:
 
 def _plain_vit(shape: ViTShape) -> PlainViT:
     """Return the ViT of a shape with MAE's class token and final norm."""
-    args = {
-        "embed_dim": shape.embed_dim,
-        "depth": shape.depth,
-        "num_heads": shape.num_heads,
-        "mlp_ratio": shape.mlp_ratio,
-        "class_token": True,
-        "reg_tokens": 0,
-        "no_embed_class": False,
-        "global_pool": "token",
-        "final_norm": True,
-        "fc_norm": False,
-    }
-    return PlainViT(shape.name, args)
+    parts = ViTParts(class_token=True, act_layer="gelu", final_norm=True)
+    return PlainViT(shape.name, timm_args(shape, parts) | {"global_pool": "token"})
 
 
 def control_of(mae: MAE) -> VisionTransformer:

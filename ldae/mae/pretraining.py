@@ -1,5 +1,6 @@
 """Pre-training of an MAE."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,17 +25,18 @@ def pretrain(config: MAEConfig, run: Path, row: str, dry_run: bool = False) -> N
     Raises: InputError for wrong settings or data; Interrupted after a stop signal.
     """
     with prepare_training("mae", config, run, row) as training:
-        mae = build(config, bf16=training.bf16)
         # Everything is checked before anything is written.
+        config, start = open_start(config, run)
+        training = replace(training, config=config)
+        mae = build(config, bf16=training.bf16)
+        if start:
+            start_from(mae, start)
         hooks = training.hooks()
-        start = open_start(config.init_from, mae) if config.init_from else None
         if dry_run:
             print(describe(config, _facts(training, mae)))
             return
         with training.open_run():
-            if start:
-                start_from(mae, start)
-            else:
+            if not start:
                 training.set_pixel_stats(mae.pixels)
             trained = training.train(mae, hooks)
             if distributed.is_main():

@@ -1,5 +1,6 @@
 """The start of an MAE pre-training from another MAE: a run, its export, or a published file."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,10 @@ from ldae.backbones.weights import StateDict, read_checkpoint
 from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError
 from ldae.mae.network import MAE
+from ldae.mae.settings import MAEConfig
+from ldae.models.vit import read_vit
 from ldae.patches import sincos_positions
+from ldae.pretraining.start import decide, decided_before
 from ldae.runs.kinds import kind_of
 
 # The decoder's names in published files -> ours.
@@ -28,6 +32,8 @@ _DECODER = {
 class Start(NamedTuple):
     """The weights to start from."""
 
+    spec: str
+    """What ``init_from`` names."""
     encoder: StateDict
     """Without the positions, which are constants."""
     decoder: StateDict
@@ -38,16 +44,23 @@ class Start(NamedTuple):
     """Standard deviation (C,) of the pixels, in [0, 1]."""
 
 
-def open_start(spec: str, mae: MAE) -> Start:
-    """Open the weights that ``init_from`` names.
+def open_start(config: MAEConfig, run: Path) -> tuple[MAEConfig, Start | None]:
+    """Open the weights that ``init_from`` names, and take the encoder's sizes into the settings.
 
-    Args:
-        spec: a run folder of an MAE, an exported folder, or ``NAME@FILE`` for a checkpoint with
-            MAE's published names, such as ``vit_base_patch16_224.mae@mae_pretrain_vit_base.pth``.
-        mae: the network that will start from them.
+    ``init_from`` is a run folder of an MAE, an exported folder, or ``NAME@FILE`` for a checkpoint
+    with MAE's published names, such as ``vit_base_patch16_224.mae@mae_pretrain_vit_base.pth``. A
+    run that resumes has the sizes in its own settings, and needs no start.
 
-    Raises: InputError naming ``spec`` when it cannot be opened, or is no MAE of these sizes.
+    Returns: the settings, and the weights or None.
+
+    Raises: InputError naming the start when it cannot be opened or is no MAE, and when the settings
+        name another size.
     """
+    spec = config.init_from
+    if not spec:
+        return config, None
+    if resumed := decided_before(config, run, "mae"):
+        return resumed, None
     name, at, file = spec.partition("@")
     vit = load_backbone(name if at else spec, random_init=bool(at))
     if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
@@ -55,25 +68,31 @@ def open_start(spec: str, mae: MAE) -> Start:
     drop_whitening(vit)
     encoder, decoder = vit.state_dict(), {}
     if at:
-        encoder, decoder = _published(Path(file), mae.pixels.in_chans)
+        encoder, decoder = _published(Path(file), config.data.in_chans)
     elif kind_of(Path(spec)) == "mae":
         decoder = load_run(Path(spec), "mae")[0].decoder.state_dict()
     _check_positions(spec, encoder.pop("pos_embed", torch.zeros(1, 1, 1)))
-    own = mae.encoder.state_dict()
-    own.pop("pos_embed")
-    _check_shapes(spec, "an encoder", encoder, own)
-    if decoder:
-        _check_shapes(spec, "a decoder", decoder, mae.decoder.state_dict())
-    heads, own_heads = (part.blocks[0].attn.num_heads for part in (vit, mae.encoder))
-    if heads != own_heads:
-        raise InputError(f"init_from {spec} has {heads} heads, and model.num_heads is {own_heads}")
+    try:
+        shape, _ = read_vit(vit)
+    except InputError as error:
+        raise InputError(f"init_from {spec} is not a plain ViT: {error}") from None
+    config = decide(config, {f"model.{size}": value for size, value in asdict(shape).items()})
     cfg = vit.pretrained_cfg
-    return Start(encoder, decoder, torch.tensor(cfg["mean"]), torch.tensor(cfg["std"]))
+    mean, std = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
+    return config, Start(spec, encoder, decoder, mean, std)
 
 
 @torch.no_grad()
 def start_from(mae: MAE, start: Start) -> None:
-    """Set the weights of the encoder, of the decoder if the start has one, and the statistics."""
+    """Set the weights of the encoder, of the decoder if the start has one, and the statistics.
+
+    Raises: InputError when the network has other shapes.
+    """
+    own = mae.encoder.state_dict()
+    own.pop("pos_embed")
+    _check_shapes(start.spec, "an encoder", start.encoder, own)
+    if start.decoder:
+        _check_shapes(start.spec, "a decoder", start.decoder, mae.decoder.state_dict())
     mae.encoder.load_state_dict(start.encoder, strict=False)
     if start.decoder:
         mae.decoder.load_state_dict(start.decoder)

@@ -34,7 +34,7 @@ class Denoiser(nn.Module):
     also defines ``add_mask_token``, and an encoder with one feature for each token
     ``encoder_copy``. An encoder that is a plain ViT at a fixed condition can be
     exported to timm, and can start from a plain ViT. Its class also defines ``embed``,
-    ``plain_vit``, ``plain_state`` and ``load_plain_state``.
+    ``plain_vit``, ``plain_settings``, ``plain_state`` and ``load_plain_state``.
 
     Args:
         side: number of tokens along an edge of the image.
@@ -149,6 +149,15 @@ class Denoiser(nn.Module):
             f"the denoiser {type(self).__name__} is not a plain ViT, so timm has no such model"
         )
 
+    @classmethod
+    def plain_settings(cls, vit: nn.Module) -> dict[str, Any]:
+        """Return the settings in ``model`` with which the encoder is the plain ViT ``vit`` of timm.
+
+        Raises: NoPlainViT when no encoder of this class is one; InputError when there is no such
+            encoder for ``vit``, with a message that continues a sentence about it.
+        """
+        raise NoPlainViT(f"the denoiser {cls.__name__} is not a plain ViT, which init_from needs")
+
     def plain_state(self, c: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the state dict of ``plain_vit`` at condition c (1, cond_dim).
 
@@ -159,6 +168,7 @@ class Denoiser(nn.Module):
     def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
         """Make the encoder a plain ViT with these weights, at every condition.
 
-        This is the inverse of ``plain_state``; the patch embedding is not read.
+        This is the inverse of ``plain_state``; the patch embedding is not read. The positions are
+        those of ``side`` * ``side`` patches, behind those of the prefix tokens.
         """
         raise NotImplementedError

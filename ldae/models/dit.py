@@ -2,61 +2,26 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Mlp
-from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldae.masking import restore
-from ldae.models.contract import Denoiser, PlainViT
-from ldae.models.vit import vit_shape
+from ldae.models.activations import ACTIVATIONS
+from ldae.models.contract import Denoiser, NoPlainViT, PlainViT
+from ldae.models.vit import ViTParts, norm_eps_of, read_vit, timm_args, vit_shape
 from ldae.patches import sincos_positions
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Scale and shift x (B, N, W) by vectors (B, W)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class GELU(nn.Module):
-    """GELU in its tanh approximation, as in DiT."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return _SigmoidGELU.apply(x)
-        return F.gelu(x, approximate="tanh")
-
-
-class _SigmoidGELU(torch.autograd.Function):
-    """The same function as x sigmoid(2 u), since (1 + tanh u) / 2 = sigmoid(2 u).
-
-    Compiled for a CPU, the exp of a sigmoid is many times faster than tanh. The backward pass
-    computes the sigmoid anew, because it would be stored in float32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        y = x.float()
-        return (y * _SigmoidGELU.gate(y)).to(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        y = x.float()
-        gate = _SigmoidGELU.gate(y)
-        two_u_slope = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * y * y)
-        return (gradient.float() * gate * (1 + y * (1 - gate) * two_u_slope)).to(gradient)
-
-    @staticmethod
-    def gate(y: torch.Tensor) -> torch.Tensor:
-        """Return sigmoid(2 u) for u = sqrt(2 / pi) (y + 0.044715 y^3)."""
-        return torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y * y * y))
 
 
 class TimestepEmbedding(nn.Module):
@@ -77,12 +42,20 @@ class TimestepEmbedding(nn.Module):
 class Block(nn.Module):
     """A ViT block whose two LayerNorms and two residual gates depend on t: adaLN-Zero (DiT)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cond_dim: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        cond_dim: int,
+        act_layer: str = "gelu_tanh",
+        norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
         self.attn = Attention(dim, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELU)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=ACTIVATIONS[act_layer])
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * dim))
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -112,14 +85,15 @@ class Block(nn.Module):
     def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
         """Make the block equal to the timm Block of a state dict, at every condition.
 
-        The bias of adaLN takes the LayerNorms, and gates of 1.
+        The bias of adaLN takes the LayerNorms, and LayerScale, if there is one, as the gates.
         """
         self.attn.load_state_dict(_below("attn.", state))
         self.mlp.load_state_dict(_below("mlp.", state))
         modulation = []
         for number in (1, 2):
             weight, bias = state[f"norm{number}.weight"], state[f"norm{number}.bias"]
-            modulation += [bias, weight - 1, torch.ones_like(bias)]
+            gate = state.get(f"ls{number}.gamma", torch.ones_like(bias))
+            modulation += [bias, weight - 1, gate]
         self.adaLN_modulation[1].weight.zero_()
         self.adaLN_modulation[1].bias.copy_(torch.cat(modulation))
 
@@ -145,9 +119,11 @@ class DiT(Denoiser):
 
     Args:
         name: a timm ViT with the shape of the encoder.
-        depth, embed_dim, num_heads: replacements of the sizes of that ViT.
+        depth, embed_dim, num_heads, mlp_ratio: replacements of the sizes of that ViT.
         cond_ratio: width of the conditioning as a share of ``embed_dim`` (paper, section 3: 1/4).
         decoder_depth: blocks of the decoder; by default as many as the encoder has.
+        vit: the fields of ``ViTParts``. The decoder has the activation and the eps too, but prefix
+            tokens end with the encoder.
 
     Raises: InputError as ``vit_shape`` does.
     """
@@ -158,8 +134,10 @@ class DiT(Denoiser):
         depth: int | None = None,
         embed_dim: int | None = None,
         num_heads: int | None = None,
+        mlp_ratio: float | None = None,
         cond_ratio: float = 0.25,
         decoder_depth: int | None = None,
+        vit: Mapping[str, Any] | None = None,
         *,
         side: int,
         in_dim: int,
@@ -168,15 +146,29 @@ class DiT(Denoiser):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__(side, in_dim, out_dim, num_classes, checkpoint_activations)
-        shape = self.shape = vit_shape(name, depth, embed_dim, num_heads)
+        shape = self.shape = vit_shape(name, depth, embed_dim, num_heads, mlp_ratio)
+        parts = self.parts = ViTParts(**(vit or {}))
         decoder_depth = decoder_depth or shape.depth
         self.width, self.depth = shape.embed_dim, shape.depth
         self.stages = self.depth + decoder_depth
         cond_dim = int(self.width * cond_ratio)
 
         sizes = (self.width, shape.num_heads, shape.mlp_ratio, cond_dim)
+        sizes += (parts.act_layer, parts.norm_eps)
         self.embed = nn.Linear(in_dim, self.width)
-        self.register_buffer("pos_embed", sincos_positions(self.width, side), persistent=False)
+        pos_embed = sincos_positions(self.width, side)
+        if parts.pos_embed == "learn":
+            self.pos_embed = nn.Parameter(pos_embed)
+        else:
+            self.register_buffer("pos_embed", pos_embed, persistent=False)
+        # The P prefix tokens with their positions.
+        self.num_prefix = parts.class_token + parts.reg_tokens
+        tokens = nn.Parameter(torch.empty(self.num_prefix, self.width))
+        self.prefix = tokens if self.num_prefix else None
+        self.norm_pre, self.norm = (
+            nn.LayerNorm(self.width, eps=parts.norm_eps) if has_norm else nn.Identity()
+            for has_norm in (parts.pre_norm, parts.final_norm)
+        )
         self.t_embed = TimestepEmbedding(cond_dim)
         self.y_embed = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
         self.encoder = nn.ModuleList(Block(*sizes) for _ in range(shape.depth))
@@ -195,6 +187,8 @@ class DiT(Denoiser):
             nn.init.normal_(linear.weight, std=0.02)
         if self.y_embed is not None:
             nn.init.normal_(self.y_embed.weight, std=0.02)
+        if self.prefix is not None:
+            nn.init.normal_(self.prefix, std=0.02)
         for module in (*self.encoder, *self.decoder, self.final):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final.linear.weight)
@@ -218,11 +212,16 @@ class DiT(Denoiser):
     def encode(
         self, tokens: torch.Tensor, c: torch.Tensor, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self._run(self.encoder, self._placed(tokens, kept), c)
+        return self._finish(self._run(self.encoder, self._placed(tokens, kept), c))
 
     def taps(self, tokens: torch.Tensor, c: torch.Tensor) -> Iterator[torch.Tensor]:
         x = self._placed(tokens)
-        for block in (*self.encoder, *self.decoder):
+        for block in self.encoder[:-1]:
+            x = block(x, c)
+            yield x[:, self.num_prefix :]
+        x = self._finish(self.encoder[-1](x, c))
+        yield x
+        for block in self.decoder:
             x = block(x, c)
             yield x
 
@@ -242,13 +241,25 @@ class DiT(Denoiser):
         return self.final(x, c)  #                    (B, N, out_dim)
 
     def _placed(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the tokens embedded with their positions: all, or the indices ``kept``."""
+        """Return the input of the first block (B, P + n, W): the prefix and the embedded tokens.
+
+        The n tokens are all, or those of the indices ``kept``, each at its position.
+        """
         pos_embed = self.pos_embed
         if kept is not None:
             tokens = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, self.in_dim))
             pos_embed = pos_embed[kept]
         x = self.embed(tokens)
-        return x + pos_embed.to(x)  # in the precision of the layers, which the residual stream has
+        x = x + pos_embed.to(x)  # in the precision of the layers, which the residual stream has
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.to(x).expand(len(x), -1, -1), x], dim=1)
+        return self.norm_pre(x).to(x)
+
+    def _finish(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the encoder's features (B, n, W) for the output of its last block."""
+        if self.num_prefix:
+            x = x[:, self.num_prefix :]
+        return self.norm(x).to(x)
 
     def _run(self, blocks: nn.ModuleList, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         for block in blocks:
@@ -263,32 +274,55 @@ class DiT(Denoiser):
         return sum(parameter.numel() for parameter in self.encoder.parameters())
 
     def plain_vit(self) -> PlainViT:
-        return PlainViT(
-            self.shape.name,
-            {
-                "embed_dim": self.width,
-                "depth": self.depth,
-                "num_heads": self.shape.num_heads,
-                "mlp_ratio": self.shape.mlp_ratio,
-                "class_token": False,
-                "global_pool": "avg",
-                "final_norm": False,
-                "fc_norm": False,
-                "act_layer": "gelu_tanh",
-            },
-        )
+        name, parts = self.shape.name, self.parts
+        args = timm_args(self.shape, parts)
+        if parts.norm_eps != norm_eps_of(name):
+            # In config.json a norm is a name, with timm's eps.
+            if parts.norm_eps != ViTParts.norm_eps:
+                raise NoPlainViT(
+                    f"model.vit.norm_eps is {parts.norm_eps:g}, and timm has no {name} with it"
+                )
+            args["norm_layer"] = "layernorm"
+        return PlainViT(name, args)
 
     def plain_state(self, c: torch.Tensor) -> dict[str, torch.Tensor]:
-        state = {"pos_embed": self.pos_embed[None]}
+        pos_embed, state = self.pos_embed, {}
+        if self.prefix is not None:
+            pos_embed = torch.cat([torch.zeros_like(self.prefix), pos_embed])
+            tokens = {"cls_token": self.prefix[: self.parts.class_token]}
+            tokens["reg_token"] = self.prefix[self.parts.class_token :]
+            state = {name: value[None] for name, value in tokens.items() if len(value)}
+        state["pos_embed"] = pos_embed[None]
+        state |= self.norm_pre.state_dict(prefix="norm_pre.")
         for number, block in enumerate(self.encoder):
             plain = block.plain_state(c)
             state |= {f"blocks.{number}.{name}": value for name, value in plain.items()}
-        return state
+        return state | self.norm.state_dict(prefix="norm.")
 
+    @classmethod
+    def plain_settings(cls, vit: nn.Module) -> dict[str, Any]:
+        shape, parts = read_vit(vit)
+        assert isinstance(vit, VisionTransformer)  # or it was refused
+        rows, columns = vit.patch_embed.grid_size
+        found = vit.pos_embed[0, -rows * columns :]
+        constant = rows == columns and torch.allclose(
+            found, sincos_positions(shape.embed_dim, rows).to(found), rtol=0, atol=1e-5
+        )
+        parts = replace(parts, pos_embed="sincos" if constant else "learn")
+        return asdict(shape) | {"vit": asdict(parts)}
+
+    @torch.no_grad()
     def load_plain_state(self, state: dict[str, torch.Tensor]) -> None:
-        # The positions are constants, so those of ``state``, perhaps of another size, are not read.
+        pos_embed = state["pos_embed"][0]
+        if self.prefix is not None:
+            tokens = [state[name][0] for name in ("cls_token", "reg_token") if name in state]
+            self.prefix.copy_(torch.cat(tokens) + pos_embed[: self.num_prefix])
+        if self.parts.pos_embed == "learn":
+            self.pos_embed.copy_(pos_embed[self.num_prefix :])
+        self.norm_pre.load_state_dict(_below("norm_pre.", state))
         for number, block in enumerate(self.encoder):
             block.load_plain_state(_below(f"blocks.{number}.", state))
+        self.norm.load_state_dict(_below("norm.", state))
 
 
 def _below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

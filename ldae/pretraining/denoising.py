@@ -4,14 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldae import distributed
-from ldae.backbones.fold import init_from, open_exported
-from ldae.console import describe
+from ldae.backbones.fold import TOLERANCE, init_from
+from ldae.console import describe, print_main
 from ldae.data.cached import copy_latents
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.plots.pictures import save_denoising, save_filters
 from ldae.pretraining.images import sample_images
 from ldae.pretraining.latents import open_latents
+from ldae.pretraining.start import open_start
 from ldae.pretraining.tokenizer import prepare, tokenizer_of_run
 from ldae.pretraining.training import Training, prepare_training
 from ldae.runs import layout
@@ -32,6 +33,8 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         source, device = training.source, training.device
         if config.model.class_conditional and source.labels is None:
             raise InputError(f"model.class_conditional needs labels; {source.spec} has none")
+        config, start = open_start(config, run)
+        training = replace(training, config=config)
         method = build(config, num_classes=len(source.classes or ()), bf16=training.bf16)
         # Everything is checked before anything is written.
         hooks = training.hooks()
@@ -40,14 +43,18 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
         if config.data.latents:
             latents, transform = open_latents(fit.config, fit.tokenizer, source), copy_latents
             training = replace(training, source=latents)
-        start = open_exported(config.init_from, method) if config.init_from else None
         if dry_run:
             print(describe(fit.config, _facts(training, method)))
             return
         with training.open_run():
             method.tokenizer.load_state_dict(tokenizer_of_run(fit, run, row).state_dict())
             if start:
-                init_from(method, start)
+                dropped = init_from(method, start)
+                if dropped > TOLERANCE:
+                    print_main(
+                        f"init_from {config.init_from}: the tokenizer drops {100 * dropped:.2g} % "
+                        "of the patch embedding"
+                    )
             trained = training.train(method, hooks, transform)
             if distributed.is_main():
                 pictures = [layout.DENOISED]

@@ -5,9 +5,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from ldae import trajectory
+from ldae import trajectory, tree
 from ldae.errors import InputError, unknown
 from ldae.runs import kinds
+from ldae.settings import UNNAMED_SIZES
 
 
 class Recipes(Protocol):
@@ -51,19 +52,26 @@ def find(name: str | int, among: Iterable[str] = ()) -> tuple[str, str]:
     return known[name], name
 
 
-def config(name: str | int = "l_dae", scale: str = "paper") -> Any:
+def config(name: str | int = "l_dae", scale: str = "paper", init_from: str = "") -> Any:
     """Return the settings of a recipe at a scale: a row of the paper, or a rival such as ``mae``.
+
+    With ``init_from``, the sizes of the network are left to the model that the run starts from.
 
     Raises: InputError for a recipe or a scale that does not exist.
     """
     kind, name = find(name)
-    return recipes_of(kind).config(name, scale)
+    return _starting(recipes_of(kind).config(name, scale), init_from)
 
 
-def read(path: Path, scale: str, among: Iterable[str] = ()) -> Any:
+def _starting(settings: Any, init_from: str) -> Any:
+    return tree.put(settings, UNNAMED_SIZES | {"init_from": init_from}) if init_from else settings
+
+
+def read(path: Path, scale: str, among: Iterable[str] = (), init_from: str = "") -> Any:
     """Return the settings in a YAML file, which changes the default recipe of its kind at a scale.
 
     Args:
+        init_from: as in ``config``, unless the file has its own.
         among: the kinds of run that the file may be for; by default those that pre-train an
             encoder. The first is the kind of a file that names none.
 
@@ -73,4 +81,6 @@ def read(path: Path, scale: str, among: Iterable[str] = ()) -> Any:
     given = kinds.kind_of_file(path)
     kind = given if given in among else among[0]
     recipes = recipes_of(kind)
-    return kinds.load(path, kind, recipes.config(recipes.DEFAULT, scale))
+    init_from = str(tree.read_yaml(path).get("init_from") or init_from)
+    base = _starting(recipes.config(recipes.DEFAULT, scale), init_from)
+    return kinds.load(path, kind, base)

@@ -44,7 +44,8 @@ _IGNORED = (
     "noise.", "objective.", "masking.", "features.", "optim.", "init_from",
     "tokenizer.posterior", "tokenizer.path",
     "model.denoiser", "model.name", "model.depth", "model.embed_dim", "model.num_heads",
-    "model.cond_ratio", "model.class_conditional", "model.label_dropout",
+    "model.mlp_ratio", "model.vit.", "model.cond_ratio", "model.class_conditional",
+    "model.label_dropout",
     *(f"{denoiser}." for denoiser in DENOISERS),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from ldae.backbones.fold import init_from, open_exported
+from ldae.backbones.fold import init_from
 from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.run import load_run
 from ldae.commands.export import export
@@ -22,6 +22,7 @@ from ldae.evals.features import Encoder, encode_share
 from ldae.evals.neighbours import KNNProtocol
 from ldae.finetuning import recipes
 from ldae.method import build
+from ldae.pretraining.start import open_start
 from ldae.tree import replace
 
 DATA = "scattered-digits:64"
@@ -146,7 +147,8 @@ def test_a_pre_training_starts_from_the_body(exports, tiny):
         torch.manual_seed(0)
         method = build(tiny()).eval()
         method.tokenizer.load_state_dict(load_run(folder)[0].tokenizer.state_dict())
-        init_from(method, open_exported(exported, method))
+        _, start = open_start(tiny(init_from=str(exported)), exported / "new")
+        init_from(method, start)
         states.append(method.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

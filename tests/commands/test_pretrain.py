@@ -472,7 +472,7 @@ def test_wrong_settings_are_refused(changes, sentence, tiny, tmp_path):
 
 def test_a_wrong_init_from_is_refused_before_the_tokenizer_is_fitted(tiny, tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(InputError, match="model is not an exported backbone"):
+    with pytest.raises(InputError, match="model holds neither a run nor the config.json"):
         pretrain(tiny(init_from=str(tmp_path / "model")), tmp_path / "run", "l_dae")
     assert not (tmp_path / "run").exists()
 

@@ -81,10 +81,13 @@ def reference_loss(state, images, kept, norm_pix_loss: bool) -> float:
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_the_loss_of_published_weights_equals_a_slow_reference(
-    norm_pix_loss, tiny_mae, published, images
+    norm_pix_loss, tiny_mae, published, images, tmp_path
 ):
-    mae = build(tiny_mae(objective__norm_pix_loss=norm_pix_loss, **LIKE_PUBLISHED))
-    start_from(mae, open_start(published(), mae))
+    changes = LIKE_PUBLISHED | {"init_from": published()}
+    config = tiny_mae(objective__norm_pix_loss=norm_pix_loss, **changes)
+    config, start = open_start(config, tmp_path / "new")
+    mae = build(config)
+    start_from(mae, start)
     images = images[:3].repeat_interleave(2, -1).repeat_interleave(2, -2)
     places = torch.tensor([4, 9, 2**40])
     kept = masking.kept_tokens(mae.seed, places, 16, 4)

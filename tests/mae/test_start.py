@@ -13,6 +13,8 @@ from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
 from ldae.mae.network import backbone_of, build
 from ldae.mae.start import open_start, start_from
+from ldae.settings import UNNAMED_SIZES
+from ldae.tree import put
 
 
 @pytest.fixture
@@ -26,9 +28,11 @@ def test_a_run_and_its_export_are_gone_on_with(trained, tiny_mae, tmp_path, imag
     first, _ = load_run(trained, "mae")
     exported = export(trained, tmp_path / "exported")
     for spec in (trained, exported):
-        mae = build(tiny_mae(seed=5))
+        config = put(tiny_mae(seed=5), UNNAMED_SIZES | {"init_from": str(spec)})
+        config, start = open_start(config, tmp_path / "new")
+        mae = build(config)
         fresh = {name: value.clone() for name, value in mae.decoder.state_dict().items()}
-        start_from(mae, open_start(str(spec), mae))
+        start_from(mae, start)
         state, wanted = mae.state_dict(), first.state_dict()
         for name in wanted:
             if name.startswith("decoder.") and spec == exported:
@@ -47,8 +51,8 @@ def test_a_run_and_its_export_are_gone_on_with(trained, tiny_mae, tmp_path, imag
 @pytest.mark.parametrize("decoder", [True, False])
 def test_a_published_checkpoint_is_gone_on_with(decoder, published, tiny_mae, tmp_path, images):
     spec = published(decoder)
-    mae = build(tiny_mae(**LIKE_PUBLISHED))
-    start = open_start(spec, mae)
+    config, start = open_start(tiny_mae(init_from=spec, **LIKE_PUBLISHED), tmp_path / "new")
+    mae = build(config)
     assert bool(start.decoder) == decoder
     start_from(mae, start)
     assert mae.pixels.pixel_mean.tolist() == [0.5] * 3  # timm's of the name
@@ -66,13 +70,14 @@ def test_a_published_checkpoint_is_gone_on_with(decoder, published, tiny_mae, tm
 def test_what_is_no_mae_of_these_sizes_is_refused(trained, published, tiny_mae, tmp_path, run):
     def refused(spec, sentence, **changes):
         with pytest.raises(InputError, match=sentence) as error:
-            open_start(str(spec), build(tiny_mae(**changes)))
+            config, start = open_start(tiny_mae(init_from=str(spec), **changes), tmp_path / "new")
+            start_from(build(config), start)
         assert len(str(error.value).splitlines()) == 1
 
     shape = "holds an encoder of another shape than this run's: blocks.0.attn.proj.bias is"
-    refused(trained, rf"{shape} \(32,\) there, \(64,\) here", model__embed_dim=64)
+    refused(trained, "embed_dim is 64, and init_from .* has 32", model__embed_dim=64)
     refused(trained, "decoder of another shape.*: blocks.1.attn.* missing", model__decoder_depth=1)
-    refused(trained, "has 2 heads, and model.num_heads is 4", model__num_heads=4)
+    refused(trained, "num_heads is 4, and init_from .* has 2", model__num_heads=4)
     refused(published(width=32), rf"{shape} \(32,\) there, \(64,\) here", **LIKE_PUBLISHED)
     refused(published(depth=5), r"blocks.5.attn.* is missing there", **LIKE_PUBLISHED)
     refused(f"{published()}-no", "there is no checkpoint file .*pth-no", **LIKE_PUBLISHED)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import PARTS
 
 from ldae.backbones.run import backbone_of
 from ldae.errors import InputError
@@ -12,17 +13,21 @@ from ldae.models.contract import NoPlainViT
 B, N, CLASSES = 3, 16, 10
 
 
-@pytest.fixture(params=DENOISERS)
-def name(request):
-    return request.param
+NETWORKS = {name: {"model__denoiser": name} for name in DENOISERS} | {"dit with all parts": PARTS}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    """The settings of a network."""
+    return NETWORKS[request.param]
 
 
 @pytest.fixture
-def make(name, tiny, awake):
+def make(network, tiny, awake):
     """make(**changes): a conditional denoiser of 16 tokens."""
 
     def make(**changes):
-        config = tiny("l_dae", model__denoiser=name, model__class_conditional=True, **changes)
+        config = tiny("l_dae", **network, model__class_conditional=True, **changes)
         return awake(build(config, CLASSES).denoiser)
 
     return make
@@ -150,12 +155,12 @@ def test_a_prediction_from_all_tokens_does_not_depend_on_the_mask_token(masked, 
         assert torch.equal(masked(tokens, t, kept=everyone), output)
 
 
-def test_a_mask_token_changes_no_other_weight(name, tiny):
+def test_a_mask_token_changes_no_other_weight(network, tiny):
     try:
-        masked = build(tiny(model__denoiser=name, masking__ratio=0.5)).denoiser.state_dict()
+        masked = build(tiny(**network, masking__ratio=0.5)).denoiser.state_dict()
     except InputError as refused:
         pytest.skip(str(refused))
-    plain = build(tiny(model__denoiser=name)).denoiser.state_dict()
+    plain = build(tiny(**network)).denoiser.state_dict()
     assert masked.keys() > plain.keys()
     assert all(torch.equal(masked[name], value) for name, value in plain.items())
 
@@ -194,9 +199,9 @@ def test_load_plain_state_inverts_plain_state(denoiser, make, tokens, c):
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_backbone_has_the_encoders_features(name, method, images):
+def test_the_backbone_has_the_encoders_features(network, method, images):
     """For a timm ViT, and for a part of the run."""
-    trained = method(model__denoiser=name)
+    trained = method(**network)
     x = trained.tokenizer.normalize(images)
     with torch.no_grad():
         actual, expected = backbone_of(trained)(x), trained.features(x, 10)

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from conftest import PARTS
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -62,6 +63,15 @@ def test_each_row_is_few_graphs_with_the_eager_loss(row, recomputed, method, ima
     compiled = losses(one, one, images)
     assert counter.frame_count == GRAPHS[row]
     torch.testing.assert_close(compiled, eager)
+
+
+def test_the_parts_of_other_vits_take_no_more_graphs(method, images, compiled_by):
+    one = method("l_dae_masked", **PARTS).train()
+    eager = losses(one, one, images)
+    counter = compiled_by("aot_eager")
+    compile_parts(one)
+    torch.testing.assert_close(losses(one, one, images), eager)
+    assert counter.frame_count == GRAPHS["l_dae_masked"]
 
 
 def test_a_u_net_has_a_graph_for_each_shape_of_its_blocks(method, images, compiled_by):
@@ -163,10 +173,21 @@ def test_a_compiled_model_and_its_copies_evaluate_as_they_are(method, images, co
     assert counter.frame_count == 0
 
 
-@pytest.mark.parametrize("row, fsdp", [("l_dae", False), ("l_dae", True), ("l_dae_masked", True)])
-def test_two_ranks_compile_the_same_graphs(row, fsdp, method, images, compiled_by, on_ranks):
+@pytest.mark.parametrize(
+    "row, changes, graphs, fsdp",
+    [
+        ("l_dae", {}, 3, False),
+        ("l_dae", {}, 3, True),
+        ("l_dae", PARTS, 4, False),
+        ("l_dae", PARTS, 4, True),
+        ("l_dae_masked", {}, 5, True),
+    ],
+)
+def test_two_ranks_compile_the_same_graphs(
+    row, changes, graphs, fsdp, method, images, compiled_by, on_ranks
+):
     """Neither DDP's buckets nor FSDP's hooks cut a graph."""
-    one = method(row).train()
+    one = method(row, **changes).train()
     expected, gradients = losses(one, one, images)
 
     def work():
@@ -175,7 +196,7 @@ def test_two_ranks_compile_the_same_graphs(row, fsdp, method, images, compiled_b
             system = SystemSettings(fsdp=fsdp)
             parallel = parallelize(one, None, system, CPU, compiled=True)
             found, sharded = losses(parallel.network, one, images)
-            assert counter.frame_count == GRAPHS[row]
+            assert counter.frame_count == graphs
             full = {name: parallel.full_tensor(part) for name, part in sharded.items()}
             torch.testing.assert_close((found, full), (expected, gradients))
 
