@@ -204,14 +204,18 @@ class ModelSettings:
     """Side of a patch, in pixels."""
     depth: Annotated[int | None, COUNT] = 12  # "ViT-1/2L": DiT-L's 24 blocks are 12 + 12
     """Blocks of the encoder."""
+    embed_dim: Annotated[int | None, COUNT] = None
+    """Width of the encoder."""
+    num_heads: Annotated[int | None, COUNT] = None
+    """Attention heads of the encoder."""
+    mlp_ratio: Annotated[float | None, POSITIVE] = None
+    """Width of the MLPs, as a multiple of that of the tokens."""
     decoder_depth: Annotated[int | None, COUNT] = None
     """Blocks of the decoder; by default as many as the encoder has."""
-    embed_dim: Annotated[int | None, COUNT] = None
-    """Width of the tokens in the network."""
-    num_heads: Annotated[int | None, COUNT] = None
-    """Attention heads."""
-    mlp_ratio: Annotated[float | None, POSITIVE] = None
-    """Width of the MLPs, as a multiple of embed_dim."""
+    decoder_embed_dim: Annotated[int | None, COUNT] = None
+    """Width of the decoder; by default that of the encoder."""
+    decoder_num_heads: Annotated[int | None, COUNT] = None
+    """Attention heads of the decoder; by default as many as the encoder has."""
     vit: ViTSettings = field(default_factory=ViTSettings)
     cond_ratio: Annotated[float, POSITIVE] = 0.25  # DiT's 1 takes a third of the parameters
     """Width of the conditioning as a share of embed_dim."""

@@ -15,7 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from ldae.masking import restore
 from ldae.models.activations import ACTIVATIONS
 from ldae.models.contract import Denoiser, NoPlainViT, PlainViT
-from ldae.models.vit import ViTParts, norm_eps_of, read_vit, timm_args, vit_shape
+from ldae.models.vit import (
+    ViTParts,
+    check_width,
+    norm_eps_of,
+    read_vit,
+    timm_args,
+    vit_shape,
+)
 from ldae.patches import sincos_positions
 
 
@@ -121,7 +128,8 @@ class DiT(Denoiser):
         name: a timm ViT with the shape of the encoder.
         depth, embed_dim, num_heads, mlp_ratio: replacements of the sizes of that ViT.
         cond_ratio: width of the conditioning as a share of ``embed_dim`` (paper, section 3: 1/4).
-        decoder_depth: blocks of the decoder; by default as many as the encoder has.
+        decoder_depth, decoder_embed_dim, decoder_num_heads: sizes of the decoder, by default those
+            of the encoder. A linear map leads to another width.
         vit: the fields of ``ViTParts``. The decoder has the activation and the eps too, but prefix
             tokens end with the encoder.
 
@@ -137,6 +145,8 @@ class DiT(Denoiser):
         mlp_ratio: float | None = None,
         cond_ratio: float = 0.25,
         decoder_depth: int | None = None,
+        decoder_embed_dim: int | None = None,
+        decoder_num_heads: int | None = None,
         vit: Mapping[str, Any] | None = None,
         *,
         side: int,
@@ -148,13 +158,13 @@ class DiT(Denoiser):
         super().__init__(side, in_dim, out_dim, num_classes, checkpoint_activations)
         shape = self.shape = vit_shape(name, depth, embed_dim, num_heads, mlp_ratio)
         parts = self.parts = ViTParts(**(vit or {}))
-        decoder_depth = decoder_depth or shape.depth
         self.width, self.depth = shape.embed_dim, shape.depth
-        self.stages = self.depth + decoder_depth
+        decoder_width = decoder_embed_dim or self.width
+        decoder_heads = decoder_num_heads or shape.num_heads
+        check_width(decoder_width, decoder_heads, "model.decoder_")
         cond_dim = int(self.width * cond_ratio)
 
-        sizes = (self.width, shape.num_heads, shape.mlp_ratio, cond_dim)
-        sizes += (parts.act_layer, parts.norm_eps)
+        more = (shape.mlp_ratio, cond_dim, parts.act_layer, parts.norm_eps)
         self.embed = nn.Linear(in_dim, self.width)
         pos_embed = sincos_positions(self.width, side)
         if parts.pos_embed == "learn":
@@ -171,9 +181,19 @@ class DiT(Denoiser):
         )
         self.t_embed = TimestepEmbedding(cond_dim)
         self.y_embed = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
-        self.encoder = nn.ModuleList(Block(*sizes) for _ in range(shape.depth))
-        self.decoder = nn.ModuleList(Block(*sizes) for _ in range(decoder_depth))
-        self.final = FinalLayer(self.width, out_dim, cond_dim)
+        self.encoder = nn.ModuleList(
+            Block(self.width, shape.num_heads, *more) for _ in range(shape.depth)
+        )
+        self.decoder = nn.ModuleList(
+            Block(decoder_width, decoder_heads, *more) for _ in range(decoder_depth or shape.depth)
+        )
+        self.stages = len(self.encoder) + len(self.decoder)
+        self.final = FinalLayer(decoder_width, out_dim, cond_dim)
+        self.decoder_embed: nn.Linear | None = None
+        if decoder_width != self.width:
+            self.decoder_embed = nn.Linear(self.width, decoder_width)
+            positions = sincos_positions(decoder_width, side)
+            self.register_buffer("decoder_pos_embed", positions, persistent=False)
         self.mask_token: nn.Parameter | None = None
         self.initialize()
 
@@ -194,11 +214,12 @@ class DiT(Denoiser):
         nn.init.zeros_(self.final.linear.weight)
 
     def add_mask_token(self) -> None:
-        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(self.width), std=0.02))
+        width = self.final.linear.in_features
+        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(width), std=0.02))
 
     def encoder_copy(self) -> "DiT":
         copied = copy.deepcopy(self)
-        del copied.decoder, copied.final, copied.mask_token
+        del copied.decoder, copied.decoder_embed, copied.final, copied.mask_token
         return copied
 
     def condition(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -221,6 +242,7 @@ class DiT(Denoiser):
             yield x[:, self.num_prefix :]
         x = self._finish(self.encoder[-1](x, c))
         yield x
+        x = self._decoder_input(x)
         for block in self.decoder:
             x = block(x, c)
             yield x
@@ -234,10 +256,8 @@ class DiT(Denoiser):
     ) -> torch.Tensor:
         c = self.condition(t, labels)  #              (B, cond_dim)
         x = self.encode(tokens, c, kept)  #           (B, N, W), or the kept ones (B, n, W)
-        if kept is not None:
-            others = self.mask_token + self.pos_embed
-            x = restore(x, kept, others.to(x))  #     (B, N, W)
-        x = self._run(self.decoder, x, c)  #          (B, N, W)
+        x = self._decoder_input(x, kept)  #           (B, N, V), with V = W by default
+        x = self._run(self.decoder, x, c)  #          (B, N, V)
         return self.final(x, c)  #                    (B, N, out_dim)
 
     def _placed(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
@@ -260,6 +280,15 @@ class DiT(Denoiser):
         if self.num_prefix:
             x = x[:, self.num_prefix :]
         return self.norm(x).to(x)
+
+    def _decoder_input(self, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the decoder's input (B, N, V) for features (B, n, W) of all or the kept tokens."""
+        pos_embed = self.pos_embed
+        if self.decoder_embed is not None:
+            x, pos_embed = self.decoder_embed(x), self.decoder_pos_embed
+        if kept is None:
+            return x
+        return restore(x, kept, (self.mask_token + pos_embed).to(x))
 
     def _run(self, blocks: nn.ModuleList, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         for block in blocks:

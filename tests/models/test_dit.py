@@ -5,6 +5,7 @@ from timm.models.vision_transformer import Block as PlainBlock
 from ldae.errors import InputError
 from ldae.models.dit import Block, DiT
 from ldae.models.vit import ViTShape, vit_shape
+from ldae.patches import sincos_positions
 
 
 def dit(out_dim: int = 6, **changes) -> DiT:
@@ -47,6 +48,28 @@ def test_the_decoder_is_as_deep_as_the_encoder_unless_told_otherwise(decoder_dep
     for block in denoiser.decoder:
         x = block(x, c)
     torch.testing.assert_close(denoiser.final(x, c), denoiser(tokens, t))
+
+
+def test_a_narrow_decoder_reads_a_linear_map_of_the_features(awake):
+    denoiser = awake(dit(decoder_embed_dim=8, decoder_num_heads=1))
+    denoiser.add_mask_token()
+    tokens, t, kept = torch.randn(2, 16, 6), torch.tensor([3, 500]), torch.tensor([[1, 5], [0, 9]])
+    c = denoiser.condition(t)
+    x = torch.zeros(2, 16, 8) + denoiser.mask_token + sincos_positions(8, 4)
+    for image, indices in enumerate(kept):
+        x[image, indices] = denoiser.decoder_embed(denoiser.encode(tokens, c, kept))[image]
+    for block in denoiser.decoder:
+        x = block(x, c)
+    torch.testing.assert_close(denoiser.final(x, c), denoiser(tokens, t, kept=kept))
+    *_, last = denoiser.taps(tokens, c)
+    torch.testing.assert_close(denoiser.final(last, c), denoiser(tokens, t))
+
+
+def test_heads_of_the_decoder_must_divide_its_width():
+    with pytest.raises(
+        InputError, match="^model.decoder_num_heads 2 does not divide model.decoder_"
+    ):
+        dit(decoder_embed_dim=9)
 
 
 def test_the_conditioning_has_a_quarter_of_the_width():
