@@ -23,6 +23,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "dit_reference",
         "finetune",
         "floors",
+        "going_on",
         "guidance",
         "latents",
         "paired",
