@@ -23,6 +23,7 @@ import argparse
 import io
 import itertools
 import json
+import re
 import shutil
 import signal
 import statistics
@@ -89,7 +90,7 @@ def main() -> None:
     ]
     for seed in range(args.seeds):
         for entry in entries:
-            run = args.runs / f"{entry['name']}-seed{seed}"
+            run = run_of(args, entry["name"], seed)
             words = [entry["row"], *settings, *flags(entry.get("settings", {}))]
             train(args, words, run, seed)
             grade(str(run), args, run / layout.EVALS)
@@ -104,9 +105,16 @@ def flags(settings: dict[str, Any]) -> list[str]:
     """Return settings of ``ldae pretrain`` as its arguments."""
     words: list[str] = []
     for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, str(value)]
+        *groups, leaf = name.replace("_", "-").split(".")
+        flag = "--" + ".".join([*groups, f"no-{leaf}" if value is False else leaf])
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        words += [flag, *map(str, values)]
     return words
+
+
+def run_of(args: argparse.Namespace, name: str, seed: int) -> Path:
+    """Return the folder of the run of a contestant or a lead."""
+    return args.runs / f"{re.sub('[^A-Za-z0-9.]+', '-', name)}-seed{seed}"
 
 
 def hold_out(data: str, folder: Path) -> tuple[str, str]:
@@ -206,13 +214,13 @@ def write_table(args: argparse.Namespace, entries: Sequence[dict]) -> None:
     """Write the accuracies so far, and the differences to the rival where there are two seeds."""
     rows = []
     for entry in entries:
-        runs = [args.runs / f"{entry['name']}-seed{seed}" for seed in range(args.seeds)]
+        runs = [run_of(args, entry["name"], seed) for seed in range(args.seeds)]
         runs = [run for run in runs if all_graded(args, run / layout.EVALS)]
         if runs:
             rows.append(row_of(args, entry["name"], [run / layout.EVALS for run in runs]))
             times = [json.loads((run / "seconds.json").read_text()) for run in runs]
             rows[-1] |= {key: [part[key] for part in times] for key in ("images", "seconds")}
-        untrained = args.runs / f"{entry['name']}-seed0" / "untrained"
+        untrained = run_of(args, entry["name"], 0) / "untrained"
         if all_graded(args, untrained):
             rows.append(row_of(args, f"{entry['name']}, untrained", [untrained]))
     if all_graded(args, args.runs / "pixels"):
@@ -221,7 +229,7 @@ def write_table(args: argparse.Namespace, entries: Sequence[dict]) -> None:
         row["name"]: differences(args, row["name"])
         for row in rows
         if args.phase == "final" and "images" in row and row["name"] != RIVAL
-        if all_graded(args, args.runs / f"{RIVAL}-seed0" / layout.EVALS)
+        if all_graded(args, run_of(args, RIVAL, 0) / layout.EVALS)
     }
     record = {"phase": args.phase, "data": [args.data, args.eval_data], "rows": rows}
     record |= {"against_" + RIVAL: against, "environment": environment()}
@@ -247,12 +255,10 @@ def differences(args: argparse.Namespace, name: str) -> dict[str, dict]:
     for grader in set(args.graders) & PREDICTIONS.keys():
         pairs = []
         for contestant in (name, RIVAL):
-            folders = [
-                args.runs / f"{contestant}-seed{seed}" / layout.EVALS / grader
-                for seed in range(args.seeds)
-            ]
-            folders = [folder for folder in folders if (folder / layout.RESULTS).exists()]
-            seeds = [correct(folder, PREDICTIONS[grader]) for folder in folders]
+            runs = [run_of(args, contestant, seed) for seed in range(args.seeds)]
+            graded = [run / layout.EVALS / grader for run in runs]
+            graded = [path for path in graded if (path / layout.RESULTS).exists()]
+            seeds = [correct(path, PREDICTIONS[grader]) for path in graded]
             pairs.append((sum(seeds) / len(seeds), [100 * seed.mean() for seed in seeds]))
         (ours, our_seeds), (theirs, their_seeds) = pairs
         found[grader] = {

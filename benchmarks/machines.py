@@ -17,15 +17,18 @@ MARKS = ("<!-- speed: python -m benchmarks --table --write README.md -->\n", "<!
 def machine_of(environment: dict) -> dict:
     """Return the name, the processor, the cores and the GPU of this machine.
 
-    The name is that of the GPU, or that of the processor and its number of cores.
+    The name is that of the GPU, or that of the processor with its number of cores and its widest
+    vector instructions, since processors of one name can differ in them.
 
     Args:
         environment: as ``ldae.runs.environment`` returns it for the device.
     """
     cpu, gpu, cores = environment["cpu"], environment.get("gpu"), available_cpus()
     model = re.sub(r"\((r|tm)\)|@.*| cpu| processor", "", (gpu or cpu).lower())
-    name = re.sub(r"[^a-z0-9]+", "-", model if gpu else f"cpu {model} {cores}").strip("-")
-    return {"name": name, "cpu": cpu, "cores": cores, "gpu": gpu}
+    instructions = environment["cpu_instructions"]
+    words = model if gpu else f"cpu {model} {cores} {' '.join(instructions[-1:])}"
+    name = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+    return {"name": name, "cpu": cpu, "instructions": instructions, "cores": cores, "gpu": gpu}
 
 
 def read(file: Path) -> dict:

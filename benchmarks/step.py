@@ -2,13 +2,15 @@
 
 python benchmarks/step.py [--data SOURCE] [--out FILE]
 
-In every round of one process: the network on fixed tokens (bare), the step (tokenizer, noise, loss,
-AdamW) on a fixed batch, and the step with the other implementation of attention. Then the loop with
-its data and logging runs, and a step on the fixed batch is timed after each of its steps, so that a
-drift of the machine's speed affects both.
+In every round of one process: a step of each method (MAE, l-DAE, and l-DAE with three shares of the
+tokens dropped) with the same encoder and batch; the network on fixed tokens (bare), the step
+(tokenizer, noise, loss, AdamW) on a fixed batch, and the step with the other implementation of
+attention. Then the loop with its data and logging runs, and a step on the fixed batch is timed
+after each of its steps, so that a drift of the machine's speed affects both.
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -16,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ldae
 from ldae import distributed
@@ -24,7 +28,7 @@ from ldae.data.open import open_source
 from ldae.files import write_json
 from ldae.method import LDAE, build
 from ldae.precision import runs_in_bf16
-from ldae.pretraining.timing import synchronize
+from ldae.pretraining.timing import TrainingStep, synchronize
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
@@ -34,6 +38,14 @@ from ldae.train.optim import adamw
 from ldae.train.plan import Plan
 from ldae.train.run import compiles, fuses_attention, transform_of
 from ldae.tree import replace
+
+METHODS = {
+    "MAE": ("mae", {}),
+    "l-DAE": ("l_dae", {}),
+} | {
+    f"l-DAE, {ratio:.0%} of the tokens dropped": ("l_dae_masked", {"masking.ratio": ratio})
+    for ratio in (0.25, 0.5, 0.75)
+}
 
 
 def main() -> None:
@@ -96,6 +108,7 @@ def main() -> None:
             speeds.setdefault("step_plain" if fused else "step_fused", []).append(other)
             method.denoiser.fuse_attention(fused)
         print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
+    methods = compare_methods(args, device)
     pairs = alternate(config, source, device, step, args.pairs)
     speeds["loop"], speeds["step_in_turn"] = (
         [args.batch_size / seconds for seconds in times] for times in zip(*pairs, strict=True)
@@ -111,6 +124,7 @@ def main() -> None:
             "medians": medians,
             "loop_over_step": round(statistics.median(step / loop for loop, step in pairs), 4),
             "step_over_bare": round(medians["step"] / medians["bare"], 4),
+            "methods": methods,
             "rounds": {name: [round(v, 2) for v in values] for name, values in speeds.items()},
             "bf16": method.bf16,
             "compiled": compiled,
@@ -119,6 +133,39 @@ def main() -> None:
             "environment": environment(device),
         },
     )
+
+
+def compare_methods(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
+    """Return images/s and FLOPs of the step of each method, in turn, on random images."""
+    changes = {"model.depth": args.depth}
+    steps = {
+        name: TrainingStep(
+            replace(ldae.config(row, args.scale), changes | own), device, args.batch_size
+        )
+        for name, (row, own) in METHODS.items()
+    }
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            rates[name].append(step.rate(args.steps))
+        print({name: round(values[-1], 1) for name, values in rates.items()}, flush=True)
+    return {
+        name: {
+            "images_per_second": round(statistics.median(rates[name]), 2),
+            "gflop_an_image": round(flops(step.method, step.batch.images[:1]) / 1e9, 3),
+            "rounds": [round(rate, 2) for rate in rates[name]],
+        }
+        for name, step in steps.items()
+    }
+
+
+def flops(method: nn.Module, image: torch.Tensor) -> int:
+    """Return the FLOPs of the matrix products of a method for one training image, both passes."""
+    method, image = copy.deepcopy(method).to("meta"), image.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        output = method(image, torch.zeros(1, dtype=torch.int64, device="meta"))
+        (output[0] if isinstance(output, tuple) else output).backward()
+    return counter.get_total_flops()
 
 
 def prepare(config: Config, device: torch.device, source) -> tuple[LDAE, bool]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ldae import masking, noise, tokenizers
+from ldae.errors import InputError
 from ldae.feature_target import FeatureTarget
 from ldae.models import DENOISERS
 from ldae.models.contract import Denoiser
@@ -45,6 +46,7 @@ class LDAE(nn.Module):
         gamma, sigma: every level of the schedule, (T,) each.
         image_input: show the denoiser the inverse projection of z_t (B, N, D) instead of z_t.
         samples_posterior: train on draws from the tokenizer's posterior instead of its mean.
+        clean_share: share of the images that training noises at the lowest level, t = 0.
         label_dropout: share of the labels that training replaces by the null label.
         kept: number of tokens that the encoder gets in training; by default all.
         feature_target: a second target, for which the denoiser's output has W further numbers.
@@ -67,6 +69,7 @@ class LDAE(nn.Module):
         *,
         image_input: bool,
         samples_posterior: bool = False,
+        clean_share: float = 0.0,
         label_dropout: float = 0.0,
         kept: int | None = None,
         feature_target: FeatureTarget | None = None,
@@ -80,7 +83,8 @@ class LDAE(nn.Module):
         self.register_buffer("gamma", gamma.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
         self.image_input, self.samples_posterior = image_input, samples_posterior
-        self.label_dropout, self.kept, self.seed, self.bf16 = label_dropout, kept, seed, bf16
+        self.clean_share, self.label_dropout = clean_share, label_dropout
+        self.kept, self.seed, self.bf16 = kept, seed, bf16
 
     def forward(
         self, images: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor | None = None
@@ -103,7 +107,7 @@ class LDAE(nn.Module):
         """Encode images, uint8 (B, C, H, W), and noise their latents by ``positions`` (B,)."""
         x = self.read(images)  #                                                  (B, C, H, W)
         z_0 = self.encode(x, positions)  #                                        (B, N, d)
-        t = noise.timesteps(self.seed, positions, len(self.sigma))  #             (B,)
+        t = noise.timesteps(self.seed, positions, len(self.sigma), self.clean_share)  # (B,)
         eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  #        (B, N, d)
         gamma, sigma = self.level(t)  #                                           (B, 1, 1)
         z_t = gamma * z_0 + sigma * eps  #                                        (B, N, d)
@@ -302,6 +306,10 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
     if image_input:
         tokenizers.check_kind(PatchTokenizer, tokenizer, "objective.input image")
     gamma, sigma = noise.levels(**asdict(config.noise))
+    if config.noise.clean_share and len(sigma) == 1:
+        raise InputError(
+            f"noise.clean_share must be 0: noise.schedule {config.noise.schedule} has one level"
+        )
     objective = Objective(
         config.objective.target,
         config.objective.weight,
@@ -327,6 +335,7 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         sigma,
         image_input=image_input,
         samples_posterior=tokenizer.stochastic and config.tokenizer.posterior == "sample",
+        clean_share=config.noise.clean_share,
         label_dropout=config.model.label_dropout,
         kept=kept if kept < tokens else None,
         feature_target=second,

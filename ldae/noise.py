@@ -129,9 +129,15 @@ def normal(
     return normals.flatten(1)[:, :count].reshape(-1, *shape)
 
 
-def timesteps(seed: int, positions: torch.Tensor, steps: int) -> torch.Tensor:
-    """Return t, uniform in 0 .. steps - 1, int64 (B,), for positions (B,)."""
-    return _philox(seed, positions, 1, _TIMESTEP)[:, 0, 0] * steps >> 32
+def timesteps(
+    seed: int, positions: torch.Tensor, steps: int, clean_share: float = 0.0
+) -> torch.Tensor:
+    """Return t, int64 (B,), for positions (B,): 0 for a share of the images, else uniform.
+
+    The others are uniform in 0 .. steps - 1.
+    """
+    level, coin = _philox(seed, positions, 1, _TIMESTEP)[:, 0, :2].unbind(1)
+    return (level * steps >> 32).masked_fill(coin < clean_share * 2**32, 0)
 
 
 def labels(seed: int, positions: torch.Tensor, count: int) -> torch.Tensor:

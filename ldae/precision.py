@@ -12,8 +12,16 @@ def runs_in_bf16(precision: str, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return any(name.endswith("bf16") for name in vector_instructions())
+
+
+def vector_instructions() -> list[str]:
+    """Return the vector and matrix instructions of this CPU, the narrowest first.
+
+    They decide how fast products are, and whether bfloat16 is native.
+    """
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if found.get(name)]
 
 
 @contextmanager

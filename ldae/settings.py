@@ -126,6 +126,9 @@ class NoiseSettings:
     """Smallest sigma of geometric."""
     single_sigma: Annotated[float, POSITIVE] = math.sqrt(1 / 3)
     """Sigma of single."""
+    clean_share: Annotated[float, SHARE] = 0.0
+    """Share of the training images at the lowest noise level, t = 0, where linear_sigma adds no
+    noise. The levels of the others are uniform."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class ViTSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The choice of a denoiser, and the sizes of DiT: its encoder, and a decoder as deep."""
+    """The choice of a denoiser, and the sizes of DiT: its encoder and its decoder."""
 
     denoiser: Annotated[str, Choice("ldae.models:DENOISERS")] = "dit"
     """The kind of denoiser."""
@@ -201,6 +204,8 @@ class ModelSettings:
     """Side of a patch, in pixels."""
     depth: Annotated[int | None, COUNT] = 12  # "ViT-1/2L": DiT-L's 24 blocks are 12 + 12
     """Blocks of the encoder."""
+    decoder_depth: Annotated[int | None, COUNT] = None
+    """Blocks of the decoder; by default as many as the encoder has."""
     embed_dim: Annotated[int | None, COUNT] = None
     """Width of the tokens in the network."""
     num_heads: Annotated[int | None, COUNT] = None

@@ -179,23 +179,16 @@ def row_of(settings: Config) -> Row | None:
     return None
 
 
-def scale_of(name: str) -> Scale:
-    """Return the scale of this name.
+def at_scale(settings: Any, name: str) -> Any:
+    """Return the settings of any kind of pre-training at a scale: those that it has are changed.
 
-    Raises: InputError with the nearest name when there is none.
+    Raises: InputError with the nearest name when there is no such scale.
     """
     if name not in SCALES:
         raise unknown("there is no scale", name, SCALES, f"; the scales are {', '.join(SCALES)}")
-    return SCALES[name]
-
-
-def at_scale(settings: Any, name: str) -> Any:
-    """Return the settings of any kind of pre-training with those changes of a scale that they have.
-
-    Raises: InputError as ``scale_of``.
-    """
-    known = flatten(settings)
-    changes = scale_of(name).changes
+    scale, known = SCALES[name], flatten(settings)
+    changes = {key: sizes.get(known.get(key), known.get(key)) for key, sizes in scale.sizes.items()}
+    changes |= scale.changes
     return put(settings, {key: value for key, value in changes.items() if key in known})
 
 
@@ -204,12 +197,8 @@ def config(name: str | int = DEFAULT, scale: str = "paper") -> Config:
 
     Raises: InputError for a row or a scale that does not exist.
     """
-    size = scale_of(scale)
     last = row(name)
     changes: dict[str, Any] = {}
     for step in ROWS[: row(last.base or name).number]:
         changes |= step.changes
-    leaves = flatten(put(Config(), changes | last.changes | last.recipe))
-    for setting, sizes in size.sizes.items():
-        leaves[setting] = sizes.get(leaves[setting], leaves[setting])
-    return put(Config(), leaves | size.changes)
+    return at_scale(put(Config(), changes | last.changes | last.recipe), scale)

@@ -195,6 +195,8 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(option) for option in options)
     if kind is tuple:
         return f"a list of {_words(options[0])}"
+    if hint is dict:
+        return "a table"
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 

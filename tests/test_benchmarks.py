@@ -66,11 +66,12 @@ def test_numbers_are_where_the_committed_files_have_them():
                     assert machines._find(found, number.keys) is not None, (name, number.keys)
 
 
-def test_a_machine_is_named_by_its_gpu_or_its_processor_and_cores(monkeypatch):
+def test_a_machine_is_named_by_its_gpu_or_by_its_processor_cores_and_instructions(monkeypatch):
     monkeypatch.setattr(machines, "available_cpus", lambda: 2)
-    cpu = {"cpu": "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz"}
+    cpu = {"cpu": "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz", "cpu_instructions": []}
     assert machines.machine_of(cpu)["name"] == "cpu-intel-xeon-platinum-8488c-2"
-    assert machines.machine_of({"cpu": "AMD EPYC"})["name"] == "cpu-amd-epyc-2"
+    epyc = {"cpu": "AMD EPYC", "cpu_instructions": ["avx2", "avx512_f", "avx512_bf16"]}
+    assert machines.machine_of(epyc)["name"] == "cpu-amd-epyc-2-avx512-bf16"
     gpu = machines.machine_of(cpu | {"gpu": "NVIDIA H100 80GB HBM3"})
     assert gpu["name"] == "nvidia-h100-80gb-hbm3"
 

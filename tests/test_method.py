@@ -233,3 +233,14 @@ def test_dropped_labels_become_the_null_label(tiny, images):
     assert torch.equal(kept[kept < 10], labels[kept < 10])
     assert 400 < (kept == 10).sum() < 600
     assert build(tiny()).drop_labels(labels, torch.arange(1000)) is None
+
+
+def test_the_share_of_clean_images_has_no_noise(method, images):
+    made = method(noise__clean_share=1.0, objective__input="latent")
+    noised = made.add_noise(images, torch.arange(len(images)))
+    assert torch.equal(noised.tokens, noised.z_0) and (noised.t == 0).all()
+
+
+def test_a_schedule_of_one_level_has_no_lowest_one(tiny):
+    with pytest.raises(InputError, match="^noise.clean_share must be 0: noise.schedule single has"):
+        build(tiny("l_dae_single", noise__clean_share=0.5))

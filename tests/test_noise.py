@@ -100,6 +100,17 @@ def test_timesteps_are_uniform_and_labels_are_dropped_at_the_given_rate():
     assert (noise.timesteps(0, positions[:9], 1) == 0).all()
 
 
+def test_a_share_of_the_images_is_at_the_lowest_level_and_the_others_stay_where_they_were():
+    positions = torch.arange(200_000)
+    t, uniform = noise.timesteps(0, positions, 10, 0.3), noise.timesteps(0, positions, 10)
+    moved = t != uniform
+    assert (t[moved] == 0).all()
+    assert abs(moved.double().mean() - 0.27) < 5 * math.sqrt(0.2 / 200_000)
+    counts = torch.bincount(uniform[moved], minlength=10).double()[1:]
+    assert ((counts - 6_000).abs() < 5 * math.sqrt(6_000)).all()  # whatever the level was
+    assert (noise.timesteps(0, positions[:9], 10, 1.0) == 0).all()
+
+
 def test_random_labels_are_uniform_independent_of_timesteps_and_differ_by_seed():
     positions = torch.arange(200_000)
     labels, t = noise.labels(0, positions, 10), noise.timesteps(0, positions, 10)

@@ -10,7 +10,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from ldae.backbones.weights import load_weights
+from ldae.backbones.weights import find_encoder, load_weights
 from ldae.backbones.whitening import is_whitened
 from ldae.errors import InputError, first_line, nearest
 from ldae.runs.kinds import kind_of
@@ -44,7 +44,8 @@ def load_backbone(
             - a run folder: the backbone of its newest checkpoint;
             - a folder written by timm or by ``ldae export``;
             - a timm name with timm's weights, or ``hf-hub:USER/MODEL``;
-            - ``NAME@FILE``: a timm name and a local checkpoint, ``.safetensors`` or PyTorch's;
+            - ``NAME@FILE``: a timm name and a local checkpoint, ``.safetensors`` or PyTorch's, also
+              in a published layout of ``ldae.backbones.layouts``;
             - ``pixels`` or ``pixels:SIZE``: the raw pixels of a square, by default of side 32.
 
         random_init: give the same architecture timm's random initialisation, the untrained control.
@@ -183,10 +184,14 @@ def _from_timm_name(
             f"the weights of {name} cannot be downloaded ({type(error).__name__}); "
             "open a checkpoint on this machine by NAME@FILE, with its timm name"
         ) from error
+    foreign = find_encoder(Path(file), model, name) if at and not random_init else None
+    if foreign and foreign.args:
+        args |= foreign.args
+        model = timm.create_model(name, **({} if head else _NO_HEAD), **args)
     model.model_args = args
     adapt_cfg(model, in_chans, img_size)
-    if at and not random_init:
-        load_weights(model, Path(file), name, classifier=head)
+    if foreign:
+        load_weights(model, foreign, name, classifier=head)
     return model
 
 

@@ -5,39 +5,51 @@ import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ldae.backbones.layouts import PLAIN, Layout, StateDict, layout_of
 from ldae.distributed import is_main
 from ldae.errors import InputError, first_line
-
-StateDict = dict[str, torch.Tensor]
 
 # The keys under which checkpoints keep their weights. Averaged weights come first: of two state
 # dicts that fit equally well, the first is loaded.
 _STATE_DICT_KEYS = (
-    "state_dict_ema", "model_ema", "teacher", "target_encoder", "model", "state_dict", "encoder"
+    "state_dict_ema", "model_ema", "ema", "EMA", "teacher", "target_encoder", "model",
+    "state_dict", "encoder",
 )  # fmt: skip
 
-_WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.", "encoder.", "encoder_q.")
+_WRAPPERS = (
+    "module.", "_orig_mod.", "teacher.", "backbone.", "base_encoder.", "encoder.", "encoder_q."
+)  # fmt: skip
 _MAX_NAMES = 8
 
 
-def load_weights(model: nn.Module, file: Path, name: str, classifier: bool = False) -> None:
-    """Load the tensors of ``file`` that fit into a timm model, and print the names of the others.
+class Foreign(NamedTuple):
+    """The encoder in a checkpoint of another project."""
 
-    Args:
-        model: changed in place.
-        file: a ``.safetensors`` or PyTorch checkpoint.
-        name: the model's name in messages.
-        classifier: load the classifier too, and give the model as many classes.
+    file: Path
+    weights: StateDict
+    """Its tensors, perhaps with a classifier."""
+    layout: Layout
 
-    Raises: InputError when the file cannot be read, nothing in it fits, or it has no classifier.
+    @property
+    def args(self) -> dict[str, Any]:
+        """Arguments with which timm builds the encoder, beside those of its name."""
+        return self.layout.args(self.weights)
+
+
+def find_encoder(file: Path, model: nn.Module, name: str) -> Foreign:
+    """Return the part of a ``.safetensors`` or PyTorch checkpoint that fits a timm model best.
+
+    Raises: InputError when the file cannot be read or holds no weights, those of no backbone, or
+        those of a ViT when the model ``name`` is none.
     """
-    model_state = model.state_dict()
+    own = model.state_dict().keys()
     candidates = [
         {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
         for weights in _find_state_dicts(read_checkpoint(file))
@@ -45,34 +57,83 @@ def load_weights(model: nn.Module, file: Path, name: str, classifier: bool = Fal
     ]
     if not candidates:
         raise InputError(f"{file} holds no weights")
-    weights = max(candidates, key=lambda candidate: len(candidate.keys() & model_state.keys()))
+    weights = max(candidates, key=lambda candidate: len(candidate.keys() & own))
+    layout = layout_of(weights)
+    if layout.refusal:
+        raise InputError(f"{file} is {layout.refusal}")
+    if layout is not PLAIN and not isinstance(model, VisionTransformer):
+        raise InputError(f"{file} is a checkpoint of {layout.name}, a ViT, and {name} is none")
+    return Foreign(file, layout.encoder(weights), layout)
+
+
+def load_weights(model: nn.Module, foreign: Foreign, name: str, classifier: bool = False) -> None:
+    """Load the tensors that fit into a timm model, and print the names of the others.
+
+    Nothing may be left over or missing in a layout that is known, see ``ldae.backbones.layouts``.
+
+    Args:
+        model: changed in place; built with ``foreign.args``.
+        name: the model's name in messages.
+        classifier: load the classifier too, and give the model as many classes.
+
+    Raises: InputError when nothing fits, a known layout does not fit completely, or there is no
+        classifier.
+    """
+    file, weights, layout = foreign
     if not classifier:
-        weights = _drop_heads(weights, model.pretrained_cfg.get("classifier"))
-    weights = _adapt_channels(_timm_converter(model)(weights, model), model)
+        weights = _drop_classifier(weights, model.pretrained_cfg.get("classifier"))
+    if layout is not PLAIN:
+        _check_patch_size(foreign, model, name)
+    try:
+        weights = _timm_converter(model)(weights, model)
+    except (RuntimeError, KeyError) as error:  # such as positions of another number of tokens
+        reason = f"timm cannot convert it ({first_line(error)})"
+        raise InputError(f"{file} does not fit {name}: {reason}") from error
+    weights = _adapt_channels(weights, model)
     if classifier:
         _resize_classifier(model, weights, file)
-        model_state = model.state_dict()
+    model_state = model.state_dict()
     common = weights.keys() & model_state.keys()
     fitting = {key: weights[key] for key in common if weights[key].shape == model_state[key].shape}
     if not fitting:
         raise InputError(f"nothing in {file} fits {name}")
+    misfits = {
+        "not in the file, left as initialised": model_state.keys() - weights.keys(),
+        "not in the model, left out": weights.keys() - model_state.keys(),
+        "of another shape, left as initialised": [
+            f"{key} {tuple(weights[key].shape)} for {tuple(model_state[key].shape)}"
+            for key in common - fitting.keys()
+        ],
+    }
+    listed = [_listed(title, names) for title, names in misfits.items() if names]
+    if listed and layout is not PLAIN:
+        reasons = "; ".join(reason.replace(", left as initialised", "") for reason in listed)
+        raise InputError(f"{file} is a checkpoint of {layout.name} and no {name}: {reasons}")
     model.load_state_dict(fitting, strict=False)
     if is_main():
         print(f"{file}: loaded {len(fitting)} of the {len(model_state)} tensors of {name}")
-        _print_names("not in the file, left as initialised", model_state.keys() - weights.keys())
-        _print_names("not in the model, left out", weights.keys() - model_state.keys())
-        other_shape = [
-            f"{key} {tuple(weights[key].shape)} for {tuple(model_state[key].shape)}"
-            for key in common - fitting.keys()
-        ]
-        _print_names("of another shape, left as initialised", other_shape)
+        for line in listed:
+            print(f"  {line}")
 
 
-def _print_names(title: str, names: Iterable[str]) -> None:
+def _check_patch_size(foreign: Foreign, model: nn.Module, name: str) -> None:
+    """Check the patch size, to which timm would otherwise resample the patch embedding.
+
+    Raises: InputError when it differs.
+    """
+    key = f"{model.pretrained_cfg.get('first_conv')}.weight"
+    there, here = foreign.weights.get(key), model.state_dict().get(key)
+    if there is not None and here is not None and there.shape[2:] != here.shape[2:]:
+        raise InputError(
+            f"{foreign.file} is a checkpoint of {foreign.layout.name} and no {name}: its patches "
+            f"have {there.shape[-1]} pixels a side, and those of the model {here.shape[-1]}"
+        )
+
+
+def _listed(title: str, names: Iterable[str]) -> str:
     names = sorted(names)
-    if names:
-        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-        print(f"  {title} ({len(names)}): {', '.join(names[:_MAX_NAMES])}{more}")
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{title} ({len(names)}): {', '.join(names[:_MAX_NAMES])}{more}"
 
 
 def read_checkpoint(file: Path) -> Any:
@@ -128,12 +189,9 @@ def _find_prefixes(weights: StateDict) -> list[str]:
     return sorted(prefixes, key=len)
 
 
-def _drop_heads(weights: StateDict, classifier: str | tuple[str, ...] | None) -> StateDict:
-    """Return the weights without the classifier, and without MAE's decoder and its mask token."""
+def _drop_classifier(weights: StateDict, classifier: str | tuple[str, ...] | None) -> StateDict:
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
     dropped = tuple(f"{head}." for head in heads)
-    if any(name.startswith("decoder") for name in weights):
-        dropped += ("decoder", "mask_token")
     return {name: value for name, value in weights.items() if not name.startswith(dropped)}
 
 

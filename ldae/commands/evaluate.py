@@ -57,7 +57,8 @@ def evaluate(
         backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], in
             addition to the backbones of the suite.
         suite: file of [data.NAME] with train and eval, [protocols.NAME] with verb and its settings,
-            and [[backbones]] with spec, name, random_init.
+            and [[backbones]] with spec, name, random_init, and published.DATA with a number of each
+            protocol, which the table shows beside the result.
 
     Returns: the content of table.json.
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ldae.runs import kinds
+from ldae.runs.kinds import kind_with
 
 
 def pretrain(config: Any, run: Path, row: str, dry_run: bool = False) -> None:
@@ -15,6 +15,4 @@ def pretrain(config: Any, run: Path, row: str, dry_run: bool = False) -> None:
 
     Raises: InputError for wrong settings or data; Interrupted after a stop signal.
     """
-    pretrainings = (kinds.KINDS[name] for name in kinds.pretrainings())
-    kind = next(kind for kind in pretrainings if type(kind.defaults()) is type(config))
-    kind.pretrain(config, Path(run), row, dry_run)
+    kind_with(config).pretrain(config, Path(run), row, dry_run)

@@ -1,17 +1,17 @@
 """Suite files: every combination of backbone, data set and protocol is a cell of a table."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
-from ldae.errors import InputError
+from ldae.errors import InputError, unknown
 from ldae.evals.evaluation import Setup, file_name
 from ldae.evals.protocol import Grader, Protocol, flags
 from ldae.runs import layout
-from ldae.tree import check, check_known, convert, read_toml
+from ldae.tree import Range, check, check_known, convert, read_toml
 
 
 def _without_files(types: dict[str, Any]) -> dict[str, Any]:
@@ -20,6 +20,17 @@ def _without_files(types: dict[str, Any]) -> dict[str, Any]:
 
 
 _SETUP = _without_files(flags(Setup))
+_PERCENT = Annotated[float, Range(0, 100)]
+
+
+class Backbone(NamedTuple):
+    """A backbone of the command line, or a table of [[backbones]]."""
+
+    name: str
+    spec: str
+    setup: Setup
+    published: dict[str, dict[str, float]] = {}
+    """Published numbers: data -> protocol -> percent, by their names in the suite."""
 
 
 class Column(NamedTuple):
@@ -47,6 +58,8 @@ class Cell:
     train: str
     eval: str | None
     setup: Setup
+    published: float | None = None
+    """The published number beside the headline, in percent. It decides no result."""
 
     def __str__(self) -> str:
         return f"{self.column.name} of {self.backbone} on {self.data}"
@@ -114,18 +127,17 @@ def _cells(
     suite: dict, specs: tuple[str, ...], setup: Setup, graders: dict[str, Grader]
 ) -> list[Cell]:
     check_known("the suite", suite, ("backbones", "data", "protocols"))
-    backbones = [(None, spec, setup) for spec in specs] + _backbones(suite, setup)
-    if not backbones:
-        raise InputError("name a backbone on the command line, or in [[backbones]]")
     data = {name: _data(name, table) for name, table in _tables(suite, "data").items()}
     columns = [
         _column(name, table, tuple(data), graders)
         for name, table in _tables(suite, "protocols").items()
     ]
+    given = [Backbone(_default_name(spec, setup), spec, setup) for spec in specs]
+    backbones = given + _backbones(suite, setup, data, columns)
+    if not backbones:
+        raise InputError("name a backbone on the command line, or in [[backbones]]")
     cells: dict[Path, Cell] = {}
-    for name, spec, backbone_setup in backbones:
-        random = "-random-init" if backbone_setup.random_init else ""
-        name = name or f"{file_name(spec)}{random}"
+    for name, spec, backbone_setup, published in backbones:
         for data_name, (train, test) in data.items():
             for column in columns:
                 if data_name not in column.data:
@@ -137,27 +149,52 @@ def _cells(
                     )
                 cell_setup = replace(backbone_setup, **column.changes, out=out)
                 check(cell_setup, f"[protocols.{column.name}] ")
-                cells[out] = Cell(name, data_name, column, spec, train, test, cell_setup)
+                number = published.get(data_name, {}).get(column.name)
+                cells[out] = Cell(name, data_name, column, spec, train, test, cell_setup, number)
     return list(cells.values())
 
 
-def _backbones(suite: dict, setup: Setup) -> list[tuple[str | None, str, Setup]]:
+def _default_name(spec: str, setup: Setup) -> str:
+    return file_name(spec) + ("-random-init" if setup.random_init else "")
+
+
+def _backbones(
+    suite: dict, setup: Setup, data: Iterable[str], columns: list[Column]
+) -> list[Backbone]:
     entries = suite.get("backbones", [])
     if not isinstance(entries, list):
         raise InputError("backbones are a list of tables, each under [[backbones]]")
     backbones = []
     for number, table in enumerate(entries, 1):
         where = f"[[backbones]] {number}"
-        given = _values(where, table, {"name": str, "spec": str, **_SETUP})
+        given = _values(where, table, {"name": str, "spec": str, "published": dict, **_SETUP})
         name, spec = given.pop("name", None), given.pop("spec", None)
+        published = _published(where, given.pop("published", {}), data, columns)
         if spec is None:
             raise InputError(f"{where} has no spec")
         if name is not None:
             _check_name(where, name)
         backbone_setup = replace(setup, **{"random_init": False} | given)
         check(backbone_setup, f"{where} ")
-        backbones.append((name, spec, backbone_setup))
+        name = name or _default_name(spec, backbone_setup)
+        backbones.append(Backbone(name, spec, backbone_setup, published))
     return backbones
+
+
+def _published(
+    where: str, tables: dict, data: Iterable[str], columns: list[Column]
+) -> dict[str, dict[str, float]]:
+    """Return the published numbers of a backbone: data -> protocol -> percent.
+
+    Raises: InputError for a cell that the suite does not have, and for a number that is no percent.
+    """
+    published = {}
+    for name, table in tables.items():
+        if name not in data:
+            raise unknown(f"{where} has published numbers of the data", name, data)
+        protocols = {column.name: _PERCENT for column in columns if name in column.data}
+        published[name] = _values(f"{where} published.{name}", table, protocols)
+    return published
 
 
 def _data(name: str, table: object) -> tuple[str, str | None]:
@@ -182,8 +219,8 @@ def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, 
     types = {"verb": str, "data": tuple[str, ...]} | choice | constants | options | setup
     given = _values(where, table, types)
     on = given.get("data", data)
-    for unknown in set(on).difference(data):
-        raise InputError(f"{where} names the data {unknown!r}, and there are {', '.join(data)}")
+    for other in set(on).difference(data):
+        raise InputError(f"{where} names the data {other!r}, and there are {', '.join(data)}")
 
     def part(names: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in given.items() if key in names}

@@ -9,6 +9,8 @@ from ldae.distributed import is_main
 from ldae.evals.suite import Cell
 from ldae.files import write, write_json
 
+_PUBLISHED = "{}: published"  # the second column of a protocol
+
 
 def write_table(
     folder: Path, cells: list[Cell], done: list[Cell], failures: dict[Path, str]
@@ -38,6 +40,7 @@ def _entry(folder: Path, cell: Cell, done: bool, failure: str | None) -> dict:
         "protocol": cell.column.name,
         "verb": cell.column.grader.name,
         "headline": cell.column.protocol.headlines[0],
+        "published": cell.published,
         "results": results and _numbers(results),
         "error": failure,
         "file": cell.results.relative_to(folder).as_posix(),
@@ -54,20 +57,30 @@ def _numbers(results: dict) -> dict[str, float]:
 
 
 def _csv(entries: list[dict]) -> str:
-    """Write one line for each number."""
+    """Write one line for each number, that of the metric "published" first."""
     names = ["backbone", "spec", "random_init", "data", "protocol", "verb"]
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
     lines.writerow([*names, "metric", "value"])
     for entry in entries:
-        for metric, value in (entry["results"] or {}).items():
+        published = {} if entry["published"] is None else {"published": entry["published"]}
+        for metric, value in (published | (entry["results"] or {})).items():
             lines.writerow([*(entry[name] for name in names), metric, value])
     return file.getvalue()
 
 
 def _markdown(entries: list[dict]) -> str:
-    """Write a line a backbone on a data set, and a column for the headline of each protocol."""
-    heads = {entry["protocol"]: f"{entry['protocol']}: {entry['headline']}" for entry in entries}
+    """Write a line a backbone on a data set, and a column for the headline of each protocol.
+
+    A protocol with published numbers has a second column for these.
+    """
+    with_published = {entry["protocol"] for entry in entries if entry["published"] is not None}
+    heads: dict[str, str] = {}
+    for entry in entries:
+        protocol = entry["protocol"]
+        heads[protocol] = f"{protocol}: {entry['headline']}"
+        if protocol in with_published:
+            heads[_PUBLISHED.format(protocol)] = _PUBLISHED.format(protocol)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     data = list(dict.fromkeys(entry["data"] for entry in entries))  # in the order of the suite
     for entry in sorted(entries, key=lambda entry: data.index(entry["data"])):
@@ -76,10 +89,12 @@ def _markdown(entries: list[dict]) -> str:
         row[protocol] = "failed" if entry["error"] else "to do"
         if entry["results"]:
             row[protocol] = f"{entry['results'][entry['headline']]:.2f}"
+        if entry["published"] is not None:
+            row[_PUBLISHED.format(protocol)] = str(entry["published"])
     lines = [
         ["data", "backbone", *heads.values()],
         ["---", "---", *("--:" for _ in heads)],
-        *([*names, *(row.get(name, "") for name in heads)] for names, row in rows.items()),
+        *([*names, *(row.get(head, "") for head in heads)] for names, row in rows.items()),
     ]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     failed = [

@@ -1,4 +1,4 @@
-"""DiT as a denoiser: a stack of blocks; the first half is the encoder, the second the decoder."""
+"""DiT as a denoiser: a stack of blocks; the first are the encoder, the others the decoder."""
 
 import copy
 import math
@@ -113,7 +113,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(Denoiser):
-    """A diffusion transformer with two equal halves (Peebles and Xie 2023).
+    """A diffusion transformer (Peebles and Xie 2023), cut into an encoder and a decoder.
 
     DiT's prediction of a variance is left out, because the paper's loss has no term for it.
 
@@ -121,6 +121,7 @@ class DiT(Denoiser):
         name: a timm ViT with the shape of the encoder.
         depth, embed_dim, num_heads, mlp_ratio: replacements of the sizes of that ViT.
         cond_ratio: width of the conditioning as a share of ``embed_dim`` (paper, section 3: 1/4).
+        decoder_depth: blocks of the decoder; by default as many as the encoder has.
         vit: the fields of ``ViTParts``. The decoder has the activation and the eps too, but prefix
             tokens end with the encoder.
 
@@ -135,6 +136,7 @@ class DiT(Denoiser):
         num_heads: int | None = None,
         mlp_ratio: float | None = None,
         cond_ratio: float = 0.25,
+        decoder_depth: int | None = None,
         vit: Mapping[str, Any] | None = None,
         *,
         side: int,
@@ -146,7 +148,9 @@ class DiT(Denoiser):
         super().__init__(side, in_dim, out_dim, num_classes, checkpoint_activations)
         shape = self.shape = vit_shape(name, depth, embed_dim, num_heads, mlp_ratio)
         parts = self.parts = ViTParts(**(vit or {}))
-        self.width, self.depth, self.stages = shape.embed_dim, shape.depth, 2 * shape.depth
+        decoder_depth = decoder_depth or shape.depth
+        self.width, self.depth = shape.embed_dim, shape.depth
+        self.stages = self.depth + decoder_depth
         cond_dim = int(self.width * cond_ratio)
 
         sizes = (self.width, shape.num_heads, shape.mlp_ratio, cond_dim)
@@ -168,7 +172,7 @@ class DiT(Denoiser):
         self.t_embed = TimestepEmbedding(cond_dim)
         self.y_embed = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
         self.encoder = nn.ModuleList(Block(*sizes) for _ in range(shape.depth))
-        self.decoder = nn.ModuleList(Block(*sizes) for _ in range(shape.depth))
+        self.decoder = nn.ModuleList(Block(*sizes) for _ in range(decoder_depth))
         self.final = FinalLayer(self.width, out_dim, cond_dim)
         self.mask_token: nn.Parameter | None = None
         self.initialize()

@@ -4,15 +4,17 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldae.data.workers import Batch
 from ldae.errors import InputError
-from ldae.method import LDAE, build
+from ldae.method import LDAE
+from ldae.models.vit import fuse_attention
 from ldae.precision import float32_products, runs_in_bf16
-from ldae.settings import Config
+from ldae.runs.kinds import kind_with
 from ldae.train.optim import adamw
 from ldae.train.run import compiles, fuses_attention
 from ldae.train.state import State
@@ -69,23 +71,24 @@ def training_flops(method: LDAE) -> int:
 class TrainingStep:
     """The step of ``ldae pretrain`` on a fixed batch of random images, without the loop around it.
 
-    A call copies the batch to the device, computes the loss and its gradients, and updates the
-    weights. The first call is done.
+    The settings are those of any kind of pre-training. A call copies the batch to the device,
+    computes the loss and its gradients, and updates the weights. The first call is done.
 
     Raises: torch.OutOfMemoryError when the batch does not fit into the memory of the device.
     """
 
-    def __init__(self, config: Config, device: torch.device, batch_size: int) -> None:
+    def __init__(self, config: Any, device: torch.device, batch_size: int) -> None:
         self.config, self.device, self.batch_size = config, device, batch_size
         bf16 = runs_in_bf16(config.system.precision, device)
-        self.method = build(config, bf16=bf16)
+        self.method = kind_with(config).opened().build(config, bf16=bf16)
         side = config.data.img_size
         images = torch.randint(
             256, (batch_size, config.data.in_chans, side, side), dtype=torch.uint8
         )
-        self.method.tokenizer.fit([images[:_FIT_IMAGES]])
+        if isinstance(self.method, LDAE):
+            self.method.tokenizer.fit([images[:_FIT_IMAGES]])
         self.method.to(device).train()
-        self.method.denoiser.fuse_attention(fuses_attention(bf16, device))
+        fuse_attention(self.method, fuses_attention(bf16, device))
         self.batch = Batch(images, [], torch.arange(batch_size), [])
         compiled = compiles(config.system.compile, device)
         self.state = State(self.method, config.optim, config.system, device, compiled, adamw)
@@ -110,7 +113,7 @@ class TrainingStep:
         return self.batch_size / statistics.median(times)
 
 
-def fitting_step(config: Config, device: torch.device, batch_size: int) -> TrainingStep:
+def fitting_step(config: Any, device: torch.device, batch_size: int) -> TrainingStep:
     """Return a step with the batch halved until it fits into the memory of the device.
 
     Raises: InputError when one image does not fit.

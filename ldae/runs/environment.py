@@ -28,11 +28,14 @@ def environment(device: object = None) -> dict:
     """Return versions, processor, device, git state and command: the context of a result."""
     import torch
 
+    from ldae.precision import vector_instructions
+
     record = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu": _cpu_name(),
+        "cpu_instructions": vector_instructions(),
         "cpu_threads": torch.get_num_threads(),
         "device": str(device or "cpu"),
         "git": git_state(),

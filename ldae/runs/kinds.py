@@ -111,6 +111,12 @@ def pretrainings() -> list[str]:
     return [name for name, kind in KINDS.items() if kind.training]
 
 
+def kind_with(settings: Any) -> Kind:
+    """Return the kind of pre-training that has settings of this class."""
+    kinds = (KINDS[name] for name in pretrainings())
+    return next(kind for kind in kinds if type(kind.defaults()) is type(settings))
+
+
 def kind_of(folder: Path) -> str | None:
     """Return the kind of the run in ``folder``, or None when the folder holds no run.
 

@@ -1,6 +1,5 @@
 """Every backbone is a plain timm model, and tensors that do not load are reported."""
 
-import argparse
 import json
 import re
 import subprocess
@@ -263,19 +262,7 @@ def prefixed(prefix: str, weights: dict) -> dict:
 
 LAYOUTS = {
     "flat": lambda own, other: own,
-    "mae": lambda own, other: {
-        "model": own | {"mask_token": torch.zeros(1, 1, 8), "decoder_norm.weight": torch.zeros(8)},
-        "args": argparse.Namespace(mask_ratio=0.75),
-    },
     "ddp": lambda own, other: {"state_dict": prefixed("module.", own), "epoch": 3},
-    "dino": lambda own, other: {
-        "student": prefixed("module.backbone.", other),
-        "teacher": prefixed("backbone.", own) | {"head.mlp.0.weight": torch.zeros(8)},
-    },
-    "moco": lambda own, other: {
-        "state_dict": prefixed("module.base_encoder.", own)
-        | prefixed("module.momentum_encoder.", other)
-    },
     "ijepa": lambda own, other: {"encoder": prefixed("module.", own), "predictor": other},
     "average": lambda own, other: {"model": other, "model_ema": own},
     "classifier": lambda own, other: own | {"head.weight": torch.zeros(5, 64)},

@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
         with pytest.raises(
-            InputError, match="a.safetensors needs .* GB more, and its disk has 0 GB"
+            InputError, match="a.safetensors needs .* MB more, and its disk has 0 MB"
         ):
             cache(str(folder), out, **HOW)
 

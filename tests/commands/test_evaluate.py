@@ -130,6 +130,25 @@ def test_the_table_holds_the_results_of_the_cells_files(suite, setup, capsys):
     assert "cell 1 of 6: knn of pixels-8 on digits\n" in printed and "cell 6 of 6" in printed
 
 
+def test_published_numbers_stand_beside_the_results_and_decide_nothing(suite, setup, called):
+    backbone = "[[backbones]]\nspec = 'pixels:4'\npublished.same = { knn = 74.5 }\n"
+    suite.write_text(backbone + SUITE)
+    table = evaluate(("pixels:8",), suite=suite, setup=setup)
+    by_json, by_csv, text = numbers(setup.out)
+    assert by_csv == by_json | {("pixels-4", "same", "knn", "published"): 74.5}
+    published = [(c["backbone"], c["data"], c["published"]) for c in table["cells"]]
+    assert [one for one in published if one[2]] == [("pixels-4", "same", 74.5)]
+    lines = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[0][2:] == [
+        "knn: top1_k5", "knn: published", "retrieve: mean_average_precision"
+    ]  # fmt: skip
+    assert [line[3] for line in lines[2:]] == ["", "", "", "74.5"]
+    suite.write_text((backbone + SUITE).replace("74.5", "75"))
+    count = len(called.made)
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert len(called.made) == count and "| 75.0 |" in (setup.out / "table.md").read_text()
+
+
 def test_cells_of_a_backbone_and_a_data_set_share_features(suite, setup, monkeypatch):
     """The numbers equal those of each command by itself."""
     extracted, original = [], features.encode_share

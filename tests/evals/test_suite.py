@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 
 from ldae.cli import graders
 from ldae.commands.linear import CachedProtocol
@@ -71,6 +72,12 @@ def test_random_init_on_the_command_line_does_not_apply_to_the_suites_backbones(
     assert [c.setup.random_init for c in cells] == [True] * 3 + [False] * 3
 
 
+def test_published_numbers_go_to_their_cells(read):
+    published = "published.a = { knn = 74.5 }\npublished.b = { knn = 70, fast = 77.0 }"
+    cells = read(SUITE.replace("img_size = 16", published))
+    assert [c.published for c in cells] == [None] * 3 + [74.5, 70.0, 77.0]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -102,6 +109,13 @@ def test_random_init_on_the_command_line_does_not_apply_to_the_suites_backbones(
         ('spec = "test_vit"', "", r"\[\[backbones\]\] 1 has no spec"),
         ("img_size = 16", "img_size = 0", r"\[\[backbones\]\] 1 img_size must be at least 1"),
         ("img_size = 16", "img = 0", r"\[\[backbones\]\] 1 has no setting 'img'"),
+        ("img_size = 16", "published = 74.5", r"1: setting 'published' takes a table, not 74.5"),
+        ("img_size = 16", "published.aa.knn = 7", r"1 has published .* data 'aa'; .* 'a'"),
+        ("img_size = 16", "published.a = 7", r"1 published.a must be a table, not 7"),
+        ("img_size = 16", "published.b.fats = 7", r"published.b has no setting 'fats'; .*fast"),
+        ("img_size = 16", "published.a.fast = 7", r"1 published.a has no setting 'fast'"),
+        ("img_size = 16", "published.a.knn = '7 %'", r"published.a: .*'knn' takes float, not '7"),
+        ("img_size = 16", "published.a.knn = 745", r"knn must be at least 0 and at most 100"),
         ("[[backbones]]", "[backbones]", "backbones are a list of tables"),
         ("[protocols.knn]", "[protocols", "it is not a TOML file"),
         (SUITE, "[data.a]\ntrain='digits'", r"there is no table \[protocols.NAME\]"),
@@ -135,3 +149,11 @@ def test_sample_suites_are_read(tmp_path):
     for path in found:
         assert read_suite(path, (), Setup(out=tmp_path), graders())
     assert found
+
+
+def test_the_published_encoders_are_timms_and_each_has_a_published_number(tmp_path):
+    path = Path(__file__).parents[2] / "benchmarks" / "suites" / "published.toml"
+    cells = read_suite(path, (), Setup(out=tmp_path), graders())
+    specs = {cell.spec for cell in cells}
+    assert len(specs) == 10 and specs <= {*timm.list_pretrained()}
+    assert {cell.spec for cell in cells if cell.published} == specs

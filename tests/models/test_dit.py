@@ -7,9 +7,9 @@ from ldae.models.dit import Block, DiT
 from ldae.models.vit import ViTShape, vit_shape
 
 
-def dit(out_dim: int = 6) -> DiT:
+def dit(out_dim: int = 6, **changes) -> DiT:
     """Return a DiT for 16 tokens of 6 numbers, with 2 + 2 blocks of width 16."""
-    return DiT("vit_tiny_patch16_224", 2, 16, 2, side=4, in_dim=6, out_dim=out_dim)
+    return DiT("vit_tiny_patch16_224", 2, 16, 2, side=4, in_dim=6, out_dim=out_dim, **changes)
 
 
 def test_a_block_starts_as_the_identity():
@@ -37,10 +37,11 @@ def test_a_block_without_modulation_is_timms_block():
     torch.testing.assert_close(block(x, torch.randn(3, 4)), plain(x))
 
 
-def test_half_of_the_blocks_are_the_encoder(awake):
-    denoiser = awake(dit())
+@pytest.mark.parametrize("decoder_depth, blocks", [(None, 2), (1, 1), (3, 3)])
+def test_the_decoder_is_as_deep_as_the_encoder_unless_told_otherwise(decoder_depth, blocks, awake):
+    denoiser = awake(dit(decoder_depth=decoder_depth))
     tokens, t = torch.randn(2, 16, 6), torch.tensor([3, 500])
-    assert len(denoiser.encoder) == len(denoiser.decoder) == 2
+    assert (len(denoiser.encoder), len(denoiser.decoder)) == (2, blocks)
     c = denoiser.condition(t)
     x = denoiser.encode(tokens, c)
     for block in denoiser.decoder:

@@ -264,7 +264,7 @@ def test_a_damaged_file_of_the_official_size_is_found_by_its_md5(
 def test_a_full_disk_is_found_before_anything_is_written(downloads, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     for out in OUTS:
-        refuse(downloads, tmp_path / out, capsys, f"{out} needs ", "its disk has 0 GB left")
+        refuse(downloads, tmp_path / out, capsys, f"{out} needs ", "its disk has 0 MB left")
     assert {path.name for path in tmp_path.iterdir()} == {"downloads"}
 
 
