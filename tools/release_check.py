@@ -25,7 +25,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).parent.parent
 RUN = "runs/l_dae"  # the run of the README's examples
-_STAND_INS = {"/data/imagenet": "scattered-digits:400"}  # for data that a clean environment lacks
+_STAND_INS = {"/data/imagenet": "scattered-digits:200"}  # for data that a clean environment lacks
 _WITHOUT_RUN = ("show", "diff")
 _WITH_RUN = ("knn", "linear", "logreg", "retrieve", "export")  # they take seconds on a small run
 

@@ -98,9 +98,9 @@ def test_examples_are_those_that_need_no_network_and_no_data():
     text += "ldae knn vit_base_patch16_224.mae --data /data/imagenet\nldae fid runs/l_dae\n```\n"
     show, knn = tool.offline_commands(text)
     assert show == ["ldae", "show"]
-    assert knn == ["ldae", "knn", "runs/l_dae", "--data", "scattered-digits:400"]
+    assert knn == ["ldae", "knn", "runs/l_dae", "--data", "scattered-digits:200"]
     assert tool.python_examples('```python\nopen("/data/imagenet")\n```\n') == [
-        'open("scattered-digits:400")\n'
+        'open("scattered-digits:200")\n'
     ]
 
 
