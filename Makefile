@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest test-slurm lint clean
+.PHONY: demo test test-lowest test-slurm lint release-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldae demo
@@ -26,6 +26,11 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Builds the wheel and checks it in an environment outside of the checkout. Before a release:
+# TAG=v0.1.0 must be of its version, and KEEP=dist keeps what was checked.
+release-check:
+	$(PYTHON) tools/release_check.py $(if $(TAG),--tag '$(TAG)') $(if $(KEEP),--keep '$(KEEP)')
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest

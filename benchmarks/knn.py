@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ldae.data.workers import available_cpus
 from ldae.evals.features import Features
 from ldae.evals.neighbours import QUERIES_AT_ONCE, Bank
 from ldae.files import write_json
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--k", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/knn.json"))
     parser.add_argument("--search", choices=SEARCHES, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -10,7 +10,6 @@ images. scikit-learn reports that it has converged also where only its steps hav
 """
 
 import argparse
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from sklearn.linear_model import LogisticRegression as ScikitLearn
 from threadpoolctl import threadpool_limits
 
 from ldae.commands.logreg import LogregProtocol, logistic_regression
+from ldae.data.workers import available_cpus
 from ldae.evals.features import Features
 from ldae.evals.logistic import LogisticRegression
 from ldae.evals.subsets import draw_images, fold_splits, held_out
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=10)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--exact", type=int, default=9, help="values of C on the first draw")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/logreg.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -5,11 +5,10 @@
 >>> backbone = ldae.load_backbone("exported/")
 """
 
-from importlib import metadata
 from typing import Any
 
 __all__ = ["Config", "config", "load_backbone", "__version__"]
-__version__ = metadata.version("ldae")
+__version__ = "0.1.0"  # the only place of the version: pyproject.toml reads it here
 _MODULES = {
     "Config": "ldae.settings",
     "config": "ldae.pretraining.recipes",

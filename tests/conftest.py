@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from multiprocessing import connection
 
 # One thread for each test and for the commands that it starts, since tests run in parallel.
@@ -186,7 +187,15 @@ def launch(monkeypatch):
 
 
 @pytest.fixture
-def on_ranks():
+def fork():
+    """The processes that start with torch imported and with all that a test has changed."""
+    if sys.platform == "darwin":
+        pytest.skip("macOS' frameworks do not survive a fork")
+    return multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def on_ranks(fork):
     """on_ranks(function): call a function on two ranks, each in a process, and return their errors.
 
     An error is a string, empty if there is none. A rank that has not ended ``seconds`` after the
@@ -195,7 +204,6 @@ def on_ranks():
 
     def run(function, ranks: int = 2, seconds: float = 60) -> list[str | None]:
         launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        context = multiprocessing.get_context("fork")  # torch is imported already
 
         def rank(number: int, pipe) -> None:
             os.environ.update(launch, RANK=str(number), LOCAL_RANK=str(number))
@@ -205,8 +213,8 @@ def on_ranks():
             except Exception as error:
                 pipe.send(f"{type(error).__name__}: {error}")
 
-        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
-        processes = [context.Process(target=rank, args=(n, pipes[n][1])) for n in range(ranks)]
+        pipes = [fork.Pipe(duplex=False) for _ in range(ranks)]
+        processes = [fork.Process(target=rank, args=(n, pipes[n][1])) for n in range(ranks)]
         for process in processes:
             process.start()
         errors = []

@@ -155,6 +155,20 @@ def test_names_in_a_run_folder_are_written_in_one_file(name):
     assert [text for text in path_parts(code) if NAMES & {*text.split("/")}] == []
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_that_is_read_can_run_code(name):
+    """SECURITY.md says so."""
+    for call in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(call, ast.Call):
+            called = ast.unparse(call.func)
+            how = {option.arg: ast.unparse(option.value) for option in call.keywords}
+            if called.endswith(("torch.load", ".get_state_dict", "load_state_dict_from_url")):
+                assert how.get("weights_only") == "True", ast.unparse(call)
+            assert how.get("allow_pickle", "False") == "False", ast.unparse(call)
+            assert how.get("trust_remote_code", "False") == "False", ast.unparse(call)
+            assert called not in ("pickle.load", "pickle.loads", "yaml.load", "eval", "exec")
+
+
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout
@@ -163,7 +177,8 @@ def run(code: str) -> str:
 def test_import_has_no_side_effect_and_help_imports_no_torch():
     loaded = run(
         "import sys, ldae; from ldae.cli import main; main(['--help']); "
-        "print('loaded', *[m for m in ('torch', 'timm', 'numpy', 'tyro') if m in sys.modules])"
+        "heavy = {'torch', 'timm', 'numpy', 'tyro', 'importlib.metadata'}; "
+        "print('loaded', *heavy & sys.modules.keys())"
     )
     assert loaded.strip().endswith("loaded")
 

@@ -110,8 +110,11 @@ def open_lpips(file: str = "") -> PerceptualDistance:
     with torch.device("meta"):
         features = vgg16(weights=None, init_weights=False).features
     try:
-        weights = VGG16_Weights.IMAGENET1K_V1
-        state = read_checkpoint(Path(file)) if file else weights.get_state_dict(check_hash=True)
+        if file:
+            state = read_checkpoint(Path(file))
+        else:
+            weights = VGG16_Weights.IMAGENET1K_V1
+            state = weights.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"torchvision's weights of VGG16 cannot be downloaded ({first_line(error)}): give a "

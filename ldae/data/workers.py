@@ -52,7 +52,7 @@ def load(
     # the OpenMP pools of torch and faiss, whose threads do not survive a fork. The method is named
     # because Python 3.14 changes the default, and only on Linux because macOS' frameworks forbid
     # fork.
-    context = "fork" if workers and sys.platform == "linux" else None
+    context = "fork" if sys.platform == "linux" else "spawn"
     workers = min(workers, available_cpus())
     slots = _Slots(workers)
     pieces = _Pieces(batches, slots.size)
@@ -63,7 +63,7 @@ def load(
         prefetch_factor=_PREFETCHED if workers else None,
         collate_fn=slots.collate,
         worker_init_fn=_ignore_signals,
-        multiprocessing_context=context,
+        multiprocessing_context=context if workers else None,
         generator=torch.Generator(),  # drawing from the global generator would change the training
     )
     return _joined(_loaded(loader, slots), pieces, pin_memory)

@@ -1,5 +1,6 @@
 """Exact search of the nearest images by cosine, over the shares of all ranks, and the k-NN vote."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
@@ -127,7 +128,9 @@ class Bank:
         """Return similarities and positions of the ``k`` nearest images in this rank's share."""
         if 4 * k >= len(self.rows):
             return self._sort_share(queries, k)
-        search = self._search_by_faiss if self.device.type == "cpu" else self._search_by_torch
+        # On macOS, faiss and torch bring an OpenMP each, and a process that uses both crashes.
+        by_faiss = self.device.type == "cpu" and sys.platform != "darwin"
+        search = self._search_by_faiss if by_faiss else self._search_by_torch
         similarities, positions = search(queries, k + 1)
         # A search may leave out any of equally similar images; the last one has to be left out.
         tied = similarities[:, k - 1] == similarities[:, k]

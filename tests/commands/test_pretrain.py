@@ -31,8 +31,6 @@ from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
-FORK = multiprocessing.get_context("fork")  # torch is imported already
-
 
 def weights(run):
     return Checkpoints(run).load()["model"]
@@ -128,7 +126,7 @@ def command(run, *launcher, **changes):
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--")
 
 
-def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny, tmp_path):
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny, fork, tmp_path):
     """The run gets kill -9 while it trains or saves, with data workers."""
     config = tiny(
         data__source="scattered-digits:100",
@@ -141,7 +139,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny, tmp_path
     pretrain(config, whole, "l_dae")
     for _ in range(2):
         begun = (Checkpoints(run).load() or {"images_seen": 0})["images_seen"]
-        process = FORK.Process(target=pretrain, args=(config, run, "l_dae"))
+        process = fork.Process(target=pretrain, args=(config, run, "l_dae"))
         process.start()
         while process.is_alive() and seen(run) <= begun:
             time.sleep(0.001)

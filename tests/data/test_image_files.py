@@ -1,5 +1,4 @@
 import logging
-import multiprocessing
 import os
 import pickle
 
@@ -117,13 +116,13 @@ def test_images_of_a_truncated_or_missing_file_are_bad(make_tree, pack):
         source.image(0)
 
 
-def test_a_source_can_be_pickled_and_forked(make_tree, pack):
+def test_a_source_can_be_pickled_and_forked(make_tree, pack, fork):
     source = open_source(str(pack(make_tree("t", ["a/1.png", "b/2.png"]))), "train")
     expected = [source.image(i).tobytes() for i in range(2)]
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.image(i).tobytes() for i in range(2)] == expected
     assert names(copy) == names(source)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with fork.Pool(2) as pool:
         images = pool.map(source.image, [0, 1] * 20)
     assert [image.tobytes() for image in images] == expected * 20
 

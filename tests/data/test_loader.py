@@ -72,6 +72,13 @@ def test_a_stream_without_stop_is_endless(digits):
     assert_equal(join(itertools.islice(endless, 6)), join(stream(digits)))
 
 
+def test_spawned_workers_give_the_same_batches(digits, monkeypatch):
+    """As on macOS."""
+    wanted = join(stream(digits, stop=12))
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert_equal(join(stream(digits, stop=12, workers=1)), wanted)
+
+
 class Numbered(Source):
     """Images of two channels and one pixel that is their index."""
 

@@ -1,5 +1,7 @@
 """The search is exact, and finds the same in any blocks."""
 
+import sys
+
 import pytest
 import torch
 
@@ -58,6 +60,14 @@ def test_a_bank_in_a_file_finds_the_same(search, monkeypatch):
     found = nearest(train, queries, 7)
     assert torch.equal(found.indices, wanted.indices)
     assert torch.equal(found.similarities, wanted.similarities)
+
+
+def test_macos_searches_without_faiss(monkeypatch):
+    train, queries = directions(100, 0), directions(23, 1)
+    wanted = nearest(train, queries, 7)
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setitem(sys.modules, "faiss", None)  # to import it raises ImportError
+    assert torch.equal(nearest(train, queries, 7).indices, wanted.indices)
 
 
 def test_only_chosen_images_are_found(search):

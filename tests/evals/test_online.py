@@ -1,7 +1,6 @@
 """The online probes follow MAE's recipe, on any device and with any batch size."""
 
 import math
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -181,14 +180,16 @@ def stopped_at():
     return make
 
 
-def test_a_stopped_or_killed_probe_resumes_to_the_same_bits(vit, pictures, stopped_at, tmp_path):
+def test_a_stopped_or_killed_probe_resumes_to_the_same_bits(
+    vit, pictures, stopped_at, fork, tmp_path
+):
     source, encoder = pictures(61), Encoder(vit, CPU)
     whole, record = train_online(encoder, source, SHORT, tmp_path / "whole")
     folder = tmp_path / "parts"
     with pytest.raises(Interrupted, match="stopped at image 96 of 264; all progress is saved"):
         train_online(stopped_at(4), source, SHORT, folder)
     how = (stopped_at(2, signal.SIGKILL), source, SHORT, folder)
-    killed = multiprocessing.get_context("fork").Process(target=train_online, args=how)
+    killed = fork.Process(target=train_online, args=how)
     killed.start()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL

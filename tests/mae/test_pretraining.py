@@ -1,7 +1,6 @@
 """An MAE pre-training is the same when interrupted, killed or divided over ranks."""
 
 import json
-import multiprocessing
 import random
 import time
 
@@ -17,8 +16,6 @@ from ldae.mae.network import MAE
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
-
-FORK = multiprocessing.get_context("fork")  # torch is imported already
 
 
 def weights(run):
@@ -76,13 +73,13 @@ def test_interrupted_equals_uninterrupted(tiny_mae, tmp_path, interrupts):
     assert_equal(parts["average"], whole["average"])
 
 
-def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny_mae, tmp_path):
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tiny_mae, fork, tmp_path):
     """The run gets kill -9 while it trains or saves, with data workers."""
     changes = {"system__workers": 1, "system__save_minutes": 0, "system__log_every": 1}
     config = tiny_mae(data__source="scattered-digits:100", optim__epochs=3, **changes)
     whole, run = tmp_path / "whole", tmp_path / "killed"
     pretrain(config, whole, "mae")
-    process = FORK.Process(target=pretrain, args=(config, run, "mae"))
+    process = fork.Process(target=pretrain, args=(config, run, "mae"))
     process.start()
     while process.is_alive() and not (run / "metrics.jsonl").exists():
         time.sleep(0.001)

@@ -1,6 +1,5 @@
 """A pre-training from cached latents sees what it would encode, up to the rounding of float16."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -28,7 +27,6 @@ from ldae.tree import replace
 
 CPU = torch.device("cpu")
 CLASSES = 10
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -136,7 +134,7 @@ def test_batches_are_the_latents_of_the_images_batches(cached):
             torch.testing.assert_close(other.images, expected, rtol=2e-3, atol=1e-5)
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one(cached, tmp_path):
+def test_a_killed_run_ends_as_an_undisturbed_one(cached, fork, tmp_path):
     """Bit for bit, with a data worker."""
     config = replace(cached(), {"system.save_minutes": 0, "system.workers": 1, "optim.ema": 0.9})
     pretrain(config, tmp_path / "whole", "dit")
@@ -153,7 +151,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(cached, tmp_path):
         LDAE.forward = forward
         pretrain(config, tmp_path / "killed", "dit")
 
-    process = FORK.Process(target=work)
+    process = fork.Process(target=work)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

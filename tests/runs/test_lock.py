@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import platform
 import threading
@@ -15,8 +14,6 @@ from ldae.runs import lock
 from ldae.runs.layout import LOCK
 from ldae.runs.lock import locked
 
-FORK = multiprocessing.get_context("fork")
-
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch):
@@ -25,21 +22,21 @@ def short_times(monkeypatch):
 
 
 @pytest.fixture
-def holder(tmp_path):
+def holder(fork, tmp_path):
     """holder(before): start a process that calls ``before`` and then holds the folder."""
     started = []
 
     def start(before=lambda: None):
-        ready = FORK.Event()
+        ready = fork.Event()
 
         def hold():
             before()
             with locked(tmp_path):
-                FORK.Process(target=time.sleep, args=(5,)).start()  # an outliving data worker
+                fork.Process(target=time.sleep, args=(5,)).start()  # an outliving data worker
                 ready.set()
                 time.sleep(30)
 
-        process = FORK.Process(target=hold)
+        process = fork.Process(target=hold)
         process.start()
         started.append(process)
         assert ready.wait(10)
