@@ -129,8 +129,8 @@ def embed(
             if written:
                 _finish(out, written, record, whitening, sources)
         barrier()
-    size = " x ".join(map(str, shape))
-    print_main(f"{out}: features of {rows[-1].stop:,} images, {size} each")
+        size = " x ".join(map(str, shape))
+        print_main(f"{out}: features of {rows[-1].stop:,} images, {size} each")
     return out
 
 

@@ -20,23 +20,6 @@ SplitsOfFiles = Callable[[str, Container], Splits]
 """A function that finds the splits of a folder or an archive."""
 
 
-def open_source(spec: str, split: Literal["train", "eval"]) -> Source:
-    """Open one split of the source ``spec``, or all of its images when it has no splits.
-
-    - A folder, or a ``.zip`` or uncompressed ``.tar`` archive, which is read in place. Its splits
-      are the sub-folders ``train`` and one of ``val``, ``valid``, ``validation``, ``test``. Its
-      classes are the first-level sub-folders, sorted; with images directly inside, it is
-      unlabelled. A single outer folder, as many archives have, is skipped.
-    - A ``.npz`` file of samples: ``arr_0``, uint8 (N, H, W, C), without splits.
-    - A cache, the ``.safetensors`` file of ``ldae cache``, with the splits of its source.
-    - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: data sets that timm opens.
-    - ``digits`` and ``scattered-digits[:N[:SEED]]``: built-in data sets. ``./digits`` is a folder.
-
-    Raises: InputError when the source does not exist, has no images or lacks the split.
-    """
-    return _open_split(spec, source_splits(spec), split)
-
-
 def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Splits:
     """Return functions that open the splits of ``spec``.
 
@@ -61,6 +44,27 @@ def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Sp
     if path.name.lower().endswith(cached.SUFFIX) and path.is_file():
         return cached.cached_splits(spec, path)
     return splits_of_files(spec, open_container(path))
+
+
+def open_source(
+    spec: str,
+    split: Literal["train", "eval"],
+    splits_of: Callable[[str], Splits] = source_splits,
+) -> Source:
+    """Open one split of the source ``spec``, or all of its images when it has no splits.
+
+    - A folder, or a ``.zip`` or uncompressed ``.tar`` archive, which is read in place. Its splits
+      are the sub-folders ``train`` and one of ``val``, ``valid``, ``validation``, ``test``. Its
+      classes are the first-level sub-folders, sorted; with images directly inside, it is
+      unlabelled. A single outer folder, as many archives have, is skipped.
+    - A ``.npz`` file of samples: ``arr_0``, uint8 (N, H, W, C), without splits.
+    - A cache, the ``.safetensors`` file of ``ldae cache``, with the splits of its source.
+    - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: data sets that timm opens.
+    - ``digits`` and ``scattered-digits[:N[:SEED]]``: built-in data sets. ``./digits`` is a folder.
+
+    Raises: InputError when the source does not exist, has no images or lacks the split.
+    """
+    return _open_split(spec, splits_of(spec), split)
 
 
 def open_splits(

@@ -4,6 +4,7 @@ import csv
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,15 +85,14 @@ class NpyFile(EmbeddedFile):
         except ValueError:
             record = None
         super().__init__(path, check_record(record, path, str(beside)))
-        try:
+        found = None
+        with suppress(ValueError, EOFError, OSError, AttributeError):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             found, self._start = (array.dtype, array.shape), array.offset
-        except (ValueError, EOFError, OSError, AttributeError) as error:
-            raise InputError(f"{path} is truncated or damaged: {first_line(error)}") from None
-        if found != (np.dtype("<f4"), (self.count, *self.shape)):
+        if found != (np.dtype("<f4"), shape := (self.count, *self.shape)):
             raise InputError(
-                f"{path} is another file than {beside.name} describes: it holds {found[0]} of "
-                f"shape {found[1]}, not float32 of shape {(self.count, *self.shape)}"
+                f"{path} is truncated, damaged or another file: it is no array of float32 of shape "
+                f"{shape}, as {beside.name} describes"
             )
 
     def blocks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -106,7 +106,7 @@ class NpyFile(EmbeddedFile):
             if zlib.crc32(rows) != checksum:
                 raise InputError(
                     f"{self.path} is damaged and must be written again: the checksum differs for "
-                    f"images {block[0]} to {block[-1]}"
+                    f"rows {block[0]} to {block[-1]}"
                 )
             yield block.start - wanted.start, rows.reshape(len(rows), -1)
 
@@ -182,7 +182,12 @@ def open_embedded(path: Path) -> EmbeddedFile:
     """
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    return FILES[path.suffix](path)
+    try:
+        return FILES[path.suffix](path)
+    except (LookupError, TypeError, AttributeError):
+        raise InputError(
+            f"the record of {path} is damaged: write it again by `ldae embed`"
+        ) from None
 
 
 def import_parquet(path: Path) -> Any:
@@ -194,9 +199,9 @@ def check_record(record: object, path: Path, where: str) -> dict:
     """Return ``record``. Raises: InputError when it is no record of a file of features."""
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(f"{path} is no file of `ldae embed`: {where} has no record of features")
-    if record["version"] != VERSION:
+    if record.get("version") != VERSION:
         raise InputError(
-            f"{path} is of version {record['version']}, and this ldae reads version {VERSION}: "
+            f"{path} is of version {record.get('version')}, and this ldae reads version {VERSION}: "
             "write it again by `ldae embed`"
         )
     return record
@@ -287,7 +292,7 @@ class EmbeddedBackbone(nn.Module):
         record = self.file.record
         self.random_init: bool = record["backbone"]["random_init"]
         self.precision: Precision = record["extraction"]["precision"]
-        self.pretrained_cfg = {"architecture": record["backbone"]["spec"]}
+        self.pretrained_cfg = {"architecture": str(path)}
         self.pretrained_cfg |= record["backbone"]["preprocessing"]
         # The hash of the state is that of all that decides the features.
         text = json.dumps({key: record[key] for key in IDENTITY}, sort_keys=True).encode()

@@ -9,7 +9,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,11 +57,13 @@ class Rows:
 
     def _whole_blocks(self, record: dict) -> list[int]:
         """Return the checksums of the blocks that an earlier start has written."""
-        try:
-            lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True)
-        except FileNotFoundError:
+        lines: list = []
+        with suppress(FileNotFoundError, ValueError):  # of a line that a power cut has damaged
+            with open(self._log, encoding="utf-8") as log:
+                lines += (json.loads(line) for line in log if line.endswith("\n"))
+        if not lines:
             return []
-        begun, *checksums = (json.loads(line) for line in lines if line.endswith("\n"))
+        begun, *checksums = lines
         if found := difference(begun, record):
             raise InputError(
                 "{} was begun for other features: {} is {} there, {} here; delete it or name "
