@@ -4,9 +4,10 @@ python benchmarks/embed.py [--images 100000] [--kills 3] [--ranks 1] [--seed 0] 
 
 The features are the outputs of four blocks of an untrained ViT-S on 32 x 32 images, 3,072 numbers
 each, so those of 100,000 images take 1.2 GB. The command and all of its processes are killed by
-SIGKILL at random moments after they have written a block, and the same command resumes. In the end the three files must be equal byte for byte, apart from the command in the
-record. Memory is the proportional set size (PSS) of all processes together, read twenty times a
-second; its peak may grow by 200 MB from 1,000 images on.
+SIGKILL at random moments after they have written a block, and the same command resumes. In the end
+the three files must be equal byte for byte, apart from the command in the record. Memory is the
+proportional set size (PSS) of all processes together, read up to twenty times a second. Its peak
+may grow by 200 MB from 1,000 images on.
 """
 
 import argparse

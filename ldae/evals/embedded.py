@@ -129,14 +129,13 @@ class ParquetFile(EmbeddedFile):
     def __init__(self, path: Path) -> None:
         parquet = import_parquet(path)
         try:
-            with open(path, "rb"):
-                self._file = parquet.ParquetFile(path, page_checksum_verification=True)
+            self._file = parquet.ParquetFile(path, page_checksum_verification=True)
             text = (self._file.schema_arrow.metadata or {}).get(FORMAT.encode(), b"null")
             record = json.loads(text)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError as error:  # the base of pyarrow's
-            raise InputError(f"{path} is truncated or damaged: {first_line(error)}") from None
+        except (OSError, ValueError) as error:  # the bases of pyarrow's
+            raise InputError(
+                f"{path} is truncated or damaged: {first_line(error).partition('. ')[0]}"
+            ) from None
         super().__init__(path, check_record(record, path, "its metadata"))
 
     def blocks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
