@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from ldae.backbones.open import load_backbone
+from ldae.commands import embed as embed_module
 from ldae.commands.embed import embed
 from ldae.commands.evaluate import evaluate
 from ldae.commands.knn import knn
@@ -23,7 +24,7 @@ from ldae.commands.linear import CachedProtocol, MAEProtocol, linear
 from ldae.commands.logreg import LogregProtocol, logreg
 from ldae.commands.retrieve import RetrievalProtocol, retrieve
 from ldae.data.open import open_all, open_source
-from ldae.distributed import rank, world_size
+from ldae.distributed import process_group, rank, world_size
 from ldae.errors import InputError
 from ldae.evals.embedded import open_embedded
 from ldae.evals.embedding import Rows
@@ -128,8 +129,6 @@ def test_two_ranks_write_the_rows_of_two_ranks(vit, on_ranks, monkeypatch):
     setup = replace(SETUP, batch_size=3)
 
     def both() -> None:
-        from ldae.distributed import process_group
-
         with process_group(CPU):
             embed("test_vit", "scattered-digits:61", out=Path("a.npy"), split="train", setup=setup)
             rows = np.load("a.npy")
@@ -173,6 +172,33 @@ def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bytes(options, blo
     assert len(written) == 5 - (blocks + 1)  # three blocks of train and two of eval
     assert contents(Path("parts/a.npy")) == contents(Path("whole/a.npy"))
     assert sorted(path.name for path in Path("parts").iterdir()) == ["a.csv", "a.json", "a.npy"]
+
+
+def test_a_signal_to_one_rank_stops_all_and_costs_nothing(on_ranks, monkeypatch):
+    setup = replace(SETUP, batch_size=8)
+
+    def both(out: str) -> None:
+        with process_group(CPU):
+            embed("test_vit", DATA, out=Path(out), setup=setup)
+
+    def stopped() -> None:
+        shares = embed_module._shares
+
+        def interrupted(*args):
+            for number, rows in enumerate(shares(*args)):
+                if number == 1 and rank() == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield rows
+
+        monkeypatch.setattr(embed_module, "_shares", interrupted)
+        both("parts/a.npy")
+
+    for error in on_ranks(stopped):
+        assert error.startswith("Interrupted: stopped at image 32 of 120; all progress is saved")
+    assert not Path("parts/a.npy").exists()
+    for out in ("parts/a.npy", "whole/a.npy"):
+        assert on_ranks(lambda out=out: both(out)) == ["", ""]
+    assert contents(Path("parts/a.npy")) == contents(Path("whole/a.npy"))
 
 
 KILLED = """
