@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -85,6 +86,9 @@ class NpyFile(EmbeddedFile):
         except ValueError:
             record = None
         super().__init__(path, check_record(record, path, str(beside)))
+        step = self.record["extraction"]["batch_size"] * self.record["extraction"]["ranks"]
+        blocks = blocks_of([held["images"] for held in self.splits.values()], step)
+        self._checksums = list(zip(blocks, self.record["checksums"], strict=True))
         found = None
         with suppress(ValueError, EOFError, OSError, AttributeError):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -96,19 +100,18 @@ class NpyFile(EmbeddedFile):
             )
 
     def blocks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
-        step = self.record["extraction"]["batch_size"] * self.record["extraction"]["ranks"]
-        wanted = self.rows_of(split)
-        blocks = blocks_of([held["images"] for held in self.splits.values()], step)
-        for block, checksum in zip(blocks, self.record["checksums"], strict=True):
+        wanted, size = self.rows_of(split), math.prod(self.shape)
+        for block, checksum in self._checksums:
             if block.start not in wanted:
                 continue
-            rows = read_rows(self.path, self._start, block, self.shape)
+            offset = self._start + 4 * size * block.start
+            rows = np.fromfile(self.path, "<f4", size * len(block), offset=offset)
             if zlib.crc32(rows) != checksum:
                 raise InputError(
                     f"{self.path} is damaged and must be written again: the checksum differs for "
                     f"rows {block[0]} to {block[-1]}"
                 )
-            yield block.start - wanted.start, rows.reshape(len(rows), -1)
+            yield block.start - wanted.start, rows.reshape(-1, size)
 
     @cached_property
     def table(self) -> Table:
@@ -171,7 +174,7 @@ FILES: dict[str, Callable[[Path], EmbeddedFile]] = {".npy": NpyFile, ".parquet":
 def is_embedded(spec: str | Path) -> bool:
     """Return whether a spec names a file of features, not a backbone or a source of images."""
     path = Path(spec)
-    return path.suffix in FILES and "@" not in str(spec) and not path.is_dir()
+    return path.suffix in FILES and not path.is_dir()
 
 
 def open_embedded(path: Path) -> EmbeddedFile:
@@ -183,7 +186,9 @@ def open_embedded(path: Path) -> EmbeddedFile:
         raise InputError(f"there is no file {path}")
     try:
         return FILES[path.suffix](path)
-    except (LookupError, TypeError, AttributeError):
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(
             f"the record of {path} is damaged: write it again by `ldae embed`"
         ) from None
@@ -214,14 +219,6 @@ def blocks_of(images: Sequence[int], step: int) -> list[range]:
         blocks += [rows[n : n + step] for n in range(0, count, step)]
         first += count
     return blocks
-
-
-def read_rows(path: Path, start: int, block: range, shape: tuple[int, ...]) -> np.ndarray:
-    """Read some rows of an array (N, ...) of float32 that begins at byte ``start``, (n, ...)."""
-    size = int(np.prod(shape))
-    offset = start + 4 * size * block.start
-    rows = np.fromfile(path, "<f4", size * len(block), offset=offset)
-    return rows.reshape(-1, *shape)
 
 
 def file_checksum(path: Path) -> int:
