@@ -43,6 +43,7 @@ COMMANDS = {
     "grid": "probe the encoder of a run at many noise levels and after every block",
     "fid": "measure the FID of generated images to reference images",
     "sample": "generate images from a run: a grid, a folder or a file.npz",
+    "embed": "write the features of a backbone as .npy or .parquet; resumes too",
     "cache": "decode images once, into one file that any command reads fast; resumes too",
     "export": "write the backbone of a run as a folder for timm and the hub",
     "submit": "send a pre-training and the jobs that follow it to a cluster",

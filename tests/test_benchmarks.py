@@ -21,6 +21,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "classifier",
         "contest",
         "dit_reference",
+        "embed",
         "finetune",
         "floors",
         "going_on",

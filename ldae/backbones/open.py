@@ -206,6 +206,8 @@ def _timm_cfg(name: str) -> Any:
         if not tag or tag in tags:
             return timm.models.get_pretrained_cfg(name)
         raise InputError(f"timm has no weights {tag!r} of {architecture}, but {', '.join(tags)}")
+    if name.endswith((".npy", ".parquet")):
+        raise InputError(f"{name} holds no backbone: features of `ldae embed` only grade")
     if Path(name).is_file():
         raise InputError(f"the file {name} does not name its architecture: write NAME@{name}")
     if Path(name).is_dir():

@@ -25,7 +25,7 @@ from ldae.data.cached import (
 )
 from ldae.data.image import BadImage
 from ldae.data.loader import crop_batches
-from ldae.data.open import source_splits
+from ldae.data.open import open_all
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.distributed import device_for
@@ -131,18 +131,14 @@ def _open_encoder(tokenizer: Path, device: str) -> LatentEncoder:
     return LatentEncoder(tokenizers.open_fitted(path), device_for(device))
 
 
-def _open_splits(spec: str, split: str | None, from_cache: bool = False) -> dict[str, Source]:
+def _open_splits(
+    spec: str, split: Literal["train", "eval"] | None, from_cache: bool = False
+) -> dict[str, Source]:
     """Open the splits of a source, or only ``split``.
 
     Raises: InputError when it is missing, and for a cache unless ``from_cache``.
     """
-    sources = {
-        name: open_split()
-        for name, open_split in source_splits(spec).items()
-        if split in (None, name) or name == "all"
-    }
-    if not sources:
-        raise InputError(f"{spec} has no {split} split")
+    sources = open_all(spec, split)
     if not from_cache and any(isinstance(opened, CachedSource) for opened in sources.values()):
         raise InputError(f"{spec} is a cache: name the source that it was written from")
     return sources

@@ -23,6 +23,7 @@ from ldae.distributed import (
     process_group,
 )
 from ldae.errors import InputError, LostRank, first_line
+from ldae.evals.embedded import images_or_embedded
 from ldae.evals.evaluation import (
     Setup,
     changes,
@@ -169,7 +170,7 @@ def _settings(cell: Cell) -> dict:
 
 
 def _images(spec: str, split: Literal["train", "eval"]) -> str:
-    return open_source(spec, split).fingerprint()
+    return open_source(spec, split, images_or_embedded).fingerprint()
 
 
 def _weights(spec: str, setup: Setup, with_head: bool) -> str:

@@ -4,7 +4,14 @@ from dataclasses import replace
 from functools import partial
 
 from ldae.errors import InputError
-from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
+from ldae.evals.evaluation import (
+    EvalSourceSpec,
+    FeaturesSourceSpec,
+    FeaturesSpec,
+    Setup,
+    data_of,
+    open_evaluation,
+)
 from ldae.evals.features import image_names, known_labels
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy, limit_k
 from ldae.evals.predictions import Predictions
@@ -13,9 +20,9 @@ from ldae.evals.whitening import whitening_of
 
 
 def knn(
-    backbone: BackboneSpec,
+    backbone: FeaturesSpec,
     /,
-    data: SourceSpec,
+    data: FeaturesSourceSpec = None,
     eval_data: EvalSourceSpec = None,
     *,
     protocol: KNNProtocol = KNNProtocol(),
@@ -32,7 +39,7 @@ def knn(
 
     Raises: InputError for a backbone or data that cannot be graded.
     """
-    others = protocol.leave_one_out
+    data, others = data_of(backbone, data), protocol.leave_one_out
     if others and eval_data:
         raise InputError("leave-one-out classifies the train split: leave --eval-data out")
     eval_data = data if others else eval_data

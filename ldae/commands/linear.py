@@ -10,11 +10,12 @@ from tyro.conf import Fixed
 from ldae.errors import InputError
 from ldae.evals.classifier import check_savable, save_classifier
 from ldae.evals.evaluation import (
-    BackboneSpec,
     EvalSourceSpec,
     Evaluation,
+    FeaturesSourceSpec,
+    FeaturesSpec,
     Setup,
-    SourceSpec,
+    data_of,
     open_evaluation,
 )
 from ldae.evals.features import Features, extract_share, image_names, known_labels
@@ -22,7 +23,7 @@ from ldae.evals.heads import Head, Heads, SweepProtocol, grade_heads, sweep, tra
 from ldae.evals.online import OnlineProtocol, check_batch_sizes, remove_training, train_online
 from ldae.evals.predictions import Predictions
 from ldae.evals.subsets import held_out
-from ldae.evals.taps import Pool, Tap, TapReader
+from ldae.evals.taps import Pool, Tap, taps_of
 from ldae.tree import POSITIVE
 
 
@@ -44,12 +45,12 @@ class CachedProtocol(SweepProtocol):
 
     def __post_init__(self) -> None:
         if self.pools is None:
-            self._set("pools", ("avg",) if self.blocks else ("default",))
+            self._set("pools", tuple(dict.fromkeys(tap.pool for tap in self.taps)))
         super().__post_init__()
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        return tuple(Tap(block, pool) for block in self.blocks or (None,) for pool in self.pools)
+        return taps_of(self.blocks, self.pools)
 
     @property
     def heads(self) -> list[Head]:
@@ -82,9 +83,9 @@ class LDAEProtocol(OnlineProtocol):
 
 
 def linear(
-    backbone: BackboneSpec,
+    backbone: FeaturesSpec,
     /,
-    data: SourceSpec,
+    data: FeaturesSourceSpec = None,
     eval_data: EvalSourceSpec = None,
     *,
     protocol: CachedProtocol | MAEProtocol | LDAEProtocol = CachedProtocol(),
@@ -104,7 +105,7 @@ def linear(
 
     Raises: InputError for a backbone or data that cannot be graded.
     """
-    cached = isinstance(protocol, CachedProtocol)
+    data, cached = data_of(backbone, data), isinstance(protocol, CachedProtocol)
     task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_online)
     with open_evaluation(task, backbone, data, eval_data, protocol, setup) as evaluation:
         if save:  # checked before the training
@@ -127,8 +128,7 @@ def _sweep(evaluation: Evaluation, predicted: Predictions | None) -> tuple[Heads
     """Return the chosen head, its results and the width of its features."""
     protocol, labels = evaluation.protocol, known_labels(evaluation.train)
     held = held_out(image_names(evaluation.train), labels, protocol.held_out)
-    reader = TapReader(evaluation.model, protocol.taps)
-    train, test = evaluation.features(evaluation.encoder(reader))
+    train, test = evaluation.features(protocol.taps)
     classes = int(labels.max()) + 1
     heads, results = linear_probe(
         train, test, held, classes, protocol, evaluation.device, predicted

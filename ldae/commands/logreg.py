@@ -8,7 +8,14 @@ import torch
 from tyro.conf import Fixed
 
 from ldae.errors import InputError
-from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
+from ldae.evals.evaluation import (
+    EvalSourceSpec,
+    FeaturesSourceSpec,
+    FeaturesSpec,
+    Setup,
+    data_of,
+    open_evaluation,
+)
 from ldae.evals.features import Features, image_names, known_labels
 from ldae.evals.heads import count_hits, grade_heads
 from ldae.evals.logistic import LogisticRegression
@@ -45,9 +52,9 @@ class LogregProtocol(FewShotProtocol):
 
 
 def logreg(
-    backbone: BackboneSpec,
+    backbone: FeaturesSpec,
     /,
-    data: SourceSpec,
+    data: FeaturesSourceSpec = None,
     eval_data: EvalSourceSpec = None,
     *,
     protocol: LogregProtocol = LogregProtocol(),
@@ -70,6 +77,7 @@ def logreg(
 
     Raises: InputError for a backbone or data that cannot be graded.
     """
+    data = data_of(backbone, data)
     with open_evaluation("logreg", backbone, data, eval_data, protocol, setup) as evaluation:
         protocol, device = evaluation.protocol, evaluation.device
         labels, names = known_labels(evaluation.train), image_names(evaluation.train)

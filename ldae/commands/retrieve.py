@@ -9,7 +9,14 @@ from tyro.conf import Fixed
 from ldae.data.source import Source
 from ldae.distributed import all_reduce_sum
 from ldae.errors import InputError
-from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Setup, SourceSpec, open_evaluation
+from ldae.evals.evaluation import (
+    EvalSourceSpec,
+    FeaturesSourceSpec,
+    FeaturesSpec,
+    Setup,
+    data_of,
+    open_evaluation,
+)
 from ldae.evals.features import Features, gather_rows, known_labels
 from ldae.evals.heads import count_images
 from ldae.evals.neighbours import PAIRS_AT_ONCE, Bank, check_enough
@@ -35,9 +42,9 @@ class RetrievalProtocol(WhiteningProtocol):
 
 
 def retrieve(
-    backbone: BackboneSpec,
+    backbone: FeaturesSpec,
     /,
-    data: SourceSpec,
+    data: FeaturesSourceSpec = None,
     eval_data: EvalSourceSpec = None,
     *,
     protocol: RetrievalProtocol = RetrievalProtocol(),
@@ -50,7 +57,7 @@ def retrieve(
 
     Raises: InputError for a backbone or data that cannot be graded.
     """
-    others = protocol.leave_one_out
+    data, others = data_of(backbone, data), protocol.leave_one_out
     eval_data = (eval_data or data) if others else eval_data
     with open_evaluation("retrieve", backbone, data, eval_data, protocol, setup) as evaluation:
         if others:

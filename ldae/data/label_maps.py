@@ -11,7 +11,7 @@ from ldae.data.containers import Container, Location, visible_entries
 from ldae.data.image import BadImage, decode_label_map, image_extensions, image_size
 from ldae.data.image_files import FileSource, find_splits
 from ldae.data.listing import listing_of
-from ldae.data.open import open_splits
+from ldae.data.open import open_splits, source_splits
 from ldae.data.source import MapSource, Splits
 from ldae.errors import InputError
 
@@ -27,7 +27,7 @@ def open_map_splits(data: str, eval_data: str | None) -> tuple[MapSource, MapSou
     Raises: InputError as ``open_splits`` does, for a source without label maps, and for an image
         without one.
     """
-    sources = open_splits(data, eval_data, _paired_splits)
+    sources = open_splits(data, eval_data, partial(source_splits, splits_of_files=_paired_splits))
     for source in sources:
         if not isinstance(source, MapSource):
             raise InputError(

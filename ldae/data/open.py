@@ -20,45 +20,6 @@ SplitsOfFiles = Callable[[str, Container], Splits]
 """A function that finds the splits of a folder or an archive."""
 
 
-def open_source(spec: str, split: Literal["train", "eval"]) -> Source:
-    """Open one split of the source ``spec``, or all of its images when it has no splits.
-
-    - A folder, or a ``.zip`` or uncompressed ``.tar`` archive, which is read in place. Its splits
-      are the sub-folders ``train`` and one of ``val``, ``valid``, ``validation``, ``test``. Its
-      classes are the first-level sub-folders, sorted; with images directly inside, it is
-      unlabelled. A single outer folder, as many archives have, is skipped.
-    - A ``.npz`` file of samples: ``arr_0``, uint8 (N, H, W, C), without splits.
-    - A cache, the ``.safetensors`` file of ``ldae cache``, with the splits of its source.
-    - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: data sets that timm opens.
-    - ``digits`` and ``scattered-digits[:N[:SEED]]``: built-in data sets. ``./digits`` is a folder.
-
-    Raises: InputError when the source does not exist, has no images or lacks the split.
-    """
-    return _open_split(spec, source_splits(spec), split)
-
-
-def open_splits(
-    data: str, eval_data: str | None, splits_of_files: SplitsOfFiles = file_splits
-) -> tuple[Source, Source]:
-    """Open the train source and the eval source, with labels by the train source's classes.
-
-    Evaluation uses the eval split of ``eval_data``, or all of ``eval_data`` when it has no splits.
-    When ``eval_data`` is None, evaluation uses the eval split of ``data``. Classes are matched by
-    name, in any order.
-
-    Raises: InputError as :func:`open_source` does, when there is no evaluation data, and when
-        evaluation has a class that training lacks.
-    """
-    splits = source_splits(data, splits_of_files)
-    if eval_data is None and "eval" not in splits:
-        raise InputError(f"{data} has no evaluation split: give one by --eval-data")
-    eval_splits = splits if eval_data is None else source_splits(eval_data, splits_of_files)
-    train = _open_split(data, splits, "train")
-    evaluation = _open_split(eval_data or data, eval_splits, "eval")
-    _adopt_classes(evaluation, train)
-    return train, evaluation
-
-
 def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Splits:
     """Return functions that open the splits of ``spec``.
 
@@ -83,6 +44,61 @@ def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Sp
     if path.name.lower().endswith(cached.SUFFIX) and path.is_file():
         return cached.cached_splits(spec, path)
     return splits_of_files(spec, open_container(path))
+
+
+def open_source(
+    spec: str,
+    split: Literal["train", "eval"],
+    splits_of: Callable[[str], Splits] = source_splits,
+) -> Source:
+    """Open one split of the source ``spec``, or all of its images when it has no splits.
+
+    - A folder, or a ``.zip`` or uncompressed ``.tar`` archive, which is read in place. Its splits
+      are the sub-folders ``train`` and one of ``val``, ``valid``, ``validation``, ``test``. Its
+      classes are the first-level sub-folders, sorted; with images directly inside, it is
+      unlabelled. A single outer folder, as many archives have, is skipped.
+    - A ``.npz`` file of samples: ``arr_0``, uint8 (N, H, W, C), without splits.
+    - A cache, the ``.safetensors`` file of ``ldae cache``, with the splits of its source.
+    - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: data sets that timm opens.
+    - ``digits`` and ``scattered-digits[:N[:SEED]]``: built-in data sets. ``./digits`` is a folder.
+
+    Raises: InputError when the source does not exist, has no images or lacks the split.
+    """
+    return _open_split(spec, splits_of(spec), split)
+
+
+def open_splits(
+    data: str, eval_data: str | None, splits_of: Callable[[str], Splits] = source_splits
+) -> tuple[Source, Source]:
+    """Open the train source and the eval source, with labels by the train source's classes.
+
+    Evaluation uses the eval split of ``eval_data``, or all of ``eval_data`` when it has no splits.
+    When ``eval_data`` is None, evaluation uses the eval split of ``data``. Classes are matched by
+    name, in any order.
+
+    Raises: InputError as :func:`open_source` does, when there is no evaluation data, and when
+        evaluation has a class that training lacks.
+    """
+    splits = splits_of(data)
+    if eval_data is None and "eval" not in splits:
+        raise InputError(f"{data} has no evaluation split: give one by --eval-data")
+    eval_splits = splits if eval_data is None else splits_of(eval_data)
+    train = _open_split(data, splits, "train")
+    evaluation = _open_split(eval_data or data, eval_splits, "eval")
+    _adopt_classes(evaluation, train)
+    return train, evaluation
+
+
+def open_all(spec: str, split: Literal["train", "eval"] | None = None) -> dict[str, Source]:
+    """Open all splits of ``spec`` by name, or only ``split``; a source without splits is all.
+
+    Raises: InputError as :func:`open_source` does.
+    """
+    splits = source_splits(spec)
+    sources = {name: splits[name]() for name in splits if split in (None, name) or name == "all"}
+    if not sources:
+        raise InputError(f"{spec} has no {split} split")
+    return sources
 
 
 def _open_split(spec: str, splits: Splits, split: str) -> Source:

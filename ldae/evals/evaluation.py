@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +21,15 @@ from ldae.data.open import open_splits
 from ldae.data.source import Source
 from ldae.distributed import device_for, is_main, process_group
 from ldae.errors import InputError
+from ldae.evals.embedded import (
+    EmbeddedBackbone,
+    check_rows,
+    images_or_embedded,
+    is_embedded,
+)
 from ldae.evals.features import Encoder, Features, Precision, extract_share, known_labels
 from ldae.evals.protocol import Protocol
-from ldae.evals.taps import Reader
+from ldae.evals.taps import Reader, Tap, TapReader
 from ldae.files import check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
@@ -34,28 +41,30 @@ _NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "d
 _kept: ContextVar[dict[tuple, nn.Module]] = ContextVar("the last network that was opened")
 
 _BACKBONE = "A run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE]."
+_FEATURES = f"{_BACKBONE[:-1]}; or a file of `ldae embed`, whose features are graded."
 _DATA = "Labelled images; the train split is learned from or searched."
+_FEATURES_DATA = f"{_DATA} By default those of the file, if BACKBONE is one of `ldae embed`."
 _EVAL_DATA = "Images to grade on; by default the evaluation split of --data."
 
 BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE", help=_BACKBONE)]
+FeaturesSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE", help=_FEATURES)]
 SourceSpec = Annotated[str, tyro.conf.arg(metavar="SOURCE", help=_DATA)]
+FeaturesSourceSpec = Annotated[str | None, tyro.conf.arg(metavar="SOURCE", help=_FEATURES_DATA)]
 EvalSourceSpec = Annotated[str | None, tyro.conf.arg(metavar="SOURCE", help=_EVAL_DATA)]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """The settings that open and run a backbone, in every evaluation."""
+class EncoderSetup:
+    """The settings that open and run a backbone."""
 
     random_init: bool = False
-    """Grade the untrained control: the same architecture with timm's random weights."""
+    """Take the untrained control: the same architecture with timm's random weights."""
     in_chans: Annotated[int, COUNT] = 3
     """Input channels, of a timm name."""
     img_size: Annotated[int | None, COUNT] = None
     """Side of the input images in pixels, of a timm name."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
-    """Seed of the random weights and of the protocol."""
-    out: Path | None = None
-    """Folder of results.json; by default beside the backbone, or below evals/."""
+    """Seed of the random weights, and of the protocol of an evaluation."""
     batch_size: Annotated[int, COUNT] = 256
     """Images per forward pass of the backbone; the numbers do not depend on it."""
     workers: Annotated[int, NOT_NEGATIVE] = 4
@@ -64,6 +73,14 @@ class Setup:
     """Precision of the backbone's arithmetic."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class Setup(EncoderSetup):
+    """The settings of every evaluation that are not part of its protocol."""
+
+    out: Path | None = None
+    """Folder of results.json; by default beside the backbone, or below evals/."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +101,27 @@ class Evaluation:
     """The preprocessing of the backbone, unless the task changes it."""
 
     def encoder(self, reader: Reader | None = None) -> Encoder:
-        """Return the backbone on its device, read by ``reader`` or else for its own output."""
+        """Return the backbone on its device, read by ``reader`` or else for its own output.
+
+        Raises: InputError when a file of features is in the backbone's place.
+        """
+        if isinstance(self.model, EmbeddedBackbone):
+            raise InputError(f"{self.spec} holds features, and {self.task} needs the backbone")
         how = (self.setup.batch_size, self.setup.workers)
         return Encoder(self.model, self.device, self.setup.precision, self.transform, reader, *how)
 
-    def features(self, encoder: Encoder | None = None) -> tuple[Features, Features]:
-        """Extract this rank's share of the features of the train and the evaluation split."""
-        encoder = encoder or self.encoder()
+    def features(self, taps: tuple[Tap, ...] = (Tap(),)) -> tuple[Features, Features]:
+        """Return this rank's share of the features of the train and the evaluation split.
+
+        They are extracted, or read from a file of ``ldae embed``.
+        """
         assert self.train is not None  # the graders that read features have one
-        train = extract_share(encoder, self.train)
-        return train, train if self.eval is self.train else extract_share(encoder, self.eval)
+        if isinstance(self.model, EmbeddedBackbone):
+            share = partial(self.model.share, taps=taps)
+        else:
+            share = partial(extract_share, self.encoder(TapReader(self.model, taps)))
+        train = share(self.train)
+        return train, train if self.eval is self.train else share(self.eval)
 
     def write(self, results: dict, dim: int, classes: int | None = None, **follows: object) -> dict:
         """Write ``results.json``, print the headlines on one line, and return the record.
@@ -116,16 +144,8 @@ class Evaluation:
         record = {
             "task": self.task,
             "protocol": constants,
-            "backbone": {
-                "spec": self.spec,
-                "random_init": random_init,
-                "seed": self.setup.seed if random_init else None,
-                "sha256": state_hash(self.model.state_dict()),
-                "images_seen": getattr(self.model, "images_seen", None),
-                "params": sum(parameter.numel() for parameter in self.model.parameters()),
-                "dim": dim,
-                "preprocessing": asdict(self.transform),
-            },
+            "backbone": describe_backbone(self.spec, self.model, self.setup, self.transform)
+            | {"dim": dim},
             "data": {
                 "spec": (self.train or self.eval).spec,
                 "eval_spec": self.eval.spec,
@@ -168,6 +188,23 @@ class Evaluation:
             (data, self.eval.spec),
             lambda record: (record["data"]["spec"], record["data"]["eval_spec"]),
         )
+
+
+def describe_backbone(
+    spec: str, model: nn.Module, setup: EncoderSetup, transform: EvalTransform
+) -> dict:
+    """Return what a record says about a backbone, or about that of the features in a file."""
+    if isinstance(model, EmbeddedBackbone):
+        return model.describe()
+    return {
+        "spec": spec,
+        "random_init": setup.random_init,
+        "seed": setup.seed if setup.random_init else None,
+        "sha256": state_hash(model.state_dict()),
+        "images_seen": getattr(model, "images_seen", None),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "preprocessing": asdict(transform),
+    }
 
 
 def unshared_folder(
@@ -218,12 +255,22 @@ Splits = Callable[[str, str | None], tuple[Source | None, Source]]
 Load = Callable[[str, Setup], nn.Module]
 
 
+def data_of(backbone: str, data: str | None) -> str:
+    """Return ``data``, by default the file of ``ldae embed`` in the backbone's place.
+
+    Raises: InputError when there is neither.
+    """
+    if data is None and not is_embedded(backbone):
+        raise InputError("no images: name their source with --data SOURCE")
+    return data or str(backbone)
+
+
 def labelled_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
     """Open the train and the evaluation split of labelled images, as ``open_splits`` does.
 
     Raises: InputError as it does, and for images without labels or of one class only.
     """
-    train, test = open_splits(data, eval_data)
+    train, test = open_splits(data, eval_data, images_or_embedded)
     for source in (train, test):
         known_labels(source)
     if len(known_labels(train).unique()) < 2:
@@ -255,8 +302,17 @@ def open_classifier(spec: str, setup: Setup) -> nn.Module:
     return _open_once(load_classifier, spec, in_chans=setup.in_chans, img_size=setup.img_size)
 
 
-def open_backbone(spec: str, setup: Setup) -> nn.Module:
-    """Open a network without its classifier. Raises: InputError when it cannot be opened."""
+def open_backbone(spec: str, setup: EncoderSetup) -> nn.Module:
+    """Open a network without its classifier, or a file of ``ldae embed`` in its place.
+
+    Raises: InputError when it cannot be opened, and for settings that a file does not take.
+    """
+    if is_embedded(spec):
+        for name in ("random_init", "in_chans", "img_size", "precision"):
+            if getattr(setup, name) != getattr(EncoderSetup, name):
+                flag = name.replace("_", "-")
+                raise InputError(f"{spec} holds features: --{flag} is a setting of `ldae embed`")
+        return _open_once(EmbeddedBackbone, spec)
     return _open_once(
         load_backbone,
         spec,
@@ -293,4 +349,7 @@ def open_evaluation(
         train, test = splits(data, eval_data)
         model = load(spec, setup)
         transform = preprocessing(model)
+        if isinstance(model, EmbeddedBackbone):
+            setup = replace(setup, random_init=model.random_init, precision=model.precision)
+        check_rows(model, train, test)
         yield Evaluation(task, str(spec), protocol, setup, model, train, test, device, transform)

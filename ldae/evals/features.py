@@ -218,7 +218,10 @@ def gather_rows(share: torch.Tensor, count: int, device: torch.device) -> torch.
     """Join ``count`` rows of all ranks, where row r of a rank is row r * world size + rank."""
     if world_size() == 1:
         return share
-    joined = allocate_rows(count, share.shape[1]) if share.ndim == 2 else share.new_zeros(count)
+    is_vector = share.ndim == 1
+    joined = (
+        share.new_zeros(count) if is_vector else allocate_rows(count, share.shape[1], share.dtype)
+    )
     # In blocks, because the device may be small. A sum with the other ranks' zeros is exact.
     for first in range(0, count, _ROWS_PER_EXCHANGE * world_size()):
         block = joined[first : first + _ROWS_PER_EXCHANGE * world_size()]

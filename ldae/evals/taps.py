@@ -33,6 +33,15 @@ class Tap:
         return f"{'last block' if self.block is None else f'block {self.block}'}, {self.pool}"
 
 
+def taps_of(blocks: tuple[int, ...], pools: tuple[Pool, ...] | None) -> tuple[Tap, ...]:
+    """Combine each block with each pooling; without blocks, take the last one.
+
+    By default the pooling is avg if blocks are given, and otherwise the model's own.
+    """
+    pools = pools or (("avg",) if blocks else ("default",))
+    return tuple(Tap(block, pool) for block in blocks or (None,) for pool in pools)
+
+
 class Reader(Protocol):
     """A reader of features from a backbone: normalised (B, C, H, W) -> parts (B, D_i)."""
 
