@@ -38,8 +38,9 @@ def fail(sentence: str) -> NoReturn:
 def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
     """Print and run a command, and return its standard output; end the check if it fails."""
     words = [str(word) for word in command]
-    shown = shlex.join([Path(words[0]).name, *words[1:]])
-    print(f"release-check: {shown if len(shown) < 100 else shown[:96] + ' ...'}", flush=True)
+    shown = " ".join(shlex.join([Path(words[0]).name, *words[1:]]).split())
+    shown = shown if len(shown) < 120 else f"{shown[:116]} ..."
+    print(f"release-check: {shown}", flush=True)
     done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["it printed nothing"]

@@ -114,7 +114,7 @@ def test_the_readme_has_examples_to_run():
 def test_a_command_that_fails_is_named_with_its_last_words():
     assert tool.run(sys.executable, "-c", "print('fine')") == "fine\n"
     with refused("ended with status 1: ValueError: not so"):
-        tool.run(sys.executable, "-c", "print('begun'); raise ValueError('not so')")
+        tool.run(sys.executable, "-c", "print('begun')\nraise ValueError('not so')")
     with refused("ended with status 3: it printed nothing"):
         tool.run(sys.executable, "-c", "raise SystemExit(3)")
 
