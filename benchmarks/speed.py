@@ -36,7 +36,7 @@ from ldae.train.parallel import compile_parts
 from ldae.train.run import fuses_attention
 from ldae.tree import replace
 
-BUDGETS = (1.0, 0.9, 0.6, 0.3)
+BUDGETS = (1.0, 0.9, 0.6, 0.5, 0.4, 0.3)
 
 
 def main() -> None:
