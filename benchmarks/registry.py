@@ -53,7 +53,7 @@ def _speed(model: str, tokens: int, *arguments: str) -> Benchmark:
             Number(f"{step}, times as fast as DiT's in eager float32", "over_dit_fp32", "{:.2f}"),
             Number(f"{step}, times as fast as DiT's in eager bf16", "over_dit_bf16", "{:.2f}"),
             Number(
-                f"{step}, share of the rate of a matrix product in bf16",
+                f"{step}, share of the rate of a matrix product",
                 "share_of_matmul",
                 "{:.0%}",
             ),

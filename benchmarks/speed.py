@@ -4,10 +4,11 @@ python benchmarks/speed.py [--model NAME] [--side TOKENS] [--batch-size N] [--bu
 
 All steps run in turn in one process, with the same threads: a DiT step in float32 and under
 bfloat16 autocast (``dit_reference``), the step of ``ldae pretrain`` in eager code, and the same
-compiled. The limit is the rate of a large matrix product in bfloat16 in the same process. Saved
-bytes are what one more image keeps for the backward pass, a token, channel and block. With
---budgets the compiled step runs with each memory budget too, in turn, in processes of their own,
-because compiled code of one process is shared.
+compiled, both in the precision that ``auto`` chooses on the device. The limit is the rate of a
+large matrix product of this precision in the same process; the rate in the other precision shows
+whether the choice is right. Saved bytes are what one more image keeps for the backward pass, a
+token, channel and block. With --budgets the compiled step runs with each memory budget too, in
+turn, in processes of their own, because compiled code of one process is shared.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import LDAE, build
 from ldae.models.vit import vit_shape
+from ldae.precision import runs_in_bf16
 from ldae.pretraining.timing import matmul_rate, seconds, training_flops
 from ldae.runs.environment import environment
 from ldae.settings import SystemSettings
@@ -59,10 +61,11 @@ def main() -> None:
         {"model.name": args.model, "model.depth": args.depth, "data.img_size": 4 * side},
     )
     images = torch.randint(256, (batch_size, 3, 4 * side, 4 * side), dtype=torch.uint8)
-    method = awake(build(config, bf16=True))
+    bf16 = runs_in_bf16("auto", device)
+    method = awake(build(config, bf16=bf16))
     method.tokenizer.fit([images])
     method.to(device).train()
-    method.denoiser.fuse_attention(fuses_attention(method.bf16, device))
+    method.denoiser.fuse_attention(fuses_attention(bf16, device))
     batch = (images.to(device), torch.arange(batch_size, device=device))
     flops = training_flops(method)  # of an image
 
@@ -83,17 +86,19 @@ def main() -> None:
         print(json.dumps([statistics.median(rates), saved_bytes(compiled, batch)]))
         return
     speeds: dict[str, list[float]] = {name: [] for name in steps}
-    limits = []
+    products: dict[str, list[float]] = {"bfloat16": [], "float32": []}
     for step in steps.values():
         step()
     for _ in range(args.rounds):
-        limits.append(matmul_rate(device))
+        for precision, rates in products.items():
+            rates.append(matmul_rate(device, getattr(torch, precision)))
         for name, step in steps.items():
             speeds[name].append(batch_size / seconds(step, device))
         print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ours = medians["ldae_compiled"]
-    limit = statistics.median(limits)
+    limits = {precision: statistics.median(rates) for precision, rates in products.items()}
+    precision = "bfloat16" if bf16 else "float32"
     saved = {"eager": saved_bytes(method, batch), "compiled": saved_bytes(compiled, batch)}
     write_json(
         args.out,
@@ -104,9 +109,10 @@ def main() -> None:
             "medians": {name: round(value, 2) for name, value in medians.items()},
             "over_dit_fp32": round(ours / medians["dit_fp32"], 3),
             "over_dit_bf16": round(ours / medians["dit_bf16"], 3),
+            "precision": precision,
             "gflop_an_image": round(flops / 1e9, 3),
-            "matmul_tflops": round(limit / 1e12, 4),
-            "share_of_matmul": round(ours * flops / limit, 3),
+            "matmul_tflops": {name: round(rate / 1e12, 4) for name, rate in limits.items()},
+            "share_of_matmul": round(ours * flops / limits[precision], 3),
             "memory_budget": args.budget,
             "saved_bytes": saved,
             "saved_share": round(saved["compiled"] / saved["eager"], 3),

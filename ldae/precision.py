@@ -5,23 +5,16 @@ from contextlib import contextmanager
 
 import torch
 
+from ldae.processor import multiplies_bf16_faster, processor_name, vector_instructions
+
 
 def runs_in_bf16(precision: str, device: torch.device) -> bool:
-    """Return whether the network runs in bfloat16; ``auto``: if the device supports it natively."""
+    """Return whether the network runs in bfloat16; ``auto``: if that is faster on the device."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(name.endswith("bf16") for name in vector_instructions())
-
-
-def vector_instructions() -> list[str]:
-    """Return the vector and matrix instructions of this CPU, the narrowest first.
-
-    They decide how fast products are, and whether bfloat16 is native.
-    """
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if found.get(name)]
+    return multiplies_bf16_faster(processor_name(), vector_instructions())
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def describe_machine(device: torch.device) -> dict:
     machine = {
         "cores": available_cpus(),
         "gpus": torch.cuda.device_count() if gpu else 0,
-        "native_bf16": runs_in_bf16("auto", device),
+        "fast_bf16": runs_in_bf16("auto", device),
         "memory": torch.cuda.get_device_properties(device).total_memory
         if gpu
         else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -46,10 +46,11 @@ def find_problems(machine: dict) -> list[str]:
             f"workers use up to {format_size(SHARED_BYTES)}: start the container with --shm-size "
             "256m, or set --system.workers 0"
         )
-    if not machine["native_bf16"]:
+    if not machine["fast_bf16"]:
         problems.append(
-            "this device has no bfloat16 arithmetic, so --system.precision auto computes in "
-            "float32: use a GPU of compute capability 8 or newer, or a CPU with AVX-512 BF16 or AMX"
+            "this device has no fast bfloat16 arithmetic, so --system.precision auto computes in "
+            "float32: use a GPU of compute capability 8 or newer, or a CPU with AMX or AMD's "
+            "AVX-512 BF16"
         )
     cores = max(machine["cores"] // max(machine["gpus"], 1), 1)  # of a process
     workers = trajectory.config("l_dae").system.workers

@@ -28,13 +28,13 @@ def environment(device: object = None) -> dict:
     """Return versions, processor, device, git state and command: the context of a result."""
     import torch
 
-    from ldae.precision import vector_instructions
+    from ldae.processor import processor_name, vector_instructions
 
     record = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cpu_instructions": vector_instructions(),
         "cpu_threads": torch.get_num_threads(),
         "device": str(device or "cpu"),
@@ -52,16 +52,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def git_state() -> dict | None:

@@ -2,14 +2,14 @@ import pytest
 
 from ldae.machine.parts import find_problems
 
-MACHINE = {"cores": 16, "gpus": 1, "native_bf16": True, "shared": 10**9, "shared_free": 10**9}
+MACHINE = {"cores": 16, "gpus": 1, "fast_bf16": True, "shared": 10**9, "shared_free": 10**9}
 
 
 @pytest.mark.parametrize(
     "change, cure",
     [
         ({"shared_free": 10**7}, "--shm-size"),
-        ({"native_bf16": False}, "compute capability 8"),
+        ({"fast_bf16": False}, "compute capability 8"),
         ({"cores": 4}, "--system.workers 4"),
         ({"gpus": 4}, "--system.workers 4"),
     ],
