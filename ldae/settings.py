@@ -248,8 +248,8 @@ class ExecutionSettings:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
-    """Precision of the network; auto: bf16 on devices that support it natively. All but tf32
-    compute float32 products without TF32."""
+    """Precision of the network; auto: bf16 on devices on which it is faster than float32. All but
+    tf32 compute float32 products without TF32."""
     deterministic: bool = False
     """On a GPU, use only algorithms that give the same bits each time; they are slower. A resumed
     run equals an undisturbed one bit for bit on a CPU; no GPU has shown this yet."""
@@ -258,7 +258,7 @@ class ExecutionSettings:
     cuda_graphs: bool = False
     """With compile, on a single GPU: replay the kernels of a block as a CUDA graph, for steps of
     less than about 20 ms, in which launching kernels takes long. No GPU has run this yet."""
-    memory_budget: Annotated[float, SHARE] = 0.9
+    memory_budget: Annotated[float, SHARE] = 0.5
     """With compile: the share of a block's activations to keep for the backward pass, which
     recomputes the others, the cheapest first."""
     checkpoint_activations: bool = False

@@ -207,7 +207,7 @@ class Captured(Exception):
     """The bytes that a graph keeps for its backward pass."""
 
 
-@pytest.mark.parametrize("budget, most", [(1.0, 42.1), (0.9, 30.1), (0.6, 24.0)])
+@pytest.mark.parametrize("budget, most", [(1.0, 42.1), (0.9, 30.1), (0.6, 24.0), (0.5, 22.0)])
 def test_a_block_keeps_fewer_bytes_than_eager_code(budget, most):
     """At the width of ViT-L, in bf16: bytes a token and channel. Eager code keeps 48.1 with a
     residual stream in float32, and 40.1 with one in bfloat16."""
