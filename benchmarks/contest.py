@@ -200,7 +200,7 @@ def grade(spec: str, args: argparse.Namespace, folder: Path, *more: str) -> None
         if not (out / layout.RESULTS).exists():
             verb, *words = GRADERS[name]
             data = ("--data", args.data, "--eval-data", args.eval_data)
-            ldae(verb, spec, *data, *words, *more, "--precision", "bf16", "--out", out)
+            ldae(verb, spec, *data, *words, *more, "--out", out)
 
 
 def ldae(*words: object) -> None:
