@@ -44,6 +44,17 @@ def _steps(model: str) -> tuple[Number, ...]:
     )
 
 
+def _methods(*names: str) -> tuple[Number, ...]:
+    return tuple(
+        Number(
+            f"step of {name}, ViT-Ti, 64 tokens",
+            f"methods/{name}/images_per_second",
+            "{:.0f} images/s",
+        )
+        for name in names
+    )
+
+
 def _speed(model: str, tokens: int, *arguments: str) -> Benchmark:
     step = f"step of {model}, {tokens} tokens"
     return Benchmark(
@@ -85,7 +96,11 @@ BENCHMARKS = {
     ),
     "step": Benchmark(
         "step.py",
-        (Number("training loop, share of the speed of a step alone", "loop_over_step", "{:.1%}"),),
+        (
+            Number("training loop, share of the speed of a step alone", "loop_over_step", "{:.1%}"),
+            *_methods("MAE", "l-DAE"),
+            *_methods(*(f"l-DAE, {share} of the tokens dropped" for share in ("25%", "50%", "75%"))),
+        ),
     ),
     "scaling": Benchmark(
         "scaling.py", (Number("two ranks, times as fast as one", "times_as_fast/2", "{:.2f}"),)

@@ -60,12 +60,18 @@ def test_the_parts_of_a_gpu_take_at_most_ten_minutes():
     assert sum(part.seconds for part in GPU.values()) <= 600
 
 
-def test_numbers_are_where_the_committed_files_have_them():
+def test_each_number_is_in_a_committed_file():
+    """A file of an older benchmark may lack the newest numbers."""
+    records: dict[str, list[dict]] = {}
     for file in machines.MACHINES.glob("*.json"):
         for name, found in machines.read(file)["benchmarks"].items():
-            for number in (BENCHMARKS | GPU)[name].numbers:
-                if "error" not in found and name in BENCHMARKS:
-                    assert machines._find(found, number.keys) is not None, (name, number.keys)
+            if "error" not in found and name in BENCHMARKS:
+                records.setdefault(name, []).append(found)
+    assert records
+    for name, measured in records.items():
+        for number in BENCHMARKS[name].numbers:
+            found = [machines._find(record, number.keys) for record in measured]
+            assert any(value is not None for value in found), (name, number.keys)
 
 
 def test_a_machine_is_named_by_its_gpu_or_by_its_processor_cores_and_instructions(monkeypatch):
