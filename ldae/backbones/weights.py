@@ -67,17 +67,17 @@ def find_encoder(file: Path, model: nn.Module, name: str) -> Foreign:
 
 
 def load_weights(model: nn.Module, foreign: Foreign, name: str, classifier: bool = False) -> None:
-    """Load the tensors that fit into a timm model, and print the names of the others.
+    """Load the tensors of a checkpoint into a timm model, and print the names of the surplus ones.
 
-    Nothing may be left over or missing in a layout that is known, see ``ldae.backbones.layouts``.
+    None may be missing, since a part with random weights would be graded as trained. In a layout
+    that is known (``ldae.backbones.layouts``) none may be left over either.
 
     Args:
         model: changed in place; built with ``foreign.args``.
         name: the model's name in messages.
         classifier: load the classifier too, and give the model as many classes.
 
-    Raises: InputError when nothing fits, a known layout does not fit completely, or there is no
-        classifier.
+    Raises: InputError when the tensors do not fit completely, or there is no classifier.
     """
     file, weights, layout = foreign
     if not classifier:
@@ -97,22 +97,22 @@ def load_weights(model: nn.Module, foreign: Foreign, name: str, classifier: bool
     fitting = {key: weights[key] for key in common if weights[key].shape == model_state[key].shape}
     if not fitting:
         raise InputError(f"nothing in {file} fits {name}")
-    misfits = {
-        "not in the file, left as initialised": model_state.keys() - weights.keys(),
-        "not in the model, left out": weights.keys() - model_state.keys(),
-        "of another shape, left as initialised": [
+    lacking = _listed("not in the file", model_state.keys() - weights.keys())
+    lacking += _listed(
+        "of another shape",
+        [
             f"{key} {tuple(weights[key].shape)} for {tuple(model_state[key].shape)}"
             for key in common - fitting.keys()
         ],
-    }
-    listed = [_listed(title, names) for title, names in misfits.items() if names]
-    if listed and layout is not PLAIN:
-        reasons = "; ".join(reason.replace(", left as initialised", "") for reason in listed)
-        raise InputError(f"{file} is a checkpoint of {layout.name} and no {name}: {reasons}")
+    )
+    surplus = _listed("not in the model, left out", weights.keys() - model_state.keys())
+    if lacking or (surplus and layout is not PLAIN):
+        what = "does not fit" if layout is PLAIN else f"is a checkpoint of {layout.name} and no"
+        raise InputError(f"{file} {what} {name}: {'; '.join(lacking + surplus)}")
     model.load_state_dict(fitting, strict=False)
     if is_main():
         print(f"{file}: loaded {len(fitting)} of the {len(model_state)} tensors of {name}")
-        for line in listed:
+        for line in surplus:
             print(f"  {line}")
 
 
@@ -130,10 +130,11 @@ def _check_patch_size(foreign: Foreign, model: nn.Module, name: str) -> None:
         )
 
 
-def _listed(title: str, names: Iterable[str]) -> str:
+def _listed(title: str, names: Iterable[str]) -> list[str]:
+    """Return a line with the first of the names, or none if there are no names."""
     names = sorted(names)
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return f"{title} ({len(names)}): {', '.join(names[:_MAX_NAMES])}{more}"
+    return [f"{title} ({len(names)}): {', '.join(names[:_MAX_NAMES])}{more}"] if names else []
 
 
 def read_checkpoint(file: Path) -> Any:

@@ -62,10 +62,13 @@ def differences_of_samples(images: dict) -> list[str]:
 
 
 def title(record: dict) -> str:
-    """Return the name of a distance whose ``differences`` are none."""
+    """Return the name of a distance whose ``differences`` are none.
+
+    DiT learns the variance of a step of its sampler; here it is fixed, also for DiT's weights.
+    """
     row = record["images"]["samples"]["training"]["row"]
     other = "" if row == "dit" else f", but of {f'row {row}' if row else 'no row of the paper'}"
-    return f"FID-50K (DiT's protocol{other})"
+    return f"FID-50K (DiT's protocol with fixed variances{other})"
 
 
 def _sampling(class_conditional: bool) -> SamplingSettings:

@@ -288,17 +288,21 @@ def test_safetensors_file_loads(tmp_path):
     assert torch.equal(features(loaded, images()), features(model, images()))
 
 
-def test_unmatched_names_are_listed(tmp_path, capsys):
-    weights = trained().state_dict()
+def test_surplus_tensors_are_listed_and_incomplete_files_are_refused(tmp_path, capsys):
+    """A part with random weights would be graded as if it were trained."""
+    weights, file = trained().state_dict(), tmp_path / "file.pth"
+    torch.save(weights | {"surprise": torch.zeros(2)}, file)
+    load_backbone(f"{VIT}@{file}", img_size=SIZE)
+    assert "not in the model, left out (1): surprise" in capsys.readouterr().out
     del weights["norm.bias"]
-    weights["surprise"] = torch.zeros(2)
     weights["norm.weight"] = torch.zeros(3)
-    torch.save(weights, tmp_path / "file.pth")
-    load_backbone(f"{VIT}@{tmp_path / 'file.pth'}", img_size=SIZE)
-    report = capsys.readouterr().out
-    assert "not in the file, left as initialised (1): norm.bias" in report
-    assert "not in the model, left out (1): surprise" in report
-    assert "of another shape, left as initialised (1): norm.weight (3,) for (64,)" in report
+    torch.save(weights, file)
+    with pytest.raises(InputError) as raised:
+        load_backbone(f"{VIT}@{file}", img_size=SIZE)
+    assert str(raised.value) == (
+        f"{file} does not fit {VIT}: not in the file (1): norm.bias; "
+        "of another shape (1): norm.weight (3,) for (64,)"
+    )
 
 
 def test_files_of_another_image_size_and_other_channels_are_adapted(tmp_path, capsys):

@@ -365,7 +365,7 @@ DIT_FLAGS = {"sampler": "ddpm", "steps": 250, "random_labels": True}
 def test_fid_as_dit_reports_it_has_a_name(dit, inception, capsys):
     run, setup = dit(), replace(inception, protocol="dit")
     record = fid(run, "adm.npz", setup=setup)
-    name = "FID-50K (DiT's protocol)"
+    name = "FID-50K (DiT's protocol with fixed variances)"
     assert record["protocol"]["name"] == name and not record["protocol"]["differs_from_dit"]
     samples = record["images"]["samples"]
     assert {key: samples[key] for key in DIT_FLAGS} == DIT_FLAGS
@@ -425,11 +425,14 @@ def test_dits_fid_of_other_rows_and_of_other_images_is_called_what_it_is(
     setup = replace(inception, protocol="dit")
     monkeypatch.setattr(RunImages, "features", few_features)
     record = fid(dit("unconditional"), "adm.npz", setup=setup)
-    assert record["protocol"]["name"] == "FID-50K (DiT's protocol, but of row unconditional)"
+    assert (
+        record["protocol"]["name"]
+        == "FID-50K (DiT's protocol with fixed variances, but of row unconditional)"
+    )
     assert not record["images"]["samples"]["random_labels"]
     changed = dit("dit", noise__schedule="cosine")
     name = fid(changed, "adm.npz", setup=setup)["protocol"]["name"]
-    assert name == "FID-50K (DiT's protocol, but of no row of the paper)"
+    assert name == f"{ours} no row of the paper)"
     capsys.readouterr()
     fid(changed, "a", setup=replace(inception, images=50), how=SamplingSettings(guidance=2.5))
     line = "FID of run-dit (50 images, ddim in 50 steps, guidance 2.5) to a (90 images): "
