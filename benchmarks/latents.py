@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace, scale: str, dim: int, seed: int) -> dict:
     run = args.runs / f"{scale}-{dim}-seed{seed}"
     pretrain(config, run, "l_dae")
     graded = (str(run), args.data, args.eval_data)
-    setup = Setup(workers=0, precision="bf16", out=run)
+    setup = Setup(workers=0)
     probe = linear(*graded, protocol=CachedProtocol(epochs=20), setup=setup)["results"]
     near = knn(*graded, protocol=KNNProtocol(k=(20,)), setup=setup)["results"]
     return {

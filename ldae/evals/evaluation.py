@@ -33,6 +33,7 @@ from ldae.evals.taps import Reader, Tap, TapReader
 from ldae.files import check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
+from ldae.runs.kinds import kind_of
 from ldae.tree import COUNT, NOT_NEGATIVE, check, difference
 
 # Settings that do not change the numbers, or that a folder's name has in words.
@@ -338,12 +339,18 @@ def open_evaluation(
 
     The seed of the setup becomes the seed of the protocol.
 
-    Raises: InputError for a setting out of its range, and as ``splits`` and ``load`` do.
+    Raises: InputError for a setting out of its range, for a run folder as ``out``, and as
+        ``splits`` and ``load`` do.
     """
     check(setup)
     if hasattr(protocol, "seed"):
         protocol = replace(protocol, seed=setup.seed)  # type: ignore[call-arg]  # as checked
     check_writable(setup.out or results_home(spec))
+    if setup.out and kind_of(setup.out):
+        raise InputError(
+            f"--out {setup.out} is the folder of a run, whose files the evaluation would replace: "
+            f"name another folder, such as {setup.out / layout.EVALS / task}"
+        )
     device = device_for(setup.device)
     with process_group(device):
         train, test = splits(data, eval_data)

@@ -432,7 +432,7 @@ def test_dits_fid_of_other_rows_and_of_other_images_is_called_what_it_is(
     assert not record["images"]["samples"]["random_labels"]
     changed = dit("dit", noise__schedule="cosine")
     name = fid(changed, "adm.npz", setup=setup)["protocol"]["name"]
-    assert name == f"{ours} no row of the paper)"
+    assert name == "FID-50K (DiT's protocol with fixed variances, but of no row of the paper)"
     capsys.readouterr()
     fid(changed, "a", setup=replace(inception, images=50), how=SamplingSettings(guidance=2.5))
     line = "FID of run-dit (50 images, ddim in 50 steps, guidance 2.5) to a (90 images): "

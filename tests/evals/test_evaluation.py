@@ -17,6 +17,7 @@ from ldae.commands.grid import grid
 from ldae.commands.knn import knn
 from ldae.data.label_maps import open_map_splits
 from ldae.data.open import open_splits
+from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
 from ldae.evals.protocol import Grader
@@ -80,6 +81,18 @@ def test_every_record_names_weights_and_images(verb, name, run, data, classifier
     assert json.loads((tmp_path / "out" / "results.json").read_text())["data"] == record["data"]
     model = (load_classifier if is_classifier else load_backbone)(spec)
     check(record, model, splits if grader.takes("eval_data") else splits[1:] * 2)
+
+
+@pytest.mark.parametrize("verb", GRADERS)
+def test_no_evaluation_is_written_into_the_folder_of_a_run(verb, run, data, classifier):
+    """`ldae linear RUN --out RUN` removed the run's checkpoints after its own training."""
+    folder = run()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    spec = str(classifier if GRADERS[verb].takes("classifier") else folder)
+    with pytest.raises(InputError, match="is the folder of a run") as raised:
+        GRADERS[verb].function(spec, str(data), setup=replace(SETUP, out=folder))
+    assert str(folder / "evals" / verb) in str(raised.value)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_fine_tuning_names_the_weights_that_it_wrote(run, data, tmp_path):
