@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _STARTS: dict[str, tuple[str, ...]] = {"pretrain": (), "fit-tokenizer": ("tokenizer",)}
 _WITHOUT_JOBS = ("jobs", "show", "diff")
 _RELIST = "--relist"
-_NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # sections of a docstring
+_NOT_IN_HELP = ("Args:", "Returns:", "Raises:", "Examples:")  # sections of a docstring
 
 # The function of a command has the command's name and lies in the file of that name. The file is
 # imported when the command is called.
@@ -290,7 +290,6 @@ def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> Non
 def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> None:
     """Read what sets the defaults first: backbone, recipe, its version in the run, and size."""
     from ldae.finetuning import recipes
-    from ldae.tree import replace
 
     chosen, rest = _read_options(argv, recipe="", size="")
     backbone = _pop_positional(rest)
@@ -302,11 +301,8 @@ def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> 
             f"name a backbone and a recipe: ldae {command} BACKBONE --recipe NAME ... ({names})"
         )
     else:
-        recipes.find_recipe(chosen.recipe)  # refuse a wrong name before the backbone is opened
-        size = chosen.size or recipes.default_size(backbone)
         run = _read_options(rest, run="")[0].run
-        version = recipes.version_of(Path(run), chosen.recipe) if run else None
-        base = replace(recipes.config(chosen.recipe, size, version), {"backbone": backbone})
+        base = recipes.finetune_config(backbone, chosen.recipe, size=chosen.size, run=run)
     _call_with_settings(
         command,
         function,

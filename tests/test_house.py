@@ -28,7 +28,7 @@ LAYERS = [
     ["backbones", "plots"],
     ["sampling", "evals", "finetuning", "cluster"],
     ["pretraining"],
-    ["mae"],
+    ["mae", "run"],
     ["machine"],
     ["cli"],
     ["commands"],

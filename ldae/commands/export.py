@@ -26,6 +26,7 @@ from ldae.evals.whitening import WhiteningProtocol
 from ldae.models.contract import NoPlainViT
 from ldae.runs.kinds import KINDS, Exported, pretraining_in
 from ldae.tokenizers.moments import Moments
+from ldae.tree import AnyPath
 
 _WHITENED_BY = (
     "`head`, from {images:,} images of {data} ({split}), shrinkage {shrinkage:g}; "
@@ -34,12 +35,12 @@ _WHITENED_BY = (
 
 
 def export(
-    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
-    out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    run: Annotated[AnyPath, tyro.conf.arg(metavar="RUN")],
+    out: Annotated[AnyPath, tyro.conf.arg(metavar="OUT")],
     /,
     timestep: int | None = None,
     license: str = "",
-    whiten: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
+    whiten: Annotated[AnyPath | None, tyro.conf.arg(metavar="SOURCE")] = None,
     whiten_shrinkage: float = SHRINKAGE,
     workers: int = 4,
     device: str = "auto",
@@ -75,7 +76,7 @@ def export(
     except NoPlainViT as error:
         raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
     vit = exported.vit
-    source = open_source(whiten, "train") if whiten else None
+    source = open_source(str(whiten), "train") if whiten else None
     record = _record(source, whiten_shrinkage) if source else None
     if out.exists():
         if not _holds(out, vit, license, record):
