@@ -54,6 +54,11 @@ def load_backbone(
         seed: seed of the random initialisation.
 
     Raises: InputError naming ``spec`` when it cannot be opened or nothing in the file fits.
+
+    Examples:
+        >>> backbone = ldae.load_backbone("runs/l_dae")
+        >>> features = backbone(images)  # normalised float32 (B, C, H, W) -> (B, D)
+        >>> published = ldae.load_backbone("vit_base_patch16_224.mae@mae_pretrain_vit_base.pth")
     """
     spec = str(spec)
     with torch.random.fork_rng(devices=[]):
@@ -73,6 +78,10 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
         in_chans, img_size: as in ``load_backbone``, for timm names.
 
     Raises: InputError naming ``spec`` when it cannot be opened or has no classifier.
+
+    Examples:
+        >>> classifier = ldae.load_classifier("runs/finetuned")
+        >>> classes = classifier(images).argmax(1)
     """
     spec = str(spec)
     folder = backbone_folder(spec)

@@ -66,6 +66,10 @@ def export(
 
     Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, the images of
         ``whiten`` are too few, or the verification fails.
+
+    Examples:
+        >>> folder = ldae.export("runs/l_dae", "exported", license="cc-by-4.0")
+        >>> backbone = timm.create_model(f"local-dir:{folder}", pretrained=True)
     """
     run, out = Path(run), Path(out)
     WhiteningProtocol(whiten is not None, whiten_shrinkage)  # checks the shrinkage
