@@ -27,7 +27,7 @@ LAYERS = [
     ["method"],
     ["backbones", "plots"],
     ["sampling", "evals", "finetuning", "cluster"],
-    ["pretraining"],
+    ["pretraining", "deployment"],
     ["mae", "run"],
     ["machine"],
     ["cli"],

@@ -119,6 +119,18 @@ def backbone_folder(spec: str | Path) -> Path | None:
     return folder if kind_of(folder) or (folder / "config.json").is_file() else None
 
 
+def has_classifier(spec: str | Path) -> bool:
+    """Return whether a spec names a folder of a classifier: of a fine-tuning or a saved probe."""
+    folder = backbone_folder(spec)
+    if folder is None or kind_of(folder):
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("num_classes")) and not is_whitened(config["pretrained_cfg"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False  # opening it reports what is wrong
+
+
 def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> TimmModel:
     folder = backbone_folder(spec)
     is_pixels = spec.partition(":")[0] == "pixels"
