@@ -45,7 +45,7 @@ COMMANDS = {
     "sample": "generate images from a run: a grid, a folder or a file.npz",
     "embed": "write the features of a backbone as .npy or .parquet; resumes too",
     "cache": "decode images once, into one file that any command reads fast; resumes too",
-    "export": "write the backbone of a run as a folder for timm and the hub",
+    "export": "write a backbone or classifier for timm and the hub, and as ONNX",
     "submit": "send a pre-training and the jobs that follow it to a cluster",
     "jobs": "list the running, waiting and failed jobs",
     "show": "show the rows of the paper and their rivals, or the settings of one",
