@@ -37,7 +37,7 @@ class Denoised(NamedTuple):
 
 
 class Run:
-    """A pre-training in a folder: its settings, its metrics, and the network of its last checkpoint.
+    """A pre-training in a folder: its settings, its metrics, and its last checkpoint's network.
 
     The checkpoint is read when it is first needed, and is then kept: open the run again to see a
     newer one.
@@ -143,7 +143,9 @@ class Run:
         method = self._denoising()
         levels = len(method.sigma)
         if not 0 <= t < levels:
-            raise InputError(f"t {t} is not in 0 .. {levels - 1}, the noise levels of {self.folder}")
+            raise InputError(
+                f"t {t} is not in 0 .. {levels - 1}, the noise levels of {self.folder}"
+            )
         pixels = self._pixels(images).to(method.sigma.device)
         positions = torch.arange(len(pixels), device=pixels.device)
         return Denoised(*(part.cpu() for part in method.denoise_images(pixels, positions, t)))
@@ -205,7 +207,7 @@ class Run:
 
 
 def load_run(folder: str | Path, device: str = "auto") -> Run:
-    """Open the pre-training in a folder: to look at it, to denoise, to sample, to take its backbone.
+    """Open the pre-training in a folder: to look at it, to denoise, to sample, for its backbone.
 
     Args:
         folder: the run folder.

@@ -1,4 +1,4 @@
-"""The functions of ``ldae`` in Python are the commands: the same results, and nothing left behind."""
+"""The functions of ``ldae`` are the commands: the same results, and nothing left behind."""
 
 import importlib
 import inspect

@@ -34,8 +34,6 @@ def resize_input(model: TimmModel, side: int, spec: str, setting: str) -> dict[s
         with torch.no_grad():
             model(torch.zeros(1, chans, side, side))
     except Exception as error:  # architectures raise different types
-        raise InputError(
-            f"{setting} {side} does not fit {spec}: {first_line(error)}"
-        ) from None
+        raise InputError(f"{setting} {side} does not fit {spec}: {first_line(error)}") from None
     adapt_cfg(model, chans, side)
     return args

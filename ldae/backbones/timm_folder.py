@@ -11,7 +11,6 @@ from torch import nn
 
 from ldae.errors import InputError
 
-
 README = "README.md"
 """The model card in such a folder."""
 
@@ -41,7 +40,7 @@ def write_timm_folder(
         whitening: the record of a head that whitens features; timm ignores it.
         extend: called with the folder and the model that timm reads back, to add files.
 
-    Raises: InputError when the folder cannot be written; the exceptions of ``verify`` and ``extend``.
+    Raises: InputError when the folder cannot be written; as ``verify`` and ``extend`` do.
     """
     images_seen = getattr(model, "images_seen", None)
     config = {"label_names": classes, "images_seen": images_seen, "whitening": whitening}

@@ -59,7 +59,9 @@ from ldae.runs.environment import environment
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.tree import AnyPath, check
 
-Images = Annotated[AnyPath, tyro.conf.arg(metavar="SOURCE", help="The images, with labels or without.")]
+Images = Annotated[
+    AnyPath, tyro.conf.arg(metavar="SOURCE", help="The images, with labels or without.")
+]
 
 
 def embed(

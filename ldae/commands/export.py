@@ -194,7 +194,7 @@ def _open(
     if not hasattr(model, "model_args"):
         raise InputError(f"{spec} is no timm model, which alone can be exported")
     classes = label_names(model) if model.num_classes else []
-    # timm writes the names beside the configuration, and a license would be that of its own weights.
+    # timm writes the names of classes beside the configuration.
     names = ("label_names", "label_descriptions")
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in names}
     model.pretrained_cfg = cfg | {

@@ -187,8 +187,8 @@ def graph_table(records: dict[str, dict]) -> str:
         computed = ", ".join(f"{output} {_shape(shape)}" for output, shape in outputs)
         rows.append(f"| {name} | {given['dtype']} {_shape(given['shape'])} | {computed} |")
     return "\n".join(rows) + (
-        "\n\nThe input `images` is resized and cropped as by `transform` above; a graph with a uint8 "
-        f"input normalises it too. `{RECORD}` has the preprocessing, and the difference from timm."
+        "\n\nThe input `images` is resized and cropped as by `transform` above; a uint8 input is "
+        f"normalised inside. `{RECORD}` has the preprocessing, and the difference from timm."
     )
 
 

@@ -34,9 +34,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     api = HfApi(library_name="ldae")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Export from ldae"
-        )
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export from ldae")
     except Exception as error:  # of the network's libraries too, which share no base class
         raise InputError(
             f"{folder} is written, but not pushed to {repository}: {first_line(error)}; the same "

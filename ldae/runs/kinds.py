@@ -168,7 +168,7 @@ def settings_and_folder(
     if isinstance(config, str | Path):
         if run is not None:
             raise InputError(
-                f"{str(config)!r} is no settings: name settings, such as ldae.config returns, and a "
+                f"{str(config)!r} is no settings: name those of ldae.config and a "
                 "run folder; or only the folder of a run to resume"
             )
         run = Path(config)

@@ -38,7 +38,8 @@ def kinds(network, run, tmp_path):
             "classifier": lambda: (network("test_vit2", 7, list("abcdefg"), img_size=32), {}),
             "convolutions": lambda: (network("test_resnet"), {}),
             "registers": lambda: (
-                network("vit_small_patch14_reg4_dinov2", img_size=56, **SMALL), {}
+                network("vit_small_patch14_reg4_dinov2", img_size=56, **SMALL),
+                {},
             ),
         }[kind]()
 

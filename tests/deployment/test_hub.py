@@ -89,8 +89,7 @@ class Route(BaseHTTPRequestHandler):
             self.answer({"files": modes})
         elif path.endswith("/info/lfs/objects/batch"):
             objects = [
-                part
-                | {"actions": {"upload": {"href": f"{hub.address}/large/{part['oid']}"}}}
+                part | {"actions": {"upload": {"href": f"{hub.address}/large/{part['oid']}"}}}
                 for part in json.loads(body)["objects"]
             ]
             self.answer({"transfer": "basic", "objects": objects})
@@ -134,7 +133,9 @@ def test_the_hub_gets_the_folder(hub, run, tmp_path, capsys):
     pulled.mkdir()
     for name, content in stand_in.files.items():
         (pulled / name).write_bytes(content)
-    one, other = (timm.create_model(f"local-dir:{f}", pretrained=True).eval() for f in (out, pulled))
+    one, other = (
+        timm.create_model(f"local-dir:{f}", pretrained=True).eval() for f in (out, pulled)
+    )
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(one(images), other(images))
