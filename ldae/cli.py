@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _STARTS: dict[str, tuple[str, ...]] = {"pretrain": (), "fit-tokenizer": ("tokenizer",)}
 _WITHOUT_JOBS = ("jobs", "show", "diff")
 _RELIST = "--relist"
-_NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # sections of a docstring
+_NOT_IN_HELP = ("Args:", "Returns:", "Raises:", "Examples:")  # sections of a docstring
 
 # The function of a command has the command's name and lies in the file of that name. The file is
 # imported when the command is called.
@@ -45,7 +45,7 @@ COMMANDS = {
     "sample": "generate images from a run: a grid, a folder or a file.npz",
     "embed": "write the features of a backbone as .npy or .parquet; resumes too",
     "cache": "decode images once, into one file that any command reads fast; resumes too",
-    "export": "write the backbone of a run as a folder for timm and the hub",
+    "export": "write a backbone or classifier for timm and the hub, and as ONNX",
     "submit": "send a pre-training and the jobs that follow it to a cluster",
     "jobs": "list the running, waiting and failed jobs",
     "show": "show the rows of the paper and their rivals, or the settings of one",
@@ -290,7 +290,6 @@ def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> Non
 def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> None:
     """Read what sets the defaults first: backbone, recipe, its version in the run, and size."""
     from ldae.finetuning import recipes
-    from ldae.tree import replace
 
     chosen, rest = _read_options(argv, recipe="", size="")
     backbone = _pop_positional(rest)
@@ -302,11 +301,8 @@ def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> 
             f"name a backbone and a recipe: ldae {command} BACKBONE --recipe NAME ... ({names})"
         )
     else:
-        recipes.find_recipe(chosen.recipe)  # refuse a wrong name before the backbone is opened
-        size = chosen.size or recipes.default_size(backbone)
         run = _read_options(rest, run="")[0].run
-        version = recipes.version_of(Path(run), chosen.recipe) if run else None
-        base = replace(recipes.config(chosen.recipe, size, version), {"backbone": backbone})
+        base = recipes.finetune_config(backbone, chosen.recipe, size=chosen.size, run=run)
     _call_with_settings(
         command,
         function,

@@ -117,3 +117,8 @@ def write(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` to ``path`` as indented JSON, as ``write`` does."""
     write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def as_json(value: Any) -> Any:
+    """Return ``value`` as JSON reads it back: tuples become lists, and keys strings."""
+    return json.loads(json.dumps(value))

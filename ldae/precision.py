@@ -45,3 +45,12 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Restore torch's global random generators at the end, for a caller who draws from them too."""
+    # The generator of a GPU that is not in use yet has no state to lose.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield

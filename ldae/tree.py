@@ -9,14 +9,16 @@ import pkgutil
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ldae.errors import InputError, first_line, unknown
+
+Settings = TypeVar("Settings")
 
 
 class Range(NamedTuple):
@@ -77,6 +79,18 @@ class Choice(PrimitiveConstructorSpec[str]):
     __hash__ = object.__hash__
 
 
+AnyPath = Annotated[
+    str | Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str | Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A path, or what may be named in its place, such as a timm name. The command line gives a str."""
+
 NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, open_low=True)
 COUNT = Range(1)
@@ -115,11 +129,18 @@ def _check(name: str, value: Any, hint: Any) -> None:
                 allowed.check(name, part)
 
 
-def replace(config: Any, changes: dict[str, Any]) -> Any:
-    """Return ``config`` with the leaves of these dotted names changed.
+def replace(config: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Return settings with the leaves of these dotted names changed.
+
+    Args:
+        config: any settings: of a run, a protocol or a setup.
+        changes: dotted name -> value, as in ``{"optim.epochs": 50, "data.flip": True}``.
 
     Raises: InputError for an unknown name, with the nearest known one, and for a value that the
         setting does not take.
+
+    Examples:
+        >>> longer = ldae.replace(config, {"optim.epochs": 800})
     """
     hints = {name: hint for name, _, hint in _leaves(config)}
     for name in changes:
@@ -179,7 +200,7 @@ def _as(hint: Any, value: Any) -> Any:
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             return float(value)
-    if type(value) is hint:
+    if type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
     raise TypeError
 

@@ -25,6 +25,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "finetune",
         "floors",
         "going_on",
+        "graphs",
         "guidance",
         "latents",
         "paired",

@@ -48,3 +48,19 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {usage}
 ```
 """
+
+
+_GRAPHS = "\n## Graphs\n\n"
+
+
+def with_graphs(card: str, table: str) -> str:
+    """Return a model card with a section that shows this table of graphs; empty: without one."""
+    body = card.partition(_GRAPHS)[0]
+    return f"{body}{_GRAPHS}{table}\n" if table else body
+
+
+def with_license(card: str, license: str) -> str:
+    """Return a model card whose front matter claims this license."""
+    _, head, body = card.split("---\n", 2)
+    claimed = yaml.safe_load(head) | {"license": license}
+    return f"---\n{yaml.safe_dump(claimed, sort_keys=False)}---\n{body}"

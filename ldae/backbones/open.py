@@ -54,6 +54,11 @@ def load_backbone(
         seed: seed of the random initialisation.
 
     Raises: InputError naming ``spec`` when it cannot be opened or nothing in the file fits.
+
+    Examples:
+        >>> backbone = ldae.load_backbone("runs/l_dae")
+        >>> features = backbone(images)  # normalised float32 (B, C, H, W) -> (B, D)
+        >>> published = ldae.load_backbone("vit_base_patch16_224.mae@mae_pretrain_vit_base.pth")
     """
     spec = str(spec)
     with torch.random.fork_rng(devices=[]):
@@ -73,6 +78,10 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
         in_chans, img_size: as in ``load_backbone``, for timm names.
 
     Raises: InputError naming ``spec`` when it cannot be opened or has no classifier.
+
+    Examples:
+        >>> classifier = ldae.load_classifier("runs/finetuned")
+        >>> classes = classifier(images).argmax(1)
     """
     spec = str(spec)
     folder = backbone_folder(spec)
@@ -108,6 +117,18 @@ def backbone_folder(spec: str | Path) -> Path | None:
     if (folder / CLASSIFIER / "config.json").is_file():
         return folder / CLASSIFIER
     return folder if kind_of(folder) or (folder / "config.json").is_file() else None
+
+
+def has_classifier(spec: str | Path) -> bool:
+    """Return whether a spec names a folder of a classifier: of a fine-tuning or a saved probe."""
+    folder = backbone_folder(spec)
+    if folder is None or kind_of(folder):
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("num_classes")) and not is_whitened(config["pretrained_cfg"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False  # opening it reports what is wrong
 
 
 def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> TimmModel:

@@ -11,6 +11,7 @@ from ldae.backbones.fold import LDAE_URL, default_timestep, fold, pretrained_cfg
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.models.contract import NoPlainViT
+from ldae.precision import unchanged_generators
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import KINDS, Exported, Opening, pretraining_in, settings_of
 from ldae.runs.layout import CONFIG
@@ -27,7 +28,9 @@ def load_run(run: Path, kind: str = "pretraining") -> tuple[Any, dict]:
     state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
-    method = KINDS[kind].opened().build(config, num_classes=len(state["describe"]["classes"]))
+    opened = KINDS[kind].opened()
+    with unchanged_generators():
+        method = opened.build(config, num_classes=len(state["describe"]["classes"]))
     try:
         method.load_state_dict(state["average"] or state["model"])
     except RuntimeError:
@@ -115,6 +118,5 @@ def control_of_run(run: str | Path) -> nn.Module:
     Raises: InputError as ``load_run``, and as the kind's ``Opening.control``.
     """
     kind = pretraining_in(Path(run))
-    with torch.random.fork_rng(devices=[]):  # the seed of the run must not decide the control
-        method, _ = load_run(Path(run), kind)
+    method, _ = load_run(Path(run), kind)
     return KINDS[kind].opened().control(method)

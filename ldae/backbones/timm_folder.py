@@ -11,6 +11,9 @@ from torch import nn
 
 from ldae.errors import InputError
 
+README = "README.md"
+"""The model card in such a folder."""
+
 
 def write_timm_folder(
     out: Path,
@@ -21,6 +24,7 @@ def write_timm_folder(
     card: str = "",
     classes: list[str] | None = None,
     whitening: dict[str, Any] | None = None,
+    extend: Callable[[Path, nn.Module], None] | None = None,
 ) -> None:
     """Write a model to the folder ``out``, which appears only after ``verify`` has accepted it.
 
@@ -34,8 +38,9 @@ def write_timm_folder(
         card: text of the README.md; empty: none.
         classes: names of the outputs.
         whitening: the record of a head that whitens features; timm ignores it.
+        extend: called with the folder and the model that timm reads back, to add files.
 
-    Raises: InputError when the folder cannot be written; the exceptions of ``verify``.
+    Raises: InputError when the folder cannot be written; as ``verify`` and ``extend`` do.
     """
     images_seen = getattr(model, "images_seen", None)
     config = {"label_names": classes, "images_seen": images_seen, "whitening": whitening}
@@ -51,10 +56,13 @@ def write_timm_folder(
             safe_serialization=True,
         )
         if card:
-            (aside / "README.md").write_text(card)
+            (aside / README).write_text(card, encoding="utf-8")
         # safetensors makes its file readable by the owner only, but the folder is for sharing.
         shutil.copymode(aside / "config.json", aside / "model.safetensors")
-        verify(timm.create_model(f"local-dir:{aside}", pretrained=True).eval())
+        opened = timm.create_model(f"local-dir:{aside}", pretrained=True).eval()
+        verify(opened)
+        if extend:
+            extend(aside, opened)
         aside.rename(out)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{out} cannot be written: {error}") from None

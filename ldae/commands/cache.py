@@ -33,25 +33,25 @@ from ldae.errors import InputError
 from ldae.pretraining.latents import LatentEncoder
 from ldae.runs import layout
 from ldae.runs.lock import open_partial
-from ldae.tree import COUNT, NOT_NEGATIVE
+from ldae.tree import COUNT, NOT_NEGATIVE, AnyPath
 
 _log = logging.getLogger(__name__)
 
 
 def cache(
-    source: str,
-    out: Path | None = None,
+    source: AnyPath,
+    out: AnyPath | None = None,
     /,
     *,
     side: Annotated[int | None, COUNT] = None,
     in_chans: Annotated[int | None, COUNT] = None,
     split: Literal["train", "eval"] | None = None,
-    latents: Path | None = None,
+    latents: AnyPath | None = None,
     device: str | None = None,
     bad_images: Literal["stop", "skip"] = "stop",
     workers: int | None = None,
     check: bool = False,
-) -> None:
+) -> Path:
     """Write center crops of all images of SOURCE to OUT, a .safetensors file that is a source too.
 
     Names, order, labels and fingerprint are those of SOURCE. The same command resumes. With
@@ -69,13 +69,20 @@ def cache(
         workers: processes that decode images; by default one for each core.
         check: read a cache and compare it with its checksums; nothing is written.
 
+    Returns: ``out``, or with --check the cache.
+
     Raises: InputError for wrong settings or images, and when the file cannot be written.
+
+    Examples:
+        >>> images = ldae.cache("/data/imagenet", "imagenet-256.safetensors", side=256)
+        >>> ldae.knn("runs/l_dae", images)
     """
+    source, out = str(source), Path(out) if out else None
     if check:
         if out:
             raise InputError(f"--check takes only the cache to check, not {out} too")
         _check(open_cache(Path(source)))
-        return
+        return Path(source)
     if out is None or out.suffix.lower() != SUFFIX:
         raise InputError(f"name the file to write, which ends in {SUFFIX}: ldae cache SOURCE OUT")
     if not latents:
@@ -84,17 +91,18 @@ def cache(
         crop = CropTransform(256 if side is None else side, 3 if in_chans is None else in_chans)
         content = Content.crops(crop.img_size, crop.in_chans)
         write_cache(_open_splits(source, split), out, crop, content, workers, bad_images)
-        return
+        return out
     if (side, in_chans, split) != (None, None, None):
         raise InputError(
             "--side, --in-chans and --split cannot be set beside --latents, which are of the "
             "training images as the tokenizer takes them"
         )
-    encoder = _open_encoder(latents, device or "auto")
+    encoder = _open_encoder(Path(latents), device or "auto")
     sources = _open_splits(source, "train", from_cache=True)
     (images,) = sources.values()
     content = encoder.content(images.resizes_twice(encoder.crop))
     write_cache(sources, out, encoder.crop, content, workers, bad_images, encoder)
+    return out
 
 
 def write_cache(

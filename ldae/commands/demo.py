@@ -13,14 +13,15 @@ from ldae.console import format_duration
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
-from ldae.files import write_json
+from ldae.files import as_json, write_json
 from ldae.runs import layout
+from ldae.tree import AnyPath
 
 DATA = "scattered-digits:20000"
 _PROBE_EPOCHS = 20  # instead of 90, since the demo takes five minutes
 
 
-def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
+def demo(run: AnyPath = Path("runs/demo"), epochs: float = 2.5) -> dict:
     """Pre-train l-DAE on scattered digits, export its backbone, and compare it with controls.
 
     The same command again resumes.
@@ -32,8 +33,11 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
     Returns: (k-NN, linear) accuracies in percent by backbone, which are also in ``demo.json``.
 
     Raises: InputError when the exported backbone does not score as the run does.
+
+    Examples:
+        >>> ldae.demo("runs/demo")["l-DAE"]  # k-NN and linear, in percent
     """
-    start = time.perf_counter()
+    run, start = Path(run), time.perf_counter()
     config = trajectory.config("l_dae", scale="demo")
     warmup = min(config.optim.warmup_epochs, epochs / 2)
     changes = {"data.source": DATA, "optim.epochs": epochs, "optim.warmup_epochs": warmup}
@@ -60,7 +64,7 @@ def demo(run: Path = Path("runs/demo"), epochs: float = 2.5) -> dict:
     inside, reopened = list(table.values())[-2:]
     if inside != reopened:
         raise InputError(f"the exported backbone scores {reopened}, the run {inside}")
-    return table
+    return as_json(table)
 
 
 def _grade(backbone: str, run: Path, random_init: bool = False) -> tuple[float, float]:

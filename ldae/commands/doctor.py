@@ -16,14 +16,14 @@ from ldae.data.photos import HEIGHT, WIDTH, write_photos
 from ldae.data.source import Source
 from ldae.data.workers import SHARED_BYTES
 from ldae.distributed import device_for
-from ldae.files import check_writable, format_size, write_json
+from ldae.files import as_json, check_writable, format_size, write_json
 from ldae.machine.extrapolation import extrapolate
 from ldae.machine.packages import check_packages, installed_version
 from ldae.machine.parts import describe_machine, find_problems
 from ldae.machine.rates import copying_rate, decoding_rates, training_rates
 from ldae.runs.environment import environment
 from ldae.settings import Config
-from ldae.tree import replace
+from ldae.tree import AnyPath, replace
 
 _PHOTOS = 64
 _CURES = {
@@ -35,11 +35,11 @@ _CURES = {
 
 def doctor(
     *,
-    data: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = "",
-    run: Path = Path(),
+    data: Annotated[AnyPath, tyro.conf.arg(metavar="SOURCE")] = "",
+    run: AnyPath = Path(),
     device: str = "auto",
     scale: str = "",
-    json: Path | None = None,
+    json: AnyPath | None = None,
 ) -> dict:
     """Measure each part of a pre-training on this machine, and show which of them bounds a run.
 
@@ -61,7 +61,11 @@ def doctor(
         packages.
 
     Raises: InputError for images that cannot be read, and for a folder that cannot be written to.
+
+    Examples:
+        >>> ldae.doctor(data="/data/imagenet")["imagenet"]["total_hours"]
     """
+    data, run, json = str(data), Path(run), Path(json) if json else None
     found = device_for(device)
     config, batch_size = _size(scale, found)
     check_writable(run)
@@ -91,7 +95,7 @@ def doctor(
         print(f"{name:<16}{line}")
     if json:
         write_json(json, record)
-    return record
+    return as_json(record)
 
 
 def _size(scale: str, device: torch.device) -> tuple[Config, int]:

@@ -57,9 +57,11 @@ from ldae.evals.taps import Pool, Tap, TapReader, TokenMapReader, taps_of
 from ldae.evals.whitening import WhiteningProtocol
 from ldae.runs.environment import environment
 from ldae.train.interrupt import Interrupted, StopRequest
-from ldae.tree import check
+from ldae.tree import AnyPath, check
 
-Images = Annotated[str, tyro.conf.arg(metavar="SOURCE", help="The images, with labels or without.")]
+Images = Annotated[
+    AnyPath, tyro.conf.arg(metavar="SOURCE", help="The images, with labels or without.")
+]
 
 
 def embed(
@@ -67,7 +69,7 @@ def embed(
     source: Images,
     /,
     *,
-    out: Path,
+    out: AnyPath,
     split: Literal["train", "eval"] | None = None,
     tokens: bool = False,
     blocks: tuple[int, ...] = (),
@@ -98,7 +100,12 @@ def embed(
 
     Raises: InputError for a backbone, images or settings that do not fit, for a file that holds
         other features, and when the disk is full; Interrupted after a stop signal.
+
+    Examples:
+        >>> path = ldae.embed("runs/l_dae", "/data/imagenet", out="features.npy")
+        >>> features = numpy.load(path)  # float32 (images, D)
     """
+    backbone, source = str(backbone), str(source)
     out, taps = Path(out), taps_of(blocks, pools)
     check(setup)
     WhiteningProtocol(whiten, whiten_shrinkage)  # checks the shrinkage

@@ -36,13 +36,14 @@ from ldae.evals.suite import Cell, read_suite
 from ldae.evals.table import write_table
 from ldae.files import check_writable, state_hash, write_json
 from ldae.train.interrupt import Interrupted
+from ldae.tree import AnyPath
 
 
 def evaluate(
     backbones: Annotated[tuple[str, ...], tyro.conf.arg(metavar="BACKBONE")] = (),
     /,
     *,
-    suite: Annotated[Path, tyro.conf.arg(metavar="SUITE.toml")],
+    suite: Annotated[AnyPath, tyro.conf.arg(metavar="SUITE.toml")],
     setup: Setup = Setup(),
 ) -> dict:
     """Run many evaluations into one table: every backbone by every protocol on every data set.
@@ -64,11 +65,18 @@ def evaluate(
     Returns: the content of table.json.
 
     Raises: InputError for a suite that cannot be run, and at the end when a cell has failed.
+
+    Examples:
+        >>> table = ldae.evaluate(
+        ...     ("runs/cifar10",), suite="cifar10.toml", setup=ldae.Setup(out="runs/cifar10/suite")
+        ... )
+        >>> table["cells"][0]["results"]
     """
     if setup.out is None:
         raise InputError("say where the table goes: --out DIR")
-    check_writable(setup.out)
-    cells = read_suite(suite, backbones, setup, graders())
+    out = Path(setup.out)
+    check_writable(out)
+    cells = read_suite(Path(suite), tuple(map(str, backbones)), setup, graders())
     keys = _Keys()
     failures: dict[Path, str] = {}
     with process_group(device_for(setup.device)), keep_network():
@@ -83,12 +91,12 @@ def evaluate(
                     print_main(f"cell {number} of {len(cells)}: {cell}{state}")
                     if cell not in done:
                         _run(cell, keys, done, failures)
-                        write_table(setup.out, cells, done, failures)
-        table = write_table(setup.out, cells, done, failures)
-    print_main(f"{len(done)} of {len(cells)} cells; {setup.out / 'table.md'}")
+                        write_table(out, cells, done, failures)
+        table = write_table(out, cells, done, failures)
+    print_main(f"{len(done)} of {len(cells)} cells; {out / 'table.md'}")
     if failures:
         raise InputError(
-            f"{len(failures)} of {len(cells)} cells failed, see {setup.out / 'table.md'}; run the "
+            f"{len(failures)} of {len(cells)} cells failed, see {out / 'table.md'}; run the "
             "same command to try them again"
         )
     return table

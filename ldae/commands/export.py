@@ -1,10 +1,12 @@
-"""``ldae export``: write the backbone of a run as a folder for timm and the hub."""
+"""``ldae export``: write a network as a folder for timm and the hub, and as ONNX or a program."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
+import timm
 import torch
 import tyro
 from safetensors import SafetensorError
@@ -12,62 +14,200 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ldae.backbones.card import model_card
+from ldae import files
+from ldae.backbones.card import with_graphs
+from ldae.backbones.open import (
+    backbone_folder,
+    has_classifier,
+    label_names,
+    load_backbone,
+    load_classifier,
+)
+from ldae.backbones.resize import resize_input
 from ldae.backbones.run import load_run
-from ldae.backbones.timm_folder import write_timm_folder
-from ldae.backbones.whitening import SHRINKAGE, add_whitening, whitening
+from ldae.backbones.timm_folder import README, write_timm_folder
+from ldae.backbones.whitening import SHRINKAGE, add_whitening, is_whitened, whitening
 from ldae.data.open import open_source
 from ldae.data.source import Source
+from ldae.deployment.cards import card_of_network, card_of_run
+from ldae.deployment.graphs import Graphs, add_graphs, graph_table
 from ldae.distributed import device_for
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
-from ldae.evals.scores import score_table
 from ldae.evals.whitening import WhiteningProtocol
 from ldae.models.contract import NoPlainViT
-from ldae.runs.kinds import KINDS, Exported, pretraining_in
+from ldae.runs.kinds import KINDS, kind_of, pretraining_in, settings_of
 from ldae.tokenizers.moments import Moments
+from ldae.tree import COUNT, AnyPath
 
-_WHITENED_BY = (
-    "`head`, from {images:,} images of {data} ({split}), shrinkage {shrinkage:g}; "
-    "`num_classes=0` leaves it out"
-)
+
+class _Opened(NamedTuple):
+    """A network, and what its folder says about it."""
+
+    model: Any
+    """In eval mode, with ``model_args`` and ``pretrained_cfg``."""
+    card: Callable[[dict | None], str]
+    """The record of a whitening, if any -> the model card."""
+    classes: list[str]
+    """Names of the outputs of a classifier."""
+    whitening: dict | None
+    """The record of the whitening that the model has."""
 
 
 def export(
-    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
-    out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    backbone: Annotated[AnyPath, tyro.conf.arg(metavar="BACKBONE")],
+    out: Annotated[AnyPath, tyro.conf.arg(metavar="OUT")],
     /,
+    *,
+    onnx: bool = False,
+    torch_export: bool = False,
+    uint8: bool = False,
+    tokens: bool = False,
+    img_size: Annotated[int | None, COUNT] = None,
+    in_chans: Annotated[int, COUNT] = 3,
+    classifier: bool | None = None,
     timestep: int | None = None,
     license: str = "",
-    whiten: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
+    whiten: Annotated[AnyPath | None, tyro.conf.arg(metavar="SOURCE")] = None,
     whiten_shrinkage: float = SHRINKAGE,
     workers: int = 4,
     device: str = "auto",
+    push: Annotated[str, tyro.conf.arg(metavar="USER/NAME")] = "",
+    private: bool = False,
 ) -> Path:
-    """Write the backbone of a run as a folder that timm and the Hugging Face hub open.
+    """Write a backbone or a classifier as a folder that timm and the Hugging Face hub open.
 
     The folder holds config.json, model.safetensors and a model card, README.md. Before it appears
-    under its name, the folded encoder is compared with the unfolded one, and the file that timm
-    reads with the weights that were written. The card shows the scores that lie beside the run.
+    under its name, the folded encoder of a run is compared with the unfolded one, and the file that
+    timm reads with the weights that were written. The card shows the scores that lie beside a run.
+
+    With --onnx and --torch-export the folder gets model.onnx and model.pt2 too, for batches of any
+    size. They are refused when their outputs differ from timm's by more than 1e-5 of the norm.
+    graphs.json describes their inputs and outputs. The same command with another of these adds it.
 
     Args:
-        run: a run folder; its newest checkpoint is exported.
+        backbone: a run folder, whose newest checkpoint is exported; an exported folder, a timm name
+            or NAME@FILE; or a classifier: the folder of a fine-tuning or of ldae linear --save.
         out: the folder to write; it must not exist yet, or must hold this export already.
+        onnx: write model.onnx, which onnxruntime has run (extra: onnx).
+        torch_export: write model.pt2, which torch.export.load opens without timm.
+        uint8: let these graphs take uint8 pixels and normalise them inside.
+        tokens: let these graphs give the token map (batch, h, w, D) too.
+        img_size: side of the images in pixels; positions are interpolated. By default the network's
+            own.
+        in_chans: channels of the images, of a timm name.
+        classifier: keep the classifier, whose outputs are logits; by default if BACKBONE is the
+            folder of one.
         timestep: the t that is folded into the weights of a denoising pre-training; by default 10
             of 1000 noise levels, or the same share of another number.
         license: license of the weights, in the hub's spelling, such as cc-by-nc-4.0; by default
-            config.json and the card claim none.
+            that of the backbone, and for a run config.json and the card claim none.
         whiten: images, with or without labels; their train split gives the mean and covariance of
             features. The layer ``head`` of the exported ViT whitens features by these.
         whiten_shrinkage: as in ldae knn.
         workers: processes that decode the images of whiten.
         device: auto, cpu, cuda or cuda:N; it computes the features of whiten.
+        push: upload the folder to this repository of the hub, with the token of `hf auth login`.
+        private: create that repository as a private one.
 
-    Raises: InputError when ``run`` has no checkpoint, ``out`` holds something else, the images of
-        ``whiten`` are too few, or the verification fails.
+    Returns: ``out``.
+
+    Raises: InputError for a backbone that cannot be opened or is no timm model, when ``out`` holds
+        something else, the images of ``whiten`` are too few, a verification fails, or the hub
+        refuses the folder.
+
+    Examples:
+        >>> folder = ldae.export("runs/l_dae", "exported", onnx=True, license="cc-by-4.0")
+        >>> backbone = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        >>> session = onnxruntime.InferenceSession(folder / "model.onnx")
     """
-    run, out = Path(run), Path(out)
+    spec, out = str(backbone), Path(out)
     WhiteningProtocol(whiten is not None, whiten_shrinkage)  # checks the shrinkage
+    graphs = Graphs(onnx, torch_export, uint8, tokens)
+    graphs.check()
+    if push:
+        from ldae.deployment.hub import check_repository
+
+        check_repository(push)
+    elif private:
+        raise InputError("--private is of a repository: name it with --push USER/NAME")
+    opened = _open(spec, timestep, classifier, in_chans, license)
+    model = opened.model
+    if img_size is not None:
+        COUNT.check("img_size", img_size)
+        model.model_args = model.model_args | resize_input(model, img_size, spec, "img_size")
+    source = open_source(str(whiten), "train") if whiten else None
+    if source and (model.num_classes or not isinstance(model, VisionTransformer)):
+        raise InputError(f"--whiten needs a ViT without a head, and {spec} is none")
+    record = _record(source, whiten_shrinkage) if source else opened.whitening
+    if out.exists():
+        head = {"head.weight", "head.bias"} if source else set()
+        if not _holds(out, model, head, license, record):
+            raise InputError(f"{out} exists already; export to another folder")
+        print(f"{out} is this export already; its model card stays as it is")
+        if graphs.files:
+            reopened = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+            _extend(out, reopened, graphs)
+    else:
+        card = opened.card(record)
+        if source:
+            moments = _moments(model, source, workers, device_for(device))
+            add_whitening(model, whitening(moments, whiten_shrinkage))
+        write_timm_folder(
+            out,
+            model,
+            model.model_args,
+            partial(_verify_file, model),
+            card=card,
+            classes=opened.classes or None,
+            whitening=record,
+            extend=lambda folder, reopened: _extend(folder, reopened, graphs),
+        )
+        seen = getattr(model, "images_seen", None)
+        print(f"exported {spec}{'' if seen is None else f' at {seen:,} images'} to {out}")
+    if push:
+        from ldae.deployment.hub import push as upload
+
+        print(f"pushed {out} to {upload(out, push, private)}")
+    return out
+
+
+def _open(
+    spec: str, timestep: int | None, classifier: bool | None, in_chans: int, license: str
+) -> _Opened:
+    """Open what is exported.
+
+    Raises: InputError when it cannot be opened, and for settings of another kind of network.
+    """
+    folder, path = backbone_folder(spec), Path(spec)
+    is_run = folder is not None and kind_of(folder) is not None
+    if is_run or (path.is_dir() and folder is None):
+        if classifier:
+            raise InputError(f"{spec} is a run, which has no classifier")
+        return _open_run(path, timestep, license)
+    if timestep is not None:
+        raise InputError(f"timestep {timestep} is for a run, and {spec} is none")
+    if has_classifier(spec) if classifier is None else classifier:
+        model = load_classifier(spec, in_chans)
+    else:
+        model = load_backbone(spec, in_chans=in_chans)
+    if not hasattr(model, "model_args"):
+        raise InputError(f"{spec} is no timm model, which alone can be exported")
+    classes = label_names(model) if model.num_classes else []
+    # timm writes the names of classes beside the configuration.
+    names = ("label_names", "label_descriptions")
+    cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in names}
+    model.pretrained_cfg = cfg | {
+        "license": license or cfg.get("license"),
+        "num_classes": model.num_classes,
+        "custom_load": False,
+    }
+    whitened = _config(folder).get("whitening") if folder and is_whitened(cfg) else None
+    card = partial(card_of_network, spec, folder, model, license)
+    return _Opened(model, card, classes, whitened)
+
+
+def _open_run(run: Path, timestep: int | None, license: str) -> _Opened:
     kind = pretraining_in(run)
     method, state = load_run(run, kind)
     try:
@@ -75,22 +215,20 @@ def export(
     except NoPlainViT as error:
         raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
     vit = exported.vit
-    source = open_source(whiten, "train") if whiten else None
-    record = _record(source, whiten_shrinkage) if source else None
-    if out.exists():
-        if not _holds(out, vit, license, record):
-            raise InputError(f"{out} exists already; export to another folder")
-        print(f"{out} is this export already; its model card stays as it is")
-        return out
     vit.images_seen, vit.pretrained_cfg["license"] = state["images_seen"], license or None
-    card = _model_card(run, exported, state, license, record)
-    if source:
-        moments = _moments(vit, source, workers, device_for(device))
-        add_whitening(vit, whitening(moments, whiten_shrinkage))
-    verify = partial(_verify_file, vit)
-    write_timm_folder(out, vit, vit.model_args, verify, card=card, whitening=record)
-    print(f"exported {run} at {state['images_seen']:,} images to {out}")
-    return out
+    card = partial(card_of_run, run, exported, state, settings_of(run, kind), license)
+    return _Opened(vit, card, [], None)
+
+
+def _extend(folder: Path, model: nn.Module, graphs: Graphs) -> None:
+    """Add graphs to a folder, and to its model card. Raises: InputError as ``add_graphs``."""
+    if not graphs.files:
+        return
+    table = graph_table(add_graphs(folder, model, graphs))
+    card = folder / README
+    if card.is_file():
+        text = with_graphs(card.read_text(encoding="utf-8"), table)
+        files.write(card, text.encode())
 
 
 def _record(source: Source, shrinkage: float) -> dict:
@@ -113,57 +251,37 @@ def _moments(vit: VisionTransformer, source: Source, workers: int, device: torch
     return moments
 
 
-def _holds(out: Path, vit: VisionTransformer, license: str, whitened: dict | None) -> bool:
-    """Return whether a folder has these weights and no others, and this record of a whitening.
+def _config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
-    If a license is given, the folder must have it too.
+
+def _holds(
+    out: Path, model: nn.Module, head: set[str], license: str, whitened: dict | None
+) -> bool:
+    """Return whether a folder has the weights of a model, those named ``head``, and no others.
+
+    Its size of images and record of a whitening must be these, and a license that is given its own.
     """
     try:
         written = load_file(out / "model.safetensors")
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        claimed = config["pretrained_cfg"].get("license")
-    except (OSError, SafetensorError, ValueError, KeyError):
+        config = _config(out)
+        cfg = config["pretrained_cfg"]
+        claimed, size = cfg.get("license"), tuple(cfg["input_size"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return False
-    state, head = vit.state_dict(), {"head.weight", "head.bias"} if whitened else set()
+    state = model.state_dict()
     return (
         license in ("", claimed)
+        and size == tuple(model.pretrained_cfg["input_size"])
         and config.get("whitening") == whitened
         and written.keys() == state.keys() | head
         and all(torch.equal(written[name], value) for name, value in state.items())
     )
 
 
-def _verify_file(vit: VisionTransformer, opened: nn.Module) -> None:
-    """Raises: InputError when the opened file and the ViT differ on random images."""
-    images = torch.randn(2, *vit.pretrained_cfg["input_size"])
+def _verify_file(model: nn.Module, opened: nn.Module) -> None:
+    """Raises: InputError when the opened file and the model differ on random images."""
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
     with torch.no_grad():
-        if not torch.equal(opened(images), vit(images)):
+        if not torch.equal(opened(images), model(images)):
             raise InputError("not exported: timm does not read back what was written")
-
-
-def _model_card(
-    run: Path, exported: Exported, state: dict, license: str, whitened: dict | None
-) -> str:
-    vit, describe = exported.vit, state["describe"]
-    params = sum(parameter.numel() for parameter in vit.parameters())
-    table = score_table(run, params, state["images_seen"])
-    measured = f"Scores in percent, measured on the run{exported.graded}:"
-    name, heads = vit.pretrained_cfg["architecture"], vit.blocks[0].attn.num_heads
-    chans, side, _ = vit.pretrained_cfg["input_size"]
-    return model_card(
-        run.resolve().name,
-        ["image-feature-extraction", "timm", "self-supervised-learning", exported.tag],
-        exported.description,
-        {
-            "row": describe["row"],
-            "architecture": f"{name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, "
-            f"{heads} heads",
-            "input": f"{chans} x {side} x {side}, patch {vit.patch_embed.patch_size[0]}",
-            "pre-trained on": f"{describe['images']:,} images, {state['images_seen']:,} seen",
-        }
-        | exported.facts
-        | ({"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}),
-        f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
-        license=license,
-        scores=f"{measured}\n\n{table}" if table else "",
-    )

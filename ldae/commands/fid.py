@@ -1,7 +1,7 @@
 """``ldae fid``: measure the distance of images to a reference set: FID, or in other features."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,12 +23,12 @@ from ldae.evals.image_sets import (
     open_reference,
 )
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
-from ldae.files import check_writable, state_hash, write_json
+from ldae.files import as_json, check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.kinds import kind_of, settings_of
 from ldae.sampling.settings import SamplingSettings, check_settings
-from ldae.tree import COUNT, NOT_NEGATIVE, check, difference
+from ldae.tree import COUNT, NOT_NEGATIVE, AnyPath, check, difference
 
 _INCEPTION = "inception"
 
@@ -44,7 +44,7 @@ class FIDSettings:
     """Number of samples of a run; by default 50,000."""
     features: str = _INCEPTION
     """inception, or the spec of a backbone: a distance in its features is not FID."""
-    weights: Path | None = None
+    weights: AnyPath | None = None
     """File of Inception's weights; by default torch-fidelity's, downloaded once."""
     random_init: bool = False
     """Give the backbone timm's random weights."""
@@ -52,9 +52,9 @@ class FIDSettings:
     """Side of Inception's center crop, by default the first image's; or of a timm name's images."""
     reference_split: Literal["train", "eval"] = "train"
     """Split of a reference that has splits."""
-    save_stats: Path | None = None
+    save_stats: AnyPath | None = None
     """.npz file to write the reference's statistics to; it can be the reference another time."""
-    out: Path | None = None
+    out: AnyPath | None = None
     """File of the results; by default below evals/, in the run folder for samples of a run."""
     batch_size: Annotated[int, COUNT] = 64
     """Images per forward pass; the distance does not depend on it."""
@@ -65,8 +65,8 @@ class FIDSettings:
 
 
 def fid(
-    images: Annotated[str, tyro.conf.arg(metavar="IMAGES")],
-    reference: Annotated[str | None, tyro.conf.arg(metavar="[REFERENCE]")] = None,
+    images: Annotated[AnyPath, tyro.conf.arg(metavar="IMAGES")],
+    reference: Annotated[AnyPath | None, tyro.conf.arg(metavar="[REFERENCE]")] = None,
     /,
     *,
     setup: FIDSettings = FIDSettings(),
@@ -90,7 +90,13 @@ def fid(
 
     Raises: InputError for images or networks that cannot be opened, statistics of other features,
         and sets of fewer images than the features have dimensions.
+
+    Examples:
+        >>> how = ldae.SamplingSettings(sampler="heun", steps=18)
+        >>> ldae.fid("runs/dit", how=how)["results"]["fid"]
     """
+    images, reference = str(images), None if reference is None else str(reference)
+    setup = _with_paths(setup)
     check(setup)
     check_settings(how)
     _check_files(images, setup)
@@ -129,7 +135,13 @@ def fid(
             write_json(path, record)
             if setup.save_stats:
                 save_statistics(wanted, setup.save_stats)
-        return record
+        return as_json(record)
+
+
+def _with_paths(setup: FIDSettings) -> FIDSettings:
+    """Return settings whose files are of the type Path."""
+    named = {name: getattr(setup, name) for name in ("weights", "save_stats", "out")}
+    return replace(setup, **{name: Path(file) for name, file in named.items() if file})
 
 
 def _check_files(images: str, setup: FIDSettings) -> None:

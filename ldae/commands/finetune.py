@@ -23,10 +23,11 @@ from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import ClassificationLoss, build_network
 from ldae.finetuning.recipes import changed_constants
 from ldae.finetuning.settings import AugmentSettings, FinetuneConfig, FinetuneModelSettings
-from ldae.precision import runs_in_bf16
+from ldae.precision import runs_in_bf16, unchanged_generators
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
+from ldae.runs.kinds import settings_and_folder
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan, plan_run
@@ -62,7 +63,9 @@ class FineTuning:
     bf16: bool
 
 
-def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict | None:
+def finetune(
+    config: FinetuneConfig | str | Path, run: str | Path | None = None, dry_run: bool = False
+) -> dict:
     """Fine-tune the backbone of ``config`` in the folder ``run``, or resume the run there.
 
     The folder gets config.yaml, environment.json, metrics.jsonl with the loss and the accuracy on
@@ -77,11 +80,22 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
     erasing and mixing do not depend on the number of ranks and micro batches. Drop path and the
     statistics of a BatchNorm do.
 
-    Returns: the content of results.json; None from a dry run.
+    Args:
+        config: the settings, such as ``ldae.finetune_config`` returns; or a run folder, and no
+            ``run``, to resume it by its own settings.
+        run: the run folder, new or to resume.
+        dry_run: print the settings and the plan, and stop.
+
+    Returns: the content of results.json, or of a dry run the lines of the plan by name.
 
     Raises: InputError for wrong settings, backbone or data; Interrupted after a stop signal.
+
+    Examples:
+        >>> changes = {"data.source": "/data/imagenet"}
+        >>> config = ldae.finetune_config("runs/l_dae", "ldae", changes)
+        >>> ldae.finetune(config, "runs/finetuned")["results"]["top1"]
     """
-    run = Path(run)
+    _, config, run = settings_and_folder(config, run, ["fine-tuning"])
     tree.check(config)
     check_warmup(run, config.optim)
     bf16 = runs_in_bf16(config.system.precision, distributed.device_for(config.system.device))
@@ -95,11 +109,12 @@ def finetune(config: FinetuneConfig, run: Path, dry_run: bool = False) -> dict |
     )
     data = (config.data.source, config.data.eval_source or None)
     opened = (config.backbone, *data, protocol_of(config), setup)
-    with open_evaluation("finetune", *opened) as evaluation:
+    with unchanged_generators(), open_evaluation("finetune", *opened) as evaluation:
         tuning = _prepare(config, evaluation, bf16)
         if dry_run:
-            print(describe(config, _facts(tuning)))
-            return None
+            facts = _facts(tuning)
+            print(describe(config, facts))
+            return facts
         with open_run(run, "fine-tuning", config, evaluation.train, evaluation.device):
             return _train_and_grade(tuning, run)
 

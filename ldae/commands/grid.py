@@ -25,6 +25,7 @@ from ldae.method import LDAE
 from ldae.plots.heat_maps import HeatMap, save_heat_maps
 from ldae.runs import layout
 from ldae.runs.kinds import KINDS, pretraining_in
+from ldae.tree import AnyPath
 
 Input = Literal["clean", "noisy"]
 
@@ -51,7 +52,7 @@ class GridProtocol(SweepProtocol):
 
 
 def grid(
-    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    run: Annotated[AnyPath, tyro.conf.arg(metavar="RUN")],
     /,
     data: SourceSpec,
     eval_data: EvalSourceSpec = None,
@@ -72,16 +73,22 @@ def grid(
     that is best on the held-out tenth.
 
     Raises: InputError when there is no such run, t or block, and for data that cannot be graded.
+
+    Examples:
+        >>> protocol = ldae.GridProtocol(timesteps=(10, 80), inputs=("clean", "noisy"))
+        >>> record = ldae.grid("runs/l_dae", "/data/imagenet", protocol=protocol)
+        >>> max(cell["top1"] for cell in record["results"]["cells"])
     """
     if setup.random_init:
         raise InputError("an untrained network has no t: ldae linear grades the control")
-    kind = pretraining_in(Path(run))
+    run = Path(run)
+    kind = pretraining_in(run)
     if kind != "pretraining":
         raise InputError(
             f"{run} is {KINDS[kind].noun}, which has no t: ldae linear {run} --blocks 0 1 probes "
             "its blocks"
         )
-    method, _ = load_run(Path(run))
+    method, _ = load_run(run)
     steps, blocks = len(method.sigma), method.denoiser.stages
     if protocol.timesteps == GridProtocol.timesteps:
         scaled = dict.fromkeys(noise.level_of_1000(t, steps) for t in protocol.timesteps)
@@ -90,7 +97,7 @@ def grid(
         for value in getattr(protocol, name):
             if value not in allowed:
                 raise InputError(f"{name} {value}: {run} has {name} {allowed[0]} to {allowed[-1]}")
-    with open_evaluation("grid", str(run), data, eval_data, protocol, setup) as evaluation:
+    with open_evaluation("grid", run, data, eval_data, protocol, setup) as evaluation:
         cells = list(_cells(evaluation, method))
         best = max(cells, key=lambda cell: cell["held_out_top1"])
         folder, seed = evaluation.folder, evaluation.protocol.seed

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ldae.cluster.requeue import read_object, read_state
 from ldae.errors import InputError
 from ldae.runs.layout import JOB_RECORD, JOBS
+from ldae.tree import AnyPath
 
 _DEPTH = 3  # levels between the given folder and a run folder, such as runs/paper/l_dae
 _STATES = {"COMPLETED": "done", "RUNNING": "running", "COMPLETING": "running"}
@@ -30,13 +31,20 @@ class Status(NamedTuple):
     """The reason of the state, or else the last line of the log."""
 
 
-def jobs(folder: Path = Path(), /) -> None:
+def jobs(folder: AnyPath = Path(), /) -> list[Status]:
     """List the jobs that were sent from run folders, with their states.
 
     Args:
         folder: a run folder, or a folder with run folders up to three levels below it.
+
+    Returns: the jobs, in the order in which they were sent.
+
+    Raises: InputError when there is none.
+
+    Examples:
+        >>> [job.id for job in ldae.jobs("runs") if job.state == "failed"]
     """
-    statuses = read_statuses(folder)
+    statuses = read_statuses(Path(folder))
     if not statuses:
         raise InputError(f"no job was sent from {folder}, or from a run folder below it")
     width = max(len(status.id) for status in statuses)
@@ -46,6 +54,7 @@ def jobs(folder: Path = Path(), /) -> None:
             print(f"{'':9}  {'':{width}}    {status.message}")
     counts = Counter(status.state for status in statuses)
     print(f"{len(statuses)} jobs: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+    return statuses
 
 
 def read_statuses(folder: Path) -> list[Status]:

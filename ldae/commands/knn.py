@@ -38,6 +38,10 @@ def knn(
     Returns: the content of results.json; its results are top-1 and top-5 in percent for every k.
 
     Raises: InputError for a backbone or data that cannot be graded.
+
+    Examples:
+        >>> record = ldae.knn("runs/l_dae", "/data/imagenet", protocol=ldae.KNNProtocol(k=(20,)))
+        >>> record["results"]["top1_k20"]
     """
     data, others = data_of(backbone, data), protocol.leave_one_out
     if others and eval_data:

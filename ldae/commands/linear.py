@@ -24,7 +24,7 @@ from ldae.evals.online import OnlineProtocol, check_batch_sizes, remove_training
 from ldae.evals.predictions import Predictions
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Pool, Tap, taps_of
-from ldae.tree import POSITIVE
+from ldae.tree import POSITIVE, AnyPath
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def linear(
     eval_data: EvalSourceSpec = None,
     *,
     protocol: CachedProtocol | MAEProtocol | LDAEProtocol = CachedProtocol(),
-    save: Path | None = None,
+    save: AnyPath | None = None,
     predictions: bool = False,
     setup: Setup = Setup(),
 ) -> dict:
@@ -104,7 +104,13 @@ def linear(
     epoch, and for a sweep the chosen head and the held-out top-1 of every head.
 
     Raises: InputError for a backbone or data that cannot be graded.
+
+    Examples:
+        >>> ldae.linear("runs/l_dae", "/data/imagenet")["results"]["top1"]
+        >>> protocol = ldae.MAEProtocol(blr=0.2)
+        >>> ldae.linear("vit_base_patch16_224.mae", "/data/imagenet", protocol=protocol)
     """
+    save = Path(save) if save else None
     data, cached = data_of(backbone, data), isinstance(protocol, CachedProtocol)
     task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_online)
     with open_evaluation(task, backbone, data, eval_data, protocol, setup) as evaluation:

@@ -76,6 +76,10 @@ def logreg(
     the held-out top-1 of every C, and the values of C that did not converge.
 
     Raises: InputError for a backbone or data that cannot be graded.
+
+    Examples:
+        >>> protocol = ldae.LogregProtocol(shots=(1, 5), draws=5)
+        >>> ldae.logreg("runs/l_dae", "/data/imagenet", protocol=protocol)["results"]["top1"]
     """
     data = data_of(backbone, data)
     with open_evaluation("logreg", backbone, data, eval_data, protocol, setup) as evaluation:

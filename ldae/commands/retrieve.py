@@ -56,6 +56,9 @@ def retrieve(
     over the full ranking, and recall at every k.
 
     Raises: InputError for a backbone or data that cannot be graded.
+
+    Examples:
+        >>> ldae.retrieve("runs/l_dae", "/data/imagenet")["results"]["mean_average_precision"]
     """
     data, others = data_of(backbone, data), protocol.leave_one_out
     eval_data = (eval_data or data) if others else eval_data

@@ -28,7 +28,7 @@ from ldae.runs import layout
 from ldae.sampling.album import Album, check_same_record, pack_npz
 from ldae.sampling.generation import ResolvedSettings, generate_batches, prepare_generation
 from ldae.sampling.settings import SamplingSettings, check_settings
-from ldae.tree import COUNT, NOT_NEGATIVE, difference
+from ldae.tree import COUNT, NOT_NEGATIVE, AnyPath, difference
 
 Draw = Callable[[Sequence[int]], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 """Numbers of samples -> batches of numbers, int64 (B,), and images, uint8 (B, C, H, W)."""
@@ -38,12 +38,12 @@ _NOT_FOLDERS = (".png", ".jpg", ".jpeg", ".npy", ".zip", ".tar")
 
 
 def sample(
-    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    run: Annotated[AnyPath, tyro.conf.arg(metavar="RUN")],
     /,
     images: int = 64,
-    out: Path | None = None,
+    out: AnyPath | None = None,
     *,
-    data: str | None = None,
+    data: AnyPath | None = None,
     batch_size: int = 64,
     workers: int = 4,
     device: str = "auto",
@@ -69,12 +69,17 @@ def sample(
     Returns: the file or folder that was written.
 
     Raises: InputError for settings that do not fit the run, and when the disk is full.
+
+    Examples:
+        >>> picture = ldae.sample("runs/l_dae", 16)
+        >>> ldae.sample("runs/l_dae", 5000, "samples.npz", how=ldae.SamplingSettings(steps=100))
     """
+    run, out = Path(run), Path(out) if out else None
+    data = None if data is None else str(data)
     check_settings(how)
     _check_request(images, batch_size, workers, out)
     torch_device = device_for(device)
     with process_group(torch_device):
-        run = Path(run)
         method, state = load_run(run)
         seen = state["images_seen"]
         _check_channels(method, out)

@@ -61,6 +61,9 @@ def segment(
     in the labels or the predictions, the accuracy over pixels and the IoU of each class.
 
     Raises: InputError for a backbone or data that cannot be graded.
+
+    Examples:
+        >>> ldae.segment("runs/l_dae", "/data/ade20k")["results"]["miou"]
     """
     if classes is not None and not 2 <= classes <= IGNORED:
         raise InputError(f"classes must be 2 to {IGNORED}, not {classes}")

@@ -7,6 +7,9 @@ def show(row: str = "", /, scale: str = "paper") -> None:
     Args:
         row: the name or number of a row, or the name of a rival; empty for the table.
         scale: the scale of the settings.
+
+    Examples:
+        >>> ldae.show("l_dae", scale="small")
     """
     from ldae import trajectory, tree
     from ldae.pretraining import recipes

@@ -20,7 +20,7 @@ from ldae.cluster.settings import (
 )
 from ldae.errors import InputError, first_line
 from ldae.runs import layout
-from ldae.tree import check_known, read_toml, replace
+from ldae.tree import AnyPath, check_known, read_toml, replace
 
 _FIRST = "pretrain"
 
@@ -35,7 +35,7 @@ class Stage:
     settings: SlurmSettings
 
 
-def submit(pipeline: Path, /, flags: Annotated[Sequence[str], tyro.conf.Suppress] = ()) -> None:
+def submit(pipeline: AnyPath, /, flags: Annotated[Sequence[str], tyro.conf.Suppress] = ()) -> None:
     """Submit a pre-training, and the jobs that follow when it is done.
 
     All jobs are submitted at once, and wait in the queue until the pre-training is done. Jobs with
@@ -50,8 +50,11 @@ def submit(pipeline: Path, /, flags: Annotated[Sequence[str], tyro.conf.Suppress
         flags: the --slurm flags of the command line.
 
     Raises: InputError that names the file and the key, before anything is submitted.
+
+    Examples:
+        >>> ldae.submit("pipeline.toml")
     """
-    first, others = read_pipeline(pipeline, flags)
+    first, others = read_pipeline(Path(pipeline), flags)
     folder = folder_of(first.settings, first.command[1:])
     (job,) = _send([first], folder, after=())
     groups: dict[SlurmSettings, list[Stage]] = {}

@@ -27,6 +27,7 @@ from ldae.evals.protocol import Protocol
 from ldae.files import write
 from ldae.plots.pictures import save_grid
 from ldae.runs import layout
+from ldae.tree import AnyPath
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class ValidationProtocol(Protocol):
 
 
 def validate(
-    classifier: Annotated[str, tyro.conf.arg(metavar="CLASSIFIER")],
+    classifier: Annotated[AnyPath, tyro.conf.arg(metavar="CLASSIFIER")],
     /,
-    data: Annotated[str, tyro.conf.arg(metavar="SOURCE")],
+    data: Annotated[AnyPath, tyro.conf.arg(metavar="SOURCE")],
     *,
     protocol: ValidationProtocol = ValidationProtocol(),
     setup: Setup = Setup(),
@@ -88,7 +89,13 @@ def validate(
     under each corruption at each severity.
 
     Raises: InputError for a classifier or data that cannot be graded.
+
+    Examples:
+        >>> imagenet_r = ldae.ValidationProtocol(class_map="imagenet-r")
+        >>> record = ldae.validate("classifier", "/data/imagenet-r", protocol=imagenet_r)
+        >>> record["results"]["top1"]
     """
+    classifier = str(classifier)
     if setup.random_init:
         raise InputError("a classifier with random weights has learned no classes to validate")
     opened = (classifier, data, None, protocol, setup, _evaluation_split, open_classifier)

@@ -101,7 +101,12 @@ def list_images(container: Container) -> Listing:
 
 @contextmanager
 def relisting() -> Iterator[None]:
-    """List everything anew inside of this context. The new listings are kept again."""
+    """List everything anew inside of this context. The new listings are kept again.
+
+    Examples:
+        >>> with ldae.relisting():
+        ...     ldae.knn("runs/l_dae", "/data/imagenet")
+    """
     global _relist
     _relist = True
     try:

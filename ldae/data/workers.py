@@ -18,6 +18,12 @@ from ldae.errors import InputError
 _PREFETCHED = 2  # pieces that each worker may have ready, PyTorch's default
 _SLOTS = _PREFETCHED + 1  # of each worker: the main process copies one more piece
 
+# With fork, workers start in milliseconds and share the source's index with this process. Fork is
+# safe here because workers only decode and copy, on one thread. They use neither the GPU nor the
+# OpenMP pools of torch and faiss, whose threads do not survive a fork. The method is named because
+# Python 3.14 changes the default, and only on Linux because macOS' frameworks forbid fork.
+_START = "fork" if sys.platform == "linux" else "spawn"
+
 SHARED_BYTES = 48_000_000
 """Shared memory for images in flight, over all ranks of a machine; containers often have 64 MB."""
 
@@ -47,12 +53,6 @@ def load(
     """
     if workers < 0:
         raise InputError(f"workers must be at least 0, not {workers}")
-    # With fork, workers start in milliseconds and share the source's index with this process. Fork
-    # is safe here because workers only decode and copy, on one thread. They use neither the GPU nor
-    # the OpenMP pools of torch and faiss, whose threads do not survive a fork. The method is named
-    # because Python 3.14 changes the default, and only on Linux because macOS' frameworks forbid
-    # fork.
-    context = "fork" if sys.platform == "linux" else "spawn"
     workers = min(workers, available_cpus())
     slots = _Slots(workers)
     pieces = _Pieces(batches, slots.size)
@@ -63,7 +63,7 @@ def load(
         prefetch_factor=_PREFETCHED if workers else None,
         collate_fn=slots.collate,
         worker_init_fn=_ignore_signals,
-        multiprocessing_context=context if workers else None,
+        multiprocessing_context=_START if workers else None,
         generator=torch.Generator(),  # drawing from the global generator would change the training
     )
     return _joined(_loaded(loader, slots), pieces, pin_memory)
@@ -194,9 +194,11 @@ def report_dead_worker() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        # Spawned workers import the script that started them, which must not start workers again.
+        guard = "; a script needs `if __name__ == '__main__':`" if _START == "spawn" else ""
         raise InputError(
             "a data worker was killed, most often because memory or shared memory (/dev/shm) ran "
-            "out: use fewer workers"
+            f"out: use fewer workers{guard}"
         ) from error
 
 

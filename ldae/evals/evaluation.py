@@ -30,11 +30,11 @@ from ldae.evals.embedded import (
 from ldae.evals.features import Encoder, Features, Precision, extract_share, known_labels
 from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Reader, Tap, TapReader
-from ldae.files import check_writable, state_hash, write_json
+from ldae.files import as_json, check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.kinds import kind_of
-from ldae.tree import COUNT, NOT_NEGATIVE, check, difference
+from ldae.tree import COUNT, NOT_NEGATIVE, AnyPath, check, difference
 
 # Settings that do not change the numbers, or that a folder's name has in words.
 _NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
@@ -47,11 +47,11 @@ _DATA = "Labelled images; the train split is learned from or searched."
 _FEATURES_DATA = f"{_DATA} By default those of the file, if BACKBONE is one of `ldae embed`."
 _EVAL_DATA = "Images to grade on; by default the evaluation split of --data."
 
-BackboneSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE", help=_BACKBONE)]
-FeaturesSpec = Annotated[str, tyro.conf.arg(metavar="BACKBONE", help=_FEATURES)]
-SourceSpec = Annotated[str, tyro.conf.arg(metavar="SOURCE", help=_DATA)]
-FeaturesSourceSpec = Annotated[str | None, tyro.conf.arg(metavar="SOURCE", help=_FEATURES_DATA)]
-EvalSourceSpec = Annotated[str | None, tyro.conf.arg(metavar="SOURCE", help=_EVAL_DATA)]
+BackboneSpec = Annotated[AnyPath, tyro.conf.arg(metavar="BACKBONE", help=_BACKBONE)]
+FeaturesSpec = Annotated[AnyPath, tyro.conf.arg(metavar="BACKBONE", help=_FEATURES)]
+SourceSpec = Annotated[AnyPath, tyro.conf.arg(metavar="SOURCE", help=_DATA)]
+FeaturesSourceSpec = Annotated[AnyPath | None, tyro.conf.arg(metavar="SOURCE", help=_FEATURES_DATA)]
+EvalSourceSpec = Annotated[AnyPath | None, tyro.conf.arg(metavar="SOURCE", help=_EVAL_DATA)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class EncoderSetup:
 class Setup(EncoderSetup):
     """The settings of every evaluation that are not part of its protocol."""
 
-    out: Path | None = None
+    out: AnyPath | None = None
     """Folder of results.json; by default beside the backbone, or below evals/."""
 
 
@@ -125,7 +125,7 @@ class Evaluation:
         return train, train if self.eval is self.train else share(self.eval)
 
     def write(self, results: dict, dim: int, classes: int | None = None, **follows: object) -> dict:
-        """Write ``results.json``, print the headlines on one line, and return the record.
+        """Write ``results.json``, print the headlines on one line, and return the file's content.
 
         Args:
             results: the numbers, accuracies in percent.
@@ -170,13 +170,13 @@ class Evaluation:
             numbers = [f"{name} {results[name]:.2f}" for name in self.protocol.headlines]
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
             print(f"{subject}: {', '.join(numbers)}; {path}")
-        return record
+        return as_json(record)
 
     @property
     def folder(self) -> Path:
         """The folder of results.json, named by all that decides the numbers: no result is lost."""
         if self.setup.out:
-            return self.setup.out
+            return Path(self.setup.out)
         data = (self.train or self.eval).spec
         parts = [self.task, file_name(data)]
         if self.eval.spec != data:
@@ -256,14 +256,14 @@ Splits = Callable[[str, str | None], tuple[Source | None, Source]]
 Load = Callable[[str, Setup], nn.Module]
 
 
-def data_of(backbone: str, data: str | None) -> str:
+def data_of(backbone: str | Path, data: str | Path | None) -> str:
     """Return ``data``, by default the file of ``ldae embed`` in the backbone's place.
 
     Raises: InputError when there is neither.
     """
     if data is None and not is_embedded(backbone):
         raise InputError("no images: name their source with --data SOURCE")
-    return data or str(backbone)
+    return str(data or backbone)
 
 
 def labelled_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:
@@ -327,9 +327,9 @@ def open_backbone(spec: str, setup: EncoderSetup) -> nn.Module:
 @contextmanager
 def open_evaluation(
     task: str,
-    spec: str,
-    data: str,
-    eval_data: str | None,
+    spec: str | Path,
+    data: str | Path,
+    eval_data: str | Path | None,
     protocol: Protocol,
     setup: Setup,
     splits: Splits = labelled_splits,
@@ -342,14 +342,17 @@ def open_evaluation(
     Raises: InputError for a setting out of its range, for a run folder as ``out``, and as
         ``splits`` and ``load`` do.
     """
+    spec, data = str(spec), str(data)
+    eval_data = None if eval_data is None else str(eval_data)
     check(setup)
     if hasattr(protocol, "seed"):
         protocol = replace(protocol, seed=setup.seed)  # type: ignore[call-arg]  # as checked
-    check_writable(setup.out or results_home(spec))
-    if setup.out and kind_of(setup.out):
+    out = Path(setup.out or results_home(spec))
+    check_writable(out)
+    if kind_of(out):
         raise InputError(
-            f"--out {setup.out} is the folder of a run, whose files the evaluation would replace: "
-            f"name another folder, such as {setup.out / layout.EVALS / task}"
+            f"--out {out} is the folder of a run, whose files the evaluation would replace: name "
+            f"another folder, such as {out / layout.EVALS / task}"
         )
     device = device_for(setup.device)
     with process_group(device):
@@ -359,4 +362,4 @@ def open_evaluation(
         if isinstance(model, EmbeddedBackbone):
             setup = replace(setup, random_init=model.random_init, precision=model.precision)
         check_rows(model, train, test)
-        yield Evaluation(task, str(spec), protocol, setup, model, train, test, device, transform)
+        yield Evaluation(task, spec, protocol, setup, model, train, test, device, transform)

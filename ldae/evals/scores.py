@@ -11,7 +11,7 @@ _SCORES = ("top1", "top5", "miou", "pixel_accuracy", "mean_average_precision", "
 _NOT_OF_THE_BACKBONE = ("grid",)  # probes other blocks and noise levels
 
 
-def score_table(run: Path, params: int, images_seen: int) -> str:
+def score_table(run: Path, params: int, images_seen: int | None) -> str:
     """Return the scores of a run's backbone as a Markdown table; "" when there are none.
 
     The untrained control is marked, and so are scores of another checkpoint, where results.json
@@ -19,7 +19,7 @@ def score_table(run: Path, params: int, images_seen: int) -> str:
 
     Args:
         params: the number of the backbone's parameters; results of others are left out.
-        images_seen: the number of images that the backbone has seen.
+        images_seen: the number of images that the backbone has seen, if ldae pre-trained it.
     """
     rows = []
     for path in sorted((run / layout.EVALS).glob(f"*/{layout.RESULTS}")):
@@ -34,7 +34,7 @@ def score_table(run: Path, params: int, images_seen: int) -> str:
     return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _row(record: dict, images_seen: int) -> tuple[str, str, str, str]:
+def _row(record: dict, images_seen: int | None) -> tuple[str, str, str, str]:
     data, results = record["data"], record["results"].items()
     # The names alone, since a card is public and paths are of this machine.
     names = dict.fromkeys(Path(data[key]).name for key in ("spec", "eval_spec"))
@@ -49,7 +49,7 @@ def _row(record: dict, images_seen: int) -> tuple[str, str, str, str]:
     )
 
 
-def _seen(backbone: dict, images_seen: int) -> str:
+def _seen(backbone: dict, images_seen: int | None) -> str:
     if backbone["random_init"]:
         return "none: the untrained control"
     seen = backbone.get("images_seen")

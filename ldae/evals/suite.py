@@ -96,7 +96,7 @@ class Cell:
 
     @property
     def results(self) -> Path:
-        return self.setup.out / layout.RESULTS
+        return Path(self.setup.out) / layout.RESULTS
 
 
 def read_suite(
@@ -142,7 +142,7 @@ def _cells(
             for column in columns:
                 if data_name not in column.data:
                     continue
-                out = setup.out / name / data_name / column.name
+                out = Path(setup.out) / name / data_name / column.name
                 if out in cells:
                     raise InputError(
                         f"two backbones are called {name}: give one another name, in [[backbones]]"

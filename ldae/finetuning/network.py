@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from ldae.backbones.open import adapt_cfg
+from ldae.backbones.resize import resize_input
 from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError, first_line
 from ldae.finetuning.settings import FinetuneConfig
@@ -75,7 +75,7 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
         args |= {"global_pool": "avg", "final_norm": True, "fc_norm": True}
     side = config.data.img_size
     if side and tuple(cfg["input_size"][1:]) != (side, side):
-        args |= _resize_input(backbone, config)
+        args |= resize_input(backbone, side, config.backbone, "data.img_size")
         cfg = backbone.pretrained_cfg
     drop_path = {"drop_path_rate": config.model.drop_path} if config.model.drop_path else {}
     with torch.random.fork_rng(devices=[]):
@@ -96,33 +96,6 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
     network.images_seen = getattr(backbone, "images_seen", None)
     network.pretrained_cfg = network.default_cfg = cfg | {"num_classes": num_classes}
     return network
-
-
-def _resize_input(backbone: nn.Module, config: FinetuneConfig) -> dict[str, Any]:
-    """Make the backbone take images of ``data.img_size``, and return timm's argument for it.
-
-    Raises: InputError when it does not take them.
-    """
-    side, args = config.data.img_size, {}
-    chans = backbone.pretrained_cfg["input_size"][0]
-    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1, 1))
-    if any(side % part for part in patch):  # timm would ignore the remaining pixels
-        raise InputError(
-            f"data.img_size {side} does not fit {config.backbone}: its patches have {patch[0]} x "
-            f"{patch[1]} pixels"
-        )
-    try:
-        if hasattr(backbone, "set_input_size"):
-            backbone.set_input_size(img_size=(side, side))
-            args = {"img_size": side}
-        with torch.no_grad():
-            backbone(torch.zeros(1, chans, side, side))
-    except Exception as error:  # architectures raise different types
-        raise InputError(
-            f"data.img_size {side} does not fit {config.backbone}: {first_line(error)}"
-        ) from None
-    adapt_cfg(backbone, chans, side)
-    return args
 
 
 def _init_head(network: nn.Module, std: float) -> None:

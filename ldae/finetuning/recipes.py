@@ -1,5 +1,6 @@
 """The recipes of fine-tuning, by name and version, and their constants for each size of ViT."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,39 @@ def config(name: str = "mae", size: str = "B", version: int | None = None) -> Fi
     changes = {"recipe": name, "version": version, "size": size}
     changes |= chosen.constants | chosen.sizes[size] | chosen.former.get(version, {})
     return replace(FinetuneConfig(), changes)
+
+
+def finetune_config(
+    backbone: str | Path,
+    recipe: str = "mae",
+    changes: Mapping[str, Any] | None = None,
+    *,
+    size: str = "",
+    run: str | Path | None = None,
+) -> FinetuneConfig:
+    """Return the settings of a fine-tuning: a backbone by a recipe.
+
+    Args:
+        backbone: a run folder, an exported folder, a timm name or NAME@FILE.
+        recipe: mae or ldae.
+        changes: dotted name of a setting -> value, such as ``data.source``.
+        size: B, L or H, which the constants are for; by default from the backbone's width.
+        run: a run folder: a fine-tuning that it holds keeps the version of the recipe that it began
+            with.
+
+    Raises: InputError for a recipe, size or setting that does not exist, and for a backbone that
+        cannot be opened.
+
+    Examples:
+        >>> changes = {"data.source": "/data/imagenet", "optim.epochs": 50}
+        >>> config = ldae.finetune_config("runs/l_dae", "ldae", changes)
+        >>> ldae.finetune(config, "runs/finetuned")["results"]["top1"]
+    """
+    find_recipe(recipe)  # refuse a wrong name before the backbone is opened
+    size = size or default_size(str(backbone))
+    version = version_of(Path(run), recipe) if run else None
+    named = {"backbone": str(backbone)} | dict(changes or {})
+    return replace(config(recipe, size, version), named)
 
 
 def version_of(run: Path, name: str) -> int | None:

@@ -1,6 +1,6 @@
 """The recipes of all kinds of pre-training by name: the rows of the paper, and their rivals."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -52,15 +52,42 @@ def find(name: str | int, among: Iterable[str] = ()) -> tuple[str, str]:
     return known[name], name
 
 
-def config(name: str | int = "l_dae", scale: str = "paper", init_from: str = "") -> Any:
+def config(
+    name: str | int = "l_dae",
+    scale: str = "paper",
+    init_from: str = "",
+    changes: Mapping[str, Any] | None = None,
+) -> Any:
     """Return the settings of a recipe at a scale: a row of the paper, or a rival such as ``mae``.
 
-    With ``init_from``, the sizes of the network are left to the model that the run starts from.
+    Args:
+        name: the name or number of a row, or the name of a rival; ``ldae show`` lists them.
+        scale: paper, small or demo.
+        init_from: a plain ViT to start from, which then decides the sizes of the network.
+        changes: dotted name of a setting -> value.
 
-    Raises: InputError for a recipe or a scale that does not exist.
+    Raises: InputError for a recipe, a scale or a setting that does not exist, and for a value that
+        a setting does not take.
+
+    Examples:
+        >>> changes = {"data.source": "photos/", "optim.epochs": 100}
+        >>> config = ldae.config("l_dae", scale="small", changes=changes)
+        >>> config.optim.epochs
     """
     kind, name = find(name)
-    return _starting(recipes_of(kind).config(name, scale), init_from)
+    chosen = _starting(recipes_of(kind).config(name, scale), init_from)
+    return tree.replace(chosen, changes) if changes else chosen
+
+
+def name_of(settings: Any, kind: str) -> str:
+    """Return the recipe whose settings these are, sizes aside, by name; "custom" if there is none.
+
+    Recipes other than the rows of the paper are known by their kind.
+    """
+    if recipes_of(kind) is not trajectory:
+        return recipes_of(kind).DEFAULT
+    row = trajectory.row_of(settings)
+    return row.name if row else "custom"
 
 
 def _starting(settings: Any, init_from: str) -> Any:

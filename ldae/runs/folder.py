@@ -30,9 +30,15 @@ _OF_THE_SETTINGS = (layout.TOKENIZER, layout.RECONSTRUCTION, layout.SKIPPED, lay
 class Settings(Protocol):
     """The settings that all kinds of runs have."""
 
-    data: Any  # has bad_images
-    system: ExecutionSettings
-    seed: int
+    @property
+    def data(self) -> Any:
+        """The images, with ``bad_images``."""
+
+    @property
+    def system(self) -> ExecutionSettings: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 @contextmanager

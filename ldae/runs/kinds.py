@@ -1,7 +1,7 @@
 """The kinds of runs, and the kind and settings of the run in a folder."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -151,6 +151,36 @@ def pretraining_in(run: Path) -> str:
     if kind not in pretrainings():
         raise InputError(f"run folder {run} holds {KINDS[kind].noun}, not a pre-training")
     return kind
+
+
+def settings_and_folder(
+    config: Any, run: str | Path | None, kinds: Sequence[str]
+) -> tuple[str, Any, Path]:
+    """Return the kind, the settings and the folder of a run that is to start or to resume.
+
+    Args:
+        config: settings of one of the ``kinds``; or the folder of such a run, which has its own.
+        run: the run folder, unless ``config`` is one.
+        kinds: one kind, or those that pre-train.
+
+    Raises: InputError when one of both is missing, or is of another kind.
+    """
+    if isinstance(config, str | Path):
+        if run is not None:
+            raise InputError(
+                f"{str(config)!r} is no settings: name those of ldae.config and a "
+                "run folder; or only the folder of a run to resume"
+            )
+        run = Path(config)
+        kind = kinds[0] if len(kinds) == 1 else pretraining_in(run)
+        return kind, settings_of(run, kind), run
+    nouns = " or ".join(KINDS[kind].noun for kind in kinds)
+    fitting = [kind for kind in kinds if type(config) is type(KINDS[kind].defaults())]
+    if not fitting:
+        raise InputError(f"{type(config).__name__} has not the settings of {nouns}")
+    if run is None:
+        raise InputError("name the run folder, new or to resume, beside its settings")
+    return fitting[0], config, Path(run)
 
 
 def _no_run(folder: Path) -> InputError:

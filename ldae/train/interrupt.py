@@ -1,6 +1,7 @@
 """Stop signals: a run stops after the current step, and at once after a second Ctrl-C."""
 
 import signal
+import threading
 from types import FrameType
 
 # Ctrl-C; the end of a job; and the warning that SLURM sends before a time limit.
@@ -18,19 +19,25 @@ class Interrupted(Exception):
 class StopRequest:
     """A context in which ``received`` is the number of the first stop signal, or 0.
 
-    The handler only records the signal. The loop reads it between steps, where the ranks agree.
+    The handler only records the signal. The loop reads it between steps, where the ranks agree. At
+    the end the former handlers are back. Python sets handlers only in the main thread: in another
+    one, as of a server, signals do what they did before.
     """
 
     def __enter__(self) -> "StopRequest":
         self.received = 0
-        self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()
+        # A handler that was not set from Python is None, and could not be restored.
+        ours = [n for n in SIGNALS if is_main and signal.getsignal(n) is not None]
+        self.previous = {number: signal.signal(number, self._receive) for number in ours}
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         # A second Ctrl-C is from an impatient person. The second signal of a scheduler is not: it
         # sends USR2 and then TERM, or TERM to each step and again to the job.
-        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+        if signal.SIGINT in self.previous:
+            signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():

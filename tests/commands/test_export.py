@@ -174,3 +174,58 @@ def test_a_saved_probe_holds_the_whitening(exports, tmp_path):
     protocol = CachedProtocol(epochs=2, learning_rates=(0.1,))
     linear(str(white), DATA, protocol=protocol, save=tmp_path / "probe", setup=setup)
     assert load_classifier(tmp_path / "probe").num_classes == 10
+
+
+def test_any_timm_model_is_exported(tmp_path):
+    """By name, by a file, and as the folder of an export, with its classifier or without."""
+    torch.manual_seed(3)
+    model = timm.create_model("test_resnet", num_classes=6).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    spec = f"test_resnet@{tmp_path / 'weights.pth'}"
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        logits = model(images)
+        model.reset_classifier(0)
+        features = model(images)
+
+        def computed(spec, name: str, **how) -> torch.Tensor:
+            folder = export(spec, tmp_path / name, **how)
+            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
+
+        assert torch.equal(computed(spec, "body"), features)
+        assert torch.equal(computed(spec, "whole", classifier=True), logits)
+        assert torch.equal(computed(tmp_path / "whole", "again"), logits)
+        assert torch.equal(computed(tmp_path / "whole", "cut", classifier=False), features)
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "image classifier" in card and "test_resnet" in card and str(tmp_path) not in card
+
+
+def test_a_probe_is_exported_with_its_classes(run, tmp_path):
+    probe, out = tmp_path / "probe", tmp_path / "out"
+    setup = Setup(workers=0, device="cpu", out=tmp_path / "graded")
+    linear(run(), DATA, protocol=CachedProtocol(epochs=1), save=probe, setup=setup)
+    export(probe, out, license="mit")
+    one, other = (json.loads((folder / "config.json").read_text()) for folder in (probe, out))
+    assert one["label_names"] == other["label_names"] and one["num_classes"] == 10
+    assert other["pretrained_cfg"]["license"] == "mit"
+    assert "license: mit" in (out / "README.md").read_text()
+
+
+def test_an_export_of_an_export_keeps_card_license_and_whitening(exports, run, tmp_path):
+    _, _, white = exports
+    out = export(white, tmp_path / "again")
+    for name in ("README.md", "model.safetensors"):
+        assert (out / name).read_bytes() == (white / name).read_bytes()
+    one, other = (json.loads((folder / "config.json").read_text()) for folder in (white, out))
+    assert one["whitening"] == other["whitening"] and one["images_seen"] == other["images_seen"]
+    with pytest.raises(InputError, match="--whiten needs a ViT without a head"):
+        export(white, tmp_path / "twice", **HOW)
+    licensed = export(white, tmp_path / "licensed", license="mit")
+    assert "license: mit" in (licensed / "README.md").read_text()
+
+
+def test_the_card_names_data_recipe_and_license(run, tmp_path):
+    card = (export(run(optim__epochs=3), tmp_path / "out", license="mit") / "README.md").read_text()
+    assert "| pre-trained on | 64 images of scattered-digits:64, 8 seen |" in card
+    assert "| recipe | 3 epochs, batch 8, blr 0.01 " in card
+    assert "| license of the weights | mit |" in card

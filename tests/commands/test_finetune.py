@@ -281,10 +281,11 @@ def test_the_seed_changes_the_run(tiny, tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, capsys):
-    assert finetune(tiny(optim__epochs=3), tmp_path / "run", dry_run=True) is None
+    facts = finetune(tiny(optim__epochs=3), tmp_path / "run", dry_run=True)
     out = capsys.readouterr().out
     for part in ("mae, version 1, size B; changed: ", "optim.epochs=3", "10 classes", "parameters"):
         assert part in out
+    assert facts["recipe"] in out and facts["parameters"] in out
     assert not (tmp_path / "run").exists()
 
 

@@ -94,10 +94,10 @@ def test_the_command_writes_and_saves(tmp_path, monkeypatch):
     )
     name = "linear-digits-random-init-epochs=3-in_chans=1-img_size=16"
     written = tmp_path / "evals" / "test_vit" / name / "results.json"
-    assert json.loads(written.read_text()) == json.loads(json.dumps(record))
+    assert json.loads(written.read_text()) == record
     assert record["results"]["top1"] > 30  # of ten classes
     protocol = record["protocol"]
-    assert protocol["learning_rates"] == CachedProtocol.learning_rates
+    assert protocol["learning_rates"] == list(CachedProtocol.learning_rates)
     assert (protocol["name"], protocol["modified"]) == ("cached", ["epochs=3"])
     with pytest.raises(InputError, match="exists already"):
         linear("test_vit", "digits", save=tmp_path / "out", setup=CONTROL)
@@ -118,7 +118,7 @@ def test_the_command_sweeps_blocks_and_pools(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("evals/test_vit/*")] == [name]
     blocks = CachedProtocol(epochs=1, blocks=(0, -1))
     of_blocks = linear("test_vit", "digits", protocol=blocks, setup=CONTROL)
-    assert of_blocks["protocol"]["pools"] == ("avg",)
+    assert of_blocks["protocol"]["pools"] == ["avg"]
     with pytest.raises(InputError, match="--save needs the model's own output"):
         linear("test_vit", "digits", protocol=taps, save=tmp_path / "out", setup=CONTROL)
 

@@ -118,7 +118,7 @@ def test_the_command_writes(tmp_path, monkeypatch, capsys):
     record = segment("pixels:32", *data, protocol=SegmentProtocol(steps=5), setup=SETUP)
     (written,) = tmp_path.glob("evals/pixels-32/*/results.json")
     assert written.parent.name == "segment-scattered-digits-40-on-few-steps=5"
-    assert json.loads(written.read_text()) == json.loads(json.dumps(record))
+    assert json.loads(written.read_text()) == record
     protocol = record["protocol"]
     assert (protocol["name"], protocol["version"], protocol["modified"]) == (
         "linear",

@@ -1,0 +1,53 @@
+# The public names: read by type checkers and editors, and by __init__.py when a name is used.
+
+from ldae.backbones.open import load_backbone as load_backbone
+from ldae.backbones.open import load_classifier as load_classifier
+from ldae.commands.cache import cache as cache
+from ldae.commands.demo import demo as demo
+from ldae.commands.diff import diff as diff
+from ldae.commands.doctor import doctor as doctor
+from ldae.commands.embed import embed as embed
+from ldae.commands.evaluate import evaluate as evaluate
+from ldae.commands.export import export as export
+from ldae.commands.fid import FIDSettings as FIDSettings
+from ldae.commands.fid import fid as fid
+from ldae.commands.finetune import finetune as finetune
+from ldae.commands.fit_tokenizer import fit_tokenizer as fit_tokenizer
+from ldae.commands.grid import GridProtocol as GridProtocol
+from ldae.commands.grid import grid as grid
+from ldae.commands.jobs import jobs as jobs
+from ldae.commands.knn import knn as knn
+from ldae.commands.linear import CachedProtocol as CachedProtocol
+from ldae.commands.linear import LDAEProtocol as LDAEProtocol
+from ldae.commands.linear import MAEProtocol as MAEProtocol
+from ldae.commands.linear import linear as linear
+from ldae.commands.logreg import LogregProtocol as LogregProtocol
+from ldae.commands.logreg import logreg as logreg
+from ldae.commands.pretrain import pretrain as pretrain
+from ldae.commands.retrieve import RetrievalProtocol as RetrievalProtocol
+from ldae.commands.retrieve import retrieve as retrieve
+from ldae.commands.sample import sample as sample
+from ldae.commands.segment import segment as segment
+from ldae.commands.show import show as show
+from ldae.commands.submit import submit as submit
+from ldae.commands.validate import ValidationProtocol as ValidationProtocol
+from ldae.commands.validate import validate as validate
+from ldae.data.listing import relisting as relisting
+from ldae.errors import InputError as InputError
+from ldae.errors import LostRank as LostRank
+from ldae.evals.dense import SegmentProtocol as SegmentProtocol
+from ldae.evals.evaluation import EncoderSetup as EncoderSetup
+from ldae.evals.evaluation import Setup as Setup
+from ldae.evals.neighbours import KNNProtocol as KNNProtocol
+from ldae.finetuning.recipes import finetune_config as finetune_config
+from ldae.finetuning.settings import FinetuneConfig as FinetuneConfig
+from ldae.pretraining.recipes import config as config
+from ldae.run import Denoised as Denoised
+from ldae.run import Run as Run
+from ldae.run import load_run as load_run
+from ldae.sampling.settings import SamplingSettings as SamplingSettings
+from ldae.settings import Config as Config
+from ldae.train.interrupt import Interrupted as Interrupted
+from ldae.tree import replace as replace
+
+__version__: str

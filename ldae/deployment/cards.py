@@ -1,0 +1,109 @@
+"""The model cards of exports: of a run, and of any other network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldae.backbones.card import model_card, with_graphs, with_license
+from ldae.backbones.preprocessing import preprocessing
+from ldae.backbones.timm_folder import README
+from ldae.backbones.whitening import is_whitened
+from ldae.evals.scores import score_table
+from ldae.runs.kinds import Exported
+
+_WHITENED_BY = (
+    "`head`, from {images:,} images of {data} ({split}), shrinkage {shrinkage:g}; "
+    "`num_classes=0` leaves it out"
+)
+
+
+def card_of_run(
+    run: Path, exported: Exported, state: dict, config: Any, license: str, whitened: dict | None
+) -> str:
+    """Return the model card of a run's encoder.
+
+    Args:
+        state: the checkpoint.
+        config: the settings of the run.
+        whitened: the record of a whitening, if any.
+    """
+    vit, describe = exported.vit, state["describe"]
+    params = sum(parameter.numel() for parameter in vit.parameters())
+    table = score_table(run, params, state["images_seen"])
+    name, heads = vit.pretrained_cfg["architecture"], vit.blocks[0].attn.num_heads
+    chans, side, _ = vit.pretrained_cfg["input_size"]
+    resized = "" if side == config.data.img_size else f", on {config.data.img_size} pixels a side"
+    measured = f"Scores in percent, measured on the run{exported.graded}{resized}:"
+    # The name alone, since a card is public and paths are of this machine.
+    data = Path(config.data.source.partition("@")[0]).name
+    return model_card(
+        run.resolve().name,
+        ["image-feature-extraction", "timm", "self-supervised-learning", exported.tag],
+        exported.description,
+        {
+            "row": describe["row"],
+            "architecture": f"{name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, "
+            f"{heads} heads",
+            "input": f"{chans} x {side} x {side}, patch {vit.patch_embed.patch_size[0]}",
+            "pre-trained on": f"{describe['images']:,} images of {data}, "
+            f"{state['images_seen']:,} seen",
+            "recipe": _recipe(config),
+            "license of the weights": license or "none claimed",
+        }
+        | exported.facts
+        | ({"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}),
+        f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
+        license=license,
+        scores=f"{measured}\n\n{table}" if table else "",
+    )
+
+
+def _recipe(config: Any) -> str:
+    """Return the training of a run in a line."""
+    data, optim = config.data, config.optim
+    parts = [
+        f"{optim.epochs:g} epochs",
+        f"batch {optim.batch_size:,}",
+        f"blr {optim.blr:g} after {optim.warmup_epochs:g} epochs of warm-up",
+        f"weight decay {optim.weight_decay:g}",
+        f"{data.crop} crops" + (" and flips" if data.flip else ""),
+    ]
+    if optim.ema:
+        parts.append(f"an average of the weights with decay {optim.ema:g}")
+    return ", ".join(parts)
+
+
+def card_of_network(
+    spec: str, folder: Path | None, model: nn.Module, license: str, whitened: dict | None
+) -> str:
+    """Return the card of the folder that the network comes from, or else a new one."""
+    if folder and (folder / README).is_file():
+        text = with_graphs((folder / README).read_text(encoding="utf-8"), "")
+        return with_license(text, license) if license else text
+    cfg = model.pretrained_cfg
+    name = spec.partition("@")[0] if folder is None else folder.resolve().name
+    license, seen = license or cfg.get("license") or "", getattr(model, "images_seen", None)
+    task = "image classifier" if model.num_classes and not is_whitened(cfg) else "image encoder"
+    size = preprocessing(model).input_size
+    with torch.no_grad():
+        outputs = model(torch.zeros(1, *size)).shape[1:]
+    params = sum(parameter.numel() for parameter in model.parameters())
+    table = score_table(folder, params, seen) if folder else ""
+    return model_card(
+        name,
+        ["timm", "image-feature-extraction" if task == "image encoder" else "image-classification"],
+        f"An {task} in the format of timm, exported with ldae from {name}.",
+        {
+            "architecture": cfg["architecture"],
+            "input": " x ".join(map(str, size)),
+            "parameters": f"{params:,}",
+            "license of the weights": license or "none claimed",
+        }
+        | ({} if seen is None else {"pre-trained on": f"{seen:,} images seen"})
+        | ({"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}),
+        f"output = model(transform(image).unsqueeze(0))  # (1, {', '.join(map(str, outputs))})",
+        license=license,
+        scores=f"Scores in percent:\n\n{table}" if table else "",
+    )

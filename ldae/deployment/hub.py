@@ -1,0 +1,43 @@
+"""An exported folder on the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ldae.errors import InputError, first_line
+
+
+def check_repository(name: str) -> None:
+    """Check that a name is USER/NAME. Raises: InputError."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"--push {name} is no repository: {first_line(error)}") from None
+    if name.count("/") != 1:
+        raise InputError(f"--push {name} must be USER/NAME")
+
+
+def push(folder: Path, repository: str, private: bool = False) -> str:
+    """Upload a folder to a repository of models, which is created if there is none.
+
+    Files of the repository that the folder has too are replaced; others stay. The token is that of
+    ``hf auth login``, or the environment variable HF_TOKEN.
+
+    Args:
+        private: create the repository as a private one.
+
+    Returns: the address of the repository.
+
+    Raises: InputError when the hub refuses it or cannot be reached; the folder stays.
+    """
+    api = HfApi(library_name="ldae")
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export from ldae")
+    except Exception as error:  # of the network's libraries too, which share no base class
+        raise InputError(
+            f"{folder} is written, but not pushed to {repository}: {first_line(error)}; the same "
+            "command tries again"
+        ) from error
+    return str(url)

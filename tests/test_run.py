@@ -1,0 +1,90 @@
+"""A run in Python shows what the commands write."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldae
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.kinds import to_yaml
+
+
+def test_samples_are_those_of_the_command(run, tmp_path):
+    folder = run()
+    how = ldae.SamplingSettings(steps=3, seed=2)
+    files = sorted(ldae.sample(folder, 3, tmp_path / "samples", how=how).glob("*.png"))
+    wanted = np.stack([np.asarray(Image.open(file)) for file in files])
+    opened = ldae.load_run(folder)
+    assert np.array_equal(opened.sample(3, how).movedim(1, -1).numpy(), wanted)
+    assert np.array_equal(opened.sample(3, how, batch_size=2).movedim(1, -1).numpy(), wanted)
+
+
+def test_more_noise_is_further_from_the_image(run):
+    opened = ldae.load_run(run())
+    images = opened.images(4)
+    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
+    errors = []
+    for t in (0, 100, 900):
+        clean, noised, denoised = opened.denoise(images, t)
+        torch.testing.assert_close(clean, images / 255, atol=1e-5, rtol=0)
+        assert denoised.shape == clean.shape
+        errors.append((noised - clean).square().mean())
+    assert errors == sorted(errors) and errors[0] < errors[2]
+
+
+def test_pictures_are_cropped_as_evaluation_images_are(run):
+    opened = ldae.load_run(run())
+    images = opened.images(2)
+    pictures = [Image.fromarray(image.movedim(0, -1).numpy()) for image in images]
+    for one, other in zip(opened.denoise(images, 10), opened.denoise(pictures, 10), strict=True):
+        assert torch.equal(one, other)
+    large = [picture.resize((80, 64)) for picture in pictures]
+    assert opened.denoise(large, 10).clean.shape == (2, 3, 32, 32)
+
+
+def test_a_run_shows_its_settings_metrics_and_backbone(run, tiny):
+    folder = run()
+    opened = ldae.load_run(str(folder))
+    assert opened.config == tiny() and opened.kind == "pretraining" and opened.row == "l_dae"
+    assert opened.images_seen == 8 and opened.classes == [] and opened.metrics() == []
+    (folder / "metrics.jsonl").write_text('{"images": 8, "loss": 0.5}\n{"images": 16, "lo')
+    assert opened.metrics() == [{"images": 8, "loss": 0.5}]
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(opened.backbone()(x), ldae.load_backbone(folder)(x))
+    assert not any(parameter.requires_grad for parameter in opened.method.parameters())
+    assert str(folder) in repr(opened)
+
+
+def test_what_does_not_fit_is_refused(run):
+    opened = ldae.load_run(run())
+    for images, t, message in (
+        (torch.zeros(2, 3, 32, 32), 0, r"uint8 of shape \(B, 3, 32, 32\), not torch.float32"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), 0, "of shape"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 0, "of shape"),
+        (opened.images(1), 1000, r"t 1000 is not in 0 \.\. 999"),
+    ):
+        with pytest.raises(ldae.InputError, match=message):
+            opened.denoise(images, t)
+    with pytest.raises(ldae.InputError, match="images must be at least 1"):
+        opened.sample(0)
+    with pytest.raises(ldae.InputError, match="sampler must be"):
+        opened.sample(1, ldae.SamplingSettings(sampler="huen"))
+
+
+def test_a_rival_does_not_denoise_and_a_tokenizer_is_no_pre_training(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(ldae.config("mae"), "mae"))
+    opened = ldae.load_run(tmp_path)
+    assert opened.kind == "mae" and json.dumps(opened.metrics()) == "[]"
+    for call in (lambda: opened.sample(1), lambda: opened.denoise([], 0)):
+        with pytest.raises(ldae.InputError, match="holds an MAE pre-training, not a denoising"):
+            call()
+    with pytest.raises(ldae.InputError, match="has no checkpoint yet"):
+        _ = opened.method
+    (tmp_path / "config.yaml").write_text(to_yaml(ldae.Config(), "tokenizer"))
+    with pytest.raises(ldae.InputError, match="holds a tokenizer, not a pre-training"):
+        ldae.load_run(tmp_path)
+    assert not Checkpoints(tmp_path).paths()
