@@ -18,8 +18,8 @@ from ldae.train.interrupt import SIGNALS
 
 FLAG = "--devices"
 HELP = (
-    f"`ldae COMMAND ... {FLAG} N` trains or evaluates in N processes on this machine, each on a GPU "
-    "if there are any."
+    f"`ldae COMMAND ... {FLAG} N` trains or evaluates in N processes on this machine, each on its "
+    "own GPU if there are any."
 )
 
 _HOST = "127.0.0.1"

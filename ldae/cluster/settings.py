@@ -109,8 +109,8 @@ def set_tasks(settings: SlurmSettings, devices: int) -> SlurmSettings:
     for name in ("tasks_per_node", "gpus_per_node"):
         if (value := getattr(settings, name)) not in (0, devices):
             raise InputError(
-                f"--devices {devices} contradicts slurm.{name} {value}: leave out --devices, or name "
-                "the same number"
+                f"--devices {devices} contradicts slurm.{name} {value}: leave out --devices, or "
+                "name the same number"
             )
     return replace(settings, tasks_per_node=devices)
 
