@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Commands that take a recipe by name -> the kinds of run that they start; empty: all pre-trainings.
 _STARTS: dict[str, tuple[str, ...]] = {"pretrain": (), "fit-tokenizer": ("tokenizer",)}
-_WITHOUT_JOBS = ("jobs", "show", "diff")
+_WITHOUT_JOBS = ("jobs", "curves", "show", "diff")
 _RELIST = "--relist"
 _NOT_IN_HELP = ("Args:", "Returns:", "Raises:")  # sections of a docstring
 
@@ -49,6 +49,7 @@ COMMANDS = {
     "export": "write the backbone of a run as a folder for timm and the hub",
     "submit": "send a pre-training and the jobs that follow it to a cluster",
     "jobs": "list the running, waiting and failed jobs",
+    "curves": "print the loss and the features of a run, beside a reference run",
     "show": "show the rows of the paper and their rivals, or the settings of one",
     "diff": "show the settings that differ between two rows",
     "doctor": "measure this machine: what bounds a pre-training, and how long ImageNet takes",
