@@ -55,9 +55,9 @@ class Opening(NamedTuple):
     reconstruct: Callable[..., tuple["torch.Tensor", "torch.Tensor"]] | None = None
     """(method, images, positions, level) -> reconstructed and clean pictures (B, C, H, W).
 
-    Their values are in [0, 1]. The images are uint8 (B, C, H, W), the positions (B,) determine the noise. ``level``, 0 to 1, is
-    a place in the noise schedule, or the share of the patches that are masked. A kind without such
-    a function trains no reconstruction.
+    Their values are in [0, 1]. The images are uint8 (B, C, H, W), and the positions (B,) determine
+    the noise. ``level``, 0 to 1, is a place in the noise schedule, or the share of the patches that
+    are masked. A kind without such a function trains no reconstruction.
     """
 
 
