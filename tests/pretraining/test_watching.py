@@ -105,9 +105,7 @@ def test_the_values_are_those_of_the_backbone_that_graders_get(method, images):
     assert values["psnr_50"] == pytest.approx(-10 * error, rel=1e-3)
 
 
-def test_too_little_memory_costs_a_measurement_and_not_the_run(
-    tiny, tmp_path, monkeypatch, capsys
-):
+def test_too_little_memory_costs_a_measurement_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):
     def measure(*_):
         raise torch.OutOfMemoryError
 
