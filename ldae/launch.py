@@ -219,7 +219,10 @@ def _killed_by(rank: subprocess.Popen) -> str:
 
 
 def _explain(
-    ranks: list[subprocess.Popen], failed: list[int], forwarded: set[int], outputs: list[BinaryIO]
+    ranks: list[subprocess.Popen],
+    failed: list[int],
+    forwarded: set[int],
+    outputs: Sequence[BinaryIO],
 ) -> None:
     """Print why the command failed, unless rank 0 has done so."""
     status = ranks[0].returncode
