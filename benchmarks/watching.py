@@ -6,6 +6,9 @@ At scale demo, by the demo's 50,000 images: three healthy runs (l_dae, mae and l
 planted collapse (a weight decay that leaves the encoder almost no weights) and a planted
 standstill (a learning rate a billion times too low). Finished runs are kept: run the same command
 again to resume.
+
+The curve of a healthy run becomes a reference of `ldae curves --beside l_dae-demo` by
+python tools/reference_curve.py runs/watching/healthy-l_dae l_dae-demo
 """
 
 import argparse
