@@ -3,6 +3,7 @@
 from ldae.backbones.open import load_backbone as load_backbone
 from ldae.backbones.open import load_classifier as load_classifier
 from ldae.commands.cache import cache as cache
+from ldae.commands.curves import curves as curves
 from ldae.commands.demo import demo as demo
 from ldae.commands.diff import diff as diff
 from ldae.commands.doctor import doctor as doctor

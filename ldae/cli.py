@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
 
+from ldae import launch
 from ldae.errors import InputError, exit_status, report, unknown
 from ldae.train.interrupt import SIGNALS, Interrupted
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 # Commands that take a recipe by name -> the kinds of run that they start; empty: all pre-trainings.
 _STARTS: dict[str, tuple[str, ...]] = {"pretrain": (), "fit-tokenizer": ("tokenizer",)}
-_WITHOUT_JOBS = ("jobs", "show", "diff")
+_WITHOUT_JOBS = ("jobs", "curves", "show", "diff")
 _RELIST = "--relist"
 _NOT_IN_HELP = ("Args:", "Returns:", "Raises:", "Examples:")  # sections of a docstring
 
@@ -48,11 +49,13 @@ COMMANDS = {
     "export": "write a backbone or classifier for timm and the hub, and as ONNX",
     "submit": "send a pre-training and the jobs that follow it to a cluster",
     "jobs": "list the running, waiting and failed jobs",
+    "curves": "print the loss and the features of a run, beside a reference run",
     "show": "show the rows of the paper and their rivals, or the settings of one",
     "diff": "show the settings that differ between two rows",
     "doctor": "measure this machine: what bounds a pre-training, and how long ImageNet takes",
     "demo": "run everything in minutes, on built-in images",
 }
+_IN_RANKS = (*_STARTS, "finetune", *GRADERS, "evaluate", "grid", "fid", "sample", "embed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_command(command)
         with _stopped_by_schedulers():
-            _run(command, rest)
+            launch.stop_with_launcher()
+            return _run(command, rest)
     except (InputError, Interrupted) as error:
         report(error)
         return error.exit_status
@@ -83,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print("ldae: stopped", file=sys.stderr)
         return exit_status(stopped)
-    return 0
 
 
 @contextmanager
@@ -104,42 +107,59 @@ def _stopped_by_schedulers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(command: str, argv: Sequence[str]) -> None:
-    """Run a command here, or send it to a cluster if it has flags of --slurm."""
+def _run(command: str, argv: Sequence[str]) -> int:
+    """Run a command here, in several ranks (--devices), or on a cluster (flags of --slurm).
+
+    Returns: the exit status.
+    """
     from ldae.cluster.send import log_path, send
-    from ldae.cluster.settings import FLAG, folder_of, parse_flags, split_flags
+    from ldae.cluster.settings import FLAG, folder_of, parse_flags, set_tasks, split_flags
 
     argv, flags = split_flags(argv)
+    argv, devices = launch.split_devices(argv)
+    if devices and command not in _IN_RANKS:
+        raise InputError(f"`ldae {command}` takes no {launch.FLAG}: it runs in one process")
     if _asks_help(argv) and command not in _WITHOUT_JOBS:
         try:
             _call(command, argv)
         finally:
+            if command in _IN_RANKS:
+                print(f"\n{launch.HELP}\n")
             parse_flags(["--help"], prog=f"ldae {command} ...")
     elif command == "submit":
         _call(command, argv, functools.partial(_function(command), flags=flags))
     elif flags:
         if command in _WITHOUT_JOBS:
             raise InputError(f"`ldae {command}` takes no {FLAG}: it is done in a moment")
-        settings = parse_flags(flags, prog=f"ldae {command} ...")
+        settings = set_tasks(parse_flags(flags, prog=f"ldae {command} ..."), devices)
         parse(command, argv)  # refuse wrong arguments before the job waits for hours
         (job,) = send([[command, *argv]], settings, folder_of(settings, argv))
         print(f"job {job.job_id}: ldae {command}; its log is {log_path(job)}", flush=True)
         if settings.cluster == "debug":
             job.results()
+    elif devices:
+        launch.check_unlaunched(devices)
+        if devices > 1:
+            return launch.launch([command, *argv], devices)
+        _call(command, argv)
     else:
         _call(command, argv)
+    return 0
 
 
 def parse(command: str, argv: Sequence[str]) -> None:
     """Check the arguments of a command without running it.
 
-    Raises: InputError and SystemExit, as the command, for wrong arguments and values of settings.
+    Raises: InputError and SystemExit, as the command, for wrong arguments and values of settings;
+        InputError for --devices, since a job has other settings for its ranks.
     """
     from dataclasses import is_dataclass
 
     from ldae.tree import check
 
     _check_command(command)
+    if launch.split_devices(argv)[1]:
+        raise InputError(f"a job has slurm.tasks_per_node ranks on each machine, not {launch.FLAG}")
     if command == "finetune":  # with a size, the backbone is not opened, which may not exist yet
         argv = ["--size", "B", *argv]
 
@@ -165,6 +185,7 @@ def _usage() -> str:
         f"{commands}\n\n"
         "`ldae COMMAND --help` lists a command's settings; `ldae COMMAND ... --slurm` sends it "
         "to a cluster.\n"
+        f"{launch.HELP}\n"
         f"`ldae COMMAND ... {_RELIST}` lists the files of large data sets anew.\n"
         "Start with: ldae demo, or ldae pretrain l_dae --scale small --data DIR --run runs/first"
     )

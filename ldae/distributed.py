@@ -19,6 +19,7 @@ from ldae.errors import InputError, LostRank, exit_status, first_line, report
 
 # torchrun sets all of these. When a launcher sets only some of them, the start can hang.
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED_RANKS = "LDAE_DEVICES"  # the number of ranks, in those that --devices started
 _REPORT_SECONDS = 20.0  # time that a rank waits for what the others report
 _ABORT_SECONDS = 5.0  # time that a rank which fails takes to abort the process group
 
@@ -101,7 +102,8 @@ def device_for(name: str = "auto") -> torch.device:
     variables that are not set yet: for an allocator that wastes little memory on varying sizes, and
     for a cuBLAS that can be deterministic.
 
-    Raises: InputError for another name, and for a GPU when there is none.
+    Raises: InputError for another name, for a GPU when there is none, and when there are fewer GPUs
+        than ranks of --devices.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,10 +114,26 @@ def device_for(name: str = "auto") -> torch.device:
     if name.startswith("cuda"):
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        _check_gpu_of_each_rank(name)
     if name == "cuda":
         # SLURM and submitit may show each process only its own GPU, which then has the index 0.
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     return torch.device(name)
+
+
+def _check_gpu_of_each_rank(name: str) -> None:
+    """Check that each rank of --devices, which sees all GPUs of the machine, has one of its own.
+
+    Raises: InputError when there are too few, and for a device that names one of them.
+    """
+    ranks, gpus = int(os.environ.get(LAUNCHED_RANKS, 1)), torch.cuda.device_count()
+    if ranks > gpus:
+        raise InputError(
+            f"--devices {ranks} needs as many GPUs, and torch finds {gpus} on this machine; device "
+            "cpu runs the ranks without GPUs"
+        )
+    if ranks > 1 and name != "cuda":
+        raise InputError(f"--devices {ranks} needs a GPU for each rank, and device is {name}")
 
 
 @contextmanager
@@ -248,7 +266,7 @@ def _check_launch() -> None:
     if missing:
         raise InputError(
             f"the launch environment is incomplete, missing {', '.join(missing)}; "
-            "start with torchrun"
+            "start with --devices or torchrun"
         )
     numbers = [name for name in _LAUNCH_VARIABLES if name != "MASTER_ADDR"]
     invalid = [name for name in numbers if not os.environ[name].isdecimal()]
@@ -262,15 +280,26 @@ def _check_launch() -> None:
         raise InputError(f"the launch environment is invalid: {values} with WORLD_SIZE {size}")
 
 
-class _Reports:
-    """Reports of the ranks about themselves, in the key-value store of the process group.
+def reports_in(store: dist.Store) -> dist.Store:
+    """Return the part of a process group's store for reports about ranks.
 
-    A rank posts its process and, when it fails, the reason. Posting and reading wait for no other
-    rank. A report is lost when the process that serves the store has ended.
+    It is the same part with and without the prefixes that torch adds for a process group.
+    """
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return dist.PrefixStore("ldae", store)
+
+
+class _Reports:
+    """Reports about the ranks, in the key-value store of the process group.
+
+    A rank posts its process and, when it fails, the reason. --devices posts which signal killed a
+    rank. Posting and reading wait for no other rank. A report is lost when the process that serves
+    the store has ended.
     """
 
     def __init__(self) -> None:
-        self.store = dist.PrefixStore("ldae", dist.distributed_c10d._get_default_store())
+        self.store = reports_in(dist.distributed_c10d._get_default_store())
 
     def post(self, topic: str, text: str) -> None:
         """Publish this rank's report on a topic."""
@@ -287,7 +316,7 @@ class _Reports:
         return self.store.get(f"{topic}/{other}").decode()
 
     def explain_loss(self) -> str:
-        """Return the errors that other ranks posted, or else the names of the silent ranks."""
+        """Return why other ranks failed or were killed, or else the names of the silent ranks."""
         try:
             return self._explain_loss()
         except RuntimeError:
@@ -301,6 +330,9 @@ class _Reports:
             silent = [other for other, end in ends.items() if end is None]
             # A rank that lost the others itself posts an empty reason.
             reasons = [f"rank {other} reported: {end}" for other, end in ends.items() if end]
+            for other in silent:
+                if killed := self._read("killed", other):
+                    reasons.append(f"rank {other} was killed by {killed}")
             if reasons:
                 return "; ".join(reasons)
             if not silent:

@@ -1,6 +1,5 @@
 """A pre-training in its folder, opened for Python: to look at it, to denoise and to sample."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +16,8 @@ from ldae.backbones.run import load_run as load_method
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.pretraining.images import sample_images
-from ldae.runs import layout
 from ldae.runs.kinds import pretraining_in, settings_of
+from ldae.runs.metrics import read_records
 from ldae.sampling.generation import generate_batches, prepare_generation
 from ldae.sampling.settings import SamplingSettings, check_settings
 from ldae.tree import COUNT
@@ -107,12 +106,7 @@ class Run:
         Examples:
             >>> losses = [record["loss"] for record in run.metrics()]
         """
-        path = self.folder / layout.METRICS
-        if not path.is_file():
-            return []
-        # A kill, or a run that writes just now, cuts the last line.
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_records(self.folder)
 
     def images(self, count: int = 12) -> torch.Tensor:
         """Return images of the run's data, uint8 (count, C, H, W), of its evaluation split if any.

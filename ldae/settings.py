@@ -295,6 +295,10 @@ class SystemSettings(ExecutionSettings):
     """Epochs between two online k-NN evaluations; 0: none."""
     knn_source: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = ""
     """Labelled images of the online k-NN; empty: the training images."""
+    watch_every: Annotated[int | Literal["auto"], NOT_NEGATIVE] = "auto"
+    """Images between two measurements of the features (RankMe, spread) and of the reconstruction at
+    three noise levels, on 256 training images without labels; a collapse or a standstill is
+    reported. auto: a quarter of an epoch, at least 4096; 0: none."""
     rank_timeout: Annotated[float, POSITIVE] = 30
     """Minutes that ranks wait for each other before they name the rank that hangs and end."""
 

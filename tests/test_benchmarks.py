@@ -31,6 +31,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "paired",
         "rows",
         "soak",
+        "watching",
     ),
     *("__init__", "__main__", "machines", "registry"),
 }

@@ -158,6 +158,11 @@ def test_help_shows_the_flags_of_a_cluster(capsys):
     assert "--slurm.partition" not in call(capsys, "show", "--help")[1]
 
 
+def test_help_shows_the_flag_of_several_ranks(capsys):
+    assert "--devices" in call(capsys, "knn", "--help")[1]
+    assert "--devices" not in call(capsys, "export", "--help")[1]
+
+
 def test_wrong_numbers_for_an_evaluation_are_refused(capsys):
     argv = ["knn", "pixels", "--data", "scattered-digits:50", "--batch-size", "-1"]
     status, _, err = call(capsys, *argv)

@@ -29,7 +29,7 @@ LAYERS = [
     ["sampling", "evals", "finetuning", "cluster"],
     ["pretraining", "deployment"],
     ["mae", "run"],
-    ["machine"],
+    ["machine", "launch"],
     ["cli"],
     ["commands"],
     ["__init__", "__main__"],

@@ -94,7 +94,21 @@ def exported(method: LDAE, timestep: int | None = None) -> Exported:
     )
 
 
-DENOISING = Opening(build, backbone_of, stock_vit, exported)
+def reconstruct(
+    method: LDAE, images: torch.Tensor, positions: torch.Tensor, level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return denoised and clean pictures (B, C, H, W) of uint8 images, in [0, 1].
+
+    Args:
+        positions: determine the noise (B,).
+        level: the place of t in the noise schedule, 0 to 1.
+    """
+    t = round(level * (len(method.sigma) - 1))
+    clean, _, denoised = method.denoise_images(images, positions, t)
+    return denoised, clean
+
+
+DENOISING = Opening(build, backbone_of, stock_vit, exported, reconstruct)
 """How graders and the export open a denoising pre-training."""
 
 

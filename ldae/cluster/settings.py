@@ -4,7 +4,7 @@ import itertools
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -97,6 +97,22 @@ def parse_flags(
         "its time limit, it is requeued and resumes; `ldae jobs` shows its state.",
         args=[flag for flag in flags if flag != FLAG],
     )
+
+
+def set_tasks(settings: SlurmSettings, devices: int) -> SlurmSettings:
+    """Return settings by which each machine of a job has ``devices`` processes; 0: as they are.
+
+    Raises: InputError when the settings name another number of processes or GPUs.
+    """
+    if not devices:
+        return settings
+    for name in ("tasks_per_node", "gpus_per_node"):
+        if (value := getattr(settings, name)) not in (0, devices):
+            raise InputError(
+                f"--devices {devices} contradicts slurm.{name} {value}: leave out --devices, or "
+                "name the same number"
+            )
+    return replace(settings, tasks_per_node=devices)
 
 
 def parse_time_limit(time: str) -> int:

@@ -144,7 +144,7 @@ def add_graphs(folder: Path, model: nn.Module, graphs: Graphs) -> dict[str, dict
     Raises: InputError for a model that is no graph, for a graph that differs from the model by more
         than 1e-5, and when the folder has a graph of another input or other outputs.
     """
-    records = read_records(folder)
+    records = read_graphs(folder)
     if not graphs.files:
         return records
     deployed = Deployed(model, graphs.uint8, graphs.tokens).eval().requires_grad_(False)
@@ -169,7 +169,7 @@ def add_graphs(folder: Path, model: nn.Module, graphs: Graphs) -> dict[str, dict
     return records
 
 
-def read_records(folder: Path) -> dict[str, dict]:
+def read_graphs(folder: Path) -> dict[str, dict]:
     """Return the records of the graphs in a folder, by the names of their files."""
     try:
         return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))

@@ -136,10 +136,15 @@ class MAE(nn.Module):
         masked = self.mask(images, positions)
         return self.loss(masked, self.predict(masked))
 
-    def mask(self, images: torch.Tensor, positions: torch.Tensor) -> Masked:
-        """Cut images, uint8 (B, C, H, W), into patches, and mask them by ``positions`` (B,)."""
+    def mask(
+        self, images: torch.Tensor, positions: torch.Tensor, visible: int | None = None
+    ) -> Masked:
+        """Cut images, uint8 (B, C, H, W), into patches, and mask them by ``positions`` (B,).
+
+        ``visible`` patches stay, by default ``num_visible``.
+        """
         patches = patchify(self.pixels.normalize(images), self.patch_size)  #      (B, N, D)
-        kept = kept_tokens(self.seed, positions, self.num_tokens, self.num_visible)
+        kept = kept_tokens(self.seed, positions, self.num_tokens, visible or self.num_visible)
         index = kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1])  #            (B, n, D)
         return Masked(patches, kept, patches.gather(1, index))
 
@@ -198,15 +203,17 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: torch.Tensor, positions: torch.Tensor
+        self, images: torch.Tensor, positions: torch.Tensor, visible: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return masked, reconstructed and original pictures of uint8 images.
+
+        The encoder sees ``visible`` patches of each, by default as many as in training.
 
         All are (B, C, H, W), with values in [0, 1]. Masked patches have the mean colour. In the
         reconstructed pictures they are predicted, with their true mean and variance where the
         target does not have these.
         """
-        masked = self.mask(images, positions)
+        masked = self.mask(images, positions, visible)
         patches, is_visible = masked.patches, is_kept(masked.kept, self.num_tokens).unsqueeze(-1)
         _, shift, scale = self.target(patches)
         predicted = self.predict(masked).to(patches) * scale + shift
@@ -321,5 +328,19 @@ def _positions(width: int, side: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1, width), sincos_positions(width, side)])[None]
 
 
-OPENING = Opening(build, backbone_of, control_of, exported)
+def reconstruct(
+    mae: MAE, images: torch.Tensor, positions: torch.Tensor, level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return reconstructed and clean pictures (B, C, H, W) of uint8 images, in [0, 1].
+
+    Args:
+        positions: determine the masks (B,).
+        level: share of the patches that are masked.
+    """
+    visible = number_kept(level, mae.num_tokens, "level")
+    _, filled, clean = mae.reconstruct(images, positions, visible)
+    return filled, clean
+
+
+OPENING = Opening(build, backbone_of, control_of, exported, reconstruct)
 """How graders and the export open a run of this kind."""

@@ -18,6 +18,7 @@ from ldae.models.vit import fuse_attention
 from ldae.precision import runs_in_bf16, unchanged_generators
 from ldae.pretraining.images import FitImages, pixel_stats
 from ldae.pretraining.online_knn import online_knn
+from ldae.pretraining.watching import watch
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.runs.kinds import KINDS
@@ -56,12 +57,15 @@ class Training:
     """Mean and standard deviation of the pixels; empty to measure them."""
 
     def hooks(self) -> tuple[Hook, ...]:
-        """Return what is measured during the training: the online k-NN, if it is asked for.
+        """Return what is measured during the training: the features, and k-NN if it is asked for.
 
         Raises: InputError as ``online_knn``.
         """
-        backbone = KINDS[self.kind].opened().backbone
-        return online_knn(self.config, self.plan, self.device, backbone)
+        opening = KINDS[self.kind].opened()
+        return (
+            *online_knn(self.config, self.plan, self.device, opening.backbone),
+            *watch(self.config, self.plan, self.run, self.device, self.source, opening),
+        )
 
     def facts(self, parameters: str, tokens: str) -> dict[str, str]:
         """Return what a dry run prints below the settings, given the sizes of the network."""

@@ -10,6 +10,7 @@ from ldae.errors import InputError
 from ldae.runs import layout
 
 if TYPE_CHECKING:
+    import torch
     from timm.models.vision_transformer import VisionTransformer
     from torch import nn
 
@@ -50,6 +51,13 @@ class Opening(NamedTuple):
     """(method, timestep or None) -> its encoder for timm.
 
     It raises ``NoPlainViT`` for an encoder that timm does not have.
+    """
+    reconstruct: Callable[..., tuple["torch.Tensor", "torch.Tensor"]] | None = None
+    """(method, images, positions, level) -> reconstructed and clean pictures (B, C, H, W).
+
+    Their values are in [0, 1]. The images are uint8 (B, C, H, W), and the positions (B,) determine
+    the noise. ``level``, 0 to 1, is a place in the noise schedule, or the share of the patches that
+    are masked. A kind without such a function trains no reconstruction.
     """
 
 

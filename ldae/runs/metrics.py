@@ -1,9 +1,11 @@
 """The metrics of a training: metrics.jsonl, lines of progress, TensorBoard and W&B."""
 
 import json
+import math
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ldae.console import format_duration
 from ldae.distributed import is_main
@@ -68,6 +70,16 @@ class Metrics:
                     part.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """Return the records of a run, the oldest first, without a line that a kill cut in half.
+
+    A run without metrics has none.
+    """
+    path = run / layout.METRICS
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if math.isfinite(_images(line))]
 
 
 def _images(line: str) -> float:

@@ -34,13 +34,17 @@ from ldae.train.watchdog import Agreement, Exploded, Report, Watchdog
 class Hook:
     """A function that is called every ``every`` images and returns values for the metrics.
 
-    Its argument is the model, or the model's moving average where the recipe has one.
+    Its argument is the model, or by default the model's moving average where the recipe has one.
     """
 
     every: int
     call: Callable[[nn.Module], dict[str, float]]
     weights_too: bool = False
     """Whether the model is evaluated beside its average; these names begin with ``weights_``."""
+    averaged: bool = True
+    """Whether the model is its moving average, where the recipe has one."""
+    judge: Callable[[], list[str]] | None = None
+    """Called on rank 0 when the values are written; returns sentences to print."""
 
     def due(self, before: int, now: int) -> bool:
         """Return whether a multiple of ``every`` lies between two numbers of images seen."""
@@ -289,14 +293,16 @@ class Loop:
                 raise
         self.metrics.write(record)
         print_main(progress_line(record, plan.total))
+        for hook in due:
+            for sentence in hook.judge() if hook.judge and distributed.is_main() else ():
+                print_main(sentence)
         self.meter = Meter(self.seen)
 
     def _call(self, hooks: list[Hook]) -> dict[str, float]:
         """Return the values of hooks."""
-        model = self.state.inference_model()
         values: dict[str, float] = {}
         for hook in hooks:
-            values |= hook.call(model)
+            values |= hook.call(self.state.inference_model(hook.averaged))
             if hook.weights_too and self.state.average:
                 of_weights = hook.call(self.state.inference_model(averaged=False))
                 values |= {f"weights_{name}": value for name, value in of_weights.items()}

@@ -10,6 +10,7 @@ from ldae.cluster.settings import (
     folder_of,
     parse_flags,
     parse_time_limit,
+    set_tasks,
     split_flags,
 )
 from ldae.errors import InputError
@@ -65,6 +66,15 @@ def test_wrong_settings_are_refused(changes, message, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name)
     with pytest.raises(InputError, match=message.replace(".n", ".+")):
         check_settings(SlurmSettings(**changes))
+
+
+def test_devices_are_the_processes_of_each_machine():
+    assert set_tasks(SlurmSettings(nodes=3), 0) == SlurmSettings(nodes=3)
+    assert set_tasks(SlurmSettings(nodes=3), 2) == SlurmSettings(nodes=3, tasks_per_node=2)
+    assert set_tasks(SlurmSettings(gpus_per_node=2), 2).tasks == 2
+    for name in ("tasks_per_node", "gpus_per_node"):
+        with pytest.raises(InputError, match=f"--devices 2 contradicts slurm.{name} 4"):
+            set_tasks(SlurmSettings(**{name: 4}), 2)
 
 
 def test_a_machine_without_sbatch_is_refused(monkeypatch):

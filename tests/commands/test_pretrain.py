@@ -178,11 +178,14 @@ def half(run, to):
 
 
 def test_two_gloo_ranks_equal_one_and_resume_each_other(tiny, tmp_path, on_ranks):
-    """To fp32 tolerance. First replicas by torchrun, then shards with accumulation, which resume
-    the run of one rank."""
+    """To fp32 tolerance. First replicas by torchrun, to which --devices is equal bit for bit; then
+    shards with accumulation, which resume the run of one rank."""
     changes = {"optim.epochs": 1, "optim.blr": 1e-3, "tokenizer.fit_images": 32, "system.keep": 0}
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, devices = (tmp_path / name for name in ("one", "two", "devices"))
     subprocess.run(command(two, *TORCHRUN, **changes), check=True, capture_output=True)
+    same = [*command(devices, **changes), "--devices", "2"]
+    subprocess.run(same, check=True, capture_output=True)
+    assert_equal(weights(devices), weights(two))
     config = kinds.settings_of(two, "pretraining")
     pretrain(config, one, "l_dae")
     assert_close(one, two)
@@ -194,6 +197,24 @@ def test_two_gloo_ranks_equal_one_and_resume_each_other(tiny, tmp_path, on_ranks
     assert 0 < lines(resumed)[-1].pop("top1_k20") < 100
     assert_close(one, resumed)
     assert (resumed / "denoised.png").read_bytes()
+
+
+def test_ctrl_c_stops_two_ranks_as_it_stops_one(tmp_path):
+    """The launcher alone gets it, as from `kill`. All is saved, and one sentence says so."""
+    run = tmp_path / "run"
+    argv = [*command(run, **{"optim.epochs": 1000}), "--devices", "2"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and seen(run) < 16:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    saved = Checkpoints(run).load()["images_seen"]
+    assert process.returncode == 130 and saved == seen(run)
+    said = [line for line in err.splitlines() if line.strip() and "statistics:" not in line]
+    assert said == [
+        f"ldae: stopped at image {saved:,} of 64,000; all progress is saved, and the same command "
+        "resumes here"
+    ]
 
 
 def test_two_ranks_equal_one_with_a_second_target(tiny, tmp_path, on_ranks):

@@ -71,6 +71,11 @@ def test_a_pipeline_is_a_list_of_commands_with_settings(study):
         ('"--data", "my', '"--dta", "my', r"\[jobs.knn\] command: .*--dta.* is refused"),
         ('["knn", "runs/a", "--data", "my images"]', "[]", r"\[jobs.knn\] needs a command"),
         ('"my images"]', '"x", "--slurm"]', r"--slurm belongs in \[jobs.knn.slurm\]"),
+        (
+            '"--data", "my images"]',
+            '"--data", "x", "--devices", "2"]',
+            r"\[jobs.knn\]: a job has slurm.tasks_per_node ranks on each machine, not --devices",
+        ),
         ("ldae pretrain", "fit-tokenizer", r"\[pretrain\] command must be pretrain ... --run"),
         ("'my images'", "'my images", r"\[pretrain\] command: No closing quotation"),
         ("[pretrain]", "[pretrain", "it is not a TOML file"),

@@ -1,0 +1,91 @@
+"""``ldae curves``: print the loss and the features of a run while it trained."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ldae.errors import InputError
+from ldae.runs import curves as saved
+from ldae.runs.kinds import kind_of
+from ldae.runs.metrics import read_records
+from ldae.runs.symptoms import RANKME, Record, new_symptoms
+from ldae.tree import AnyPath
+
+_ROWS = 16
+_SETTINGS = 12  # of a list of those that differ
+
+
+def curves(
+    run: Annotated[AnyPath, tyro.conf.arg(metavar="RUN")], /, beside: str = ""
+) -> list[Record]:
+    """Print the loss of a run, and RankMe, the spread and the PSNR at three noise levels.
+
+    The values need no labels. A reference run shows what is usual: losses can be compared when
+    their data and settings are the same, and those that differ are listed. What the run reported
+    about itself, such as a collapse, is repeated at the end.
+
+    Args:
+        run: a run folder.
+        beside: name of a reference run, whose values after as many images stand beside those of
+            the run.
+
+    Returns: all records of the run, the oldest first.
+
+    Raises: InputError when the folder holds no run with metrics, or there is no such reference.
+
+    Examples:
+        >>> losses = [record["loss"] for record in ldae.curves("runs/l_dae")]
+    """
+    run = Path(run)
+    records = read_records(run)
+    if not kind_of(run) or not records:
+        raise InputError(f"{run} holds no run with metrics yet")
+    reference = saved.read_reference(beside) if beside else None
+    print(table(saved.pick(records, _ROWS), beside, reference), end="")
+    own = saved.curve_of(run)
+    if reference:
+        theirs = reference["settings"]
+        print(f"\n{beside} is {reference['row']} on {theirs['data.source']}.", end="")
+        differ = _difference(theirs, own["settings"])
+        print(f" Settings that differ: {differ}" if differ else " Its settings are the same.")
+    elif names := saved.references():
+        print(f"\nreference runs: {', '.join(names)} (--beside NAME)")
+    continued = bool(own["settings"].get("init_from"))
+    for place, record in enumerate(records):
+        for sentence in new_symptoms(records[: place + 1], continued) if RANKME in record else ():
+            print(sentence)
+    return records
+
+
+def table(records: list[Record], beside: str = "", reference: dict[str, Any] | None = None) -> str:
+    """Return a line for each record; behind each value, in brackets, that of the reference run."""
+    names = [name for name in saved.VALUES if any(name in record for record in records)]
+    width = 10 + 11 * bool(reference)
+    lines = [f"{'images':>12} {'epoch':>8}" + "".join(f" {name:>{width}}" for name in names)]
+    for record in records:
+        cells = [_cell(record, name, reference) for name in names]
+        line = f"{record['images']:12,} {record['epoch']:8.2f}"
+        lines.append(line + "".join(f" {cell:>{width}}" for cell in cells))
+    head = [f"in brackets: {beside} after as many images"] if reference else []
+    return "\n".join([*head, *lines, ""])
+
+
+def _cell(record: Record, name: str, reference: dict[str, Any] | None) -> str:
+    own = f"{record[name]:.4g}" if name in record else "-"
+    if not reference:
+        return own
+    other = saved.interpolate(reference["records"], name, record["images"])
+    return f"{own} ({'-' if other is None else f'{other:.4g}'})"
+
+
+def _difference(reference: dict[str, Any], own: dict[str, Any]) -> str:
+    """Return the settings that differ, as a list in a line, or an empty string."""
+    names = sorted({*reference, *own}, key=lambda name: (name not in own, name))
+    differ = [
+        f"{name} {reference.get(name)!r} there, {own.get(name)!r} here"
+        for name in names
+        if reference.get(name) != own.get(name)
+    ]
+    more = [f"and {len(differ) - _SETTINGS} more"] if len(differ) > _SETTINGS else []
+    return "; ".join([*differ[:_SETTINGS], *more])
