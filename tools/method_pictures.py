@@ -72,7 +72,7 @@ class Drawing:
     def __init__(self, width: float, height: float, title: str, colours: Colours) -> None:
         self.width, self.height, self.title, self.colours = width, height, title, colours
         self.parts: list[str] = []
-        self.heads: set[str] = set()
+        self.heads: dict[str, None] = {}  # colours of arrowheads, in their order
 
     def image(self, raster: Raster, x: float, y: float, side: float) -> None:
         self.parts.append(
@@ -98,23 +98,23 @@ class Drawing:
                     f'viewBox="{column * PATCH} {row * PATCH} {PATCH} {PATCH}">'
                     f'<use href="#{name}"/></svg>'
                 )
-                self.box(left, top, each, each, width=0.75)
+                self.box(left, top, each, each, stroke=0.75)
 
     def box(
         self,
         x: float,
         y: float,
-        width_: float,
+        width: float,
         height: float,
         colour: str = "",
         fill: str = "none",
-        width: float = 1,
+        stroke: float = 1,
         corner: float = 0,
     ) -> None:
         self.parts.append(
-            f'<rect x="{x:.2f}" y="{y:.2f}" width="{width_:.2f}" height="{height:.2f}" '
+            f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" '
             f'rx="{corner:g}" fill="{fill}" stroke="{colour or self.colours.line}" '
-            f'stroke-width="{width:g}"/>'
+            f'stroke-width="{stroke:g}"/>'
         )
 
     def text(
@@ -135,7 +135,7 @@ class Drawing:
 
     def arrow(self, points: Iterable[tuple[float, float]], colour: str = "") -> None:
         colour = colour or self.colours.muted
-        self.heads.add(colour)
+        self.heads[colour] = None
         path = " L ".join(f"{x:g} {y:g}" for x, y in points)
         self.parts.append(
             f'<path d="M {path}" fill="none" stroke="{colour}" stroke-width="2" '
@@ -147,7 +147,7 @@ class Drawing:
             f'<marker id="head{colour[1:]}" viewBox="0 0 10 10" refX="8" refY="5" '
             'markerWidth="7" markerHeight="7" orient="auto">'
             f'<path d="M 0 0 L 10 5 L 0 10 z" fill="{colour}"/></marker>'
-            for colour in sorted(self.heads)
+            for colour in self.heads
         )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width:g} '
@@ -156,6 +156,14 @@ class Drawing:
             + "\n".join(self.parts)
             + "\n</svg>\n"
         )
+
+
+def index(letter: str, below: object) -> str:
+    """Return a letter with an index, as words of a text."""
+    return f'{letter}<tspan font-size="0.7em" dy="4">{below}</tspan><tspan dy="-4">\u200a</tspan>'
+
+
+Z_0, Z_T = index("z", 0), index("z", "t")
 
 
 def blocks(drawing: Drawing, x: float, y: float, height: float, names: bool = False) -> float:
@@ -185,11 +193,11 @@ def method(colours: Colours) -> Drawing:
 
     step(0, "1. patches", "image x, cut into", "patches of 4 x 4 pixels")
     drawing.patches(digit(CLEAN), *corner(0), side, 3)
-    step(1, "2. PCA", "each patch becomes", "8 numbers: latent z\u2080")
+    step(1, "2. PCA", "each patch becomes", f"{AXES} numbers: latent {Z_0}")
     for number in range(AXES):
         x, y = corner(1)
         drawing.image(axis(number), x + number % 3 * 45, y + number // 3 * 45, 38)
-    step(2, "3. noise", "z\u209c = \u03b3 z\u2080 + \u03c3 \u03b5,", "shown as an image")
+    step(2, "3. noise", f"{Z_T} = \u03b3 {Z_0} + \u03c3 \u03b5,", "shown as an image")
     drawing.image(digit(NOISED), *corner(2), side)
     step(3, "4. ViT", "encoder (kept) and", "decoder (dropped)")
     x, y = corner(3)
@@ -198,7 +206,7 @@ def method(colours: Colours) -> Drawing:
     drawing.image(digit(DENOISED), *corner(4), side)
     step(5, "exported", "the encoder, folded into", "a plain timm model", kept=True)
     x, y = corner(5)
-    drawing.box(x - 6, y + 4, side + 12, 120, colours.kept, width=2, corner=8)
+    drawing.box(x - 6, y + 4, side + 12, 120, colours.kept, stroke=2, corner=8)
     for number in range(4):
         drawing.box(x + 24 + number * 21, y + 18, 15, 70, colours.kept, colours.kept, 1.5, 3)
     drawing.text(x + side / 2, y + 111, "VisionTransformer", 14, colours.ink)
@@ -248,10 +256,10 @@ def axes(colours: Colours) -> Drawing:
     drawing.text(126, 84, "\u2248", 24, colours.ink)
     for number in range(4):
         x = 150 + number * 112
-        drawing.text(x + 12, 84, f"z<tspan font-size='13' dy='4'>{number + 1}</tspan>", 20, colours.kept)
+        drawing.text(x + 12, 84, index("z", number + 1), 20, colours.kept)
         drawing.image(axis(number), x + 30, 46, 64)
         drawing.text(x + 103, 84, "+" if number < 3 else "+ \u2026", 20, colours.ink)
-    drawing.text(372, 152, "8 numbers z times 8 axes, which are the same for all patches")
+    drawing.text(372, 152, f"{AXES} numbers z times {AXES} axes, which are the same for all patches")
     drawing.text(372, 174, "(the patches of images vary most along the first axes)", 13)
     return drawing
 
@@ -263,8 +271,8 @@ def noise(colours: Colours) -> Drawing:
     drawing.arrow([(232, 110), (328, 110)], colours.noise)
     drawing.text(280, 94, "+ \u03c3 \u03b5", 19, colours.noise)
     drawing.image(digit(NOISED), 348, 14, 192)
-    drawing.text(116, 236, "latent z\u2080, decoded")
-    drawing.text(444, 236, "noised latent z\u209c, decoded")
+    drawing.text(116, 236, f"latent {Z_0}, decoded")
+    drawing.text(444, 236, f"noised latent {Z_T}, decoded")
     return drawing
 
 

@@ -60,7 +60,6 @@ def test_words_can_be_read(colours, background):
 
 
 def test_the_tiles_are_those_of_the_demo():
-    """A clean digit is darker at its border than its noised latent; an axis has no gap in it."""
     with Image.open(tool.DEMO / "denoised.png") as sheet:
         assert sheet.height == 3 * (tool.TILE + tool.GAP)
     with Image.open(tool.DEMO / "filters.png") as sheet:
