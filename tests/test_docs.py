@@ -293,15 +293,11 @@ def test_linked_files_exist(page):
 
 
 def test_the_reference_has_every_public_name():
-    shown = re.findall(r"^::: (\S+)$", TEXTS["reference.md"] + TEXTS["settings.md"], re.M)
-    for name in ldae.__all__:
-        value = getattr(ldae, name)
-        if not isinstance(value, str):
-            assert f"{value.__module__}.{value.__qualname__}" in shown, name
-
+    shown = re.findall(r"^::: ldae\.(\w+)$", TEXTS["reference.md"] + TEXTS["settings.md"], re.M)
+    assert sorted(shown) == sorted(set(ldae.__all__) - {"__version__"})
 
 @pytest.mark.parametrize("page", ["reference.md", "settings.md"])
 def test_the_reference_names_what_exists(page):
     for path in re.findall(r"^::: (\S+)$", TEXTS[page], re.M):
         module, _, name = path.rpartition(".")
-        assert getattr(import_module(module), name).__doc__, path
+        assert inspect.getdoc(getattr(import_module(module), name)), path
