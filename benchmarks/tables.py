@@ -142,7 +142,10 @@ def _latents() -> str:
     found.sort(key=lambda row: (row["tokenizer.scale"], row["tokenizer.dim"]))
     return markdown(
         ["`tokenizer.scale`", "`tokenizer.dim`", "linear probe"],
-        [[row["tokenizer.scale"], f"{row['tokenizer.dim']}", f"{row['top1']:.1f}"] for row in found],
+        [
+            [row["tokenizer.scale"], f"{row['tokenizer.dim']}", f"{row['top1']:.1f}"]
+            for row in found
+        ],
     )
 
 

@@ -240,7 +240,9 @@ def test_suites_and_pipelines_can_be_read(block, tmp_path):
 
 def parts(code: str) -> list[tuple[str, str, str]]:
     """Return the parts of a block about extending: a file, the name in it, and the code there."""
-    _, *found = re.split(r"^# ((?:ldae|tests)/\S+\.pyi?)(?:, in (\w+))?(?:, .*)?$", code, flags=re.M)
+    _, *found = re.split(
+        r"^# ((?:ldae|tests)/\S+\.pyi?)(?:, in (\w+))?(?:, .*)?$", code, flags=re.M
+    )
     return list(zip(found[::3], (name or "" for name in found[1::3]), found[2::3]))
 
 
@@ -295,6 +297,7 @@ def test_linked_files_exist(page):
 def test_the_reference_has_every_public_name():
     shown = re.findall(r"^::: ldae\.(\w+)$", TEXTS["reference.md"] + TEXTS["settings.md"], re.M)
     assert sorted(shown) == sorted(set(ldae.__all__) - {"__version__"})
+
 
 @pytest.mark.parametrize("page", ["reference.md", "settings.md"])
 def test_the_reference_names_what_exists(page):

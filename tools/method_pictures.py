@@ -259,7 +259,9 @@ def axes(colours: Colours) -> Drawing:
         drawing.text(x + 12, 84, index("z", number + 1), 20, colours.kept)
         drawing.image(axis(number), x + 30, 46, 64)
         drawing.text(x + 103, 84, "+" if number < 3 else "+ \u2026", 20, colours.ink)
-    drawing.text(372, 152, f"{AXES} numbers z times {AXES} axes, which are the same for all patches")
+    drawing.text(
+        372, 152, f"{AXES} numbers z times {AXES} axes, which are the same for all patches"
+    )
     drawing.text(372, 174, "(the patches of images vary most along the first axes)", 13)
     return drawing
 

@@ -2,8 +2,8 @@
 
 The checks are the files in both, the metadata, ``twine check``, and then, with the wheel installed
 outside of the checkout, ``ldae demo`` and the examples of the README and of docs/ that need neither
-the network nor a data set. Everything lies in a temporary folder. The first failure ends the check with status
-1 and one sentence.
+the network nor a data set. Everything lies in a temporary folder. The first failure ends the check
+with status 1 and one sentence.
 """
 
 import argparse
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 RUN = "runs/l_dae"  # the run of the examples
 _STAND_INS = {"/data/imagenet": "scattered-digits:200"}  # for data that a clean environment lacks
 _WITHOUT_RUN = ("show", "diff")
-_WITH_RUN = ("knn", "linear", "logreg", "retrieve", "export", "embed")  # they take seconds on a small run
+# They take seconds on a small run.
+_WITH_RUN = ("knn", "linear", "logreg", "retrieve", "export", "embed")
 
 
 def fail(sentence: str) -> NoReturn:

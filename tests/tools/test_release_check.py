@@ -107,8 +107,9 @@ def test_the_pages_have_examples_to_run():
     pages = tool.example_pages()
     commands = tool.offline_commands(pages)
     assert {words[1] for words in commands} == {*tool._WITHOUT_RUN, *tool._WITH_RUN}
-    for out in (["export", tool.RUN, "exported"], ["--out", "features.npy"]):  # Python examples open
-        assert any(words[-len(out) :] == out for words in commands), out
+    opened = ["export", tool.RUN, "exported"], ["--out", "features.npy"]  # by Python examples
+    for words in opened:
+        assert any(command[-len(words) :] == words for command in commands), words
     assert len(tool.python_examples(pages)) >= 2
 
 
