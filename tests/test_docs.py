@@ -228,11 +228,12 @@ def test_python_calls_what_exists(block):
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=paths_of(blocks("toml")))
-def test_suites_and_pipelines_can_be_read(block, tmp_path):
+def test_suites_and_pipelines_can_be_read(block, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldae.cluster.settings.shutil.which", str)  # there is a SLURM
     file = tmp_path / "file.toml"
     file.write_text(block.code)
     if "pretrain" in tomllib.loads(block.code):
-        first, others = read_pipeline(file, ["--slurm.cluster", "local"])
+        first, others = read_pipeline(file)
         assert first.command and others
     else:
         assert read_suite(file, (), Setup(), cli.graders())
@@ -280,7 +281,7 @@ def executed(notebook: Path) -> str:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
 def test_the_notebook_runs(notebook, tmp_path):
-    """On a few images. The site shows its outputs, which `make docs` computes; none are committed."""
+    """On a few images. The site shows outputs that `make docs` computes; none are committed."""
     for cell in json.loads(notebook.read_text())["cells"]:
         assert not cell.get("outputs") and not cell.get("execution_count")
     code, count = re.subn(r"scattered-digits:\d+", "scattered-digits:200", executed(notebook))
