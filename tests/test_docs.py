@@ -236,7 +236,7 @@ def test_suites_and_pipelines_can_be_read(block, tmp_path, monkeypatch):
         first, others = read_pipeline(file)
         assert first.command and others
     else:
-        assert read_suite(file, (), Setup(), cli.graders())
+        assert read_suite(file, (), Setup(out=tmp_path), cli.graders())
 
 
 def parts(code: str) -> list[tuple[str, str, str]]:
