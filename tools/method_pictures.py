@@ -255,10 +255,11 @@ def axes(colours: Colours) -> Drawing:
     drawing.text(58, 152, "patch")
     drawing.text(126, 84, "\u2248", 24, colours.ink)
     for number in range(4):
-        x = 150 + number * 112
+        x = 144 + number * 116
         drawing.text(x + 12, 84, index("z", number + 1), 20, colours.kept)
         drawing.image(axis(number), x + 30, 46, 64)
-        drawing.text(x + 103, 84, "+" if number < 3 else "+ \u2026", 20, colours.ink)
+        more = "+" if number < 3 else "+ \u2026"
+        drawing.text(x + 98, 84, more, 20, colours.ink, anchor="start")
     drawing.text(
         372, 152, f"{AXES} numbers z times {AXES} axes, which are the same for all patches"
     )
