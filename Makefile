@@ -27,10 +27,9 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Builds the site into build/site and executes the notebook, whose outputs have no progress bars; a
-# warning fails the build.
+# Builds the site into build/site and executes the notebook; a warning fails the build.
 docs: $(VENV)/installed-docs
-	TQDM_DISABLE=1 PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/python -m mkdocs build --strict
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/python -m mkdocs build --strict
 
 # Builds the wheel and checks it in an environment outside of the checkout. Before a release:
 # TAG=v0.1.0 must be of its version, and KEEP=dist keeps what was checked.
