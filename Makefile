@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest test-slurm lint release-check clean
+.PHONY: demo test test-lowest test-slurm lint docs release-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ldae demo
@@ -26,6 +26,10 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Builds the site into build/site and executes the notebook; a warning fails the build.
+docs: $(VENV)/installed-docs
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/python -m mkdocs build --strict
 
 # Builds the wheel and checks it in an environment outside of the checkout. Before a release:
 # TAG=v0.1.0 must be of its version, and KEEP=dist keeps what was checked.

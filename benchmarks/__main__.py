@@ -2,7 +2,8 @@
 
 python -m benchmarks [NAME...] [--out FOLDER] [--device DEVICE]
 python -m benchmarks --list
-python -m benchmarks --table [--write README.md]
+python -m benchmarks --table
+python -m benchmarks --write README.md docs/*.md
 
 Each benchmark runs in its own process, and its measurement takes the place of the former one of
 this machine. A benchmark that fails is reported, and the others still run; the status is then 1.
@@ -22,8 +23,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.machines import MACHINES, machine_of, merge, table, write_table
+from benchmarks.machines import MACHINES, machine_of, merge, table
 from benchmarks.registry import BENCHMARKS, GPU, Benchmark
+from benchmarks.tables import write_tables
 from ldae.console import format_duration
 from ldae.distributed import device_for
 from ldae.errors import InputError, report, unknown
@@ -45,11 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="give gpu-* tiny sizes, to try them")
     parser.add_argument("--list", action="store_true", help="list the benchmarks")
     parser.add_argument("--table", action="store_true", help="print the table of all machines")
-    parser.add_argument("--write", type=Path, help="write the table into this Markdown file")
+    parser.add_argument(
+        "--write", type=Path, nargs="+", metavar="PAGE", help="write the tables of pages anew"
+    )
     args = parser.parse_args(argv)
     try:
         if args.write:
-            write_table(args.write, args.out)
+            for page in args.write:
+                write_tables(page)
         elif args.table:
             print(table(args.out), end="")
         elif args.list:

@@ -8,10 +8,9 @@ from pathlib import Path
 from benchmarks.registry import BENCHMARKS, GPU, Benchmark, Number
 from ldae.data.workers import available_cpus
 from ldae.errors import InputError
-from ldae.files import write, write_json
+from ldae.files import write_json
 
 MACHINES = Path(__file__).parent / "results" / "machines"
-MARKS = ("<!-- speed: python -m benchmarks --table --write README.md -->\n", "<!-- /speed -->\n")
 
 
 def machine_of(environment: dict) -> dict:
@@ -122,30 +121,3 @@ def _has_arguments_of(benchmark: Benchmark, record: dict) -> bool:
             place = words.index(flag)
             del words[place : place + 2]
     return words == list(benchmark.arguments)
-
-
-def write_table(file: Path, folder: Path = MACHINES) -> None:
-    """Write the table between its two marks in a Markdown file.
-
-    Raises: InputError when the file has no such marks.
-    """
-    write(file, replace_table(_read_text(file), table(folder), file).encode())
-
-
-def replace_table(text: str, content: str, file: Path) -> str:
-    """Return ``text`` with ``content`` between the marks of the table.
-
-    Raises: InputError, naming ``file``, when the text does not have each mark once.
-    """
-    before, first, rest = text.partition(MARKS[0])
-    _, last, after = rest.partition(MARKS[1])
-    if not (first and last):
-        raise InputError(f"{file} has no marks {MARKS[0].strip()} and {MARKS[1].strip()}")
-    return before + first + content + last + after
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None

@@ -1,6 +1,7 @@
-"""Benchmarks of speed: one command, one file for each machine, and the README's table."""
+"""Benchmarks of speed: one command, one file for each machine, and the tables of the pages."""
 
 import json
+import re
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import machines
+from benchmarks import machines, tables
 from benchmarks.registry import BENCHMARKS, GPU, Benchmark, Number
 from ldae.errors import InputError
 
@@ -33,7 +34,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "soak",
         "watching",
     ),
-    *("__init__", "__main__", "machines", "registry"),
+    *("__init__", "__main__", "machines", "registry", "tables"),
 }
 
 
@@ -42,11 +43,14 @@ def record(**values):
     return values | {"environment": environment}
 
 
-def test_the_table_of_the_readme_is_that_of_the_files():
-    readme = ROOT / "README.md"
-    assert machines.replace_table(readme.read_text(), machines.table(), readme) == (
-        readme.read_text()
-    ), "run: python -m benchmarks --table --write README.md"
+def test_the_tables_of_the_pages_are_those_of_the_files():
+    used = set()
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        made = tables.fill(text, page)
+        assert made == text, f"run: python -m benchmarks --write {page.relative_to(ROOT)}"
+        used |= {name for name in tables.TABLES if f"<!-- table: {name} -->" in text}
+    assert used == tables.TABLES.keys()
 
 
 def test_every_benchmark_of_speed_is_listed():
@@ -129,16 +133,37 @@ def test_the_table_has_a_column_for_each_machine_and_an_empty_one_without_a_gpu(
     assert lines[-1] == "\\* measured with other arguments than the benchmark has now"
 
 
-def test_the_table_is_written_between_its_marks(tmp_path, fast, capsys):
-    machines.merge(tmp_path, MACHINE, "fast", record(right=False))
-    file = tmp_path / "page.md"
-    file.write_text("before\n" + "old\n".join(machines.MARKS) + "after\n")
-    assert runner.main(["--out", str(tmp_path), "--table", "--write", str(file)]) == 0
-    first, last = machines.MARKS
-    assert file.read_text() == f"before\n{first}{machines.table(tmp_path)}{last}after\n"
-    file.write_text("before")
-    assert runner.main(["--out", str(tmp_path), "--write", str(file)]) == 2
-    assert "page.md has no marks" in capsys.readouterr().err
+def test_tables_are_written_between_their_marks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: "new\n", "other": lambda: "newer\n"})
+    start, end = "<!-- table: {} -->\n", "<!-- /table -->\n"
+    files = [tmp_path / "page.md", tmp_path / "plain.md"]
+    page = "before\n" + start.format("one") + "{}" + end + "between\n" + start.format("other")
+    page += "{}" + end + "after\n"
+    files[0].write_text(page.format("old\n", ""))
+    files[1].write_text("no table\n")
+    assert runner.main(["--write", *map(str, files)]) == 0
+    assert files[0].read_text() == page.format("new\n", "newer\n")
+    assert files[1].read_text() == "no table\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("<!-- table: one -->\n", "<!-- /table -->"),
+        ("<!-- /table -->\n", "<!-- table: NAME -->"),
+        ("<!-- table: one -->\n<!-- table: one -->\n<!-- /table -->\n", "<!-- /table -->"),
+        ("<!-- table: cifra10 -->\n<!-- /table -->\n", "nearest is .cifar10"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_wrong_page_is_refused_and_stays(text, words, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    if text is not None:
+        page.write_text(text)
+    assert runner.main(["--write", str(page)]) == 2
+    error = capsys.readouterr().err
+    assert "page.md" in error and re.search(words, error)
+    assert text is None or page.read_text() == text
 
 
 BENCHMARK = """

@@ -1,9 +1,9 @@
 """Build the wheel and the source distribution, and check them in a clean environment.
 
 The checks are the files in both, the metadata, ``twine check``, and then, with the wheel installed
-outside of the checkout, ``ldae demo`` and the examples of the README that need neither the network
-nor a data set. Everything lies in a temporary folder. The first failure ends the check with status
-1 and one sentence.
+outside of the checkout, ``ldae demo`` and the examples of the README and of docs/ that need neither
+the network nor a data set. Everything lies in a temporary folder. The first failure ends the check
+with status 1 and one sentence.
 """
 
 import argparse
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).parent.parent
-RUN = "runs/l_dae"  # the run of the README's examples
+RUN = "runs/l_dae"  # the run of the examples
 _STAND_INS = {"/data/imagenet": "scattered-digits:200"}  # for data that a clean environment lacks
 _WITHOUT_RUN = ("show", "diff")
-_WITH_RUN = ("knn", "linear", "logreg", "retrieve", "export")  # they take seconds on a small run
+# They take seconds on a small run.
+_WITH_RUN = ("knn", "linear", "logreg", "retrieve", "export", "embed")
 
 
 def fail(sentence: str) -> NoReturn:
@@ -107,6 +108,13 @@ def check_version(version: str, changelog: str, tag: str = "") -> None:
         fail(f"CHANGELOG.md has no section for {version}")
 
 
+def example_pages() -> str:
+    """Return the text of the README and of the pages in docs/ whose examples can run."""
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    pages = [page for page in pages if page.name != "extending.md"]  # its code is parts of files
+    return "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *pages))
+
+
 def offline_commands(text: str) -> list[list[str]]:
     """Return the shell examples that can run on the demo's run, with made images for real ones."""
     commands = []
@@ -117,7 +125,7 @@ def offline_commands(text: str) -> list[list[str]]:
                 continue
             if words[1] in _WITHOUT_RUN or (words[1] in _WITH_RUN and words[2] == RUN):
                 commands.append([_STAND_INS.get(word, word) for word in words])
-    return commands
+    return [list(words) for words in dict.fromkeys(map(tuple, commands))]
 
 
 def python_examples(text: str) -> list[str]:
@@ -142,10 +150,10 @@ def check_installed(programs: Path, work: Path, version: str) -> None:
     if (printed := ldae("--version").strip()) != version:
         fail(f"the installed `ldae --version` prints {printed}, and the wheel is of {version}")
     ldae("demo", "--epochs", "0.05", "--run", RUN)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for _, *words in offline_commands(readme):
+    pages = example_pages()
+    for _, *words in offline_commands(pages):
         ldae(*words)
-    for example in python_examples(readme):
+    for example in python_examples(pages):
         run(programs / "python", "-c", example, cwd=work, env=own)
 
 

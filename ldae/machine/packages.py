@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from importlib import metadata
 
-_FOR_DEVELOPERS = ("test", "lint")  # extras that no run needs
+_FOR_DEVELOPERS = ("test", "docs", "lint")  # extras that no run needs
 
 
 def check_packages(

@@ -22,7 +22,6 @@ TRACKED = ["LICENSE", "ldae/__init__.py", "ldae/py.typed", "tests/test_cli.py"]
 ABOUT = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
 WHEEL = {*TRACKED[1:3], *(f"ldae-1.2.dist-info/{name}" for name in ABOUT)}
 SOURCE = {*TRACKED, "PKG-INFO"}
-README = (TOOL.parents[1] / "README.md").read_text()
 
 
 def refused(match: str):
@@ -104,11 +103,14 @@ def test_examples_are_those_that_need_no_network_and_no_data():
     ]
 
 
-def test_the_readme_has_examples_to_run():
-    commands = tool.offline_commands(README)
+def test_the_pages_have_examples_to_run():
+    pages = tool.example_pages()
+    commands = tool.offline_commands(pages)
     assert {words[1] for words in commands} == {*tool._WITHOUT_RUN, *tool._WITH_RUN}
-    assert ["ldae", "export", tool.RUN, "exported"] in commands  # which the Python examples open
-    assert len(tool.python_examples(README)) >= 2
+    opened = ["export", tool.RUN, "exported"], ["--out", "features.npy"]  # by Python examples
+    for words in opened:
+        assert any(command[-len(words) :] == words for command in commands), words
+    assert len(tool.python_examples(pages)) >= 2
 
 
 def test_a_command_that_fails_is_named_with_its_last_words():

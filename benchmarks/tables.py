@@ -1,0 +1,202 @@
+"""The tables of the documentation, made from the files below results/.
+
+A page has a table between the lines ``<!-- table: NAME -->`` and ``<!-- /table -->``.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machines
+from ldae.errors import InputError, unknown
+from ldae.files import write
+
+RESULTS = Path(__file__).parent / "results"
+_START, _END = "<!-- table: ", "<!-- /table -->\n"
+_PLACE = re.compile(rf"({_START}([\w-]+) -->\n)(?:(?!{_START}).)*?({_END})", re.S)
+_EXACT = 100.0  # dB; what benchmarks/rows.py records when nothing is lost
+
+
+def write_tables(page: Path) -> None:
+    """Write all tables of a Markdown page anew.
+
+    Raises: InputError, naming the page, when it cannot be read or names a table that does not
+        exist.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{page} cannot be read: {error.strerror}") from None
+    write(page, fill(text, page).encode())
+
+
+def fill(text: str, page: Path) -> str:
+    """Return the text of a page with all its tables made anew.
+
+    Raises: InputError, naming ``page``, for a table without end and one that does not exist.
+    """
+    if not len(_PLACE.findall(text)) == text.count(_START) == text.count(_END):
+        raise InputError(f"{page}: each line {_START}NAME --> needs one {_END.strip()} below it")
+
+    def place(found: re.Match) -> str:
+        name = found[2]
+        if name not in TABLES:
+            raise unknown(f"{page}: there is no table", name, TABLES)
+        return found[1] + TABLES[name]() + found[3]
+
+    return _PLACE.sub(place, text)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose first column is text and whose other columns are numbers."""
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _read(*names: str) -> Any:
+    return json.loads(RESULTS.joinpath(*names).read_text(encoding="utf-8"))
+
+
+def _demo() -> str:
+    """The table that ``ldae demo`` prints."""
+    rows = [
+        [name, f"{probe:.1f}", f"{neighbours:.1f}"]
+        for name, (neighbours, probe) in _read("demo", "demo.json").items()
+    ]
+    return markdown(["scattered-digits, top-1 in percent", "linear probe", "k-NN, k = 20"], rows)
+
+
+_UNTRAINED = "the l-DAE's architecture, untrained"
+_BACKBONES = {  # of suites -> their names in a table, in its order
+    "cifar10": "**l-DAE** on CIFAR-10",
+    "imagenette": "**l-DAE** on Imagenette",
+    "demo": "**l-DAE** of `make demo`",
+    "run-untrained": _UNTRAINED,
+    "vit_tiny-untrained": "timm's ViT-Ti, untrained",
+    "pixels-32": "raw pixels",
+    "pixels": "raw pixels",
+    "cifar10-resnet": "ResNet-10-T, trained with the labels",
+}
+_COLUMNS = {  # protocol of suites, its metric -> heading, in the table's order
+    ("linear", "top1"): "linear probe",
+    ("logreg", "top1"): "logistic regression",
+    ("segment", "miou"): "segmentation, mIoU",
+    ("knn", "top1_k20"): "k-NN, k = 20",
+    ("knn", "top1_k10"): "k-NN, k = 10",
+    ("retrieve", "mean_average_precision"): "retrieval, mAP",
+}
+
+
+def _suite(name: str, without: Sequence[str] = ()) -> str:
+    """A row for each backbone of a suite, a column for each protocol, in percent."""
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for cell in _read("suites", name, "table.json")["cells"]:
+        for metric, value in cell["results"].items():
+            found.setdefault(cell["backbone"], {})[cell["protocol"], metric] = value
+    used = set().union(*found.values())
+    columns = [key for key in _COLUMNS if key in used and _COLUMNS[key] not in without]
+    rows = [
+        [shown, *(f"{found[backbone][key]:.1f}" for key in columns)]
+        for backbone, shown in _BACKBONES.items()
+        if backbone in found
+    ]
+    return markdown(["in percent", *(_COLUMNS[key] for key in columns)], rows)
+
+
+def _whitening() -> str:
+    """k-NN with plain and with whitened features."""
+    names = {"l_dae": "**l-DAE**", "untrained": _UNTRAINED, "pixels": "raw pixels"}
+    rows = []
+    for name, shown in names.items():
+        both = [_read("whitening", f"{name}{end}.json") for end in ("", "-whitened")]
+        rows.append([shown, *(f"{part['results']['top1_k20']:.1f}" for part in both)])
+    return markdown(["top-1 in percent, k = 20", "plain", "`--whiten`"], rows)
+
+
+def _finetune() -> str:
+    """Top-1 after each epoch of fine-tuning, from pre-trained and from random weights."""
+    curves = _read("finetune", "finetune.json")["curves"]
+    rows = [
+        [f"{one['epoch']:.0f}", f"{one['top1']:.1f}", f"{other['top1']:.1f}"]
+        for one, other in zip(curves["pretrained"], curves["scratch"], strict=True)
+    ]
+    return markdown(["epoch", "from l-DAE", "from scratch"], rows)
+
+
+def _rows() -> str:
+    """The rows of the paper: tokenizer, linear probe, and the published accuracy."""
+    rows = []
+    for row in _read("rows", "table.json")["rows"]:
+        reconstruction = "exact" if row["psnr"] >= _EXACT else f"{row['psnr']:.1f}"
+        numbers = [f"{row['linear']:.1f}", reconstruction, f"{row['published'] or ''}"]
+        rows.append([f"`{row['name']}`", f"{row['row'] or ''}", *numbers])
+    header = ["", "row", "linear probe", "reconstruction, dB", "published, on ImageNet"]
+    return markdown(header, rows)
+
+
+def _latents() -> str:
+    """Linear probes by the scale and the dimension of latents."""
+    found = _read("cifar10-latents.json")["rows"]
+    found.sort(key=lambda row: (row["tokenizer.scale"], row["tokenizer.dim"]))
+    return markdown(
+        ["`tokenizer.scale`", "`tokenizer.dim`", "linear probe"],
+        [
+            [row["tokenizer.scale"], f"{row['tokenizer.dim']}", f"{row['top1']:.1f}"]
+            for row in found
+        ],
+    )
+
+
+def _soak() -> str:
+    """What killed runs lost."""
+    both = [_read("soak.json"), _read("soak-2.json")]
+    rows: dict[str, Callable[[dict], str]] = {
+        "kills at random moments": lambda found: f"{found['counted']}",
+        "of these during a save": lambda found: f"{found['during_a_save']}",
+        "weights, moments and metrics as undisturbed, bit for bit": lambda found: (
+            "yes" if found["equal"] else "no"
+        ),
+        "damaged checkpoints": lambda found: f"{found['damaged_checkpoints']}",
+        "files left over": lambda found: f"{len(found['left_over_files'])}",
+        "seconds that a kill cost": lambda found: f"{found['seconds_a_kill']:.1f}",
+        "steps lost by SIGKILL": lambda found: f"{found['steps_lost_a_kill']['SIGKILL']:.1f}",
+        "steps lost by SIGTERM": lambda found: f"{found['steps_lost_a_kill']['SIGTERM']:.1f}",
+    }
+    return markdown(
+        ["", "one process", "two ranks"],
+        [[name, *(value(found) for found in both)] for name, value in rows.items()],
+    )
+
+
+def _guidance() -> str:
+    """Shares of samples that show the digit or class that they were asked for."""
+    runs = {
+        "guidance": "`patch_pca` on `digits`",
+        "guidance-cifar10": "`dit` on CIFAR-10",
+        "guidance-scattered-digits": "`dit` on scattered-digits",
+    }
+    rows: list[list[str]] = []
+    for name, shown in runs.items():
+        found = _read(f"{name}.json")
+        shares = found["percent_of_the_class_asked_for"]["classifier-free, by weight"]
+        rows.append([shown, f"{found['images']}", *(f"{share:.1f}" for share in shares.values())])
+    weights = [f"weight {float(weight):g}" for weight in shares]
+    return markdown(["in percent", "samples", *weights], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": _demo,
+    "rivals": lambda: _suite("cifar10", without=["k-NN, k = 10", "retrieval, mAP"]),
+    "cifar10": lambda: _suite("cifar10"),
+    "imagenette": lambda: _suite("imagenette", without=["k-NN, k = 20"]),
+    "scattered-digits": lambda: _suite("scattered-digits"),
+    "whitening": _whitening,
+    "finetune": _finetune,
+    "rows": _rows,
+    "latents": _latents,
+    "guidance": _guidance,
+    "soak": _soak,
+    "speed": machines.table,
+}
