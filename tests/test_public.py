@@ -322,7 +322,8 @@ def test_a_notebook_can_use_data_workers(start, tmp_path):
         f"setup = ldae.Setup(workers=2, out={str(tmp_path)!r})\n"
         f"ldae.knn('pixels:4', {DATA!r}, protocol=protocol, setup=setup)\n"
     )
-    done = subprocess.run([sys.executable], input=code, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "top1_k1" in done.stdout, done.stderr
     assert (tmp_path / "results.json").is_file()
 

@@ -193,6 +193,7 @@ def _open(
         model = load_backbone(spec, in_chans=in_chans)
     if not hasattr(model, "model_args"):
         raise InputError(f"{spec} is no timm model, which alone can be exported")
+    model.model_args = model.model_args | {"num_classes": model.num_classes}  # without a cut head
     classes = label_names(model) if model.num_classes else []
     # timm writes the names of classes beside the configuration.
     names = ("label_names", "label_descriptions")

@@ -109,7 +109,10 @@ def finetune(
     )
     data = (config.data.source, config.data.eval_source or None)
     opened = (config.backbone, *data, protocol_of(config), setup)
-    with unchanged_generators(), open_evaluation("finetune", *opened) as evaluation:
+    with (
+        unchanged_generators(),
+        open_evaluation("finetune", *opened, in_run=True) as evaluation,
+    ):
         tuning = _prepare(config, evaluation, bf16)
         if dry_run:
             facts = _facts(tuning)

@@ -334,10 +334,12 @@ def open_evaluation(
     setup: Setup,
     splits: Splits = labelled_splits,
     load: Load = open_backbone,
+    in_run: bool = False,
 ) -> Iterator[Evaluation]:
     """Join the process group, if one was launched, and open an evaluation.
 
-    The seed of the setup becomes the seed of the protocol.
+    The seed of the setup becomes the seed of the protocol. Only a training that is an evaluation
+    itself, ``in_run``, has its results in the folder of a run.
 
     Raises: InputError for a setting out of its range, for a run folder as ``out``, and as
         ``splits`` and ``load`` do.
@@ -349,7 +351,7 @@ def open_evaluation(
         protocol = replace(protocol, seed=setup.seed)  # type: ignore[call-arg]  # as checked
     out = Path(setup.out or results_home(spec))
     check_writable(out)
-    if kind_of(out):
+    if kind_of(out) and not in_run:
         raise InputError(
             f"--out {out} is the folder of a run, whose files the evaluation would replace: name "
             f"another folder, such as {out / layout.EVALS / task}"
