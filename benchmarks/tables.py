@@ -5,6 +5,7 @@ A page has a table between the lines ``<!-- table: NAME -->`` and ``<!-- /table 
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,19 @@ def _latents() -> str:
     )
 
 
+def _imagenette_latents() -> str:
+    """Linear probes and k-NN by the scale of latents: mean and deviation over seeds."""
+    found: dict[str, list[dict]] = {}
+    for row in _read("imagenette-latents.json")["rows"]:
+        found.setdefault(row["scale"], []).append(row)
+    rows = []
+    for scale, runs in found.items():
+        accuracies = [[run[name] for run in runs] for name in ("linear", "knn")]
+        cells = [f"{statistics.mean(some):.1f} ± {statistics.stdev(some):.1f}" for some in accuracies]
+        rows.append([scale, f"{len(runs)}", *cells])
+    return markdown(["`tokenizer.scale`", "seeds", "linear probe", "k-NN, k = 20"], rows)
+
+
 def _soak() -> str:
     """What killed runs lost."""
     both = [_read("soak.json"), _read("soak-2.json")]
@@ -196,6 +210,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetune": _finetune,
     "rows": _rows,
     "latents": _latents,
+    "imagenette-latents": _imagenette_latents,
     "guidance": _guidance,
     "soak": _soak,
     "speed": machines.table,

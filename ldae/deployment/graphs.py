@@ -75,7 +75,8 @@ class Deployed(nn.Module):
         self.transform = preprocessing(model)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(self.transform, name))[:, None, None]
-            self.register_buffer(name, values, persistent=False)
+            # Older exporters confuse a weight with an operation of its name, as mean is.
+            self.register_buffer(f"pixel_{name}", values, persistent=False)
         cfg = model.pretrained_cfg
         self.name = cfg["architecture"]
         is_classifier = model.num_classes and not is_whitened(cfg)
@@ -83,7 +84,7 @@ class Deployed(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.uint8:
-            images = (images.float() / 255 - self.mean) / self.std
+            images = (images.float() / 255 - self.pixel_mean) / self.pixel_std
         if self.reader is None:
             return (self.model(images),)
         # Both in one pass. ``reference`` takes two, as timm's users do.
