@@ -158,7 +158,9 @@ def _imagenette_latents() -> str:
     rows = []
     for scale, runs in found.items():
         accuracies = [[run[name] for run in runs] for name in ("linear", "knn")]
-        cells = [f"{statistics.mean(some):.1f} ± {statistics.stdev(some):.1f}" for some in accuracies]
+        cells = [
+            f"{statistics.mean(some):.1f} ± {statistics.stdev(some):.1f}" for some in accuracies
+        ]
         rows.append([scale, f"{len(runs)}", *cells])
     return markdown(["`tokenizer.scale`", "seeds", "linear probe", "k-NN, k = 20"], rows)
 

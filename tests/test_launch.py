@@ -47,7 +47,10 @@ def ranks(monkeypatch, capfd):
     def run(work: str) -> tuple[int, str, str]:
         monkeypatch.setattr(launching, "_PROGRAM", program(work))
         status = launching.launch([], 2)
-        return status, *capfd.readouterr()
+        printed, errors = capfd.readouterr()
+        # Versions of torch differ in what gloo prints about its connections.
+        lines = [line for line in printed.splitlines(True) if not line.startswith("[Gloo]")]
+        return status, "".join(lines), errors
 
     return run
 
