@@ -19,7 +19,7 @@ DRAWN = tool.draw()
 
 
 def decoded(picture: str) -> str:
-    """Return a picture with the pixels of its images; versions of Pillow encode them in two ways."""
+    """Return a picture with decoded images, which versions of Pillow encode differently."""
 
     def pixels(found: re.Match) -> str:
         image = Image.open(io.BytesIO(base64.b64decode(found[1])))
