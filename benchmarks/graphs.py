@@ -16,7 +16,7 @@ import torch
 
 import ldae
 from ldae.backbones.timm_folder import write_timm_folder
-from ldae.deployment.graphs import read_records
+from ldae.deployment.graphs import read_graphs
 from ldae.files import write_json
 from ldae.runs.environment import environment
 
@@ -52,7 +52,7 @@ def main() -> None:
     for number, (title, (spec, how)) in enumerate(networks.items()):
         start = time.perf_counter()
         folder = ldae.export(spec, args.runs / f"exported-{number}", **HOW, **how)
-        records = read_records(folder)
+        records = read_graphs(folder)
         found[title] = {
             "largest_relative_error": {
                 name: record["largest_relative_error"] for name, record in records.items()
