@@ -199,7 +199,7 @@ def on_ranks(fork):
     """on_ranks(function): call a function on two ranks, each in a process, and return their errors.
 
     An error is a string, empty if there is none. A rank that has not ended ``seconds`` after the
-    first one is killed, and its error is None.
+    first one is aborted, for which faulthandler prints where it is, and its error is None.
     """
 
     def run(function, ranks: int = 2, seconds: float = 60) -> list[str | None]:
@@ -221,9 +221,12 @@ def on_ranks(fork):
         connection.wait([ours for ours, _ in pipes], timeout=120)
         for process, (ours, _) in zip(processes, pipes, strict=True):
             errors.append(ours.recv() if ours.poll(seconds) else None)
-            if errors[-1] is None:
+            process.join(0 if errors[-1] is None else seconds)
+            if process.exitcode is None:
+                errors[-1] = None
+                os.kill(process.pid, signal.SIGABRT)
+                process.join(seconds)
                 process.kill()
-            process.join()
         return errors
 
     return run
