@@ -35,6 +35,9 @@ from ldae.commands.submit import submit as submit
 from ldae.commands.validate import ValidationProtocol as ValidationProtocol
 from ldae.commands.validate import validate as validate
 from ldae.data.listing import relisting as relisting
+from ldae.detection.open import Found as Found
+from ldae.detection.open import TrainedDetector as TrainedDetector
+from ldae.detection.open import load_detector as load_detector
 from ldae.detection.recipes import detect_config as detect_config
 from ldae.detection.settings import DetectConfig as DetectConfig
 from ldae.errors import InputError as InputError

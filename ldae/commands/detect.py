@@ -1,6 +1,6 @@
 """``ldae detect``: train a detector on a backbone, and grade it by COCO's average precision."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from ldae import distributed, tree
 from ldae.console import describe, print_main
 from ldae.data.coco import open_instance_splits
 from ldae.detection.inference import find_instances
-from ldae.detection.jitter import OnDevice, ScaleJitter
+from ldae.detection.jitter import OnDevice, canvas_of
 from ldae.detection.network import DetectionLoss, Detector, build_detector
 from ldae.detection.recipes import changed_constants
 from ldae.detection.scoring import Result, average_precision, check_installed
@@ -59,17 +59,12 @@ class Detection:
     plan: Plan
     bf16: bool
 
-    def transform(self, jitter: JitterSettings | None = None) -> ScaleJitter:
-        """Return the preprocessing of training with a ``jitter``, else that of evaluation."""
-        given = self.evaluation.transform
-        fill = tuple(round(255 * mean) for mean in given.mean)
-        return ScaleJitter(given.input_size, fill, **(asdict(jitter) if jitter else {}))
-
     def find(self, detector: Detector) -> list[Result]:
         """Return the detections of all ranks in the evaluation images."""
         system, evaluation = self.config.system, self.evaluation
         how = (evaluation.device, system.eval_batch, system.workers)
-        return find_instances(detector, evaluation.eval, self.transform(), *how)
+        transform = canvas_of(evaluation.transform, detector.side)
+        return find_instances(detector, evaluation.eval, transform, *how)
 
     def score(self, found: list[Result]) -> dict[str, float | None]:
         """Return the average precisions of detections, which rank 0 computes for all."""
@@ -167,6 +162,7 @@ def _train_and_grade(detection: Detection, run: Path) -> dict:
     device = evaluation.device
     start = "the untrained " if config.model.random_init else ""
     every = round(config.system.eval_every * detection.plan.epoch)
+    jitter = (config.augment.scale, config.augment.flip)
     model = DetectionLoss(evaluation.model, config.model.layer_decay, detection.bf16).to(device)
     trained = train_in(
         run,
@@ -176,7 +172,7 @@ def _train_and_grade(detection: Detection, run: Path) -> dict:
         detection.plan,
         evaluation.train,
         row=f"{config.recipe} detection on {start}{config.backbone}",
-        transform=detection.transform(config.augment),
+        transform=canvas_of(evaluation.transform, evaluation.model.side, *jitter),
         mixing=OnDevice(device),
         device=device,
         compiled=compiles(config.system.compile, device),

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.image import to_planes
 from ldae.data.instances import Instances
 from ldae.data.workers import Batch
@@ -66,6 +67,14 @@ class ScaleJitter:
         if target is None:
             return pixels, None
         return pixels, _moved(target, (w, h), (left, top, right, bottom), side, mirrored)
+
+
+def canvas_of(
+    given: EvalTransform, side: int, scale: tuple[float, float] = (1.0, 1.0), flip: float = 0.0
+) -> ScaleJitter:
+    """Return the preprocessing of a detector with the pixel statistics of its backbone's."""
+    fill = tuple(round(255 * mean) for mean in given.mean)
+    return ScaleJitter((given.input_size[0], side, side), fill, scale, flip)
 
 
 def fitted_size(size: tuple[int, int], side: int, scale: float = 1.0) -> tuple[int, int]:

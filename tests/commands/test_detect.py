@@ -9,8 +9,10 @@ import torch
 from ldae import cli
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.commands.detect import detect
+from ldae.data.instances import encode
 from ldae.data.scenes import scene_splits
 from ldae.detection.network import DetectionLoss
+from ldae.detection.open import load_detector
 from ldae.detection.recipes import detect_config
 from ldae.detection.scoring import average_precision
 from ldae.detection.settings import DetectConfig
@@ -143,35 +145,35 @@ def test_a_frozen_backbone_is_the_one_that_was_given(tiny, backbone, tmp_path):
     assert states["control"].keys() == states["trained"].keys()
 
 
-def test_two_ranks_detect_what_one_does(tiny, tmp_path, on_ranks):
-    """A run of one rank, graded by two: each on half of the images."""
-    one = detect(tiny(system__predictions=True), tmp_path / "run")
-    found = (tmp_path / "run" / "predictions.json").read_text()
-    (tmp_path / "run" / "predictions.json").unlink()
-    assert on_ranks(lambda: detect(tmp_path / "run")) == ["", ""]
-    two = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert two["results"] == pytest.approx(one["results"], rel=1e-4)
-    assert len(json.loads(found)) == len(
-        json.loads((tmp_path / "run" / "predictions.json").read_text())
-    )
+def test_two_ranks_find_what_one_finds(tiny, tmp_path, on_ranks):
+    """A finished run is graded by two ranks, each on half of the images."""
+    run = tmp_path / "run"
+    one = detect(tiny(system__predictions=True, system__eval_batch=1), run)
+    file = run / "predictions.json"
+    found = file.read_text()
+    file.unlink()
+    assert on_ranks(lambda: detect(run)) == ["", ""]
+    assert file.read_text() == found != "[]\n"
+    assert json.loads((run / "results.json").read_text())["results"] == one["results"]
 
 
 def test_the_command_shows_its_plan_and_refuses_what_does_not_fit(backbone, tmp_path, capsys):
     run = str(tmp_path / "run")
-    words = ["detect", backbone, "--recipe", "scenes", "--data", "digit-scenes:16", "--run", run]
-    assert cli.main([*words, "--frozen", "--dry-run"]) == 0
+    how = ["--recipe", "scenes", "--run", run]
+    data = ["--data", "digit-scenes:16"]
+    assert cli.main(["detect", backbone, *how, *data, "--frozen", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "frozen: true" in out and "trained," in out and "(3, 64, 64)" in out
     for more, sentence in (
-        (["--img-size", "40"], "data.img_size 40 must be a multiple of 16"),
-        (["--augment.scale", "2", "1"], "augment.scale 2 1 must be the smallest, then"),
+        ([*data, "--img-size", "40"], "data.img_size 40 must be a multiple of 16"),
+        ([*data, "--augment.scale", "2", "1"], "augment.scale 2 1 must be the smallest, then"),
         (["--data", "digits"], "'digits' is neither a folder in COCO's layout nor digit-scenes"),
-        (["--optim.warmup-epochs", "9"], "optim.warmup_epochs 9 must be fewer"),
+        ([*data, "--optim.warmup-epochs", "9"], "optim.warmup_epochs 9 must be fewer"),
     ):
-        assert cli.main([*words, *more]) == 2
+        assert cli.main(["detect", backbone, *how, *more]) == 2
         err = capsys.readouterr().err
         assert sentence in err and len(err.splitlines()) == 1
-    assert cli.main(["detect", "resnet18", "--random-init", *words[2:]]) == 2
+    assert cli.main(["detect", "resnet18", *how, *data, "--random-init"]) == 2
     assert "resnet18 is no plain ViT of timm" in capsys.readouterr().err
     assert cli.main(["detect"]) == 2
     assert "ldae detect BACKBONE [--recipe NAME] ... (vitdet, scenes)" in capsys.readouterr().err
@@ -195,3 +197,23 @@ def test_boxes_alone_need_no_segmentation(tiny, tmp_path):
         detect(tiny(data__source=str(root)), tmp_path / "run")
     record = detect(tiny(data__source=str(root), model__masks=False), tmp_path / "run")
     assert "box_ap50" in record["results"] and "mask_ap50" not in record["results"]
+
+
+def test_a_detector_that_is_opened_finds_what_was_graded(tiny, tmp_path):
+    run = tmp_path / "run"
+    detect(tiny(system__predictions=True, system__eval_batch=1), run)
+    source = scene_splits("digit-scenes:16")["eval"]()
+    detector = load_detector(run, "cpu")
+    found = [detector([source.image(i)])[0] for i in range(len(source))]
+    written = json.loads((run / "predictions.json").read_text())
+    assert [score for part in found for score in part.scores.tolist()] == [
+        part["score"] for part in written
+    ]
+    assert [source.categories[name] for part in found for name in part.classes] == [
+        part["category_id"] for part in written
+    ]
+    assert [encode(mask.numpy()) for part in found for mask in part.masks] == [
+        part["segmentation"] for part in written
+    ]
+    with pytest.raises(InputError, match="is not a run folder"):
+        load_detector(tmp_path)
