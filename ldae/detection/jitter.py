@@ -11,7 +11,6 @@ from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.image import to_planes
 from ldae.data.instances import Instances
 from ldae.data.workers import Batch
-from ldae.errors import InputError
 
 
 @dataclass(frozen=True)

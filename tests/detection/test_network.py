@@ -58,6 +58,7 @@ def test_anchors_and_strides_grow_with_the_patches(patch, detector):
     [
         ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg", "fc_norm": True}),
         ("vit_small_patch14_reg4_dinov2", {"patch_size": 14, "img_size": 28}),
+        ("vit_small_patch16_dinov3", {}),
         ("beit_base_patch16_224", {}),
         ("eva02_tiny_patch14_224", {"patch_size": 14, "img_size": 28}),
     ],
