@@ -44,9 +44,9 @@ class ScaleJitter:
         return self.joint(image, None, rng)[0]
 
     def joint(
-        self, image: Image.Image | np.ndarray, target: Instances | None, rng: np.random.Generator
+        self, image: Image.Image | np.ndarray, target: Any, rng: np.random.Generator
     ) -> tuple[torch.Tensor, Any]:
-        """Return the input of the detector, and its target if there is one."""
+        """Return the input of the detector, and its target where the image has ``Instances``."""
         channels, side, _ = self.input_size
         planes = to_planes(image, channels)
         width, height = planes[0].size
@@ -63,8 +63,8 @@ class ScaleJitter:
         if mirrored:
             canvas = canvas[:, ::-1]
         pixels = torch.from_numpy(np.array(canvas.transpose(2, 0, 1), order="C"))
-        if target is None:
-            return pixels, None
+        if not isinstance(target, Instances):
+            return pixels, target
         return pixels, _moved(target, (w, h), (left, top, right, bottom), side, mirrored)
 
 
