@@ -28,10 +28,10 @@ SHAPE = dict(
 TINY = {
     "data.source": "digit-scenes:16",
     "model.drop_path": 0.2,
-    "model.dim": 16,
+    "model.dim": 8,
     "model.box_dim": 32,
-    "model.proposals": 30,
-    "model.rois": 16,
+    "model.proposals": 10,
+    "model.rois": 8,
     "optim.batch_size": 4,
     "optim.epochs": 1.5,
     "optim.warmup_epochs": 0.25,
@@ -44,8 +44,8 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch):
-    """Eight evaluation images instead of 500."""
-    monkeypatch.setattr("ldae.data.scenes._EVAL_IMAGES", 8)
+    """Four evaluation images instead of 500."""
+    monkeypatch.setattr("ldae.data.scenes._EVAL_IMAGES", 4)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,9 @@ def test_a_detection_writes_its_files(tiny, tmp_path, capsys):
     }  # fmt: skip
     assert kind_of(run) == "detection" and settings_of(run, "detection") == config
     assert record == json.loads((run / "results.json").read_text())
-    assert record["data"]["classes"] == 10 and record["data"]["eval_images"] == 8
+    assert record["data"]["classes"] == 10 and record["data"]["eval_images"] == 4
     assert record["protocol"]["name"] == "scenes"
-    assert "model.dim=16" in record["protocol"]["modified"]
+    assert "model.dim=8" in record["protocol"]["modified"]
     wanted = {f"{kind}_{name}" for kind in ("box", "mask") for name in (
         "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")}  # fmt: skip
     assert record["results"].keys() == wanted
