@@ -5,6 +5,7 @@ from ldae.backbones.open import load_classifier as load_classifier
 from ldae.commands.cache import cache as cache
 from ldae.commands.curves import curves as curves
 from ldae.commands.demo import demo as demo
+from ldae.commands.detect import detect as detect
 from ldae.commands.diff import diff as diff
 from ldae.commands.doctor import doctor as doctor
 from ldae.commands.embed import embed as embed
@@ -34,6 +35,11 @@ from ldae.commands.submit import submit as submit
 from ldae.commands.validate import ValidationProtocol as ValidationProtocol
 from ldae.commands.validate import validate as validate
 from ldae.data.listing import relisting as relisting
+from ldae.detection.open import Found as Found
+from ldae.detection.open import TrainedDetector as TrainedDetector
+from ldae.detection.open import load_detector as load_detector
+from ldae.detection.recipes import detect_config as detect_config
+from ldae.detection.settings import DetectConfig as DetectConfig
 from ldae.errors import InputError as InputError
 from ldae.errors import LostRank as LostRank
 from ldae.evals.dense import SegmentProtocol as SegmentProtocol

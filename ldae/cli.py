@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Commands that take a recipe by name -> the kinds of run that they start; empty: all pre-trainings.
 _STARTS: dict[str, tuple[str, ...]] = {"pretrain": (), "fit-tokenizer": ("tokenizer",)}
+# Commands that take a backbone by a recipe -> the module of the recipes.
+_RECIPES = {"finetune": "ldae.finetuning.recipes", "detect": "ldae.detection.recipes"}
 _WITHOUT_JOBS = ("jobs", "curves", "show", "diff")
 _RELIST = "--relist"
 _NOT_IN_HELP = ("Args:", "Returns:", "Raises:", "Examples:")  # sections of a docstring
@@ -39,6 +41,7 @@ COMMANDS = {
     "pretrain": "pre-train a row of the paper, or a rival (mae); the same command resumes",
     "fit-tokenizer": "fit or train only the tokenizer of a row; the same command resumes",
     "finetune": "fine-tune a backbone by a recipe; the same command resumes",
+    "detect": "train and grade an object detector on a backbone; the same command resumes",
     **GRADERS,
     "evaluate": "run many gradings of a suite file into one table; resumes too",
     "grid": "probe the encoder of a run at many noise levels and after every block",
@@ -55,7 +58,7 @@ COMMANDS = {
     "doctor": "measure this machine: what bounds a pre-training, and how long ImageNet takes",
     "demo": "run everything in minutes, on built-in images",
 }
-_IN_RANKS = (*_STARTS, "finetune", *GRADERS, "evaluate", "grid", "fid", "sample", "embed")
+_IN_RANKS = (*_STARTS, *_RECIPES, *GRADERS, "evaluate", "grid", "fid", "sample", "embed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +163,7 @@ def parse(command: str, argv: Sequence[str]) -> None:
     _check_command(command)
     if launch.split_devices(argv)[1]:
         raise InputError(f"a job has slurm.tasks_per_node ranks on each machine, not {launch.FLAG}")
-    if command == "finetune":  # with a size, the backbone is not opened, which may not exist yet
+    if command in _RECIPES:  # with a size, the backbone is not opened, which may not exist yet
         argv = ["--size", "B", *argv]
 
     @functools.wraps(_function(command))
@@ -201,7 +204,7 @@ def _call(command: str, argv: Sequence[str], function: Callable | None = None) -
     function = function or _function(command)
     if command in _STARTS:
         _call_with_row(command, argv, function)
-    elif command == "finetune":
+    elif command in _RECIPES:
         _call_with_recipe(command, argv, function)
     elif command in GRADERS:
         _call_with_protocol(command, argv, function)
@@ -310,26 +313,29 @@ def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> Non
 
 def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> None:
     """Read what sets the defaults first: backbone, recipe, its version in the run, and size."""
-    from ldae.finetuning import recipes
+    from ldae.tree import taken_by
 
-    chosen, rest = _read_options(argv, recipe="", size="")
+    recipes = import_module(_RECIPES[command])
+    chosen, rest = _read_options(argv, recipe=recipes.DEFAULT, size="")
     backbone = _pop_positional(rest)
     names = ", ".join(recipes.RECIPES)
+    recipe = "[--recipe NAME]" if recipes.DEFAULT else "--recipe NAME"
     if _asks_help(rest):
-        base = recipes.config(chosen.recipe or "mae", chosen.size or "B")
+        base = recipes.config(chosen.recipe or next(iter(recipes.RECIPES)), chosen.size or "B")
     elif backbone is None or not chosen.recipe:
         raise InputError(
-            f"name a backbone and a recipe: ldae {command} BACKBONE --recipe NAME ... ({names})"
+            f"name a backbone and a recipe: ldae {command} BACKBONE {recipe} ... ({names})"
         )
     else:
-        run = _read_options(rest, run="")[0].run
-        base = recipes.finetune_config(backbone, chosen.recipe, size=chosen.size, run=run)
+        make = getattr(recipes, f"{command}_config")
+        known = {"size": chosen.size, "run": _read_options(rest, run="")[0].run}
+        base = make(backbone, chosen.recipe, **taken_by(make, known))
     _call_with_settings(
         command,
         function,
         rest,
         base,
-        usage="BACKBONE --recipe NAME [--size SIZE]",
+        usage=f"BACKBONE {recipe} [--size SIZE]",
         argument="BACKBONE (a run folder, an exported folder, a timm name or NAME@FILE) by the "
         f"recipe NAME ({names}) for SIZE (B, L or H; by default from the backbone's width)",
     )

@@ -21,6 +21,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "agreement",
         "classifier",
         "contest",
+        "detection",
         "dit_reference",
         "embed",
         "finetune",

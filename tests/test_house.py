@@ -27,6 +27,7 @@ LAYERS = [
     ["method"],
     ["backbones", "plots"],
     ["sampling", "evals", "finetuning", "cluster"],
+    ["detection"],
     ["pretraining", "deployment"],
     ["mae", "run"],
     ["machine", "launch"],

@@ -26,6 +26,7 @@ from typing import NoReturn
 ROOT = Path(__file__).parent.parent
 RUN = "runs/l_dae"  # the run of the examples
 _STAND_INS = {"/data/imagenet": "scattered-digits:200"}  # for data that a clean environment lacks
+_NOT_RUN = ("extending.md", "detection.md")  # parts of files; an extra and hours of training
 _WITHOUT_RUN = ("show", "diff")
 # They take seconds on a small run.
 _WITH_RUN = ("knn", "linear", "logreg", "retrieve", "export", "embed")
@@ -111,7 +112,7 @@ def check_version(version: str, changelog: str, tag: str = "") -> None:
 def example_pages() -> str:
     """Return the text of the README and of the pages in docs/ whose examples can run."""
     pages = sorted((ROOT / "docs").glob("*.md"))
-    pages = [page for page in pages if page.name != "extending.md"]  # its code is parts of files
+    pages = [page for page in pages if page.name not in _NOT_RUN]
     return "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *pages))
 
 

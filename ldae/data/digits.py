@@ -10,7 +10,7 @@ from ldae.data.source import MapSource, Source, Splits
 from ldae.errors import InputError
 
 BUILT_IN = ("digits", "scattered-digits")
-_SPLITS = ("train", "eval")
+SPLITS = ("train", "eval")
 _TRAIN_IMAGES, _EVAL_IMAGES = 20_000, 5_000  # of scattered-digits
 _CANVAS = 32
 _SIZES = (14, 24)  # smallest and largest side of a scattered digit, in pixels
@@ -22,19 +22,30 @@ def built_in_splits(spec: str) -> Splits:
     Raises: InputError when ``spec`` has another form.
     """
     if spec == "digits":
-        return {split: functools.partial(Digits, spec, split) for split in _SPLITS}
-    numbers = re.fullmatch(r"scattered-digits(?::(\d*[1-9]\d*)(?::(\d+))?)?", spec, re.ASCII)
-    if not numbers:
-        raise InputError(f"{spec!r} is neither digits nor scattered-digits[:N[:SEED]] with N >= 1")
-    counts, seed = (int(numbers[1] or _TRAIN_IMAGES), _EVAL_IMAGES), int(numbers[2] or 0)
+        return {split: functools.partial(Digits, spec, split) for split in SPLITS}
+    if spec.startswith("digits"):
+        raise InputError(f"{spec!r} is neither digits nor scattered-digits[:N[:SEED]]")
+    count, seed = count_and_seed(spec, _TRAIN_IMAGES)
     return {
-        split: functools.partial(ScatteredDigits, spec, split, count, seed)
-        for split, count in zip(_SPLITS, counts)
+        split: functools.partial(ScatteredDigits, spec, split, images, seed)
+        for split, images in zip(SPLITS, (count, _EVAL_IMAGES))
     }
 
 
+def count_and_seed(spec: str, default: int) -> tuple[int, int]:
+    """Return N, by default ``default``, and SEED, by default 0, of ``NAME[:N[:SEED]]``.
+
+    Raises: InputError when ``spec`` has another form.
+    """
+    name = spec.partition(":")[0]
+    numbers = re.fullmatch(rf"{name}(?::(\d*[1-9]\d*)(?::(\d+))?)?", spec, re.ASCII)
+    if not numbers:
+        raise InputError(f"{spec!r} is not {name}[:N[:SEED]] with N >= 1")
+    return int(numbers[1] or default), int(numbers[2] or 0)
+
+
 @functools.cache
-def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+def glyphs(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the images of one split, uint8 (N, 8, 8), and their labels, int64 (N,).
 
     Every fourth digit belongs to the eval split.
@@ -51,7 +62,7 @@ class Digits(Source):
     """scikit-learn's grey 8x8 digits: 1348 for training and 449 for evaluation."""
 
     def __init__(self, spec: str, split: str):
-        self._images, labels = _digits(split)
+        self._images, labels = glyphs(split)
         super().__init__(spec, split, [str(digit) for digit in range(10)], labels)
 
     def __len__(self) -> int:
@@ -73,8 +84,8 @@ class ScatteredDigits(MapSource):
     """
 
     def __init__(self, spec: str, split: str, count: int, seed: int):
-        self._images, labels = _digits(split)
-        rng = np.random.default_rng([seed, _SPLITS.index(split)])
+        self._images, labels = glyphs(split)
+        rng = np.random.default_rng([seed, SPLITS.index(split)])
         # The generator fills row after row, so row i does not depend on the number of rows.
         sample, size, *place = rng.random((count, 4)).T
         self._sample = (sample * len(self._images)).astype(np.int64)

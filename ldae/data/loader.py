@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,16 @@ from ldae.data.workers import Batch, Sample, load
 from ldae.errors import InputError
 
 Transform = Callable[[Image.Image | np.ndarray, np.random.Generator], torch.Tensor]
+
+
+@runtime_checkable
+class JointTransform(Protocol):
+    """A transform that changes the target with the image, as boxes move with theirs."""
+
+    def joint(
+        self, image: Image.Image | np.ndarray, target: Any, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the transformed image, and its target."""
 
 
 def train_batches(
@@ -163,9 +173,10 @@ def _image_and_target(
 
     Raises: BadImage when the image cannot be decoded or does not fit the transform.
     """
-    image = source.image(index)
+    image, target = source.image(index), source.target(index)
     try:
-        tensor = transform(image, rng)
+        if isinstance(transform, JointTransform):
+            return transform.joint(image, target, rng)
+        return transform(image, rng), target
     except InputError as error:
         raise BadImage(f"{source.where(index)} is {error}") from error
-    return tensor, source.target(index)

@@ -13,6 +13,7 @@ from ldae.data.containers import Container, open_container
 from ldae.data.digits import BUILT_IN, built_in_splits
 from ldae.data.image_files import file_splits
 from ldae.data.npz import NpzSource
+from ldae.data.scenes import SCENES, picture_splits
 from ldae.data.source import Source, Splits
 from ldae.errors import InputError, nearest
 
@@ -29,6 +30,8 @@ def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Sp
     name = spec.partition(":")[0]
     if name in BUILT_IN:
         return built_in_splits(spec)
+    if name == SCENES:
+        return picture_splits(spec)
     if rest and kind in timm_datasets.SOURCES:
         source = timm_datasets.SOURCES[kind]
         return {split: partial(source, spec, split) for split in ("train", "eval")}
@@ -36,7 +39,7 @@ def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Sp
         raise InputError("no images: name their source with --data SOURCE")
     path = Path(os.path.expanduser(spec))
     if not os.path.exists(path):
-        close = nearest(name, BUILT_IN, likeness=0.6)
+        close = nearest(name, (*BUILT_IN, SCENES), likeness=0.6)
         hint = f"; did you mean {close}?" if close else ""
         raise InputError(f"no folder, archive or built-in data set is named {spec!r}{hint}")
     if path.name.lower().endswith(".npz") and path.is_file():
@@ -60,7 +63,8 @@ def open_source(
     - A ``.npz`` file of samples: ``arr_0``, uint8 (N, H, W, C), without splits.
     - A cache, the ``.safetensors`` file of ``ldae cache``, with the splits of its source.
     - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: data sets that timm opens.
-    - ``digits`` and ``scattered-digits[:N[:SEED]]``: built-in data sets. ``./digits`` is a folder.
+    - ``digits``, ``scattered-digits[:N[:SEED]]`` and ``digit-scenes[:N[:SEED]]``: built-in data
+      sets. ``./digits`` is a folder.
 
     Raises: InputError when the source does not exist, has no images or lacks the split.
     """
@@ -109,7 +113,7 @@ def _open_split(spec: str, splits: Splits, split: str) -> Source:
 
 
 def _adopt_classes(evaluation: Source, train: Source) -> None:
-    """Renumber the labels of ``evaluation`` by the classes of ``train``, if both have labels."""
+    """Renumber the labels of ``evaluation`` by the classes of ``train``, if both have classes."""
     if None in (evaluation.classes, train.classes) or evaluation.classes == train.classes:
         return
     number = {name: i for i, name in enumerate(train.classes)}
@@ -121,5 +125,7 @@ def _adopt_classes(evaluation: Source, train: Source) -> None:
         raise InputError(
             f"class {unknown[0]!r} of {places[0]} is not among the classes of {places[1]}"
         )
-    evaluation.labels = np.array([number[name] for name in evaluation.classes])[evaluation.labels]
+    if evaluation.labels is not None:  # instances number themselves by the classes
+        numbers = np.array([number[name] for name in evaluation.classes])
+        evaluation.labels = numbers[evaluation.labels]
     evaluation.classes = train.classes

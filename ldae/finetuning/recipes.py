@@ -13,6 +13,8 @@ from ldae.tree import difference, replace
 WIDTHS = {"B": 768, "L": 1024, "H": 1280}
 """Embedding widths of the ViTs for which recipes are published."""
 
+DEFAULT = ""  # there is none: users name the recipe
+
 
 class Recipe(NamedTuple):
     """All constants of a recipe: ``constants`` for all sizes, ``sizes`` for each size.

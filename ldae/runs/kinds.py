@@ -111,6 +111,7 @@ KINDS = {
     ),
     "tokenizer": Kind("a tokenizer", "ldae.settings:Config", "ldae.trajectory"),
     "fine-tuning": Kind("a fine-tuning", "ldae.finetuning.settings:FinetuneConfig"),
+    "detection": Kind("a detection", "ldae.detection.settings:DetectConfig"),
 }
 
 

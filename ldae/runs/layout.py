@@ -34,6 +34,7 @@ CLASSIFIER = "classifier"
 EVALS = "evals"
 RESULTS = "results.json"
 PREDICTIONS = "predictions.npz"
+DETECTIONS = "predictions.json"  # in COCO's format of results
 GRID_TABLE, GRID_PICTURE = "grid.md", "grid.png"
 CORRUPTIONS_TABLE, CORRUPTIONS_PICTURE = "corruptions.md", "corruptions.png"
 

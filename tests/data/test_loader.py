@@ -227,3 +227,24 @@ def test_evaluation_keeps_the_order_of_the_indices(digits, workers):
 def test_evaluation_refuses_a_bad_image():
     with pytest.raises(BadImage, match="000002"):
         list(eval_batches(Numbered(5, frozenset({2})), CropTransform(1, 2), range(5), 2, 0))
+
+
+class Mirror:
+    """A joint transform that mirrors half of the images, and says which by the target."""
+
+    def joint(self, image, target, rng):
+        mirrored = rng.random() < 0.5
+        pixels = torch.from_numpy(np.asarray(image).copy())
+        return (pixels.flip(1) if mirrored else pixels), -1 - target if mirrored else target
+
+
+def test_a_joint_transform_changes_image_and_target_together(digits):
+    labels = torch.from_numpy(digits.labels)
+    (batch,) = train_batches(digits, Mirror(), seed=1, start=0, stop=1, batch_size=N)
+    assert {*(batch.targets < 0).tolist()} == {False, True}
+    plain = {
+        (label, np.asarray(digits.image(i)).tobytes()) for i, label in enumerate(labels.tolist())
+    }
+    for pixels, target in zip(batch.images, batch.targets.tolist()):
+        image = pixels.flip(1) if target < 0 else pixels
+        assert (max(target, -1 - target), image.numpy().tobytes()) in plain

@@ -1,0 +1,89 @@
+"""Compare detectors on a pre-trained backbone with those on its untrained control.
+
+python benchmarks/detection.py [BACKBONE] [--seeds 3] [settings of ldae detect]
+
+The detectors differ only in --random-init: recipe, images, seed and order are the same. Without
+BACKBONE, an l-DAE is pre-trained first, at scale demo on the images of the scenes. The commands are
+printed. Run this command again to resume. The file --out gets the average precisions of all
+detectors so far, their minutes, and the differences in AP50.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+from ldae.files import write_json
+from ldae.runs.environment import environment
+
+_STARTS = {"trained": [], "control": ["--random-init"]}
+_DATA = "digit-scenes"
+_PRETRAINING = [
+    "l_dae", "--scale", "demo", "--data", f"{_DATA}:20000", "--data.img-size", "64",
+    "--optim.epochs", "4",
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backbone", nargs="?")
+    parser.add_argument("--data", default=_DATA)
+    parser.add_argument("--recipe", default="scenes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/detection"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detection.json"))
+    args, settings = parser.parse_known_args()
+    backbone = args.backbone or str(args.runs / "backbone")
+    if not args.backbone:
+        run_ldae("pretrain", *_PRETRAINING, "--run", backbone)
+    rows: list[dict] = []
+    for seed in range(args.seeds):
+        for start, words in _STARTS.items():
+            run = args.runs / f"{start}-{seed}"
+            if not (run / "results.json").exists():
+                how = ["--recipe", args.recipe, "--data", args.data, "--seed", seed, *settings]
+                run_ldae("detect", backbone, *how, *words, "--run", run)
+            rows.append({"start": start, "seed": seed} | measured(run))
+            write_json(args.out, record(rows))
+    for row in rows:
+        print(row)
+    print(record(rows)["above_the_control"])
+
+
+def run_ldae(*words: object) -> None:
+    """Run a command of the package, and stop when it fails."""
+    command = [str(word) for word in words]
+    print("\n$ ldae", *command, flush=True)
+    subprocess.run([sys.executable, "-m", "ldae", *command], check=True)
+
+
+def measured(run: Path) -> dict:
+    """Return the results of a run, and the minutes that its training took."""
+    results = json.loads((run / "results.json").read_text())["results"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds, before = 0.0, 0
+    for line in lines:
+        seconds += (line["images"] - before) / line["images_per_second"]
+        before = line["images"]
+    return {"results": results, "images": before, "minutes_of_training": round(seconds / 60, 2)}
+
+
+def record(rows: list[dict]) -> dict:
+    """Return the rows, and by seed by how many points AP50 is above that of the control."""
+    differences = {}
+    for name in ("box_ap50", "mask_ap50"):
+        scores = {(row["start"], row["seed"]): row["results"].get(name) for row in rows}
+        found = [
+            score - scores["control", seed]
+            for (start, seed), score in scores.items()
+            if start == "trained" and score is not None and ("control", seed) in scores
+        ]
+        if found:
+            differences[name] = {"mean": mean(found), "least": min(found), "by_seed": found}
+    return {"rows": rows, "above_the_control": differences, "environment": environment()}
+
+
+if __name__ == "__main__":
+    main()
