@@ -9,6 +9,7 @@ from ldae.auto import facts, rule
 from ldae.auto.rule import Choice, Choices, Images
 from ldae.data.source import Source
 from ldae.errors import InputError
+from ldae.train.run import compiles
 
 
 class Candidate(NamedTuple):
@@ -115,9 +116,9 @@ class Choosing:
         seen = min(seen, self.given.get("optim.epochs", rule.MOST_EPOCHS) * self.images.count)
         self._take({"optim.batch_size": rule.choose_batch(seen, self.images, self.machine.ranks)})
         batch_size = self.config.optim.batch_size
-        if self.machine.gpu:  # once more, by the batch of the run, and compiled if the run is
-            share = max(batch_size // self.machine.ranks, 1)
-            self.speed = facts.measure_step(self.config, self.device, share)
+        if compiles(self.config.system.compile, self.device):  # so far, none was
+            compiled = facts.measure_step(self.config, self.device, self.speed.batch_size)
+            self.speed = self.speed._replace(images_per_second=compiled.images_per_second)
         if "optim.epochs" not in self.given:
             pace = self._pace(self.speed)
             self._take({"optim.epochs": rule.choose_epochs(pace, self.hours, self.images)})

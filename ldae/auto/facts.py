@@ -26,7 +26,7 @@ _SAMPLE = 256  # images
 _AT_ONCE = 16
 _SECONDS = 10.0  # after which a look at the sample ends
 _STEP_SECONDS = 3.0  # after which no further step of a network begins
-_STEP_IMAGES = {"cpu": 32, "cuda": 256}
+_STEP_IMAGES = {"cpu": 32, "cuda": 512}
 
 
 class Speed(NamedTuple):
@@ -34,7 +34,8 @@ class Speed(NamedTuple):
 
     images_per_second: float
     bytes_an_image: int
-    """What its forward pass keeps of an image for the backward pass."""
+    """What the forward pass keeps of an image for the backward pass; 0 for a compiled network."""
+    batch_size: int
 
 
 def median_side(source: Source, config: Any) -> int:
@@ -112,14 +113,15 @@ def measure_step(config: Any, device: torch.device, batch_size: int = 0) -> Spee
     """Return the speed of training steps on random images.
 
     Args:
-        batch_size: images in a step, which are halved until they fit; by default few.
+        batch_size: images in a step, halved until they fit; by default enough for a full device.
 
     Raises: InputError when one image does not fit into the memory of the device.
     """
     step = fitting_step(config, device, batch_size or _STEP_IMAGES[device.type])
     rate = step.rate(at_most=_STEP_SECONDS)
     batch = on_device(step.batch, device)
-    speed = Speed(rate, _kept_bytes(lambda: step.method(*batch)) // step.batch_size)
+    kept = 0 if step.state.compiled else _kept_bytes(lambda: step.method(*batch))
+    speed = Speed(rate, kept // step.batch_size, step.batch_size)
     del step, batch
     gc.collect()
     if device.type == "cuda":

@@ -104,7 +104,7 @@ def check(config: Any, hours: float) -> None:
     Raises: InputError.
     """
     tree.POSITIVE.check("hours", hours)
-    if config.init_from:
+    if getattr(config, "init_from", ""):
         raise InputError("the scale auto chooses a network, but init_from names one: leave one out")
     tokenizer = getattr(config, "tokenizer", None)
     if tokenizer is None:  # MAE

@@ -32,7 +32,7 @@ def speed(monkeypatch):
     """speed(images): steps of this many images a second, which are not measured."""
 
     def fix(images: float) -> None:
-        found = facts.Speed(images, 10_000)
+        found = facts.Speed(images, 10_000, 32)
         monkeypatch.setattr(facts, "measure_step", lambda config, device, size=0: found)
 
     return fix
@@ -188,7 +188,7 @@ def test_ranks_share_one_choice_and_one_error(tiny, tmp_path, on_ranks, monkeypa
 
     def measure(config, device, size=0):
         assert not torch.distributed.is_initialized()
-        return facts.Speed(1000.0 + torch.rand(()).item(), 10_000)
+        return facts.Speed(1000.0 + torch.rand(()).item(), 10_000, 32)
 
     monkeypatch.setattr(facts, "measure_step", measure)
     changes = {"data.source": DATA, "system.device": "cpu"}
