@@ -155,10 +155,11 @@ def candidates_for(config: Any, side: int, given: dict[str, Any]) -> list[Candid
     """
     found: list[Candidate] = []
     refused = None
+    own_decoder = tree.flatten(type(config)()).get("model.decoder_depth") is not None
     for network in rule.NETWORKS:
         choices = rule.choose_sizes(network, side, given)
         if "model.name" not in given:
-            choices |= rule.describe_network(network)
+            choices |= rule.describe_network(network, own_decoder)
         values = {name: choice.value for name, choice in choices.items() if name not in given}
         candidate = _with_axes(tree.put(config, values))
         if found and candidate == found[-1].config:

@@ -14,7 +14,7 @@ from ldae.errors import InputError
 LEAST_IMAGES = 128  # a batch of the least size
 MOST_EPOCHS = 1600  # of MAE's longest pre-training (He et al. 2022, figure 7)
 
-_TRAINING = 0.9  # share of the hours; the start, the tokenizer, measurements and saves take the rest
+_TRAINING = 0.9  # share of the hours; the start, the tokenizer, measurements and saves get the rest
 _USEFUL_EPOCHS = 400  # the paper's length: further epochs do not justify a larger network
 # At 64 tokens an image these are 20 tokens a parameter, which is optimal for the compute of
 # language models (Hoffmann et al. 2022). The paper's run has 1.7, but there compute is no limit.
@@ -65,8 +65,8 @@ NETWORKS = (
 """In the order of their sizes. As in the paper, encoders have half of the blocks of their ViTs."""
 
 # Largest number of tokens along an edge -> sizes of images with their patches. Small networks get
-# patches of at most 8 pixels: with 16, runs on Imagenette were ten points worse (docs/results.md), if
-# shorter too.
+# patches of at most 8 pixels: a run on Imagenette with 16 was ten points worse than one with 8, which
+# was longer, however (benchmarks/results/README.md).
 _SIZES = {
     8: ((32, 4), (64, 8)),
     16: ((64, 4), (96, 8), (128, 8), (224, 16), (256, 16)),
@@ -125,18 +125,24 @@ def choose_sizes(network: Network, side: int, given: Mapping[str, Any]) -> Choic
     }
 
 
-def describe_network(network: Network) -> Choices:
-    """Return the settings of a network of a row, with the decoder that MAE has for it.
+def describe_network(network: Network, own_decoder: bool) -> Choices:
+    """Return the settings of a network.
 
-    A row's decoder is as large as its encoder. MAE's has half of the width, as MAE's ViT-L has, and
-    half of the blocks, as at the scales demo and small.
+    Args:
+        own_decoder: whether the recipe has a decoder with sizes of its own, as MAE has. It then has
+            half of the width, as with MAE's ViT-L, and half of the blocks, as at the scales demo
+            and small. The decoder of a row is as large as its encoder.
     """
     name, depth, embed_dim, num_heads, _ = network
-    return {
+    encoder = {
         "model.name": Choice(name, ""),
         "model.depth": Choice(depth, "blocks of the encoder"),
         "model.embed_dim": Choice(embed_dim, "its width"),
         "model.num_heads": Choice(num_heads, ""),
+    }
+    if not own_decoder:
+        return encoder
+    return encoder | {
         "model.decoder_depth": Choice(depth // 2, "half of the encoder's blocks"),
         "model.decoder_embed_dim": Choice(embed_dim // 2, "half of its width, as in MAE's ViT-L"),
         "model.decoder_num_heads": Choice(num_heads, ""),
@@ -243,7 +249,8 @@ def choose_axes(variances: Sequence[float]) -> Choice:
     """Return the number of principal axes of patches to keep, from the variance of each."""
     total, patch_dim = sum(variances), len(variances)
     shares = [part / total if total else 1.0 for part in itertools.accumulate(variances)]
-    fewest = next(n for n, share in enumerate(shares, start=1) if share >= _VARIANCE or n == patch_dim)
+    enough = (n for n, share in enumerate(shares, start=1) if share >= _VARIANCE)
+    fewest = next(enough, patch_dim)
     low, high = (min(bound, patch_dim) for bound in _AXES)
     count = min(max(fewest, low), high)
     why = f"these axes have {shares[count - 1]:.0%} of the variance of patches, of {patch_dim} axes"

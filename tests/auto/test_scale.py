@@ -25,6 +25,7 @@ SMALL = {
     "system.device": "cpu", "system.precision": "fp32",
 }  # fmt: skip
 """What makes a run take a second."""
+FLAGS = [f"--{name}={value}" for name, value in SMALL.items() if name != "data.source"]
 
 
 @pytest.fixture
@@ -56,6 +57,7 @@ def test_the_choice_fits_the_recipe_and_the_images(row, speed, tmp_path, capsys)
     tree.check(chosen)
     KINDS[kind].opened().build(chosen)
     assert chosen.data.img_size == 32 and chosen.data.stats == "auto"
+    assert getattr(chosen.model, "decoder_depth", None) == (1 if row == "mae" else None)
     assert chosen.optim.epochs == 1600 and chosen.model.depth == 2  # 200 images are few
     assert tree.difference(recipe, chosen).keys() <= {*SETTINGS}
     lines = capsys.readouterr().out.splitlines()
@@ -143,7 +145,7 @@ def test_the_command_leads_from_a_folder_to_a_run(tmp_path, capsys):
         (["patch_ae"], "the tokenizer patch_ae"),
         (["ddpm"], "model.denoiser is unet"),
         (["l_dae", "--init-from", "vit_tiny_patch16_224"], "init_from names one"),
-        (["l_dae", "--hours", "1e-9", *(f"--{n}={v}" for n, v in SMALL.items() if n != "data.source")], "too few: at"),
+        (["l_dae", "--hours", "1e-9", *FLAGS], "too few: at"),
     ],
 )
 def test_what_has_no_choice_is_refused_in_one_sentence(argv, message, speed, tmp_path, capsys):
