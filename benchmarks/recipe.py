@@ -104,7 +104,7 @@ def pretrain(args: argparse.Namespace, scale: str, run: Path, train: str, seed: 
         ldae.pretrain(config, run, scale=AUTO, hours=hours)
         return
     config = ldae.config(args.row, scale, changes=changes)
-    path = run.with_suffix(".json")  # beside the folder, for a run that resumes
+    path = run.with_name(f"{run.name}.json")  # beside the folder, for a run that resumes
     if not path.exists():
         write_json(path, length(config, hours))
     ldae.pretrain(tree.replace(config, json.loads(path.read_text())), run)

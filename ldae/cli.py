@@ -290,7 +290,8 @@ def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> Non
     chosen, rest = _read_options(argv, scale="paper")
     row = _pop_positional(rest)
     usage, scales = "ROW [--scale SCALE]", ", ".join(trajectory.SCALES)
-    start, auto, hours = "", False, None
+    start, auto = "", False
+    hours: float | None = None
     if command == "pretrain":
         usage += " [--hours HOURS]"
         scales += "; auto chooses settings by the images, this machine and HOURS, by default 4"
