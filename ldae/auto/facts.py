@@ -3,7 +3,6 @@
 import gc
 import os
 import time
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ from ldae.data.loader import Transform, train_batches
 from ldae.data.source import Source
 from ldae.data.workers import available_cpus
 from ldae.machine import parts
-from ldae.pretraining.timing import fitting_step
-from ldae.runs.kinds import kind_with
+from ldae.models.vit import vit_shape
+from ldae.pretraining.timing import TrainingStep, fitting_step
 from ldae.tokenizers.orthonormal import PatchPCA
 from ldae.train.run import transform_of
 from ldae.train.update import on_device
@@ -100,13 +99,19 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def parameters_of(config: Any) -> int:
-    """Return the number of trained parameters of the network that these settings describe.
+    """Return the weights in the blocks of the encoder and the decoder, without biases.
 
-    Raises: InputError when the settings do not fit together.
+    Raises: InputError when the sizes of the encoder do not fit together.
     """
-    with torch.device("meta"):
-        method = kind_with(config).opened().build(config)
-    return sum(part.numel() for part in method.parameters() if part.requires_grad)
+    model = config.model
+    ratio = getattr(model, "mlp_ratio", None)
+    shape = vit_shape(model.name, model.depth, model.embed_dim, model.num_heads, ratio)
+    depth, width = (getattr(model, f"decoder_{size}", 0) for size in ("depth", "embed_dim"))
+    depth = shape.depth if depth is None else depth  # as large as the encoder
+    width = shape.embed_dim if width is None else width
+    # Four matrices of attention, and two of the MLP.
+    area = shape.depth * shape.embed_dim**2 + depth * width**2
+    return round((4 + 2 * shape.mlp_ratio) * area)
 
 
 def measure_step(config: Any, device: torch.device, batch_size: int = 0) -> Speed:
@@ -119,17 +124,16 @@ def measure_step(config: Any, device: torch.device, batch_size: int = 0) -> Spee
     """
     step = fitting_step(config, device, batch_size or _STEP_IMAGES[device.type])
     rate = step.rate(at_most=_STEP_SECONDS)
-    batch = on_device(step.batch, device)
-    kept = 0 if step.state.compiled else _kept_bytes(lambda: step.method(*batch))
+    kept = 0 if step.state.compiled else _kept_bytes(step)
     speed = Speed(rate, kept // step.batch_size, step.batch_size)
-    del step, batch
+    del step
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return speed
 
 
-def _kept_bytes(forward: Callable[[], object]) -> int:
+def _kept_bytes(step: TrainingStep) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, with the weights."""
     storages: dict[int, int] = {}
 
@@ -139,5 +143,6 @@ def _kept_bytes(forward: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _ = forward()  # as long as there is its result, no storage is used again
+        # No storage is used again as long as there is the result.
+        _ = step.method(*on_device(step.batch, step.device))
     return sum(storages.values())

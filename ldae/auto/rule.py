@@ -65,8 +65,8 @@ NETWORKS = (
 """In the order of their sizes. As in the paper, encoders have half of the blocks of their ViTs."""
 
 # Largest number of tokens along an edge -> sizes of images with their patches. Small networks get
-# patches of at most 8 pixels: a run on Imagenette with 16 was ten points worse than one with 8, which
-# was longer, however (benchmarks/results/README.md).
+# patches of at most 8 pixels: with 16, a run on Imagenette was ten points worse than one with 8,
+# which was longer, however (benchmarks/results/README.md).
 _SIZES = {
     8: ((32, 4), (64, 8)),
     16: ((64, 4), (96, 8), (128, 8), (224, 16), (256, 16)),
@@ -201,7 +201,6 @@ def choose_network(
             break
         chosen, larger = number, ""
     return chosen, f"{_millions(parameters[chosen])} parameters{larger}"
-
 
 
 def choose_batch(seen: float, images: Images, ranks: int) -> Choice:

@@ -1,16 +1,28 @@
+import pytest
 import torch
 
+import ldae
 from ldae.auto import facts
-from ldae.method import build
+from ldae.mae.network import MAE
+from ldae.method import LDAE
+from ldae.pretraining.timing import TrainingStep
+from ldae.runs.kinds import kind_with
 from ldae.tree import flatten
 
 CPU = torch.device("cpu")
 
 
-def test_parameters_are_counted_without_memory(tiny):
-    config = tiny()
-    trained = [part for part in build(config).parameters() if part.requires_grad]
-    assert facts.parameters_of(config) == sum(part.numel() for part in trained)
+@pytest.mark.parametrize("row, kind", [("l_dae", LDAE), ("mae", MAE)])
+def test_parameters_are_the_matrices_of_the_blocks(row, kind):
+    config = ldae.config(row, scale="demo")
+    method = kind_with(config).opened().build(config)
+    assert isinstance(method, kind)
+    counted = sum(
+        part.numel()
+        for name, part in method.named_parameters()
+        if part.ndim == 2 and (".attn." in name or ".mlp." in name)
+    )
+    assert facts.parameters_of(config) == counted
 
 
 def test_sides_and_seconds_are_those_of_the_images(tiny, pictures):
@@ -34,11 +46,10 @@ def test_a_step_is_measured_and_leaves_the_settings(tiny):
     assert 0 < many.bytes_an_image < few.bytes_an_image  # the weights are shared by more images
 
 
-def test_kept_bytes_are_those_of_the_backward_pass():
-    x = torch.ones(100, requires_grad=True)
-    assert facts._kept_bytes(lambda: x.exp()) == 400  # its result
-    assert facts._kept_bytes(lambda: x * x) == 400  # twice the same
-    assert facts._kept_bytes(lambda: x + 1) == 0
+def test_kept_bytes_grow_with_the_batch(tiny):
+    """By the same number for each image, beside the weights."""
+    two, four, six = (facts._kept_bytes(TrainingStep(tiny(), CPU, size)) for size in (2, 4, 6))
+    assert six - four == four - two > 0
 
 
 def test_a_rank_has_its_share_of_the_machine(monkeypatch):

@@ -97,7 +97,7 @@ def test_a_run_has_plain_settings_and_resumes_by_the_same_call_without_measuring
 ):
     speed(4000.0)
     config = ldae.config("l_dae", changes=SMALL)
-    auto = {"scale": "auto", "hours": 2e-4}
+    auto = {"scale": "auto", "hours": 5e-4}
     interrupts(LDAE, 5)
     with pytest.raises(Interrupted):
         ldae.pretrain(config, tmp_path / "auto", **auto)
@@ -175,8 +175,9 @@ def test_only_pretrain_has_the_scale_auto(tmp_path, capsys):
 
 def test_a_bad_image_of_the_sample_is_named_or_skipped(speed, tmp_path):
     speed(1000.0)
-    for number in range(130):
-        Image.new("RGB", (40, 40)).save(tmp_path / f"{number:03}.png")
+    pixels = np.random.default_rng(0).integers(0, 255, (130, 40, 40, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number:03}.png")
     (tmp_path / "007.png").write_bytes(b"no image")
     config = ldae.config("l_dae", changes=SMALL | {"data.source": str(tmp_path)})
     with pytest.raises(InputError, match="007.png"):
