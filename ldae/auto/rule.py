@@ -197,7 +197,7 @@ def choose_network(
                 break
             seen = images_in(hours, pace)
         if needed > seen:
-            larger += f" {hours:g} hours have"
+            larger += f" this machine can show it in {hours:g} hours"
             break
         chosen, larger = number, ""
     return chosen, f"{_millions(parameters[chosen])} parameters{larger}"
