@@ -190,7 +190,7 @@ def _usage() -> str:
         "to a cluster.\n"
         f"{launch.HELP}\n"
         f"`ldae COMMAND ... {_RELIST}` lists the files of large data sets anew.\n"
-        "Start with: ldae demo, or ldae pretrain l_dae --scale small --data DIR --run runs/first"
+        "Start with: ldae demo, or ldae pretrain l_dae --scale auto --data DIR --run runs/first"
     )
 
 
@@ -283,32 +283,71 @@ def _call_with_protocol(command: str, argv: Sequence[str], function: Callable) -
 
 
 def _call_with_row(command: str, argv: Sequence[str], function: Callable) -> None:
-    """Read what sets the settings' defaults first: the row, ``--scale`` and ``--init-from``."""
-    from ldae import trajectory
+    """Read what sets the settings' defaults first: the row, ``--scale`` and ``--init-from``.
+
+    At the scale auto they are those of paper. The command then chooses all that is not named here.
+    """
+    from ldae import trajectory, tree
     from ldae.pretraining import recipes
 
     chosen, rest = _read_options(argv, scale="paper")
     row = _pop_positional(rest)
-    start = ""
+    usage, scales = "ROW [--scale SCALE]", ", ".join(trajectory.SCALES)
+    start, auto = "", False
+    hours: float | None = None
     if command == "pretrain":
+        usage += " [--hours HOURS]"
+        scales += "; auto chooses settings by the images, this machine and HOURS, by default 4"
+        options, rest = _read_options(rest, hours="")
+        auto, hours = chosen.scale == "auto", _hours(options.hours, chosen.scale)
         start = vars(_read_options(rest, **{"init-from": ""})[0])["init_from"]
+    scale, named = "paper" if auto else chosen.scale, _named_settings(rest)
     if row is None and not _asks_help(rest):
         raise InputError(f"name a row: ldae {command} l_dae ... (`ldae show` lists the rows)")
     if row and Path(row).suffix in (".yaml", ".yml"):
-        base = recipes.read(Path(row), chosen.scale, _STARTS[command], start)
+        base = recipes.read(Path(row), scale, _STARTS[command], start)
+        named |= tree.flatten_table(tree.read_yaml(Path(row))).keys()
     else:
         _, row = recipes.find(row or "l_dae", _STARTS[command])
-        base = recipes.config(row, chosen.scale, start)
+        base = recipes.config(row, scale, start)
+    if auto:
+        keep = tuple(name for name in tree.flatten(base) if name in named)
+        function = functools.partial(function, scale="auto", hours=hours, keep=keep)
     _call_with_settings(
         command,
         function,
         rest,
         base,
         row,
-        usage="ROW [--scale SCALE]",
+        usage=usage,
         argument="ROW (a name or number of `ldae show`, or a .yaml file of settings) at SCALE "
-        f"({', '.join(trajectory.SCALES)})",
+        f"({scales})",
     )
+
+
+def _hours(word: str, scale: str) -> float | None:
+    """Return the number of --hours, or None if it is not given.
+
+    Raises: InputError for another word, a number that is no time, and another scale than auto.
+    """
+    from ldae.tree import POSITIVE
+
+    if not word:
+        return None
+    if scale != "auto":
+        raise InputError(f"--hours is for --scale auto, not for the scale {scale}")
+    try:
+        hours = float(word)
+    except ValueError:
+        raise InputError(f"--hours takes a number, not {word!r}") from None
+    POSITIVE.check("hours", hours)
+    return hours
+
+
+def _named_settings(argv: Sequence[str]) -> set[str]:
+    """Return the dotted names in the flags of a command line."""
+    flags = (word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    return {flag.replace("-", "_") for flag in flags}
 
 
 def _call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> None:

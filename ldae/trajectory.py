@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldae.errors import unknown
+from ldae.errors import InputError, unknown
 from ldae.settings import Config
 from ldae.tree import flatten, put
 
@@ -184,6 +184,8 @@ def at_scale(settings: Any, name: str) -> Any:
 
     Raises: InputError with the nearest name when there is no such scale.
     """
+    if name == "auto":
+        raise InputError("the scale auto is chosen on the images of a run, by `ldae pretrain` only")
     if name not in SCALES:
         raise unknown("there is no scale", name, SCALES, f"; the scales are {', '.join(SCALES)}")
     scale, known = SCALES[name], flatten(settings)

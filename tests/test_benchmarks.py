@@ -31,6 +31,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "guidance",
         "latents",
         "paired",
+        "recipe",
         "rows",
         "soak",
         "watching",

@@ -31,6 +31,7 @@ LAYERS = [
     ["pretraining", "deployment"],
     ["mae", "run"],
     ["machine", "launch"],
+    ["auto"],
     ["cli"],
     ["commands"],
     ["__init__", "__main__"],

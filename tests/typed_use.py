@@ -11,6 +11,7 @@ import ldae
 def right() -> None:
     run = ldae.pretrain(ldae.config("l_dae", changes={"data.source": "photos/"}), "runs/photos")
     assert_type(run, ldae.Run)
+    ldae.pretrain(run.config, "runs/auto", scale="auto", hours=4)
     assert_type(ldae.load_run(Path("runs/photos")).sample(4), torch.Tensor)
     assert_type(run.denoise(run.images(8), t=10), ldae.Denoised)
     assert_type(ldae.load_backbone(run.folder), torch.nn.Module)
@@ -36,3 +37,4 @@ def wrong() -> None:
     ldae.Setup(workers="two")  # type: ignore[arg-type]
     ldae.load_rum("runs/photos")  # type: ignore[attr-defined]
     ldae.pretrain(3, "runs/photos")  # type: ignore[arg-type]
+    ldae.pretrain("runs/photos", scale="huge")  # type: ignore[arg-type]
