@@ -25,6 +25,7 @@ from ldae.commands.linear import linear as linear
 from ldae.commands.logreg import LogregProtocol as LogregProtocol
 from ldae.commands.logreg import logreg as logreg
 from ldae.commands.pretrain import pretrain as pretrain
+from ldae.commands.rerun import rerun as rerun
 from ldae.commands.retrieve import RetrievalProtocol as RetrievalProtocol
 from ldae.commands.retrieve import retrieve as retrieve
 from ldae.commands.sample import sample as sample
@@ -34,6 +35,7 @@ from ldae.commands.submit import submit as submit
 from ldae.commands.validate import ValidationProtocol as ValidationProtocol
 from ldae.commands.validate import validate as validate
 from ldae.data.listing import relisting as relisting
+from ldae.errors import DifferentResult as DifferentResult
 from ldae.errors import InputError as InputError
 from ldae.errors import LostRank as LostRank
 from ldae.evals.dense import SegmentProtocol as SegmentProtocol

@@ -21,6 +21,9 @@ def right() -> None:
     assert_type(ldae.linear("pixels", Path("photos"), protocol=probe), dict[Any, Any])
     assert_type(ldae.embed(run.folder, "photos/", out="features.npy"), Path)
     assert_type(ldae.finetune(ldae.finetune_config("pixels"), "runs/tuned"), dict[Any, Any])
+    assert_type(ldae.rerun(Path("results.json"), tolerance=0.2), dict[Any, Any])
+    seeds = ldae.Setup(seeds=(0, 1, 2), out="results")
+    assert_type(ldae.linear("pixels", "photos", setup=seeds), dict[Any, Any])
     assert_type([job.id for job in ldae.jobs("runs")], list[str])
     with ldae.relisting():
         ldae.sample("runs/photos", 4, how=ldae.SamplingSettings(steps=10))

@@ -82,9 +82,7 @@ def test_slurms_answer_goes_before_the_records(folder, tmp_path):
         script.chmod(0o755)
     for job in ("1", "2", "3", "4", "5_0", "6_1", "7_0", "7_1", "7_3"):
         folder(job, state="running", host="node", pid=1, text="images 8/16\n")
-    assert [
-        (status.id, status.state, status.message) for status in read_statuses(tmp_path)
-    ] == [
+    assert [(status.id, status.state, status.message) for status in read_statuses(tmp_path)] == [
         ("1", "done", "images 8/16"),
         ("2", "cancelled", "images 8/16"),
         ("3", "failed", "OUT_OF_MEMORY"),
