@@ -26,6 +26,7 @@ from ldae.commands.linear import linear as linear
 from ldae.commands.logreg import LogregProtocol as LogregProtocol
 from ldae.commands.logreg import logreg as logreg
 from ldae.commands.pretrain import pretrain as pretrain
+from ldae.commands.rerun import rerun as rerun
 from ldae.commands.retrieve import RetrievalProtocol as RetrievalProtocol
 from ldae.commands.retrieve import retrieve as retrieve
 from ldae.commands.sample import sample as sample
@@ -40,6 +41,7 @@ from ldae.detection.open import TrainedDetector as TrainedDetector
 from ldae.detection.open import load_detector as load_detector
 from ldae.detection.recipes import detect_config as detect_config
 from ldae.detection.settings import DetectConfig as DetectConfig
+from ldae.errors import DifferentResult as DifferentResult
 from ldae.errors import InputError as InputError
 from ldae.errors import LostRank as LostRank
 from ldae.evals.dense import SegmentProtocol as SegmentProtocol

@@ -16,6 +16,7 @@ from ldae.errors import InputError, exit_status, report, unknown
 from ldae.train.interrupt import SIGNALS, Interrupted
 
 if TYPE_CHECKING:
+    from ldae.cluster.settings import SlurmSettings
     from ldae.evals.protocol import Grader
 
 # Commands that take a recipe by name -> the kinds of run that they start; empty: all pre-trainings.
@@ -44,6 +45,7 @@ COMMANDS = {
     "detect": "train and grade an object detector on a backbone; the same command resumes",
     **GRADERS,
     "evaluate": "run many gradings of a suite file into one table; resumes too",
+    "rerun": "repeat an evaluation, and say whether its numbers are the same",
     "grid": "probe the encoder of a run at many noise levels and after every block",
     "fid": "measure the FID of generated images to reference images",
     "sample": "generate images from a run: a grid, a folder or a file.npz",
@@ -58,7 +60,9 @@ COMMANDS = {
     "doctor": "measure this machine: what bounds a pre-training, and how long ImageNet takes",
     "demo": "run everything in minutes, on built-in images",
 }
-_IN_RANKS = (*_STARTS, *_RECIPES, *GRADERS, "evaluate", "grid", "fid", "sample", "embed")
+_IN_RANKS = (
+    *_STARTS, *_RECIPES, *GRADERS, "evaluate", "rerun", "grid", "fid", "sample", "embed"
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,11 +134,14 @@ def _run(command: str, argv: Sequence[str]) -> int:
                 print(f"\n{launch.HELP}\n")
             parse_flags(["--help"], prog=f"ldae {command} ...")
     elif command == "submit":
-        _call(command, argv, functools.partial(_function(command), flags=flags))
+        _call(command, argv, functools.partial(function_of(command), flags=flags))
     elif flags:
         if command in _WITHOUT_JOBS:
             raise InputError(f"`ldae {command}` takes no {FLAG}: it is done in a moment")
         settings = set_tasks(parse_flags(flags, prog=f"ldae {command} ..."), devices)
+        if command == "evaluate":
+            _send_cells(argv, settings)
+            return 0
         parse(command, argv)  # refuse wrong arguments before the job waits for hours
         (job,) = send([[command, *argv]], settings, folder_of(settings, argv))
         print(f"job {job.job_id}: ldae {command}; its log is {log_path(job)}", flush=True)
@@ -148,6 +155,17 @@ def _run(command: str, argv: Sequence[str]) -> int:
     else:
         _call(command, argv)
     return 0
+
+
+def _send_cells(argv: Sequence[str], settings: "SlurmSettings") -> None:
+    """Send the cells of a suite as an array of jobs."""
+    module = import_module(function_of("evaluate").__module__)
+
+    @functools.wraps(module.evaluate)
+    def send(*args: object, **kwargs: object) -> None:
+        module.send_cells(settings, *args, **kwargs)
+
+    _call("evaluate", argv, send)
 
 
 def parse(command: str, argv: Sequence[str]) -> None:
@@ -166,7 +184,7 @@ def parse(command: str, argv: Sequence[str]) -> None:
     if command in _RECIPES:  # with a size, the backbone is not opened, which may not exist yet
         argv = ["--size", "B", *argv]
 
-    @functools.wraps(_function(command))
+    @functools.wraps(function_of(command))
     def check_settings(*args: object, **kwargs: object) -> None:
         for settings in filter(is_dataclass, (*args, *kwargs.values())):
             check(settings)
@@ -201,7 +219,7 @@ def _call(command: str, argv: Sequence[str], function: Callable | None = None) -
 
         with relisting():
             return _call(command, [word for word in argv if word != _RELIST], function)
-    function = function or _function(command)
+    function = function or function_of(command)
     if command in _STARTS:
         _call_with_row(command, argv, function)
     elif command in _RECIPES:
@@ -238,7 +256,8 @@ def _parse(
     )
 
 
-def _function(command: str) -> Callable:
+def function_of(command: str) -> Callable:
+    """Return the function of a command."""
     name = command.replace("-", "_")
     return getattr(import_module(f"ldae.commands.{name}"), name)
 
@@ -247,7 +266,7 @@ def graders() -> dict[str, "Grader"]:
     """Return the commands with a protocol by name."""
     from ldae.evals.protocol import Grader
 
-    return {name: Grader(name, _function(name)) for name in GRADERS}
+    return {name: Grader(name, function_of(name)) for name in GRADERS}
 
 
 def _call_with_protocol(command: str, argv: Sequence[str], function: Callable) -> None:
@@ -419,8 +438,17 @@ def _call_with_settings(
         dry_run: Annotated[
             bool, tyro.conf.arg(help="Print the settings and the plan, and stop.")
         ] = False,
+        seeds: Annotated[
+            tuple[int, ...],
+            tyro.conf.arg(help="Seeds to train by, each in a folder of its own below --run."),
+        ] = (),
     ) -> None:
-        function(config, run, *more, dry_run)
+        function(config, run, *more, dry_run, **({"seeds": seeds} if seeds else {}))
+
+    if "seeds" not in inspect.signature(function).parameters:
+        parameters = inspect.signature(call).parameters.values()
+        kept = [parameter for parameter in parameters if parameter.name != "seeds"]
+        call.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]  # for inspect
 
     summary = COMMANDS[command].partition(";")[0]
     description = f"{summary.capitalize()}: {argument} in the folder of --run. "

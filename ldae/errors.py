@@ -28,6 +28,15 @@ class LostRank(InputError):
     exit_status = LOST_RANK
 
 
+class DifferentResult(InputError):
+    """The numbers of a repeated evaluation, when they are not those of the first one.
+
+    The input is not wrong. The exit status tells this from a refusal.
+    """
+
+    exit_status = 1
+
+
 def exit_status(error: BaseException) -> int:
     """Return the exit status of a process that ends with ``error``."""
     if isinstance(error, KeyboardInterrupt):  # by Ctrl-C, or with the number of another signal

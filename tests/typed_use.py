@@ -25,6 +25,9 @@ def right() -> None:
     assert_type(ldae.detect(ldae.detect_config("pixels"), "runs/detector"), dict[Any, Any])
     found = ldae.load_detector("runs/detector")([])
     assert_type(found, list[ldae.Found])
+    assert_type(ldae.rerun(Path("results.json"), tolerance=0.2), dict[Any, Any])
+    seeds = ldae.Setup(seeds=(0, 1, 2), out="results")
+    assert_type(ldae.linear("pixels", "photos", setup=seeds), dict[Any, Any])
     assert_type([job.id for job in ldae.jobs("runs")], list[str])
     with ldae.relisting():
         ldae.sample("runs/photos", 4, how=ldae.SamplingSettings(steps=10))

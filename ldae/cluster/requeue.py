@@ -155,8 +155,8 @@ def measure_progress(folder: Path) -> int:
     """Return a number that changes whenever the command of a job saves something.
 
     With --run, it counts the images that the newest checkpoints of the run have seen. With --out,
-    it counts the files there, and the images that a probe there has seen. Otherwise it counts the
-    images that the probes of the backbone have seen.
+    it counts the files there, of the part that --only names, and the images that a probe there has
+    seen. Otherwise it counts the images that the probes of the backbone have seen.
     """
     record = read_object(folder / layout.JOB_RECORD)
     if not record:  # the job ended before its sender wrote it
@@ -165,11 +165,13 @@ def measure_progress(folder: Path) -> int:
     if run := option(words, "--run"):
         return _images_seen(here / run)
     if out := option(words, "--out"):
+        out = "/".join(filter(None, [out, option(words, "--only")]))
         places = (here / out, here / f"{out}{files.PARTS}")
         paths = (path for place in places for path in place.rglob("*"))
         return _images_seen(here / out) + sum(path.suffix != files.PARTIAL for path in paths)
-    backbone = here.joinpath(*words[1:2])
-    return _images_seen(backbone if backbone.is_dir() else here / layout.EVALS)
+    named = here.joinpath(*words[1:2])  # a backbone, or the results that `ldae rerun` repeats
+    folder = named.parent if named.name == layout.RESULTS else named
+    return _images_seen(folder if folder.is_dir() else here / layout.EVALS)
 
 
 def _images_seen(folder: Path) -> int:

@@ -16,9 +16,10 @@ from ldae.detection.recipes import changed_constants
 from ldae.detection.scoring import Result, average_precision, check_installed
 from ldae.detection.settings import DetectConfig, DetectModelSettings, JitterSettings
 from ldae.errors import InputError
+from ldae.evals.call import describe_call
 from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
 from ldae.evals.protocol import Protocol
-from ldae.files import write_json
+from ldae.files import state_hash, write_json
 from ldae.precision import runs_in_bf16, unchanged_generators
 from ldae.runs import layout
 from ldae.runs.folder import open_run
@@ -56,6 +57,8 @@ class Detection:
     config: DetectConfig
     evaluation: Evaluation
     """The detector, the images and the device."""
+    starts_from: str
+    """Hash of the backbone's weights before the training."""
     plan: Plan
     bf16: bool
 
@@ -144,6 +147,7 @@ def _prepare(config: DetectConfig, evaluation: Evaluation, bf16: bool) -> Detect
                 "--model.no-masks trains boxes alone"
             )
         source.has_masks = config.model.masks
+    starts_from = state_hash(evaluation.model.state_dict())
     detector = build_detector(evaluation.model, config, len(evaluation.train.classes))
     transform = replace(
         evaluation.transform,
@@ -152,9 +156,10 @@ def _prepare(config: DetectConfig, evaluation: Evaluation, bf16: bool) -> Detect
         crop_pct=1.0,
         crop_mode="upper left",
     )
-    evaluation = replace(evaluation, model=detector, transform=transform)
+    call = describe_call("detect", [config])
+    evaluation = replace(evaluation, model=detector, transform=transform, call=call)
     plan = plan_run(len(evaluation.train), config.optim, config.system, evaluation.device)
-    return Detection(config, evaluation, plan, bf16)
+    return Detection(config, evaluation, starts_from, plan, bf16)
 
 
 def _train_and_grade(detection: Detection, run: Path) -> dict:
@@ -184,7 +189,7 @@ def _train_and_grade(detection: Detection, run: Path) -> dict:
         write_json(run / layout.DETECTIONS, found)
     graded = replace(evaluation, model=detector)
     dim, classes = detector.backbone.vit.num_features, len(evaluation.train.classes)
-    record = graded.write(detection.score(found), dim, classes)
+    record = graded.write(detection.score(found), dim, classes, starts_from=detection.starts_from)
     print_main(f"{run}: done")
     return record
 

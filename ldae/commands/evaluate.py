@@ -1,42 +1,28 @@
-"""``ldae evaluate``: run the evaluations of a suite file into one table."""
+"""``ldae evaluate``: run the evaluations of a suite file into one table, here or as an array."""
 
-import functools
-import itertools
-import json
-import sys
-import traceback
-from dataclasses import asdict, replace
+import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ldae.cli import graders
+from ldae.cluster.array import run_array, send_array
+from ldae.cluster.requeue import option
+from ldae.cluster.settings import SlurmSettings
+from ldae.cluster.status import read_statuses
 from ldae.console import print_main
-from ldae.data.open import open_source
-from ldae.distributed import (
-    agree,
-    device_for,
-    gather_values,
-    is_lost_connection,
-    is_main,
-    process_group,
-)
-from ldae.errors import InputError, LostRank, first_line
-from ldae.evals.embedded import images_or_embedded
-from ldae.evals.evaluation import (
-    Setup,
-    changes,
-    keep_network,
-    open_backbone,
-    open_classifier,
-)
-from ldae.evals.features import cache_features
-from ldae.evals.suite import Cell, read_suite
+from ldae.distributed import device_for, process_group
+from ldae.errors import InputError, unknown
+from ldae.evals.cell import Cell
+from ldae.evals.evaluation import Setup, keep_network
+from ldae.evals.running import Keys, Progress, read_progress, run_cells
+from ldae.evals.suite import read_suite
 from ldae.evals.table import write_table
-from ldae.files import check_writable, state_hash, write_json
-from ldae.train.interrupt import Interrupted
-from ldae.tree import AnyPath
+from ldae.files import check_writable
+from ldae.tree import AnyPath, difference
+
+_ONLY = "--only"
 
 
 def evaluate(
@@ -44,6 +30,7 @@ def evaluate(
     /,
     *,
     suite: Annotated[AnyPath, tyro.conf.arg(metavar="SUITE.toml")],
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CELL")] = (),
     setup: Setup = Setup(),
 ) -> dict:
     """Run many evaluations into one table: every backbone by every protocol on every data set.
@@ -53,7 +40,11 @@ def evaluate(
     of each cell. To continue, run the same command again: a cell is skipped if its results were
     made by the same protocol, with the same weights and images. If a cell fails, the others are
     still run; if it fails on some ranks only, the command ends. Features that several protocols
-    need are extracted once.
+    need are extracted once. With --seeds, each seed is a cell of its own, and the table shows the
+    mean and the standard deviation.
+
+    With --slurm, the cells are an array of jobs, which fill the table as they end. The same command
+    again lists what is finished or in the queue, and sends only what is missing.
 
     Args:
         backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], in
@@ -61,6 +52,8 @@ def evaluate(
         suite: file of [data.NAME] with train and eval, [protocols.NAME] with verb and its settings,
             and [[backbones]] with spec, name, random_init, and published.DATA with a number of each
             protocol, which the table shows beside the result.
+        only: run only these cells, by their folders below --out, such as NAME/DATA/PROTOCOL or
+            NAME.
 
     Returns: the content of table.json.
 
@@ -72,122 +65,134 @@ def evaluate(
         ... )
         >>> table["cells"][0]["results"]
     """
-    if setup.out is None:
-        raise InputError("say where the table goes: --out DIR")
-    out = Path(setup.out)
-    check_writable(out)
-    cells = read_suite(Path(suite), tuple(map(str, backbones)), setup, graders())
-    keys = _Keys()
-    failures: dict[Path, str] = {}
-    with process_group(device_for(setup.device)), keep_network():
-        # Rank 0 decides, once all ranks have read: on other machines, files may have other times.
-        finished = gather_values([keys.is_finished(cell) for cell in cells])[0]
-        done = list(itertools.compress(cells, finished))
-        numbered = enumerate(cells, 1)
-        for _, group in itertools.groupby(numbered, lambda pair: (pair[1].opened, pair[1].data)):
-            with cache_features():
-                for number, cell in group:
-                    state = ", finished before" if cell in done else ""
-                    print_main(f"cell {number} of {len(cells)}: {cell}{state}")
-                    if cell not in done:
-                        _run(cell, keys, done, failures)
-                        write_table(out, cells, done, failures)
-        table = write_table(out, cells, done, failures)
-    print_main(f"{len(done)} of {len(cells)} cells; {out / 'table.md'}")
-    if failures:
+    out, cells = _read(backbones, suite, setup)
+    chosen = _choose(cells, only)
+    others = [cell for cell in cells if cell not in chosen]
+
+    def report(progress: Progress) -> dict:
+        return _write_table(out, cells, progress, others)
+
+    with process_group(device_for(setup.device)):
+        progress = run_cells(chosen, report)
+        table = report(progress)
+    print_main(f"{len(progress.done)} of {len(chosen)} cells; {out / 'table.md'}")
+    if failures := len(progress.failures):
         raise InputError(
-            f"{len(failures)} of {len(cells)} cells failed, see {out / 'table.md'}; run the "
-            "same command to try them again"
+            f"{failures} of {len(chosen)} cells failed, see {out / 'table.md'}; run the same "
+            "command to try them again"
         )
     return table
 
 
-def _run(cell: Cell, keys: "_Keys", done: list[Cell], failures: dict[Path, str]) -> None:
-    """Run a cell, or record why it failed, so that the other cells are not lost.
+def _read(backbones: tuple[str, ...], suite: str | Path, setup: Setup) -> tuple[Path, list[Cell]]:
+    """Return the folder of the table, and the cells. Raises: InputError, as ``evaluate``."""
+    if setup.out is None:
+        raise InputError("say where the table goes: --out DIR")
+    check_writable(Path(setup.out))
+    return Path(setup.out), read_suite(Path(suite), tuple(map(str, backbones)), setup, graders())
 
-    Raises: InputError, to end all ranks, when not all of them fail in the same way: ranks that go
-        on alone would wait for the others in different places.
+
+def _choose(cells: list[Cell], only: tuple[str, ...]) -> list[Cell]:
+    """Return the cells of these names, or in these folders.
+
+    Raises: InputError for a name that none has.
     """
-    try:
-        key = keys.of(cell)
-        record = cell.run()
-        if is_main():  # rewritten with the key, without which the cell does not count as finished
-            write_json(cell.results, record | {"suite": key})
-        done.append(cell)
-    except (Interrupted, LostRank):  # the whole command has to end
-        raise
-    except Exception as error:
-        if is_lost_connection(error):
-            raise
-        sentence = _sentence(error)
-        if not agree(f"failure of {cell}", sentence):
-            raise InputError(f"{cell}: {sentence}") from error
-        failures[cell.results] = sentence
-        print(f"ldae: {cell}: {sentence}", file=sys.stderr, flush=True)
+    for name in only:
+        if not any(_is_in(cell, name) for cell in cells):
+            raise unknown("there is no cell", name, [cell.name for cell in cells])
+    return [cell for cell in cells if not only or any(_is_in(cell, name) for name in only)]
 
 
-class _Keys:
-    """The keys of cells: everything that decides their numbers. Weights and images are read once.
+def _is_in(cell: Cell, folder: str) -> bool:
+    return f"{cell.name}/".startswith(f"{folder.rstrip('/')}/")
 
-    They have fingerprints because they change under the same name: as a run goes on, or when an
-    image is replaced.
+
+def _write_table(out: Path, cells: list[Cell], own: Progress, others: list[Cell]) -> dict:
+    """Write the table with the progress of this process and what the files of other cells say.
+
+    Other processes write it too. The one that writes last must have seen all results, so each
+    reads them again after it has written, and writes again if there is more.
     """
-
-    def __init__(self) -> None:
-        self._weights = functools.cache(_weights)
-        self._images = functools.cache(_images)
-
-    def of(self, cell: Cell) -> dict:
-        """Return the key of a cell, in JSON's types.
-
-        Raises: InputError when the images or the backbone cannot be opened.
-        """
-        graded = cell.eval or cell.train
-        learned, split = (cell.train, "train") if cell.learns else (graded, "eval")
-        return _settings(cell) | {
-            "fingerprint": self._images(learned, split),
-            "eval_fingerprint": self._images(graded, "eval"),
-            "weights": self._weights(*cell.opened, cell.takes_classifier),
-        }
-
-    def is_finished(self, cell: Cell) -> bool:
-        """Return whether results.json exists and was made with the key of the cell."""
-        try:
-            record = json.loads(cell.results.read_text(encoding="utf-8"))
-            key = record["suite"]
-            if not _settings(cell).items() <= key.items():  # before images and weights are read
-                return False
-            return isinstance(record["results"], dict) and key == self.of(cell)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return False  # also after an InputError, which running the cell will report
+    found = read_progress(others)
+    while True:
+        both = Progress(found.done + own.done, found.failures | own.failures)
+        table = write_table(out, cells, both)
+        before, found = found, read_progress(others)
+        if found == before:
+            return table
 
 
-def _settings(cell: Cell) -> dict:
-    """Return the part of a cell's key that the suite decides, in JSON's types."""
-    column = cell.column
-    settings = {
-        "verb": column.grader.name,
-        "backbone": cell.spec,
-        "random_init": cell.setup.random_init,
-        "data": cell.train,
-        "eval_data": cell.eval,
-        "settings": asdict(column.protocol) | column.options,
-        "setup": changes(replace(cell.setup, random_init=False)),
+def send_cells(
+    slurm: SlurmSettings,
+    backbones: tuple[str, ...] = (),
+    /,
+    *,
+    suite: str | Path,
+    only: tuple[str, ...] = (),
+    setup: Setup = Setup(),
+) -> dict:
+    """Send the cells that are neither finished nor in the queue as an array of jobs.
+
+    Args:
+        slurm: the settings of the jobs; the other arguments are those of ``evaluate``.
+
+    Returns: the content of table.json; it has all results if the jobs ran on this machine.
+
+    Raises: InputError as ``evaluate`` does, for settings with which no job can be sent, and when a
+        job on this machine has failed.
+    """
+    out, cells = _read(backbones, suite, setup)
+    chosen = _choose(cells, only)
+    command = ("evaluate", *map(str, backbones), "--suite", str(suite), *_flags(setup))
+    folder = Path(slurm.folder or out)
+    queued = _queued(folder, out)
+    with keep_network():
+        keys = Keys()
+        finished = [cell for cell in chosen if keys.is_finished(cell)]
+    missing: dict[str, tuple[str, ...]] = {}
+    for cell in chosen:
+        if cell in finished:
+            print(f"{cell}: finished before")
+        elif cell.name in queued:
+            print(f"{cell}: in the queue as job {queued[cell.name]}")
+        else:
+            missing[cell.name] = (*command, _ONLY, cell.name)
+    found = read_progress(cells)
+    found.done = [cell for cell in found.done if cell in finished or cell not in chosen]
+    table = write_table(out, cells, found)
+    states = []
+    if missing and slurm.cluster == "slurm":
+        send_array(missing, slurm, folder)
+    elif missing:
+        states = run_array(missing, slurm, folder)
+        table = write_table(out, cells, read_progress(cells))
+    print(
+        f"{len(finished)} of {len(chosen)} cells were finished, {len(missing)} sent; "
+        f"{out / 'table.md'}"
+    )
+    if failed := len(states) - states.count("done"):
+        raise InputError(
+            f"{failed} of {len(states)} jobs failed, see {out / 'table.md'}; `ldae jobs {folder}` "
+            "lists them"
+        )
+    return table
+
+
+def _queued(folder: Path, out: Path) -> dict[str, str]:
+    """Return the ids of the jobs that wait or run, by the names of their cells of this table."""
+    states = [state for state in read_statuses(folder) if state.state in ("waiting", "running")]
+    words = {state.id: shlex.split(state.command) for state in states}
+    return {
+        option(command, _ONLY): job
+        for job, command in words.items()
+        if option(command, "--out") == str(out)
     }
-    return json.loads(json.dumps(settings))
 
 
-def _images(spec: str, split: Literal["train", "eval"]) -> str:
-    return open_source(spec, split, images_or_embedded).fingerprint()
-
-
-def _weights(spec: str, setup: Setup, with_head: bool) -> str:
-    load = open_classifier if with_head else open_backbone
-    return state_hash(load(spec, setup).state_dict())
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, InputError):
-        return str(error)
-    traceback.print_exc()
-    return f"{type(error).__name__}: {first_line(error)}"
+def _flags(setup: Setup) -> list[str]:
+    """Return a setup as flags of the command line."""
+    words = []
+    for name, (_, value) in difference(Setup(), setup).items():
+        values = () if value is True else value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words

@@ -9,10 +9,10 @@ import torch
 import tyro
 
 from ldae.backbones.open import load_backbone
-from ldae.distributed import device_for, is_main, process_group
+from ldae.distributed import device_for, is_main, process_group, world_size
 from ldae.errors import InputError
 from ldae.evals import dit_fid
-from ldae.evals.evaluation import changes, file_name, results_home, unshared_folder
+from ldae.evals.call import describe_call
 from ldae.evals.features import Encoder
 from ldae.evals.frechet import frechet_distance, save_statistics
 from ldae.evals.image_sets import (
@@ -23,6 +23,7 @@ from ldae.evals.image_sets import (
     open_reference,
 )
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
+from ldae.evals.naming import changes, file_name, results_home, unshared_folder
 from ldae.files import as_json, check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
@@ -128,7 +129,8 @@ def fid(
         record["protocol"] |= _describe(record, setup)
         found, wanted = (part.statistics(encoder, claim) for part in (ours, theirs))
         record["results"] = {name: frechet_distance(found, wanted)}
-        record["environment"] = environment(device)
+        record["environment"] = environment(device) | {"ranks": world_size()}
+        record["call"] = describe_call("fid", [images, reference], setup=setup, how=how)
         if is_main():
             path = setup.out or _folder(record, setup, how) / layout.RESULTS
             print(f"{_summary(record)}; {path}")  # before writing, as the disk may be full

@@ -16,9 +16,13 @@ from ldae.console import describe, print_main
 from ldae.data.augment import Augmentation
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
+from ldae.evals.call import describe_call
+from ldae.evals.cell import seed_folder
 from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
 from ldae.evals.features import known_labels
 from ldae.evals.protocol import Protocol
+from ldae.evals.seeds import write_means
+from ldae.files import state_hash
 from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import ClassificationLoss, build_network
 from ldae.finetuning.recipes import changed_constants
@@ -27,7 +31,7 @@ from ldae.precision import runs_in_bf16, unchanged_generators
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
-from ldae.runs.kinds import settings_and_folder
+from ldae.runs.kinds import kind_of, settings_and_folder
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan, plan_run
@@ -57,6 +61,8 @@ class FineTuning:
     config: FinetuneConfig
     evaluation: Evaluation
     """The network, the images and the device."""
+    starts_from: str
+    """The hash of the backbone's weights."""
     plan: Plan
     augmentation: Augmentation
     mixing: Mixing
@@ -64,7 +70,10 @@ class FineTuning:
 
 
 def finetune(
-    config: FinetuneConfig | str | Path, run: str | Path | None = None, dry_run: bool = False
+    config: FinetuneConfig | str | Path,
+    run: str | Path | None = None,
+    dry_run: bool = False,
+    seeds: tuple[int, ...] = (),
 ) -> dict:
     """Fine-tune the backbone of ``config`` in the folder ``run``, or resume the run there.
 
@@ -73,6 +82,9 @@ def finetune(
     recipe has a moving average of the weights, the average is graded and written, and the weights
     are graded too, as weights_top1 and weights_top5. A finished run stays as it is. A dry run
     prints the settings and the plan, and writes nothing.
+
+    With several seeds, each has a run folder of its own in the folder ``run``, and results.json has
+    their means and their standard deviations.
 
     Networks are graded in float32, since logits in bfloat16 often tie.
 
@@ -85,6 +97,7 @@ def finetune(
             ``run``, to resume it by its own settings.
         run: the run folder, new or to resume.
         dry_run: print the settings and the plan, and stop.
+        seeds: seeds to fine-tune by, one after the other, instead of that of ``config``.
 
     Returns: the content of results.json, or of a dry run the lines of the plan by name.
 
@@ -97,6 +110,8 @@ def finetune(
     """
     _, config, run = settings_and_folder(config, run, ["fine-tuning"])
     tree.check(config)
+    if seeds:
+        return _over_seeds(config, run, dry_run, seeds)
     check_warmup(run, config.optim)
     bf16 = runs_in_bf16(config.system.precision, distributed.device_for(config.system.device))
     setup = Setup(
@@ -122,14 +137,35 @@ def finetune(
             return _train_and_grade(tuning, run)
 
 
+def _over_seeds(config: FinetuneConfig, run: Path, dry_run: bool, seeds: tuple[int, ...]) -> dict:
+    """Fine-tune by each seed in a folder of its own, and return the content of results.json."""
+    Setup(seeds=seeds)  # refuses a single one
+    if kind_of(run):
+        raise InputError(f"run folder {run} holds one run, not several seeds: name another --run")
+    runs = {seed: replace(config, seed=seed) for seed in seeds}
+    if dry_run:  # the plan of one is that of all
+        return finetune(runs[seeds[0]], run / seed_folder(seeds[0]), dry_run)
+    with distributed.process_group(distributed.device_for(config.system.device)):
+        records = {seed: finetune(one, run / seed_folder(seed)) for seed, one in runs.items()}
+        names = [*records[seeds[0]]["results"]]
+        call = describe_call("finetune", [replace(config, seed=0)], seeds=seeds)
+        return write_means(run, records, names, call)
+
+
 def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> FineTuning:
     classes = len(evaluation.train.classes)
+    starts_from = state_hash(evaluation.model.state_dict())
     network = build_network(evaluation.model, config, classes)
     transform = preprocessing(network)
     size = {"img_size": transform.input_size[-1]}
     setup, protocol = replace(evaluation.setup, **size), replace(evaluation.protocol, **size)
     evaluation = replace(
-        evaluation, protocol=protocol, setup=setup, model=network, transform=transform
+        evaluation,
+        protocol=protocol,
+        setup=setup,
+        model=network,
+        transform=transform,
+        call=describe_call("finetune", [config]),
     )
     plan = plan_run(
         len(evaluation.train),
@@ -149,7 +185,7 @@ def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> Fine
     augmentation.check()
     mixing = Mixing(config.augment, transform, classes, config.seed, evaluation.device)
     mixing.check(plan.micro_batch)
-    return FineTuning(config, evaluation, plan, augmentation, mixing, bf16)
+    return FineTuning(config, evaluation, starts_from, plan, augmentation, mixing, bf16)
 
 
 def _train_and_grade(tuning: FineTuning, run: Path) -> dict:
@@ -181,7 +217,9 @@ def _train_and_grade(tuning: FineTuning, run: Path) -> dict:
         results |= {f"weights_{name}": value for name, value in grade(weights).items()}
     if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
         save(network, run / layout.CLASSIFIER, tuning, results)
-    record = replace(evaluation, model=network).write(results, evaluation.model.num_features)
+    record = replace(evaluation, model=network).write(
+        results, evaluation.model.num_features, starts_from=tuning.starts_from
+    )
     print_main(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 

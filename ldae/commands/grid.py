@@ -18,6 +18,7 @@ from ldae.errors import InputError
 from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec, open_evaluation
 from ldae.evals.features import extract_share, image_names, known_labels
 from ldae.evals.heads import SweepProtocol, grade_heads, sweep, train_heads
+from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Tap
 from ldae.files import write
@@ -51,6 +52,7 @@ class GridProtocol(SweepProtocol):
         self._set("leading", tuple(sorted(set(self.leading))))
 
 
+@over_seeds
 def grid(
     run: Annotated[AnyPath, tyro.conf.arg(metavar="RUN")],
     /,

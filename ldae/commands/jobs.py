@@ -1,34 +1,11 @@
 """The command that shows the state of the jobs below a folder."""
 
-import os
-import re
-import shlex
-import shutil
-import socket
-import subprocess
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
-from ldae.cluster.requeue import read_object, read_state
+from ldae.cluster.status import Status, read_statuses
 from ldae.errors import InputError
-from ldae.runs.layout import JOB_RECORD, JOBS
 from ldae.tree import AnyPath
-
-_DEPTH = 3  # levels between the given folder and a run folder, such as runs/paper/l_dae
-_STATES = {"COMPLETED": "done", "RUNNING": "running", "COMPLETING": "running"}
-_STATES |= dict.fromkeys(("PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED"), "waiting")
-
-
-class Status(NamedTuple):
-    """One job, as it is printed."""
-
-    id: str
-    state: str
-    """running, waiting, done, failed or cancelled."""
-    command: str
-    message: str
-    """The reason of the state, or else the last line of the log."""
 
 
 def jobs(folder: AnyPath = Path(), /) -> list[Status]:
@@ -55,102 +32,3 @@ def jobs(folder: AnyPath = Path(), /) -> list[Status]:
     counts = Counter(status.state for status in statuses)
     print(f"{len(statuses)} jobs: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     return statuses
-
-
-def read_statuses(folder: Path) -> list[Status]:
-    """Return all jobs below a folder, in the order in which they were sent."""
-    levels = ("*/" * depth for depth in range(_DEPTH + 1))
-    paths = [path for level in levels for path in folder.glob(f"{level}{JOBS}/*/{JOB_RECORD}")]
-    pairs = ((read_object(path), path.parent) for path in paths)
-    records = sorted(
-        ((record, job_folder) for record, job_folder in pairs if _is_job(record)),
-        key=lambda pair: str(pair[0].get("sent", "")),
-    )
-    ids = [record["id"] for record, _ in records if record.get("cluster") == "slurm"]
-    slurm = _query_slurm(ids)
-    return [_status(record, job_folder, slurm) for record, job_folder in records]
-
-
-def _is_job(record: dict) -> bool:
-    """Return whether a record has what ``send`` writes; damaged and older records do not."""
-    words = record.get("command")
-    return isinstance(record.get("id"), str) and (
-        isinstance(words, list) and all(isinstance(word, str) for word in words)
-    )
-
-
-def _status(record: dict, job_folder: Path, slurm: dict[str, tuple[str, str]]) -> Status:
-    """Return the status of a job. SLURM's answer goes before the job's own record."""
-    recorded = read_state(job_folder)
-    message = str(recorded.get("said", ""))
-    if record["id"] in slurm:
-        state, reason = slurm[record["id"]]
-        message = reason or message
-    elif recorded.get("state") == "running" and not _is_alive(recorded):
-        state, message = "failed", "its process is gone"
-    else:
-        state = str(recorded.get("state", "waiting"))
-    if state != "waiting" and not message:
-        message = _last_line(job_folder)
-    return Status(*map(_printable, (record["id"], state, shlex.join(record["command"]), message)))
-
-
-def _printable(text: str) -> str:
-    """Escape what would break the line or control the terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def _is_alive(state: dict) -> bool:
-    """Return whether the process of a job exists; on another machine it is assumed to."""
-    if state.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(state["pid"], 0)
-    except (ProcessLookupError, PermissionError, KeyError, TypeError, OverflowError):
-        return False
-    return True
-
-
-def _query_slurm(ids: list[str]) -> dict[str, tuple[str, str]]:
-    """Return {job: (state, reason for waiting or failing)}; {} on a machine without SLURM."""
-    if not ids or not shutil.which("squeue"):
-        return {}
-    # Whole arrays, because sacct does not know a single task that was cancelled before its start.
-    arrays = sorted({job.partition("_")[0] for job in ids})
-    sacct = ("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", ",".join(arrays))
-    squeue = ("squeue", "--me", "-r", "-h", "-o", "%i|%T|%r")
-    answers = {}
-    for command in (sacct, squeue):  # squeue is more up to date
-        done = subprocess.run(command, capture_output=True, text=True)
-        for line in done.stdout.splitlines() if done.returncode == 0 else ():
-            job, word, *reason = line.split("|")
-            word = word.split()[0] if word else ""  # "CANCELLED by 1000"
-            state = _STATES.get(word, "cancelled" if word == "CANCELLED" else "failed")
-            waits_for = reason[0] if reason and state == "waiting" else ""
-            failure = word if state == "failed" and word != "FAILED" else ""
-            answers |= dict.fromkeys(_expand_array(job), (state, waits_for or failure))
-    return answers
-
-
-def _expand_array(job: str) -> list[str]:
-    """Return the job ids in one line of sacct, where ``7_[0-2,4%3]`` stands for several tasks."""
-    array, bracket, tasks = job.partition("_[")
-    ids = []
-    for part in re.split(r"[,%]", tasks.rstrip("]"))[: tasks.count(",") + 1] if bracket else ():
-        first, _, last = part.partition("-")
-        ids += [f"{array}_{task}" for task in range(int(first), int(last or first) + 1)]
-    return ids or [job]
-
-
-def _last_line(job_folder: Path) -> str:
-    """Return the last line that the command printed to the log of rank 0."""
-    logs = sorted(job_folder.glob("*_0_log.out"))
-    if not logs:
-        return ""
-    with open(logs[0], "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
-        text = file.read().decode(errors="replace")
-    lines = (line.strip() for line in re.split(r"[\r\n]+", text))  # progress bars use \r
-    launcher = r"submitit \w+ \(|srun: |slurmstepd"
-    lines = [line for line in lines if line and not re.match(launcher, line)]
-    return lines[-1] if lines else ""

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.evals.evaluation import (
     EvalSourceSpec,
@@ -10,15 +11,18 @@ from ldae.evals.evaluation import (
     FeaturesSpec,
     Setup,
     data_of,
+    labelled_splits,
     open_evaluation,
 )
 from ldae.evals.features import image_names, known_labels
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy, limit_k
 from ldae.evals.predictions import Predictions
+from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import check_shots, grade_draws
 from ldae.evals.whitening import whitening_of
 
 
+@over_seeds
 def knn(
     backbone: FeaturesSpec,
     /,
@@ -46,10 +50,9 @@ def knn(
     data, others = data_of(backbone, data), protocol.leave_one_out
     if others and eval_data:
         raise InputError("leave-one-out classifies the train split: leave --eval-data out")
-    eval_data = data if others else eval_data
-    with open_evaluation("knn", backbone, data, eval_data, protocol, setup) as evaluation:
-        if others:
-            evaluation = replace(evaluation, eval=evaluation.train)
+    opened = ("knn", backbone, data, eval_data, protocol, setup)
+    splits = _queries_from_train if others else labelled_splits
+    with open_evaluation(*opened, splits, predictions=predictions) as evaluation:
         protocol, labels = evaluation.protocol, known_labels(evaluation.train)
         check_shots(protocol, labels, evaluation.train.classes)  # before features are extracted
         fewest = min(protocol.shots) * len(labels.unique()) if protocol.shots else len(labels)
@@ -64,3 +67,9 @@ def knn(
         if predicted:
             predicted.save(evaluation.folder)
         return evaluation.write(results, train.features.shape[1])
+
+
+def _queries_from_train(data: str, _: None) -> tuple[Source, Source]:
+    """Return the train split as the images to search and as those to grade."""
+    train, _ = labelled_splits(data, data)  # data need not have an evaluation split
+    return train, train

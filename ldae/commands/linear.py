@@ -22,6 +22,7 @@ from ldae.evals.features import Features, extract_share, image_names, known_labe
 from ldae.evals.heads import Head, Heads, SweepProtocol, grade_heads, sweep, train_heads
 from ldae.evals.online import OnlineProtocol, check_batch_sizes, remove_training, train_online
 from ldae.evals.predictions import Predictions
+from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Pool, Tap, taps_of
 from ldae.tree import POSITIVE, AnyPath
@@ -82,6 +83,7 @@ class LDAEProtocol(OnlineProtocol):
     optimizer: Literal["lars", "sgd", "adamw"] = "sgd"
 
 
+@over_seeds
 def linear(
     backbone: FeaturesSpec,
     /,
@@ -113,7 +115,8 @@ def linear(
     save = Path(save) if save else None
     data, cached = data_of(backbone, data), isinstance(protocol, CachedProtocol)
     task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_online)
-    with open_evaluation(task, backbone, data, eval_data, protocol, setup) as evaluation:
+    opened = (task, backbone, data, eval_data, protocol, setup)
+    with open_evaluation(*opened, predictions=predictions) as evaluation:
         if save:  # checked before the training
             if protocol.taps != (Tap(),):
                 raise InputError("--save needs the model's own output, not blocks or other pools")

@@ -20,6 +20,7 @@ from ldae.evals.features import Features, image_names, known_labels
 from ldae.evals.heads import count_hits, grade_heads
 from ldae.evals.logistic import LogisticRegression
 from ldae.evals.predictions import Predictions
+from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import FewShotProtocol, check_shots, fold_splits, grade_draws, held_out
 from ldae.evals.taps import Tap
 from ldae.tree import COUNT, POSITIVE
@@ -51,6 +52,7 @@ class LogregProtocol(FewShotProtocol):
     C_of_one_shot: Fixed[float] = 1.0
 
 
+@over_seeds
 def logreg(
     backbone: FeaturesSpec,
     /,
@@ -82,7 +84,8 @@ def logreg(
         >>> ldae.logreg("runs/l_dae", "/data/imagenet", protocol=protocol)["results"]["top1"]
     """
     data = data_of(backbone, data)
-    with open_evaluation("logreg", backbone, data, eval_data, protocol, setup) as evaluation:
+    opened = ("logreg", backbone, data, eval_data, protocol, setup)
+    with open_evaluation(*opened, predictions=predictions) as evaluation:
         protocol, device = evaluation.protocol, evaluation.device
         labels, names = known_labels(evaluation.train), image_names(evaluation.train)
         held = held_out(names, labels, protocol.held_out)

@@ -20,6 +20,7 @@ from ldae.evals.evaluation import (
 from ldae.evals.features import Features, gather_rows, known_labels
 from ldae.evals.heads import count_images
 from ldae.evals.neighbours import PAIRS_AT_ONCE, Bank, check_enough
+from ldae.evals.seeds import over_seeds
 from ldae.evals.whitening import WhiteningProtocol, whitening_of
 from ldae.tree import COUNT
 
@@ -41,6 +42,7 @@ class RetrievalProtocol(WhiteningProtocol):
         return ("mean_average_precision", *(f"recall_at_{k}" for k in self.k))
 
 
+@over_seeds
 def retrieve(
     backbone: FeaturesSpec,
     /,

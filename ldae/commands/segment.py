@@ -29,12 +29,14 @@ from ldae.evals.evaluation import (
     open_evaluation,
 )
 from ldae.evals.features import Encoder, encode_share
+from ldae.evals.seeds import over_seeds
 from ldae.evals.taps import TokenMapReader
 from ldae.tree import COUNT
 
 _MAPS_AT_ONCE = 16
 
 
+@over_seeds
 def segment(
     backbone: BackboneSpec,
     /,
@@ -67,9 +69,8 @@ def segment(
     """
     if classes is not None and not 2 <= classes <= IGNORED:
         raise InputError(f"classes must be 2 to {IGNORED}, not {classes}")
-    with open_evaluation(
-        "segment", backbone, data, eval_data, protocol, setup, open_map_splits
-    ) as evaluation:
+    opened = ("segment", backbone, data, eval_data, protocol, setup, open_map_splits)
+    with open_evaluation(*opened, classes=classes) as evaluation:
         squashed = replace(evaluation.transform, crop_pct=1.0, crop_mode="squash")
         evaluation, protocol = replace(evaluation, transform=squashed), evaluation.protocol
         reader = TokenMapReader(evaluation.model, protocol.pixel_patch)

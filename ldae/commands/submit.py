@@ -1,7 +1,6 @@
 """``ldae submit``: send a pre-training to a cluster, and the jobs that follow it."""
 
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Annotated, Any
 import tyro
 
 from ldae import cli
-from ldae.cluster import requeue, send
+from ldae.cluster.array import run_array, send_array, wait_for
+from ldae.cluster.requeue import option
+from ldae.cluster.send import log_path
 from ldae.cluster.settings import (
     SlurmSettings,
     check_settings,
@@ -19,7 +20,6 @@ from ldae.cluster.settings import (
     split_flags,
 )
 from ldae.errors import InputError, first_line
-from ldae.runs import layout
 from ldae.tree import AnyPath, check_known, read_toml, replace
 
 _FIRST = "pretrain"
@@ -40,9 +40,8 @@ def submit(pipeline: AnyPath, /, flags: Annotated[Sequence[str], tyro.conf.Suppr
 
     All jobs are submitted at once, and wait in the queue until the pre-training is done. Jobs with
     the same settings form an array. They do not run when the pre-training fails; when one of them
-    fails, the others go on. --slurm flags change
-    the settings of all jobs. With --slurm.cluster local or debug, the jobs run on this machine, and
-    the command returns when all have ended.
+    fails, the others go on. --slurm flags change the settings of all jobs. With --slurm.cluster
+    local or debug, the jobs run on this machine, and the command returns when all have ended.
 
     Args:
         pipeline: TOML file with the tables [pretrain] and [jobs.NAME]. Each has a command, and may
@@ -56,21 +55,27 @@ def submit(pipeline: AnyPath, /, flags: Annotated[Sequence[str], tyro.conf.Suppr
     """
     first, others = read_pipeline(Path(pipeline), flags)
     folder = folder_of(first.settings, first.command[1:])
-    (job,) = _send([first], folder, after=())
+    (job,) = send_array(_commands([first]), first.settings, folder)
     groups: dict[SlurmSettings, list[Stage]] = {}
     for stage in others:
         groups.setdefault(stage.settings, []).append(stage)
     if first.settings.cluster == "slurm":
-        for stages in groups.values():
-            _send(stages, folder, after=[job.job_id])
+        for settings, stages in groups.items():
+            send_array(_commands(stages), settings, folder, after=[job.job_id])
         return
-    if _wait([job], folder) != ["done"]:
+    if wait_for([job], folder) != ["done"]:
         raise InputError(
-            f"{_FIRST} failed, so no other job was started; its log is {send.log_path(job)}"
+            f"{_FIRST} failed, so no other job was started; its log is {log_path(job)}"
         )
-    states = [state for stages in groups.values() for state in _run_local(stages, folder)]
+    states = []
+    for settings, stages in groups.items():
+        states += run_array(_commands(stages), settings, folder)
     if failed := len(states) - states.count("done"):
         raise InputError(f"{failed} of {len(states)} jobs failed; `ldae jobs {folder}` lists them")
+
+
+def _commands(stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
+    return {stage.name: stage.command for stage in stages}
 
 
 def read_pipeline(path: Path, flags: Sequence[str] = ()) -> tuple[Stage, list[Stage]]:
@@ -90,7 +95,7 @@ def _parse_pipeline(tables: dict, flags: Sequence[str]) -> tuple[Stage, list[Sta
         raise InputError(f"there is no [{_FIRST}]")
     base = _change_settings("[slurm]", SlurmSettings(), tables.get("slurm", {}))
     first = _parse_stage(f"[{_FIRST}]", _FIRST, tables[_FIRST], base, flags)
-    if first.command[0] != _FIRST or not requeue.option(first.command, "--run"):
+    if first.command[0] != _FIRST or not option(first.command, "--run"):
         raise InputError(f"[{_FIRST}] command must be {_FIRST} ... --run FOLDER")
     jobs = tables.get("jobs", {})
     if not isinstance(jobs, dict):
@@ -143,37 +148,3 @@ def _change_settings(key: str, base: SlurmSettings, table: Any) -> SlurmSettings
         return replace(base, table)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
-
-
-def _send(stages: Sequence[Stage], folder: Path, after: Sequence[str]) -> list[Any]:
-    """Submit stages with the same settings, and print the ids and logs of the jobs."""
-    jobs = send.send([stage.command for stage in stages], stages[0].settings, folder, after)
-    for job, stage in zip(jobs, stages):
-        print(f"job {job.job_id}: {stage.name}; its log is {send.log_path(job)}", flush=True)
-    return jobs
-
-
-def _run_local(stages: Sequence[Stage], folder: Path) -> list[str]:
-    """Run stages with the same settings on this machine, and return their final states."""
-    size = stages[0].settings.array_parallelism
-    states = []
-    for start in range(0, len(stages), size):
-        states += _wait(_send(stages[start : start + size], folder, after=()), folder)
-    return states
-
-
-def _wait(jobs: Sequence[Any], folder: Path) -> list[str]:
-    """Wait for jobs on this machine, and return their final states.
-
-    With --slurm.cluster debug, ``done`` runs the job in this process.
-    """
-    for job in jobs:
-        try:
-            while not job.done():
-                time.sleep(0.2)
-        except SystemExit:  # the exit status of a debug job
-            pass
-    return [
-        requeue.read_state(folder.absolute() / layout.JOBS / job.job_id).get("state", "failed")
-        for job in jobs
-    ]

@@ -24,6 +24,7 @@ from ldae.evals.corrupted import (
 )
 from ldae.evals.evaluation import Evaluation, Setup, open_classifier, open_evaluation
 from ldae.evals.protocol import Protocol
+from ldae.evals.seeds import over_seeds
 from ldae.files import write
 from ldae.plots.pictures import save_grid
 from ldae.runs import layout
@@ -66,7 +67,12 @@ class ValidationProtocol(Protocol):
     def headlines(self) -> tuple[str, ...]:
         return ("top1", "top5", *(("top1_corrupted",) if self.corruption else ()))
 
+    @property
+    def depends_on_seed(self) -> bool:
+        return bool(self.corruption)  # which are drawn
 
+
+@over_seeds
 def validate(
     classifier: Annotated[AnyPath, tyro.conf.arg(metavar="CLASSIFIER")],
     /,

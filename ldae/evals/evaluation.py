@@ -1,10 +1,7 @@
 """An evaluation: a backbone, two splits, a protocol and a setup, opened; and its results.json."""
 
-import hashlib
-import json
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,12 +12,13 @@ import torch
 import tyro
 from torch import nn
 
-from ldae.backbones.open import backbone_folder, load_backbone, load_classifier
+from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.preprocessing import EvalTransform, preprocessing
 from ldae.data.open import open_splits
 from ldae.data.source import Source
-from ldae.distributed import device_for, is_main, process_group
+from ldae.distributed import device_for, is_main, process_group, world_size
 from ldae.errors import InputError
+from ldae.evals.call import describe_call
 from ldae.evals.embedded import (
     EmbeddedBackbone,
     check_rows,
@@ -28,18 +26,17 @@ from ldae.evals.embedded import (
     is_embedded,
 )
 from ldae.evals.features import Encoder, Features, Precision, extract_share, known_labels
+from ldae.evals.naming import changes, default_folder, results_home
 from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Reader, Tap, TapReader
 from ldae.files import as_json, check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.kinds import kind_of
-from ldae.tree import COUNT, NOT_NEGATIVE, AnyPath, check, difference
-
-# Settings that do not change the numbers, or that a folder's name has in words.
-_NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
+from ldae.tree import COUNT, NOT_NEGATIVE, AnyPath, check
 
 _kept: ContextVar[dict[tuple, nn.Module]] = ContextVar("the last network that was opened")
+_watch: ContextVar[Callable[["Evaluation"], None]] = ContextVar("sees what is opened")
 
 _BACKBONE = "A run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE]."
 _FEATURES = f"{_BACKBONE[:-1]}; or a file of `ldae embed`, whose features are graded."
@@ -82,6 +79,16 @@ class Setup(EncoderSetup):
 
     out: AnyPath | None = None
     """Folder of results.json; by default beside the backbone, or below evals/."""
+    seeds: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    """Seeds that each give a result of its own, in a folder of its own; results.json has their
+    means, and their standard deviations as spread."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", tuple(self.seeds))  # which may be a list
+        if self.seeds and (self.seed or len({*self.seeds}) < max(len(self.seeds), 2)):
+            raise InputError(
+                "seeds must be several different ones, such as --seeds 0 1 2, and without --seed"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ class Evaluation:
     device: torch.device
     transform: EvalTransform
     """The preprocessing of the backbone, unless the task changes it."""
+    call: dict
+    """The call that repeats the evaluation, for its record."""
 
     def encoder(self, reader: Reader | None = None) -> Encoder:
         """Return the backbone on its device, read by ``reader`` or else for its own output.
@@ -141,7 +150,6 @@ class Evaluation:
         if "modified" not in constants:
             constants["modified"] = changes(self.protocol)
         path = self.folder / layout.RESULTS
-        random_init = self.setup.random_init
         record = {
             "task": self.task,
             "protocol": constants,
@@ -162,33 +170,35 @@ class Evaluation:
                 "classes": classes,
             },
             "results": results,
-            "environment": environment(self.device),
+            "environment": environment(self.device) | {"ranks": world_size()},
+            "call": self.call,
         }
         if is_main():
             write_json(path, record)
-            control = " (random init)" if random_init else ""
+            control = " (random init)" if self.setup.random_init else ""
             numbers = [f"{name} {results[name]:.2f}" for name in self.protocol.headlines]
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
             print(f"{subject}: {', '.join(numbers)}; {path}")
         return as_json(record)
 
+    def origins(self) -> dict:
+        """Return the hashes of the weights and of the images, as parts of the record."""
+        described = describe_backbone(self.spec, self.model, self.setup, self.transform)
+        graded = self.eval.fingerprint()
+        learned = self.train.fingerprint() if self.train else graded
+        return {
+            "backbone": {"sha256": described["sha256"]},
+            "data": {"fingerprint": learned, "eval_fingerprint": graded},
+        }
+
     @property
     def folder(self) -> Path:
-        """The folder of results.json, named by all that decides the numbers: no result is lost."""
+        """The folder of results.json."""
         if self.setup.out:
             return Path(self.setup.out)
-        data = (self.train or self.eval).spec
-        parts = [self.task, file_name(data)]
-        if self.eval.spec != data:
-            parts += ["on", file_name(self.eval.spec)]
-        if self.setup.random_init:
-            parts.append("random-init")
-        name = "-".join(dict.fromkeys(parts + changes(self.protocol, self.setup)))
-        return unshared_folder(
-            results_home(self.spec) / name,
-            (data, self.eval.spec),
-            lambda record: (record["data"]["spec"], record["data"]["eval_spec"]),
-        )
+        data, random_init = (self.train or self.eval).spec, self.setup.random_init
+        places = (self.task, self.spec, data, self.eval.spec)
+        return default_folder(*places, self.protocol, self.setup, random_init=random_init)
 
 
 def describe_backbone(
@@ -206,50 +216,6 @@ def describe_backbone(
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "preprocessing": asdict(transform),
     }
-
-
-def unshared_folder(
-    folder: Path, specs: tuple[str, ...], specs_of: Callable[[dict], tuple[str, ...]]
-) -> Path:
-    """Return ``folder``, or one with a digest in its name when it has results of other specs.
-
-    Data of the same name from elsewhere may have its results there. ``specs_of`` returns the specs
-    in the content of a results.json.
-    """
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        record = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
-        if specs_of(record) != specs:
-            digest = hashlib.sha256("\0".join(specs).encode()).hexdigest()[:8]
-            return folder.with_name(f"{folder.name}-{digest}")
-    return folder
-
-
-def results_home(spec: str) -> Path:
-    """Return the default folder for a backbone's evaluation results."""
-    folder = backbone_folder(spec)
-    return folder / layout.EVALS if folder else Path(layout.EVALS, file_name(spec))
-
-
-def changes(*settings: Any) -> list[str]:
-    """List ``name=value`` of the settings that change the numbers and are not at their defaults."""
-    parts = []
-    for part in settings:
-        for key, (_, value) in difference(type(part)(), part).items():
-            if key not in _NOT_IN_NAMES:
-                values = value if isinstance(value, tuple) else (value,)
-                parts.append(f"{key}={'-'.join(map(_word, values))}")
-    return parts
-
-
-def _word(value: object) -> str:
-    """Return a value as part of a folder's name; numbers keep their sign."""
-    return str(value) if isinstance(value, int | float) else file_name(str(value))
-
-
-def file_name(spec: str) -> str:
-    """Return a folder name for ``spec``: the last part of an existing path, else the whole spec."""
-    path = Path(spec)
-    return re.sub(r"[^\w.=+]+", "-", path.resolve().name if path.exists() else spec).strip("-")
 
 
 Splits = Callable[[str, str | None], tuple[Source | None, Source]]
@@ -289,6 +255,16 @@ def keep_network() -> Iterator[None]:
         _kept.reset(before)
 
 
+@contextmanager
+def watch_openings(watch: Callable[[Evaluation], None]) -> Iterator[None]:
+    """Let ``watch`` see each evaluation when it is opened, before its work begins."""
+    before = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(before)
+
+
 def _open_once(load: Callable[..., nn.Module], spec: str, **settings: Any) -> nn.Module:
     kept = _kept.get({})
     key = (load, str(spec), *settings.values())
@@ -320,8 +296,21 @@ def open_backbone(spec: str, setup: EncoderSetup) -> nn.Module:
         random_init=setup.random_init,
         in_chans=setup.in_chans,
         img_size=setup.img_size,
-        seed=setup.seed,
+        seed=setup.seed if setup.random_init else 0,
     )
+
+
+def check_out(out: Path, task: str) -> None:
+    """Check that an evaluation can write to a folder, before the work.
+
+    Raises: InputError when it cannot, and when the folder is that of a run.
+    """
+    check_writable(out)
+    if kind_of(out):
+        raise InputError(
+            f"--out {out} is the folder of a run, whose files the evaluation would replace: name "
+            f"another folder, such as {out / layout.EVALS / task}"
+        )
 
 
 @contextmanager
@@ -335,27 +324,32 @@ def open_evaluation(
     splits: Splits = labelled_splits,
     load: Load = open_backbone,
     in_run: bool = False,
+    **options: object,
 ) -> Iterator[Evaluation]:
     """Join the process group, if one was launched, and open an evaluation.
 
     The seed of the setup becomes the seed of the protocol. Only a training that is an evaluation
-    itself, ``in_run``, has its results in the folder of a run.
+    itself, ``in_run``, has its results in the folder of a run. ``options`` are the other settings
+    of the command that decide the results, by name.
 
-    Raises: InputError for a setting out of its range, for a run folder as ``out``, and as
-        ``splits`` and ``load`` do.
+    Raises: InputError for a setting out of its range, for several seeds, for a run folder as
+        ``out``, and as ``splits`` and ``load`` do.
     """
     spec, data = str(spec), str(data)
     eval_data = None if eval_data is None else str(eval_data)
+    command = task.partition("-")[0]  # without the name of a protocol
+    settings = {"data": data, "eval_data": eval_data, "protocol": protocol, "setup": setup}
+    call = describe_call(command, [spec], **settings, **options)
     check(setup)
+    if setup.seeds:
+        raise InputError(f"{command} takes one --seed, not --seeds")
     if hasattr(protocol, "seed"):
         protocol = replace(protocol, seed=setup.seed)  # type: ignore[call-arg]  # as checked
     out = Path(setup.out or results_home(spec))
-    check_writable(out)
-    if kind_of(out) and not in_run:
-        raise InputError(
-            f"--out {out} is the folder of a run, whose files the evaluation would replace: name "
-            f"another folder, such as {out / layout.EVALS / task}"
-        )
+    if in_run:
+        check_writable(out)
+    else:
+        check_out(out, task)
     device = device_for(setup.device)
     with process_group(device):
         train, test = splits(data, eval_data)
@@ -364,4 +358,8 @@ def open_evaluation(
         if isinstance(model, EmbeddedBackbone):
             setup = replace(setup, random_init=model.random_init, precision=model.precision)
         check_rows(model, train, test)
-        yield Evaluation(task, spec, protocol, setup, model, train, test, device, transform)
+        opened = (model, train, test, device, transform)
+        evaluation = Evaluation(task, spec, protocol, setup, *opened, call)
+        if watch := _watch.get(None):
+            watch(evaluation)
+        yield evaluation

@@ -14,6 +14,7 @@ from ldae.evals.features import Features, image_names, known_labels
 from ldae.runs import layout
 
 _ROWS_AT_ONCE = 1024
+_NO_PREDICTIONS = ("names", "labels", "classes")  # in a file of predictions
 
 
 class Predictions:
@@ -73,3 +74,23 @@ class Predictions:
             )
             folder.mkdir(parents=True, exist_ok=True)
             files.write(folder / layout.PREDICTIONS, content.getvalue())
+
+
+def count_changed(before: Path, after: Path) -> dict[str, tuple[int, int]]:
+    """Count the images of which two predictions differ.
+
+    Args:
+        before: a folder with ``predictions.npz``, or without.
+        after: another one.
+
+    Returns: by the name of the prediction, the number of images with another class and of all
+    images; {} if a folder has no predictions, or those of other images.
+    """
+    paths = [folder / layout.PREDICTIONS for folder in (before, after)]
+    if not all(path.is_file() for path in paths):
+        return {}
+    with np.load(paths[0], allow_pickle=False) as one, np.load(paths[1], allow_pickle=False) as two:
+        if not np.array_equal(one["names"], two["names"]):
+            return {}
+        found = [name for name in one if name not in _NO_PREDICTIONS and name in two]
+        return {name: (int((one[name] != two[name]).sum()), len(one[name])) for name in found}

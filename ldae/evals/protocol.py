@@ -41,6 +41,11 @@ class Protocol:
         """Names of the results that a command prints; a suite's table shows the first."""
         return ("top1", "top5")
 
+    @property
+    def depends_on_seed(self) -> bool:
+        """Whether the seed decides the numbers, if the backbone has no random weights."""
+        return hasattr(self, "seed")
+
 
 def flags(settings: type) -> dict[str, Any]:
     """Return the types of the fields that are flags, by name."""

@@ -49,6 +49,10 @@ class FewShotProtocol(Protocol):
         few = (f"{name}_{shots}shot" for shots in self.shots for name in self.accuracies)
         return (*self.accuracies, *(f"{name}{end}" for name in few for end in ("", "_std")))
 
+    @property
+    def depends_on_seed(self) -> bool:
+        return bool(self.shots)  # which are drawn
+
 
 def draw_images(
     names: list[str], labels: torch.Tensor, shots: int, number: int, seed: int

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args
 
 from ldae.errors import InputError, unknown
-from ldae.evals.evaluation import Setup, file_name
-from ldae.evals.protocol import Grader, Protocol, flags
-from ldae.runs import layout
+from ldae.evals.cell import Cell, Column
+from ldae.evals.evaluation import Setup
+from ldae.evals.naming import file_name
+from ldae.evals.protocol import Grader, flags
 from ldae.tree import Range, check, check_known, convert, read_toml
 
 
@@ -31,72 +32,6 @@ class Backbone(NamedTuple):
     setup: Setup
     published: dict[str, dict[str, float]] = {}
     """Published numbers: data -> protocol -> percent, by their names in the suite."""
-
-
-class Column(NamedTuple):
-    """A table [protocols.NAME] of a suite: a grader and its protocol."""
-
-    name: str
-    grader: Grader
-    protocol: Protocol
-    options: dict[str, Any]
-    """Keywords of the grader other than protocol and setup."""
-    data: tuple[str, ...]
-    """Names of the data sets."""
-    changes: dict[str, Any]
-    """Changes of the setup."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One backbone graded by one column on one data set, by their names in the suite."""
-
-    backbone: str
-    data: str
-    column: Column
-    spec: str
-    train: str
-    eval: str | None
-    setup: Setup
-    published: float | None = None
-    """The published number beside the headline, in percent. It decides no result."""
-
-    def __str__(self) -> str:
-        return f"{self.column.name} of {self.backbone} on {self.data}"
-
-    @property
-    def opened(self) -> tuple[str, Setup]:
-        """The spec and the settings that decide the weights, with defaults for the others."""
-        setup = self.setup
-        names = ("random_init", "in_chans", "img_size", "seed")
-        return self.spec, Setup(**{name: getattr(setup, name) for name in names})
-
-    @property
-    def takes_classifier(self) -> bool:
-        """Whether the grader takes a network with its head, not only a backbone."""
-        return self.column.grader.takes("classifier")
-
-    @property
-    def learns(self) -> bool:
-        """Whether the grader learns from or searches the images of train."""
-        return self.column.grader.takes("eval_data")
-
-    def run(self) -> dict:
-        """Grade the backbone, and return the content of results.json.
-
-        A grader without eval_data grades the images of eval, or of train if there is no eval.
-
-        Raises: InputError, as the grader does.
-        """
-        grader, protocol, options = self.column.grader, self.column.protocol, self.column.options
-        data = {"data": self.eval or self.train}
-        if self.learns:
-            data = {"data": self.train, "eval_data": self.eval}
-        return grader.function(self.spec, **data, protocol=protocol, **options, setup=self.setup)
-
-    @property
-    def results(self) -> Path:
-        return Path(self.setup.out) / layout.RESULTS
 
 
 def read_suite(
@@ -136,22 +71,28 @@ def _cells(
     backbones = given + _backbones(suite, setup, data, columns)
     if not backbones:
         raise InputError("name a backbone on the command line, or in [[backbones]]")
-    cells: dict[Path, Cell] = {}
+    cells: list[Cell] = []
+    places = set()
     for name, spec, backbone_setup, published in backbones:
         for data_name, (train, test) in data.items():
+            repeats: list[Cell] = []
             for column in columns:
                 if data_name not in column.data:
                     continue
-                out = Path(setup.out) / name / data_name / column.name
-                if out in cells:
+                place = (name, data_name, column.name)
+                cell_setup = replace(backbone_setup, **column.changes, out=Path(setup.out, *place))
+                check(cell_setup, f"[protocols.{column.name}] ")
+                number = published.get(data_name, {}).get(column.name)
+                cell = Cell(*place[:2], column, spec, train, test, cell_setup, number)
+                if place in places:
                     raise InputError(
                         f"two backbones are called {name}: give one another name, in [[backbones]]"
                     )
-                cell_setup = replace(backbone_setup, **column.changes, out=out)
-                check(cell_setup, f"[protocols.{column.name}] ")
-                number = published.get(data_name, {}).get(column.name)
-                cells[out] = Cell(name, data_name, column, spec, train, test, cell_setup, number)
-    return list(cells.values())
+                places.add(place)
+                repeats += cell.repeats()
+            # Cells with the same random weights follow each other.
+            cells += sorted(repeats, key=lambda cell: cell.opened[1].seed)
+    return cells
 
 
 def _default_name(spec: str, setup: Setup) -> str:

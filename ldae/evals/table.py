@@ -6,21 +6,29 @@ import json
 from pathlib import Path
 
 from ldae.distributed import is_main
-from ldae.evals.suite import Cell
+from ldae.evals.cell import Cell
+from ldae.evals.running import Progress
+from ldae.evals.seeds import SEEDS, SPREAD, summarise
 from ldae.files import write, write_json
 
 _PUBLISHED = "{}: published"  # the second column of a protocol
 
 
-def write_table(
-    folder: Path, cells: list[Cell], done: list[Cell], failures: dict[Path, str]
-) -> dict:
+def write_table(folder: Path, cells: list[Cell], progress: Progress) -> dict:
     """Write table.md, table.json and table.csv into ``folder``; return the content of table.json.
 
-    The numbers come from results.json of the cells ``done``. ``failures`` maps the path of a failed
-    cell's results to the reason.
+    The numbers come from results.json of the cells that are done. Several seeds are one entry: its
+    results are the means over the seeds that are done.
     """
-    entries = [_entry(folder, cell, cell in done, failures.get(cell.results)) for cell in cells]
+    places: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        places.setdefault(cell.place, []).append(cell)
+    entries = [
+        _several(folder, repeats, progress)
+        if repeats[0].is_repeated
+        else _common(repeats[0]) | _found(folder, repeats[0], progress)
+        for repeats in places.values()
+    ]
     if is_main():
         write_json(folder / "table.json", {"cells": entries})
         write(folder / "table.csv", _csv(entries).encode())
@@ -28,10 +36,8 @@ def write_table(
     return {"cells": entries}
 
 
-def _entry(folder: Path, cell: Cell, done: bool, failure: str | None) -> dict:
-    results = None
-    if done and is_main():  # other ranks may not see the file yet
-        results = json.loads(cell.results.read_text(encoding="utf-8"))["results"]
+def _common(cell: Cell) -> dict:
+    """Return what an entry says about a cell before it is run."""
     return {
         "backbone": cell.backbone,
         "spec": cell.spec,
@@ -41,9 +47,40 @@ def _entry(folder: Path, cell: Cell, done: bool, failure: str | None) -> dict:
         "verb": cell.column.grader.name,
         "headline": cell.column.protocol.headlines[0],
         "published": cell.published,
+    }
+
+
+def _found(folder: Path, cell: Cell, progress: Progress) -> dict:
+    """Return the numbers of a cell, or why it failed, and the file that has them."""
+    results = None
+    if cell in progress.done and is_main():  # other ranks may not see the file yet
+        results = json.loads(cell.results.read_text(encoding="utf-8"))["results"]
+    return {
         "results": results and _numbers(results),
-        "error": failure,
+        "error": progress.failures.get(cell.results),
         "file": cell.results.relative_to(folder).as_posix(),
+    }
+
+
+def _several(folder: Path, cells: list[Cell], progress: Progress) -> dict:
+    """Return the entry of the cells of several seeds, with the headlines alone as results."""
+    seeds = {cell.setup.seed: _found(folder, cell, progress) for cell in cells}
+    done = {seed: found["results"] for seed, found in seeds.items() if found["results"]}
+    headlines = [
+        name
+        for name in cells[0].column.protocol.headlines
+        if all(name in numbers for numbers in done.values())
+    ]
+    means = done and summarise(
+        {seed: {name: numbers[name] for name in headlines} for seed, numbers in done.items()}
+    )
+    errors = [f"seed {seed}: {found['error']}" for seed, found in seeds.items() if found["error"]]
+    return _common(cells[0]) | {
+        "results": {name: means[name] for name in headlines} if means else None,
+        "error": "; ".join(errors) or None,
+        "file": None,
+        SPREAD: means[SPREAD] if means else None,
+        SEEDS: {str(seed): found for seed, found in seeds.items()},
     }
 
 
@@ -57,15 +94,20 @@ def _numbers(results: dict) -> dict[str, float]:
 
 
 def _csv(entries: list[dict]) -> str:
-    """Write one line for each number, that of the metric "published" first."""
+    """Write one line for each number, that of the metric "published" first.
+
+    The last column is the spread over several seeds.
+    """
     names = ["backbone", "spec", "random_init", "data", "protocol", "verb"]
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
-    lines.writerow([*names, "metric", "value"])
+    lines.writerow([*names, "metric", "value", SPREAD])
     for entry in entries:
         published = {} if entry["published"] is None else {"published": entry["published"]}
+        spread = entry.get(SPREAD) or {}
         for metric, value in (published | (entry["results"] or {})).items():
-            lines.writerow([*(entry[name] for name in names), metric, value])
+            place = [entry[name] for name in names]
+            lines.writerow([*place, metric, value, spread.get(metric, "")])
     return file.getvalue()
 
 
@@ -88,7 +130,7 @@ def _markdown(entries: list[dict]) -> str:
         protocol = entry["protocol"]
         row[protocol] = "failed" if entry["error"] else "to do"
         if entry["results"]:
-            row[protocol] = f"{entry['results'][entry['headline']]:.2f}"
+            row[protocol] = _headline(entry)
         if entry["published"] is not None:
             row[_PUBLISHED.format(protocol)] = str(entry["published"])
     lines = [
@@ -103,3 +145,14 @@ def _markdown(entries: list[dict]) -> str:
         if entry["error"]
     ]
     return text + ("\nFailed:\n\n" + "".join(failed) if failed else "")
+
+
+def _headline(entry: dict) -> str:
+    """Return the headline of an entry, of several seeds with its spread and, meanwhile, a count."""
+    name = entry["headline"]
+    text = f"{entry['results'][name]:.2f}"
+    if SEEDS not in entry:
+        return text
+    done = sum(found["results"] is not None for found in entry[SEEDS].values())
+    count = "" if done == len(entry[SEEDS]) else f" ({done} of {len(entry[SEEDS])} seeds)"
+    return f"{text} ± {entry[SPREAD][name]:.2f}{count}"

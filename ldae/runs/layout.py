@@ -33,6 +33,8 @@ CLASSIFIER = "classifier"
 # Evaluations, each in a folder of EVALS
 EVALS = "evals"
 RESULTS = "results.json"
+FAILURE = "failure.txt"  # of a cell of a suite, until it is run again
+RERUN = "rerun.json"  # a repeated evaluation beside the first one
 PREDICTIONS = "predictions.npz"
 DETECTIONS = "predictions.json"  # in COCO's format of results
 GRID_TABLE, GRID_PICTURE = "grid.md", "grid.png"

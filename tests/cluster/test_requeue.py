@@ -162,6 +162,8 @@ def test_progress_counts_images_of_a_run_and_its_tokenizer(job, tmp_path):
         ("linear x --protocol mae", "x/evals/linear-imagenet/checkpoints/images-000000016384.pt"),
         ("linear timm --protocol mae", "evals/timm/linear/checkpoints/images-000000016384.pt"),
         ("linear x --protocol mae --out y", "y/checkpoints/images-000000016384.pt"),
+        ("evaluate --suite s --out y --only a/b/c", "y/a/b/c/results.json"),
+        ("rerun x/l/results.json", "x/l/rerun/checkpoints/images-000000016384.pt"),
     ],
 )
 def test_progress_counts_the_files_of_a_command_without_a_run(command, saved, job, tmp_path):
@@ -180,3 +182,13 @@ def test_progress_counts_the_files_of_a_command_without_a_run(command, saved, jo
         first = requeue.measure_progress(folder)
         path.rename(path.with_name("images-000000032768.pt"))
         assert requeue.measure_progress(folder) > first
+
+
+def test_progress_of_a_cell_is_not_that_of_others(job, tmp_path):
+    folder = job("")
+    command = "evaluate --suite s --out y --only a/b/c".split()
+    requeue.files.write_json(folder / "job.json", {"command": command, "directory": str(tmp_path)})
+    for other in ("y/table.md", "y/a/b/d/results.json"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).touch()
+    assert requeue.measure_progress(folder) == 0

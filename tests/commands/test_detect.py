@@ -9,6 +9,7 @@ import torch
 from ldae import cli
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.commands.detect import detect
+from ldae.commands.rerun import rerun
 from ldae.data.instances import encode
 from ldae.data.scenes import scene_splits
 from ldae.detection.network import DetectionLoss
@@ -111,6 +112,15 @@ def test_a_detection_writes_its_files(tiny, tmp_path, capsys):
     assert "box_ap50" in capsys.readouterr().out
     assert detect(run)["results"] == record["results"]  # a finished run stays as it is
     assert lines(run) == curve
+
+
+def test_a_detection_can_be_repeated(tiny, tmp_path):
+    record = detect(tiny(optim__epochs=0.5), tmp_path / "run")
+    again = rerun(tmp_path / "run")
+    assert again["verdict"] == "equal" and again["changed"] == []
+    repeated = json.loads((tmp_path / "run" / "rerun" / "results.json").read_text())
+    assert repeated["protocol"]["starts_from"] == record["protocol"]["starts_from"]
+    assert repeated["backbone"]["sha256"] != repeated["protocol"]["starts_from"]
 
 
 def test_interrupted_equals_uninterrupted(tiny, tmp_path, interrupts):

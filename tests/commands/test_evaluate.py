@@ -189,7 +189,7 @@ def test_finished_cells_are_skipped_and_changed_cells_run_again(suite, setup, ca
 def test_other_weights_under_the_same_name_are_graded_again(suite, setup, called, monkeypatch):
     suite.write_text("[data.d]\ntrain = 'digits'\n[protocols.knn]")
     evaluate(("pixels:8",), suite=suite, setup=setup)
-    monkeypatch.setattr("ldae.commands.evaluate.state_hash", lambda state: "other")
+    monkeypatch.setattr("ldae.evals.running.state_hash", lambda state: "other")
     evaluate(("pixels:8",), suite=suite, setup=setup)
     assert len(called.made) == 2
 
@@ -344,7 +344,7 @@ def test_ranks_fail_together(failing, suite, setup, monkeypatch, on_ranks):
 def test_ranks_that_see_different_files_run_the_same_cells(suite, setup, monkeypatch, on_ranks):
     """Rank 0 decides which cells are finished."""
     suite.write_text(SUITE.partition("[data.same]")[0] + "[protocols.knn]\nk = [1]")
-    read = "ldae.commands.evaluate._images"
+    read = "ldae.evals.running._images"
 
     def knn(backbone, /, data, eval_data=None, *, protocol: KNNProtocol, setup: Setup):
         distributed.barrier()

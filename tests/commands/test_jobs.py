@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from ldae import files
+from ldae.cluster.status import read_statuses
 from ldae.commands import jobs
 from ldae.errors import InputError
 
@@ -52,14 +53,14 @@ def test_without_slurm_the_records_are_shown(folder, tmp_path, capsys):
 def test_the_last_state_of_a_progress_bar_is_shown(folder, tmp_path):
     here = {"host": socket.gethostname(), "pid": os.getpid()}
     folder("1", cluster="local", text="bar 10%\rbar 20%\r", state="running", **here)
-    assert jobs.read_statuses(tmp_path) == [("1", "running", "knn 'a b' --data x", "bar 20%")]
+    assert read_statuses(tmp_path) == [("1", "running", "knn 'a b' --data x", "bar 20%")]
 
 
 def test_a_job_without_its_process_has_failed(folder, tmp_path):
     gone = {"host": socket.gethostname(), "pid": 2**22 + 1}  # above Linux's largest process id
     folder("1", cluster="local", state="running", **gone)
     folder("2", cluster="local", state="running", **(gone | {"host": "another machine"}))
-    assert [status.state for status in jobs.read_statuses(tmp_path)] == ["failed", "running"]
+    assert [status.state for status in read_statuses(tmp_path)] == ["failed", "running"]
 
 
 def test_slurms_answer_goes_before_the_records(folder, tmp_path):
@@ -81,9 +82,7 @@ def test_slurms_answer_goes_before_the_records(folder, tmp_path):
         script.chmod(0o755)
     for job in ("1", "2", "3", "4", "5_0", "6_1", "7_0", "7_1", "7_3"):
         folder(job, state="running", host="node", pid=1, text="images 8/16\n")
-    assert [
-        (status.id, status.state, status.message) for status in jobs.read_statuses(tmp_path)
-    ] == [
+    assert [(status.id, status.state, status.message) for status in read_statuses(tmp_path)] == [
         ("1", "done", "images 8/16"),
         ("2", "cancelled", "images 8/16"),
         ("3", "failed", "OUT_OF_MEMORY"),

@@ -142,7 +142,7 @@ def test_the_command_writes_what_it_returns(tmp_path, monkeypatch, capsys):
     record = knn("pixels:8", "digits", protocol=KNNProtocol(k=(1, 20)), setup=SETUP)
     written = tmp_path / "evals" / "pixels-8" / "knn-digits-k=1-20-in_chans=1" / "results.json"
     assert json.loads(written.read_text()) == record
-    assert set(record) == {"task", "protocol", "backbone", "data", "results", "environment"}
+    assert set(record) == {"task", "protocol", "backbone", "data", "results", "environment", "call"}
     assert record["protocol"]["k"] == [1, 20]
     assert record["backbone"]["dim"] == 64
     assert record["data"]["classes"] == 10

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from ldae.cluster.settings import SlurmSettings
-from ldae.commands import jobs
+from ldae.cluster.status import read_statuses
 from ldae.commands.submit import read_pipeline, submit
 from ldae.errors import InputError
 from ldae.tree import to_yaml
@@ -120,7 +120,7 @@ command = "knn {run} {knn}"
 def test_a_failed_evaluation_does_not_stop_the_others(debug, tmp_path):
     with pytest.raises(InputError, match="1 of 2 jobs failed"):
         submit(debug("scattered-digits:64"))
-    statuses = jobs.read_statuses(tmp_path / "a run")
+    statuses = read_statuses(tmp_path / "a run")
     assert sorted(status.state for status in statuses) == ["done", "done", "failed"]
     assert list((tmp_path / "a run").glob("evals/*/results.json"))
 
@@ -128,4 +128,4 @@ def test_a_failed_evaluation_does_not_stop_the_others(debug, tmp_path):
 def test_no_job_starts_after_a_failed_pretraining(debug, tmp_path):
     with pytest.raises(InputError, match="pretrain failed, so no other job was started"):
         submit(debug("nowhere"))
-    assert [status.state for status in jobs.read_statuses(tmp_path / "a run")] == ["failed"]
+    assert [status.state for status in read_statuses(tmp_path / "a run")] == ["failed"]

@@ -13,7 +13,8 @@ from ldae import cli
 from ldae.commands.grid import GridProtocol, grid
 from ldae.commands.knn import knn
 from ldae.errors import InputError
-from ldae.evals.evaluation import Setup, changes
+from ldae.evals.evaluation import Setup
+from ldae.evals.naming import changes
 from ldae.evals.neighbours import KNNProtocol
 from ldae.evals.protocol import Grader, flags
 from ldae.evals.suite import read_suite

@@ -4,7 +4,7 @@ import shlex
 
 from slurm.cluster import wait_for
 
-from ldae.commands.jobs import read_statuses
+from ldae.cluster.status import read_statuses
 from ldae.commands.submit import submit
 from ldae.tree import to_yaml
 

@@ -13,7 +13,7 @@ from slurm.cluster import SentJob, shell
 
 from ldae.cluster.send import _choose_port
 from ldae.cluster.settings import SlurmSettings
-from ldae.commands.jobs import read_statuses
+from ldae.cluster.status import read_statuses
 from ldae.runs.checkpoints import Checkpoints
 from ldae.tree import replace
 
