@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ldae.data import cached, list_file, parquet, shards, timm_datasets
+from ldae.data import cache_file, cached, list_file, parquet, shards, timm_datasets
 from ldae.data.containers import (
     COMPRESSED_TAR,
     Container,
@@ -69,7 +69,7 @@ def source_splits(spec: str, splits_of_files: SplitsOfFiles = image_splits) -> S
         raise InputError(f"no folder, archive or built-in data set is named {spec!r}{hint}")
     if path.name.lower().endswith(".npz") and path.is_file():
         return {"all": partial(NpzSource, spec, path)}
-    if path.name.lower().endswith(cached.SUFFIX) and path.is_file():
+    if path.name.lower().endswith(cache_file.SUFFIX) and path.is_file():
         return cached.cached_splits(spec, path)
     if path.suffix.lower() in list_file.SUFFIXES and path.is_file():
         return {"all": partial(list_file.ListedFiles, spec, path)}
