@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 _NUMBERS = [
     number.to_bytes(size, order)
     for size in (1, 2, 4, 8)
-    for number in {0, 1, 2 ** (8 * size - 1) - 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1}
+    for number in (0, 1, 2 ** (8 * size - 1) - 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1)
     for order in ("little", "big")
 ]
+_AS_INSERTED = -1  # as many bytes are removed as inserted
 
 
 class Edit(NamedTuple):
@@ -19,13 +20,15 @@ class Edit(NamedTuple):
     at: int | float
     """Place in bytes, from the end if negative; or, as a float, the share of the file before it."""
     removed: int
+    """Number of bytes, or ``_AS_INSERTED``."""
     inserted: bytes
 
     def apply(self, content: bytes) -> bytes:
         """Return the edited content."""
         at = int(self.at * len(content)) if isinstance(self.at, float) else self.at
         start = min(at, len(content)) if at >= 0 else max(len(content) + at, 0)
-        return content[:start] + self.inserted + content[start + self.removed :]
+        removed = len(self.inserted) if self.removed == _AS_INSERTED else self.removed
+        return content[:start] + self.inserted + content[start + removed :]
 
 
 def _edit(words: tuple[bytes, ...]) -> st.SearchStrategy[Edit]:
@@ -33,14 +36,13 @@ def _edit(words: tuple[bytes, ...]) -> st.SearchStrategy[Edit]:
     inserted = st.binary(max_size=8) | st.sampled_from(_NUMBERS)
     if words:
         inserted = st.sampled_from(words) | inserted
-    # Headers stay in place when as many bytes are removed as inserted. The last is truncation.
-    removed = st.just(-1) | st.integers(0, 9) | st.just(1 << 62)
-    edits = st.builds(Edit, place, removed, inserted)
-    return edits.map(lambda edit: edit._replace(removed=len(edit.inserted)) if edit.removed < 0 else edit)
+    # The last cuts off the rest of the file.
+    removed = st.just(_AS_INSERTED) | st.integers(0, 9) | st.just(1 << 62)
+    return st.builds(Edit, place, removed, inserted)
 
 
 def edits(words: tuple[bytes, ...] = ()) -> st.SearchStrategy[list[Edit]]:
-    """Return a strategy of one to four edits, which insert ``words`` more often than other bytes."""
+    """Return a strategy of one to four edits, which often insert one of ``words``."""
     return st.lists(_edit(words), min_size=1, max_size=4)
 
 

@@ -38,10 +38,12 @@ class ListedFiles(FileSource):
         lines: dict[str, _Line] = {}
         for line in _lines(spec, path):
             if not is_image(line.path):
-                raise InputError(f"line {line.number} of {spec} names no image: {_short(line.path)}")
+                shown = _short(line.path)
+                raise InputError(f"line {line.number} of {spec} names no image: {shown}")
             if before := lines.get(line.path):
                 raise InputError(
-                    f"lines {before.number} and {line.number} of {spec} both name {_short(line.path)}"
+                    f"lines {before.number} and {line.number} of {spec} both name "
+                    f"{_short(line.path)}"
                 )
             lines[line.path] = line
         if not lines:

@@ -58,7 +58,8 @@ class ParquetSource(Source):
                 if number == 0:
                     self._columns = columns
                 elif columns != self._columns:
-                    raise InputError(f"{path} has other columns or classes than {folder / files[0]}")
+                    first = folder / files[0]
+                    raise InputError(f"{path} has other columns or classes than {first}")
                 for group in range(file.num_row_groups):
                     groups.append((number, group))
                     group_sizes.append(_size(path, file.metadata.row_group(group), columns.image))
@@ -203,5 +204,7 @@ def _classes(
         return classes_of([str(label) for label in labels])
     for label in set(labels):
         if not isinstance(label, int) or not 0 <= label < len(names):
-            raise InputError(f"{spec} has the label {label!r}, which is none of {len(names)} classes")
+            raise InputError(
+                f"{spec} has the label {label!r}, which is none of {len(names)} classes"
+            )
     return [str(name) for name in names], np.array(labels, np.int64)

@@ -143,19 +143,25 @@ def _samples(path: Path, shard: str, numbers: dict[str, int]) -> dict[str, Locat
     images = {}
     with open(path, "rb", buffering=0) as file:
         for key, names in samples.items():
-            extensions = [extension for extension in names if f".{extension}" in image_extensions()]
-            if extensions:
-                # Beside another image, an array is most often an embedding of it.
-                image = names[min(extensions, key=lambda extension: (extension == "npy", extension))]
-                try:
-                    label = _label(file, {part: entries[name] for part, name in names.items()})
-                except (OSError, ValueError, RecursionError) as error:
-                    raise InputError(
-                        f"the label of {path}/{key} cannot be read: {first_line(error)}"
-                    ) from error
-                number = _NO_LABEL if label is None else numbers.setdefault(label, len(numbers))
-                images[f"{shard}/{image}"] = (*entries[image], number)
+            if (extension := _image_among(names)) is None:
+                continue
+            try:
+                label = _label(file, {part: entries[name] for part, name in names.items()})
+            except (OSError, ValueError, RecursionError) as error:
+                raise InputError(
+                    f"the label of {path}/{key} cannot be read: {first_line(error)}"
+                ) from error
+            number = _NO_LABEL if label is None else numbers.setdefault(label, len(numbers))
+            image = names[extension]
+            images[f"{shard}/{image}"] = (*entries[image], number)
     return {name: images[name] for name in sorted(images)}
+
+
+def _image_among(extensions: Iterable[str]) -> str | None:
+    """Return the extension of the image of a sample, or None if it has no image."""
+    images = sorted(part for part in extensions if f".{part}" in image_extensions())
+    # Beside another image, an array is most often an embedding of it.
+    return next((part for part in images if part != "npy"), images[0] if images else None)
 
 
 def _label(file: BinaryIO, parts: dict[str, Location]) -> str | None:
