@@ -9,7 +9,8 @@ from PIL import TiffImagePlugin as tiff
 
 from ldae.errors import import_extra
 
-_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+_BIG = b"II+\0"  # Pillow does not read the tags of a big-endian BigTIFF
+_MAGIC = (b"II*\0", b"MM\0*", _BIG)
 _COLOURS = {0: 1, 1: 1, 2: 3}  # PhotometricInterpretation, grey and RGB -> number of colours
 _UNKNOWN = 0  # in ExtraSamples, a band such as near infrared; other numbers are transparency
 _UNSIGNED = 1  # in SampleFormat
@@ -47,9 +48,11 @@ def bands_header(file: BinaryIO) -> Header | None:
 
 def _tags(file: BinaryIO) -> tiff.ImageFileDirectory_v2:
     """Return the tags of the first page. Raises: an exception of any type for another file."""
-    start = file.read(16)
+    start = file.read(8)
     if start[:4] not in _MAGIC:
         raise ValueError("not a TIFF file")
+    if start[:4] == _BIG:
+        start += file.read(8)
     tags = tiff.ImageFileDirectory_v2(start)
     file.seek(tags.next)
     tags.load(file)
@@ -62,10 +65,11 @@ def _header(tags: tiff.ImageFileDirectory_v2) -> Header | None:
     has_alpha = extra == 1 and tags.get(tiff.EXTRASAMPLES) != (_UNKNOWN,)
     if count == 1 or (bits <= 8 and (extra == 0 or has_alpha)):
         return None
+    orientation = tags.get(ExifTags.Base.Orientation, 1)
     is_unsigned = tags.get(tiff.SAMPLEFORMAT, (_UNSIGNED,))[0] == _UNSIGNED
     return Header(
         (tags[tiff.IMAGELENGTH], tags[tiff.IMAGEWIDTH], count),
-        tags.get(ExifTags.Base.Orientation, 1),
+        orientation if 1 <= orientation <= 8 else 1,
         2**bits - 1 if is_unsigned and bits < 16 else 65535,
         has_alpha,
     )
@@ -77,7 +81,7 @@ def read_bands(file: BinaryIO, header: Header) -> np.ndarray:
     Raises: an exception of any type when the file is damaged, or tifffile or a codec is missing.
     """
     tifffile = import_extra("tifffile", "tiff", "its bands need the package tifffile")
-    with tifffile.TiffFile(file) as pages:
+    with tifffile.TiffFile(file, name="image") as pages:
         page = pages.pages[0]
         # (separate bands, depth, H, W, bands of a pixel): one of the first and the last is 1.
         bands = page.asarray(maxworkers=1).reshape(page.shaped)[:, 0]
