@@ -75,7 +75,9 @@ class Fuzzed:
             files = {path for path in self.folder.rglob("*") if path.is_file()}
             found = {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
             before = self.tree | {name: content}
-            changed = {path for path in before.keys() | found if before.get(path) != found.get(path)}
+            changed = {
+                path for path in before.keys() | found if before.get(path) != found.get(path)
+            }
             self._restore(changed | {name})
         lost = [path for path in changed if Path(path).name not in self.target.written]
         if answer == "read" and self.target.written:
@@ -136,7 +138,11 @@ def fuzz(name: str, count: int, number: int, last: Path) -> dict[str, Any]:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 reason = f"{type(error).__name__}: {error}"
                 failures.append(
-                    {"case": repr(case)[:1000], "error": reason[:300], "at": f"{where.name}:{where.lineno}"}
+                    {
+                        "case": repr(case)[:1000],
+                        "error": reason[:300],
+                        "at": f"{where.name}:{where.lineno}",
+                    }
                 )
             record["cases"] += 1
             record["slowest_seconds"] = max(record["slowest_seconds"], time.perf_counter() - start)
@@ -182,7 +188,11 @@ def main() -> None:
     for name in args.targets:
         count = -int(-args.cases * TARGETS[name].weight // weights)
         records[name] = _in_process(name, count, args.seed)
-        print(name, {key: value for key, value in records[name].items() if key != "failures"}, flush=True)
+        print(
+            name,
+            {key: value for key, value in records[name].items() if key != "failures"},
+            flush=True,
+        )
         for failure in records[name]["failures"]:
             print("  ", failure["error"], failure["at"], failure["case"][:200], flush=True)
     total = {

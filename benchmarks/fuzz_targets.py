@@ -24,7 +24,6 @@ from ldae.data.open import source_splits
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.runs import kinds, layout
-from ldae.runs.checkpoints import Checkpoints
 from ldae.tree import replace
 
 Tree = dict[str, bytes]
@@ -81,7 +80,9 @@ def _images() -> Tree:
     for mode in ("I;16", "F"):
         files[f"{mode}.tif"] = _encoded("TIFF", rgb.convert("L").convert(mode))
     frames = {"save_all": True, "append_images": [rgb, rgb.rotate(90)]}
-    files |= {f"frames.{format}": _encoded(format, rgb, **frames) for format in ("gif", "webp", "png")}
+    files |= {
+        f"frames.{format}": _encoded(format, rgb, **frames) for format in ("gif", "webp", "png")
+    }
     for dtype in (np.uint8, np.uint16):
         for options in ({}, {"compression": "zlib", "predictor": True}, {"tile": (16, 16)}):
             file = io.BytesIO()
@@ -322,7 +323,20 @@ _YAML = (
     b"?", b"[" * 5000, b"9" * 5000, b"'", b'"', b"\0", b"\xff", b"kind: mae\n", b"  ",
 )  # fmt: skip
 _JSON = (b"null", b"[", b"{", b"}", b'"', b"NaN", b"1e999", b"-1", b"true", b"[" * 5000, b"\n")
-_TEXT = (b" ", b"\t", b",", b'"', b"\n", b"\r", b"\0", b"/", b"../", b".png", b"\xff", b"\xe2\x80\xa8")
+_TEXT = (
+    b" ",
+    b"\t",
+    b",",
+    b'"',
+    b"\n",
+    b"\r",
+    b"\0",
+    b"/",
+    b"../",
+    b".png",
+    b"\xff",
+    b"\xe2\x80\xa8",
+)
 _OF_A_RUN = (*_YAML, *_JSON)
 
 TARGETS = {
@@ -345,11 +359,20 @@ TARGETS = {
         _resume,
         _is_read,
         words=_OF_A_RUN,
-        written=(layout.CONFIG, layout.ENVIRONMENT, layout.METRICS, layout.DENOISED, layout.FILTERS),
+        written=(
+            layout.CONFIG,
+            layout.ENVIRONMENT,
+            layout.METRICS,
+            layout.DENOISED,
+            layout.FILTERS,
+        ),
         weight=0.3,
     ),
     "exported folders": Target(
-        _exported, _read_exported, lambda path: path.endswith((".json", ".safetensors")), words=_JSON
+        _exported,
+        _read_exported,
+        lambda path: path.endswith((".json", ".safetensors")),
+        words=_JSON,
     ),
     "checkpoints": Target(_checkpoints, _read_weights, weight=1.5),
 }

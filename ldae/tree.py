@@ -296,7 +296,9 @@ def _is_larger(value: Any, most: int) -> bool:
     waiting = [value]
     while waiting and most >= 0:
         part, most = waiting.pop(), most - 1
-        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        waiting += (
+            part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        )
     return bool(waiting)
 
 

@@ -49,7 +49,11 @@ def test_a_traceback_a_change_and_a_long_sentence_are_failures(tmp_path):
     target = TARGETS["lists"]._replace(
         tree=lambda: {"other": b"", "a": b"abc"}, mutated=lambda name: name == "a"
     )
-    for read, error in ((change, AssertionError), (two_lines, AssertionError), (no_sentence, KeyError)):
+    for read, error in (
+        (change, AssertionError),
+        (two_lines, AssertionError),
+        (no_sentence, KeyError),
+    ):
         fuzzed = Fuzzed(target._replace(read=read), tmp_path)
         with pytest.raises(error):
             fuzzed.answer("a", [])

@@ -188,7 +188,11 @@ def _labels(path: Path, file: Any, column: str) -> list[int | str | None]:
     labels = file.read([column], use_threads=False).column(0)
     if types.is_dictionary(labels.type):
         labels = labels.cast(labels.type.value_type)
-    if not (types.is_integer(labels.type) or types.is_string(labels.type) or types.is_large_string(labels.type)):
+    if not (
+        types.is_integer(labels.type)
+        or types.is_string(labels.type)
+        or types.is_large_string(labels.type)
+    ):
         raise InputError(
             f"column {column} of {path} is {labels.type}: labels are whole numbers or texts"
         )

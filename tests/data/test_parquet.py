@@ -68,7 +68,9 @@ def test_labels_without_names_are_numbers_or_texts(labels, classes, indices, tmp
 def test_images_are_bytes_or_a_struct_with_them(column, tmp_path):
     forms = ([png(3)], pa.array([png(3)], pa.large_binary()), [{"bytes": png(3), "path": None}])
     for form in forms:
-        source = open_source(str(write(tmp_path / "a.parquet", **{column: form, "n": [1]})), "train")
+        source = open_source(
+            str(write(tmp_path / "a.parquet", **{column: form, "n": [1]})), "train"
+        )
         assert source.labels is None and source.image(0).size == (8, 8)
 
 
@@ -92,9 +94,15 @@ def test_a_file_that_became_shorter_has_bad_images(make_tree, tmp_path):
 @pytest.mark.parametrize(
     "columns, message",
     [
-        ({"feature": [1.0], "name": ["x"]}, "has no column image .* its columns are feature, name$"),
+        (
+            {"feature": [1.0], "name": ["x"]},
+            "has no column image .* its columns are feature, name$",
+        ),
         ({"left": [b""], "right": [b""]}, "has no column image"),
-        ({"image": [b""], "label": [0.5]}, "column label of .* is double: labels are whole numbers"),
+        (
+            {"image": [b""], "label": [0.5]},
+            "column label of .* is double: labels are whole numbers",
+        ),
         ({"image": pa.array([], pa.binary())}, "contains no images: it has no rows"),
     ],
 )

@@ -57,7 +57,9 @@ def test_the_names_of_shards_say_their_splits():
     train, evaluation = ["in1k-train-0.tar", "in1k-train-1.tar"], ["in1k-validation-0.tar"]
     assert splits_by_name(train + evaluation) == {"train": train, "eval": evaluation}
     assert splits_by_name(["train/0.tar", "test/0.tar", "val/0.tar"])["eval"] == ["val/0.tar"]
-    assert splits_by_name(["test-set/train_0.tar", "x/VAL.tar"])["train"] == ["test-set/train_0.tar"]
+    assert splits_by_name(["test-set/train_0.tar", "x/VAL.tar"])["train"] == [
+        "test-set/train_0.tar"
+    ]
     assert splits_by_name(["val-0.tar"]) == {"eval": ["val-0.tar"]}
     for files in (train, ["0.tar", "1.tar"], ["trainings.tar", "interval.tar"]):
         assert splits_by_name(files) == {"all": files}
