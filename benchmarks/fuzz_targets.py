@@ -5,8 +5,8 @@ import json
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,13 @@ class Target(NamedTuple):
     """Share of the cases, relative to other targets."""
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what commands print."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
 def pixels(side: int = 12, bands: int = 3, dtype=np.uint8) -> np.ndarray:
     """Return random pixels that compress a little, (side, side, bands)."""
     smooth = np.linspace(0, 200, side)[:, None, None] + _RNG.integers(0, 50, (side, side, bands))
@@ -74,7 +81,9 @@ def _images() -> Tree:
             continue
         for mode in ("RGB", "L", "P", "1", "RGBA"):
             with suppress(OSError, ValueError, KeyError):  # formats do not take every mode
-                files.setdefault(f"{format}-{mode}{extension}", _encoded(format, rgb.convert(mode)))
+                content = _encoded(format, rgb.convert(mode))
+                Image.open(io.BytesIO(content)).load()  # some are written but not read
+                files[f"{format}-{mode}{extension}"] = content
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"):
         files[f"{compression}.tif"] = _encoded("TIFF", rgb, compression=compression)
     for mode in ("I;16", "F"):
@@ -194,12 +203,13 @@ def _caches() -> Tree:
     with tempfile.TemporaryDirectory() as folder:
         images, out = Path(folder, "images.zip"), Path(folder, "cache.safetensors")
         images.write_bytes(_zipped(_folder()))
-        ldae.cache(str(images), str(out), side=8, workers=0)
+        with _silent():
+            ldae.cache(str(images), str(out), side=8, workers=0)
         return {out.name: out.read_bytes()}
 
 
 def _read_cache(folder: Path, name: str) -> None:
-    with suppress(InputError):
+    with suppress(InputError), _silent():
         ldae.cache(str(folder / name), check=True)
     _read_source(folder, name)
 
@@ -262,7 +272,7 @@ _TINY = {
 
 def _run() -> Tree:
     """Return the files of a finished run with two checkpoints."""
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, _silent():
         run = Path(folder, "run")
         ldae.pretrain(replace(ldae.config("l_dae", scale="demo"), _TINY), run)
         return {str(file.relative_to(run)): file.read_bytes() for file in _files(run)}
@@ -278,7 +288,7 @@ def _is_read(path: str) -> bool:
 
 
 def _open_run(folder: Path, name: str) -> None:
-    with redirect_stdout(io.StringIO()):
+    with _silent():
         with suppress(InputError):
             ldae.curves(folder)
         run = ldae.load_run(folder, device="cpu")
@@ -288,12 +298,12 @@ def _open_run(folder: Path, name: str) -> None:
 
 def _resume(folder: Path, name: str) -> None:
     """Resume a run by its own settings, as the same command does."""
-    with redirect_stdout(io.StringIO()):
+    with _silent():
         ldae.pretrain(replace(ldae.config("l_dae", scale="demo"), _TINY), folder)
 
 
 def _exported() -> Tree:
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, _silent():
         run, out = Path(folder, "run"), Path(folder, "exported")
         for name, content in _run().items():
             (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +313,7 @@ def _exported() -> Tree:
 
 
 def _read_exported(folder: Path, name: str) -> None:
-    with redirect_stdout(io.StringIO()):
+    with _silent():
         ldae.load_backbone(folder)
 
 
@@ -353,7 +363,7 @@ TARGETS = {
         _label_maps, _read_label_maps, lambda path: path.startswith(("labels", "maps")), weight=1.5
     ),
     "configs": Target(_configs, _read_config, words=_YAML, weight=2),
-    "run folders": Target(_run, _open_run, _is_read, words=_OF_A_RUN, weight=1),
+    "run folders": Target(_run, _open_run, _is_read, words=_OF_A_RUN, weight=0.4),
     "resumed runs": Target(
         _run,
         _resume,
@@ -366,7 +376,7 @@ TARGETS = {
             layout.DENOISED,
             layout.FILTERS,
         ),
-        weight=0.3,
+        weight=0.15,
     ),
     "exported folders": Target(
         _exported,

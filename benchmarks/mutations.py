@@ -33,17 +33,17 @@ class Edit(NamedTuple):
 
 def _edit(words: tuple[bytes, ...]) -> st.SearchStrategy[Edit]:
     place = st.integers(0, 79) | st.integers(-79, -1) | st.floats(0, 1, width=32)
-    inserted = st.binary(max_size=8) | st.sampled_from(_NUMBERS)
+    inserted = st.binary(min_size=1, max_size=8) | st.sampled_from(_NUMBERS) | st.just(b"")
     if words:
         inserted = st.sampled_from(words) | inserted
-    # The last cuts off the rest of the file.
-    removed = st.just(_AS_INSERTED) | st.integers(0, 9) | st.just(1 << 62)
+    # Most often the rest stays in its place; the last number cuts it off.
+    removed = st.sampled_from((*[_AS_INSERTED] * 5, 0, 1, 4, 1 << 62))
     return st.builds(Edit, place, removed, inserted)
 
 
 def edits(words: tuple[bytes, ...] = ()) -> st.SearchStrategy[list[Edit]]:
-    """Return a strategy of one to four edits, which often insert one of ``words``."""
-    return st.lists(_edit(words), min_size=1, max_size=4)
+    """Return a strategy of one to three edits, which often insert one of ``words``."""
+    return st.lists(_edit(words), min_size=1, max_size=3)
 
 
 def mutate(content: bytes, edited: list[Edit]) -> bytes:

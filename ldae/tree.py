@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ldae.errors import InputError, first_line, unknown
+from ldae.errors import InputError, first_line, quoted, unknown
 
 Settings = TypeVar("Settings")
 _MOST_VALUES = 10_000  # of a file of settings
@@ -172,7 +172,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     try:
         value = _as(hint, value)
     except TypeError:
-        raise InputError(f"setting {name!r} takes {_words(hint)}, not {value!r}") from None
+        raise InputError(f"setting {name!r} takes {_words(hint)}, not {quoted(value)}") from None
     _check(name, value, hint)
     return value
 

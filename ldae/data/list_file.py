@@ -9,7 +9,7 @@ from ldae.data.classes import classes_of
 from ldae.data.containers import Folder
 from ldae.data.image_files import FileSource
 from ldae.data.listing import is_image, listing_of
-from ldae.errors import InputError, first_line
+from ldae.errors import InputError, first_line, quoted
 
 SUFFIXES = (".txt", ".csv", ".tsv")
 _PATH_COLUMNS = ("path", "file_name", "filename", "file", "image")
@@ -38,12 +38,12 @@ class ListedFiles(FileSource):
         lines: dict[str, _Line] = {}
         for line in _lines(spec, path):
             if not is_image(line.path):
-                shown = _short(line.path)
+                shown = quoted(line.path)
                 raise InputError(f"line {line.number} of {spec} names no image: {shown}")
             if before := lines.get(line.path):
                 raise InputError(
                     f"lines {before.number} and {line.number} of {spec} both name "
-                    f"{_short(line.path)}"
+                    f"{quoted(line.path)}"
                 )
             lines[line.path] = line
         if not lines:
@@ -120,11 +120,6 @@ def _columns(spec: str, names: list[str], is_header: bool) -> tuple[int, int | N
         for known in (_PATH_COLUMNS, _LABEL_COLUMNS)
     )
     if path is None:
-        shown = _short(", ".join(names))
+        shown = quoted(", ".join(names))
         raise InputError(f"{spec} has no column path; the columns of its first line are {shown}")
     return path, label
-
-
-def _short(text: str) -> str:
-    """Return the start of a text that may be the content of any file, in quotes."""
-    return repr(text if len(text) <= 80 else text[:80] + "...")

@@ -11,9 +11,6 @@ from ldae.data.image import BadImage, from_array, read_npy_header
 from ldae.data.source import Source
 from ldae.errors import InputError
 
-# What NumPy raises for damaged files and for files of other formats.
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile)
-
 
 class NpzSource(Source):
     """The images ``arr_0``, uint8 (N, H, W, C), and their labels ``arr_1``, (N,), if present.
@@ -35,7 +32,7 @@ class NpzSource(Source):
             images = self._open()
         except InputError:
             raise
-        except _UNREADABLE as error:
+        except Exception as error:  # on damaged files NumPy and zipfile raise nearly every type
             raise InputError(f"{spec} is not a readable .npz file") from error
         if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
             raise InputError(
@@ -59,7 +56,7 @@ class NpzSource(Source):
     def image(self, i: int) -> Image.Image | np.ndarray:
         try:
             return from_array(np.array(self._open()[i]))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as in the constructor
             raise BadImage(f"{self.where(i)} cannot be read: {error}") from error
 
     def stamp(self) -> bytes:

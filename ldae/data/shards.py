@@ -117,7 +117,7 @@ def _list_shards(folder: Path, shards: list[str]) -> Listing:
     kept = kept_listing(key)
     numbers = {label: number for number, label in enumerate(kept.labels if kept else ())}
     stamps, parts = {}, []
-    with progress(len(shards), "listing shards") as bar:
+    with progress(len(shards), "listing shards", after=1) as bar:
         for shard in shards:
             stamp = stamps[f"{shard}/"] = stamp_of(folder / shard)
             if kept and stamp and kept.stamps.get(f"{shard}/") == stamp:
