@@ -110,6 +110,8 @@ class CacheFile:
             raise ValueError(f"the arrays of {split} have other shapes")
         if not all(isinstance(facts[name], str) for name in ("spec", "fingerprint")):
             raise ValueError(f"the facts of {split} are no texts")
+        if not isinstance(facts["index"], int):
+            raise ValueError(f"the checksum of {split} is no number")
         if (classes := facts["classes"]) is not None:
             if not all(isinstance(name, str) for name in [*classes]):
                 raise ValueError(f"the classes of {split} are no texts")

@@ -27,7 +27,8 @@ class NpzSource(Source):
             with np.load(path, allow_pickle=False) as file:
                 if "arr_0" not in file:
                     raise InputError(f"{spec} contains no images: it has no array arr_0")
-                labels = file["arr_1"] if "arr_1" in file else None
+                # NumPy gives a damaged array as bytes.
+                labels = np.asarray(file["arr_1"]) if "arr_1" in file else None
                 members = file.zip.infolist()
             images = self._open()
         except InputError:
@@ -77,7 +78,7 @@ def _open_array(path: Path) -> np.ndarray:
             header_size = content.tell()
     if member.compress_type != zipfile.ZIP_STORED or dtype.hasobject:
         with np.load(path, allow_pickle=False) as file:
-            return file["arr_0"]
+            return np.asarray(file["arr_0"])
     with open(path, "rb") as file:
         file.seek(member.header_offset)
         name_size, extra_size = struct.unpack("<26x2H", file.read(30))  # a ZIP member's header
