@@ -5,7 +5,8 @@ python benchmarks/fuzz.py [--cases 10000] [--seed 0] [--targets NAME...] [--out 
 A case replaces parts of one valid file (``mutations.py``) and reads it as a command would
 (``fuzz_targets.py``). The file must be read, or refused by InputError in one line. Everything else
 is a failure: another exception, a case that takes longer than ten seconds, a file that reading has
-changed, or a process that dies. Each target has a process of its own.
+changed, or a process that dies. Each target has a process of its own. The records of other targets
+in FILE are kept.
 """
 
 import argparse
@@ -184,7 +185,7 @@ def main() -> None:
         write_json(args.out, fuzz(args.one, args.cases, args.seed, args.last))
         return
     weights = sum(TARGETS[name].weight for name in args.targets)
-    records = {}
+    records = json.loads(args.out.read_text())["targets"] if args.out.exists() else {}
     for name in args.targets:
         count = -int(-args.cases * TARGETS[name].weight // weights)
         records[name] = _in_process(name, count, args.seed)

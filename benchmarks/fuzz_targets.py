@@ -79,7 +79,8 @@ def _images() -> Tree:
     for extension, format in sorted(Image.registered_extensions().items()):
         if extension not in image_extensions() or format not in Image.SAVE:
             continue
-        for mode in ("RGB", "L", "P", "1", "RGBA"):
+        # Pillow loses the palette of an ICNS file.
+        for mode in ("RGB", "L", "1", "RGBA", *(["P"] if format != "ICNS" else [])):
             with suppress(OSError, ValueError, KeyError):  # formats do not take every mode
                 content = _encoded(format, rgb.convert(mode))
                 Image.open(io.BytesIO(content)).load()  # some are written but not read

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import pkgutil
+import re
 import tomllib
 import types
 import typing
@@ -20,6 +21,7 @@ from ldae.errors import InputError, first_line, quoted, unknown
 
 Settings = TypeVar("Settings")
 _MOST_VALUES = 10_000  # of a file of settings
+_DEEP = re.compile(r"([\[{]\s*){33}")  # no settings are; YAML takes seconds for a thousand brackets
 
 
 class Range(NamedTuple):
@@ -279,7 +281,10 @@ def read_yaml(path: Path) -> dict:
     Raises: InputError naming the file when it is missing or holds something else.
     """
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        if _DEEP.search(text):
+            raise ValueError("nested too deeply")
+        table = yaml.safe_load(text) or {}
     except OSError as error:
         raise InputError(f"configuration {path} cannot be read: {error.strerror}") from None
     except Exception:  # of values that are not what their tag says, YAML raises nearly every type

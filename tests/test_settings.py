@@ -63,7 +63,7 @@ def test_the_refusal_of_a_wrong_file_names_it(tmp_path, text, sentence):
         kinds.load(path, "pretraining")
 
 
-@pytest# Each line has the line before it twice, so the last has 2^30 values.
+# Each line has the line before it twice, so the last has 2^30 values.
 LAUGHS = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 31))
 
 
@@ -77,7 +77,7 @@ LAUGHS = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n
         pytest.param(LAUGHS, "holds more than 10,000 values", id="large"),
         pytest.param(f"seed: '{9 * 10**400}'", r"takes int, not '90{79}\.\.\.'", id="digits"),
         pytest.param("optim: {blr: 1" + "0" * 400 + "}", "takes float, not", id="beyond floats"),
-        pytest.param("x" * 9000 + ": 1", r"no setting 'x{80}\.\.\.'", id="long name"),
+        pytest.param("x" * 900 + ": 1", r"no setting 'x{80}\.\.\.'", id="long name"),
     ],
 )
 def test_a_hostile_file_is_refused_at_once(tmp_path, text, sentence):
@@ -87,10 +87,10 @@ def test_a_hostile_file_is_refused_at_once(tmp_path, text, sentence):
     with pytest.raises(InputError, match=f"mine.yaml.*{sentence}") as caught:
         kinds.load(path, "pretraining")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 3
 
 
-.mark.parametrize(
+@pytest.mark.parametrize(
     "name, value, sentence",
     [
         ("optim.epochs", -1.0, "optim.epochs must be above 0, not -1.0"),
