@@ -28,6 +28,8 @@ class CachedSource(Source):
             raise InputError(f"{file.path} is damaged: its names or labels have another checksum")
         classes = file.splits[split]["classes"]
         labels = None if classes is None else np.array(file.arrays[split]["labels"])
+        if classes is not None and not np.isin(labels, np.arange(len(classes))).all():
+            raise InputError(f"{file.path} is damaged: a label of {split} is of no class")
         super().__init__(spec, split, classes, labels)
         self._file = file
 
