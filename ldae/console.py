@@ -7,13 +7,21 @@ from ldae import tree
 from ldae.distributed import is_main
 
 
-def progress(total: int, description: str) -> Any:
-    """Return a tqdm bar that only rank 0 shows: every 0.1 s on a terminal, every 30 s in a log."""
+def progress(total: int, description: str, after: float = 0.0) -> Any:
+    """Return a tqdm bar that only rank 0 shows: every 0.1 s on a terminal, every 30 s in a log.
+
+    It is shown only when the work takes longer than ``after`` seconds.
+    """
     from tqdm import tqdm
 
     seconds = 0.1 if sys.stderr.isatty() else 30
     return tqdm(
-        total=total, desc=description, leave=False, disable=not is_main(), mininterval=seconds
+        total=total,
+        desc=description,
+        leave=False,
+        disable=not is_main(),
+        mininterval=seconds,
+        delay=after,
     )
 
 

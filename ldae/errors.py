@@ -8,6 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 LOST_RANK = 75  # exit status EX_TEMPFAIL of sysexits.h: a temporary failure, try again later
+_LONGEST = 80  # characters of a name in a message
 
 
 class InputError(ValueError):
@@ -71,7 +72,14 @@ def import_extra(module: str, extra: str, need: str) -> ModuleType:
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str:
     """Return the known name most like ``name``; "" when none reaches ``likeness``, 0 to 1."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=likeness)), "")
+    start = name[:_LONGEST]  # the content of any file may be named, and the search takes n^2 steps
+    return next(iter(difflib.get_close_matches(start, known, n=1, cutoff=likeness)), "")
+
+
+def quoted(name: object) -> str:
+    """Return a name or a value as it was written, cut if it is too long for a sentence."""
+    text = str(name)
+    return repr(name) if len(text) <= _LONGEST else repr(text[:_LONGEST] + "...")
 
 
 def unknown(sentence: str, name: object, known: Iterable[str], more: str = "") -> InputError:
@@ -82,5 +90,5 @@ def unknown(sentence: str, name: object, known: Iterable[str], more: str = "") -
     """
     near = nearest(str(name), known)
     return InputError(
-        f"{sentence} {name!r}" + (f"; the nearest is {near!r}" if near else "") + more
+        f"{sentence} {quoted(name)}" + (f"; the nearest is {near!r}" if near else "") + more
     )

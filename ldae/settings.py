@@ -14,8 +14,9 @@ class DataSettings:
     """The images, and how they are cropped and normalised."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
-    """A folder, its .zip or .tar; torch/NAME@DIR (torchvision); hfds/NAME (Hugging Face datasets);
-    scattered-digits[:N] or digits (built in)."""
+    """A folder, its .zip or .tar; a folder of .tar shards or .parquet files; a list (.txt, .csv,
+    .tsv); torch/NAME@DIR (torchvision); hfds/NAME (Hugging Face datasets); scattered-digits[:N] or
+    digits (built in)."""
     latents: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """conv_vae: the latents of the training images, which `ldae cache --latents` wrote; the
     tokenizer, named by tokenizer.path, then encodes no image in training."""
@@ -24,7 +25,7 @@ class DataSettings:
     img_size: Annotated[int, COUNT] = 256  # 16 x 16 tokens of 16 x 16 pixels
     """Side of the square image, in pixels."""
     in_chans: Annotated[int, COUNT] = 3
-    """Channels: 1 grey, 3 RGB, 4 RGBA, or any number of .npy arrays."""
+    """Channels: 1 grey, 3 RGB, 4 RGBA, or any number of .npy arrays and TIFF bands."""
     crop: Literal["center", "random"] = "center"  # the paper: l-DAE hardly relies on augmentation
     """Center crop or random resized crop (+0.5 points in the paper)."""
     flip: bool = False  # the paper states none

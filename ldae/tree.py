@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import pkgutil
+import re
 import tomllib
 import types
 import typing
@@ -16,9 +17,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ldae.errors import InputError, first_line, unknown
+from ldae.errors import InputError, first_line, quoted, unknown
 
 Settings = TypeVar("Settings")
+_MOST_VALUES = 10_000  # of a file of settings
+_DEEP = re.compile(r"([\[{]\s*){33}")  # no settings are; YAML takes seconds for a thousand brackets
 
 
 class Range(NamedTuple):
@@ -171,7 +174,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     try:
         value = _as(hint, value)
     except TypeError:
-        raise InputError(f"setting {name!r} takes {_words(hint)}, not {value!r}") from None
+        raise InputError(f"setting {name!r} takes {_words(hint)}, not {quoted(value)}") from None
     _check(name, value, hint)
     return value
 
@@ -198,7 +201,7 @@ def _as(hint: Any, value: Any) -> Any:
             raise TypeError
         return tuple(_as(options[0], part) for part in value)
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     if type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
@@ -278,14 +281,30 @@ def read_yaml(path: Path) -> dict:
     Raises: InputError naming the file when it is missing or holds something else.
     """
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        if _DEEP.search(text):
+            raise ValueError("nested too deeply")
+        table = yaml.safe_load(text) or {}
     except OSError as error:
         raise InputError(f"configuration {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except Exception:  # of values that are not what their tag says, YAML raises nearly every type
         raise InputError(f"configuration {path} is not a YAML file") from None
     if not isinstance(table, dict):
         raise InputError(f"configuration {path} holds no settings")
+    if _is_larger(table, _MOST_VALUES):
+        raise InputError(f"configuration {path} holds more than {_MOST_VALUES:,} values")
     return table
+
+
+def _is_larger(value: Any, most: int) -> bool:
+    """Return whether a tree has more values; aliases in YAML can make it endless."""
+    waiting = [value]
+    while waiting and most >= 0:
+        part, most = waiting.pop(), most - 1
+        waiting += (
+            part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        )
+    return bool(waiting)
 
 
 def flatten_table(table: dict, prefix: str = "") -> dict[str, Any]:

@@ -50,7 +50,8 @@ def test_a_run_shows_its_settings_metrics_and_backbone(run, tiny):
     opened = ldae.load_run(str(folder))
     assert opened.config == tiny() and opened.kind == "pretraining" and opened.row == "l_dae"
     assert opened.images_seen == 8 and opened.classes == [] and opened.metrics() == []
-    (folder / "metrics.jsonl").write_text('{"images": 8, "loss": 0.5}\n{"images": 16, "lo')
+    damaged = '[1]\n{"images": "x"}\n{"images": 9, "loss": null}\n{"images": 16, "lo'
+    (folder / "metrics.jsonl").write_text('{"images": 8, "loss": 0.5}\n' + damaged)
     assert opened.metrics() == [{"images": 8, "loss": 0.5}]
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import time
 from inspect import signature
 from pathlib import Path
 
@@ -60,6 +61,33 @@ def test_the_refusal_of_a_wrong_file_names_it(tmp_path, text, sentence):
     path.write_text(text)
     with pytest.raises(InputError, match=f"mine.yaml.*{sentence}"):
         kinds.load(path, "pretraining")
+
+
+# Each line has the line before it twice, so the last has 2^30 values.
+LAUGHS = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 31))
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        pytest.param("license: 2001-99-99", "is not a YAML file", id="no date"),
+        pytest.param("optim: {epochs: !!int many}", "is not a YAML file", id="no number"),
+        pytest.param("[" * 5000, "is not a YAML file", id="deep"),
+        pytest.param("data: &a {model: *a}", "holds more than 10,000 values", id="endless"),
+        pytest.param(LAUGHS, "holds more than 10,000 values", id="large"),
+        pytest.param(f"seed: '{9 * 10**400}'", r"takes int, not '90{79}\.\.\.'", id="digits"),
+        pytest.param("optim: {blr: 1" + "0" * 400 + "}", "takes float, not", id="beyond floats"),
+        pytest.param("x" * 900 + ": 1", r"no setting 'x{80}\.\.\.'", id="long name"),
+    ],
+)
+def test_a_hostile_file_is_refused_at_once(tmp_path, text, sentence):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(InputError, match=f"mine.yaml.*{sentence}") as caught:
+        kinds.load(path, "pretraining")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert time.perf_counter() - start < 3
 
 
 @pytest.mark.parametrize(

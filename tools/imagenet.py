@@ -25,7 +25,7 @@ import numpy as np
 from ldae import files
 from ldae.commands.cache import write_cache
 from ldae.console import progress
-from ldae.data.cached import SUFFIX, Content
+from ldae.data.cache_file import SUFFIX, Content
 from ldae.data.containers import Location, Tar, tar_entries
 from ldae.data.image_files import file_splits
 from ldae.data.transforms import CropTransform

@@ -13,16 +13,16 @@ import torch
 
 from ldae import files, tokenizers
 from ldae.console import progress
-from ldae.data.cached import (
+from ldae.data.cache_file import (
     BLOCK,
     SUFFIX,
-    CachedSource,
     CacheFile,
     Content,
     has_index,
     open_cache,
     write_index,
 )
+from ldae.data.cached import CachedSource
 from ldae.data.image import BadImage
 from ldae.data.loader import crop_batches
 from ldae.data.open import open_all

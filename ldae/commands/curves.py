@@ -1,5 +1,6 @@
 """``ldae curves``: print the loss and the features of a run while it trained."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +66,7 @@ def table(records: list[Record], beside: str = "", reference: dict[str, Any] | N
     lines = [f"{'images':>12} {'epoch':>8}" + "".join(f" {name:>{width}}" for name in names)]
     for record in records:
         cells = [_cell(record, name, reference) for name in names]
-        line = f"{record['images']:12,} {record['epoch']:8.2f}"
+        line = f"{record['images']:12,} {record.get('epoch', math.nan):8.2f}"
         lines.append(line + "".join(f" {cell:>{width}}" for cell in cells))
     head = [f"in brackets: {beside} after as many images"] if reference else []
     return "\n".join([*head, *lines, ""])

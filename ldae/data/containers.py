@@ -17,7 +17,7 @@ import numpy as np
 
 from ldae.errors import InputError
 
-_COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _MAX_MEMBER = 1 << 30  # bytes: no image needs more, and a forged archive can claim any size
 _MAX_EXAMINED = 100_000  # files; to examine a million takes minutes on a network drive
 _OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)")
@@ -26,21 +26,13 @@ Location = tuple[int, ...]
 """Position of an entry in its container; the length depends only on the kind of container."""
 
 
-class Container(Protocol):
-    """Named entries that can be opened in place.
+class Storage(Protocol):
+    """Files by name and location that can be opened in place.
 
-    A container can be pickled, and several processes and threads can read it at once.
+    It can be pickled, and several processes and threads can read it at once.
     """
 
     path: Path
-
-    def entries(self) -> dict[str, Location]:
-        """Return the location of every entry by its name; names of folders end in a slash.
-
-        The order is unspecified.
-
-        Raises: InputError when the container cannot be listed or must not be used.
-        """
 
     def open(self, name: bytes, location: Location) -> BinaryIO | bytes:
         """Return an entry as an opened file or as a path.
@@ -52,6 +44,18 @@ class Container(Protocol):
         """Return bytes that change when entries are replaced, see ``Source.stamp``.
 
         ``locations`` are those of the entries ``names``, int64 (N, length).
+        """
+
+
+class Container(Storage, Protocol):
+    """A storage that lists its entries."""
+
+    def entries(self) -> dict[str, Location]:
+        """Return the location of every entry by its name; names of folders end in a slash.
+
+        The order is unspecified.
+
+        Raises: InputError when the container cannot be listed or must not be used.
         """
 
 
@@ -67,7 +71,7 @@ def open_container(path: Path) -> Container:
         return Zip(path)
     if name.endswith(".tar"):
         return Tar(path)
-    if name.endswith(_COMPRESSED_TAR):
+    if name.endswith(COMPRESSED_TAR):
         raise InputError(
             f"{path} is a compressed tar archive, which can only be read from the start: "
             "decompress it to a .tar"
@@ -200,14 +204,19 @@ class Archive:
         return {**self.__dict__, "_file": None}
 
     def _read(self, offset: int, size: int) -> bytes:
-        if size > _MAX_MEMBER:
-            raise ValueError(f"{size} bytes are too many for an image")
         if self._file is None:
             self._file = open(self.path, "rb", buffering=0)
-        data = os.pread(self._file.fileno(), size, offset)
-        if len(data) < size:
-            raise ValueError("the archive is truncated")
-        return data
+        return read_at(self._file, offset, size)
+
+
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Return bytes of an archive. Raises: OSError or ValueError when it does not have them."""
+    if size > _MAX_MEMBER:
+        raise ValueError(f"{size} bytes are too many for an image")
+    data = os.pread(file.fileno(), size, offset)
+    if len(data) < size:
+        raise ValueError("the archive is truncated")
+    return data
 
 
 class Zip(Archive):

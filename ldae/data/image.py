@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ldae.data import tiff
 from ldae.errors import InputError
 
 # Pillow recognises these formats but cannot decode them alone. It would pass EPS to Ghostscript,
@@ -54,11 +55,14 @@ def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
     """Decode the first frame of ``file`` and turn it upright by its EXIF orientation.
 
     Returns a loaded Pillow image in mode L, RGB or RGBA. For a ``.npy`` file with a number of
-    channels other than 1 and 3, returns the array, uint8 (H, W, C).
+    channels other than 1 and 3, and for a TIFF file with such a number of bands, returns the array,
+    uint8 (H, W, C). Transparency is not one of these bands.
 
-    - 16-bit and int32 grey: the range 0..65535 is divided by 257.
+    - 16-bit and int32 grey: the range 0..65535 is divided by 257. TIFF bands of fewer than 16 bits
+      are divided by the largest number of so many bits, and multiplied by 255.
     - Float grey: values within 0..1 are multiplied by 255, values within 0..255 are rounded.
       Values outside these ranges have no known white, so the image is refused.
+    - Bands of TIFF files: as grey, by the range of all bands together.
     - ``.npy``: uint8 of shape (H, W) or (H, W, C).
 
     Raises: BadImage, naming ``name``, when the file cannot be decoded. An image with more pixels
@@ -67,7 +71,9 @@ def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
     with _opened(file, name) as opened:
         if _is_npy(opened):
             return _decode_npy(opened)
-        with _open_image(opened) as image:
+        if header := tiff.bands_header(opened):
+            return _decode_bands(opened, header)
+        with Image.open(opened, formats=_formats()) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return _eight_bit(image)
 
@@ -79,7 +85,7 @@ def decode_label_map(file: ImageFile, name: str) -> np.ndarray:
 
     Raises: BadImage, naming ``name``, when the file cannot be decoded or has colour channels.
     """
-    with _opened(file, name) as opened, _open_image(opened) as image:
+    with _opened(file, name) as opened, Image.open(opened, formats=_formats()) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise ValueError(f"its pixels are colours ({image.mode}), not class numbers")
@@ -101,7 +107,10 @@ def image_size(file: ImageFile, name: str) -> tuple[int, int]:
         if _is_npy(opened):
             image = _decode_npy(opened)
             return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        with _open_image(opened) as image:
+        if header := tiff.bands_header(opened):
+            height, width, _ = header.shape
+            return (height, width) if header.orientation in _TRANSPOSED else (width, height)
+        with Image.open(opened, formats=_formats()) as image:
             transposed = image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED
             return image.size[::-1] if transposed else image.size
 
@@ -111,18 +120,15 @@ def _opened(file: ImageFile, name: str) -> Iterator[BinaryIO]:
     """Open ``file`` if it is a path; turn every error within the context into BadImage."""
     try:
         is_path = isinstance(file, (str, bytes, os.PathLike))
-        with open(file, "rb") if is_path else nullcontext(file) as opened:
+        with (
+            open(file, "rb") if is_path else nullcontext(file) as opened,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about damaged metadata beside good pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield opened
     except Exception as error:  # on damaged files Pillow's decoders raise nearly every type
         raise BadImage(f"{name} cannot be decoded: {_reason(error)}") from error
-
-
-@contextmanager
-def _open_image(file: BinaryIO) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about damaged metadata beside good pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield Image.open(file, formats=_formats())
 
 
 def _is_npy(file: BinaryIO) -> bool:
@@ -158,7 +164,8 @@ def to_planes(image: Image.Image | np.ndarray, in_chans: int) -> list[Image.Imag
         return [Image.fromarray(np.ascontiguousarray(plane)) for plane in image.transpose(2, 0, 1)]
     if in_chans not in _MODES:
         raise InputError(
-            f"a {image.mode} image where in_chans is {in_chans}, which only .npy arrays can have"
+            f"a {image.mode} image where in_chans is {in_chans}, which only .npy arrays and bands "
+            "of TIFF files can have"
         )
     mode = _MODES[in_chans]
     return [image if image.mode == mode else image.convert(mode)]
@@ -181,20 +188,20 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "1":
         return image.convert("L")
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_grey_levels(np.asarray(image)))
+        return Image.fromarray(_levels(np.asarray(image)))
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def _grey_levels(values: np.ndarray) -> np.ndarray:
-    """Convert integer or float grey values to uint8 by the rules of :func:`decode`."""
+def _levels(values: np.ndarray, white: int = 65535) -> np.ndarray:
+    """Convert integers up to ``white``, or floats, to uint8 by the rules of :func:`decode`."""
     low, high = values.min(), values.max()
-    if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
-        scale = 1 / 257
+    if values.dtype.kind in "iu" and low >= 0 and high <= white:
+        scale = 255 / white
     elif values.dtype.kind == "f" and low >= 0 and high <= 255:
         scale = 255 if high <= 1 else 1
     else:
         raise ValueError(
-            f"its grey values go from {low} to {high}; save integers in 0..65535 or floats in 0..1"
+            f"its values go from {low} to {high}; save integers in 0..{white} or floats in 0..1"
         )
     return np.rint(values * scale).astype(np.uint8)
 
@@ -203,14 +210,28 @@ def _decode_npy(file: BinaryIO) -> Image.Image | np.ndarray:
     shape, fortran_order, dtype = read_npy_header(file)
     if dtype != np.uint8 or len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"an array of {dtype} {shape}, not uint8 (H, W) or (H, W, C)")
+    _check_size(shape)
     size = math.prod(shape)
-    if Image.MAX_IMAGE_PIXELS and size > 4 * Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"an array of {shape} is too large")
     data = file.read(size)
     if len(data) < size:
         raise ValueError(f"the array is truncated at {len(data)} of {size} bytes")
     array = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran_order else "C")
     return from_array(array)
+
+
+def _decode_bands(file: BinaryIO, header: tiff.Header) -> Image.Image | np.ndarray:
+    _check_size(header.shape)
+    bands = tiff.read_bands(file, header)
+    if bands.dtype != np.uint8 or header.white != 255:
+        bands = _levels(bands, header.white)
+    is_rgba = header.has_alpha and header.shape[2] == 4
+    return Image.fromarray(bands) if is_rgba else from_array(bands)
+
+
+def _check_size(shape: tuple[int, ...]) -> None:
+    """Refuse an array that needs more memory than the largest image of four channels."""
+    if Image.MAX_IMAGE_PIXELS and math.prod(shape) > 4 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"an array of {shape} is too large")
 
 
 def _reason(error: Exception) -> str:

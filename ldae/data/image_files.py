@@ -9,11 +9,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from ldae.data.containers import Container
+from ldae.data.containers import Container, Storage
 from ldae.data.image import BadImage, decode
-from ldae.data.listing import Listing, list_images
+from ldae.data.listing import Listing
 from ldae.data.source import Source, Splits
-from ldae.errors import InputError
 
 EVAL_NAMES = ("val", "valid", "validation", "test")  # of eval splits; the first present is used
 _log = logging.getLogger(__name__)
@@ -26,13 +25,13 @@ class FileSource(Source):
         self,
         spec: str,
         split: str,
-        container: Container,
+        storage: Storage,
         listing: Listing,
         classes: list[str] | None,
         labels: np.ndarray | None,
     ):
         super().__init__(spec, split, classes, labels)
-        self._container = container
+        self._storage = storage
         self._names = listing.names.tobytes()
         self._ends = listing.ends
         self._locations = listing.locations
@@ -55,23 +54,17 @@ class FileSource(Source):
         Raises: BadImage when the file cannot be read.
         """
         try:
-            return self._container.open(self._encoded_name(i), tuple(self._locations[i].tolist()))
+            return self._storage.open(self._encoded_name(i), tuple(self._locations[i].tolist()))
         except (OSError, ValueError, struct.error, zlib.error) as error:
             raise BadImage(f"{self.where(i)} cannot be read: {error}") from error
 
     def stamp(self) -> bytes:
         names = [self._encoded_name(i) for i in range(len(self))]
-        return self._container.stamp(names, self._locations)
+        return self._storage.stamp(names, self._locations)
 
 
-def file_splits(spec: str, container: Container) -> Splits:
-    """Find the image files of a container and return functions that open its splits.
-
-    Raises: InputError when the container has no image files or must not be used.
-    """
-    listing = list_images(container)
-    if not listing.count:
-        raise InputError(f"{spec} contains no images")
+def file_splits(spec: str, container: Container, listing: Listing) -> Splits:
+    """Return functions that open the splits of a container with these image files."""
 
     def open_split(split: str, root: str) -> FileSource:
         part = listing.below(root)

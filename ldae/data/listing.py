@@ -1,28 +1,25 @@
-"""Listings: the image files of a container in a few arrays, kept from one start to the next."""
+"""Listings: image files in a few arrays, and those of a container, kept from start to start."""
 
-import hashlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
+from ldae.data import user_cache
 from ldae.data.containers import Archive, Container, Folder, Location, hidden, visible_entries
 from ldae.data.image import image_extensions
 from ldae.distributed import is_main
 from ldae.errors import InputError
-from ldae.files import open_atomic
 
 _KEPT_FROM = 10_000  # images; fewer are listed in less than a tenth of a second
-_UNUSED_SECONDS = 30 * 24 * 3600  # after which a kept listing is deleted
 _SETTLED_NS = 2_000_000_000  # some file systems count times in steps of two seconds
-_VERSION = 1
+_VERSION = 2
 
 _relist = False  # whether kept listings are out of use
 
@@ -43,16 +40,17 @@ class Listing:
     locations: np.ndarray  # int64 (N, length)
     runs: list[tuple[str, int]]  # files in a row in the same folder: folder, number of files
     stamps: dict[str, Stamp | None]  # of each folder; None: a change may go unseen
+    labels: list[str] = field(default_factory=list)  # that the last number of a location counts
 
     @property
     def count(self) -> int:
         return len(self.locations)
 
     def part(self, first: int, count: int, runs: list[tuple[str, int]]) -> "Listing":
-        """Return ``count`` files from file ``first`` on, which have these runs, without stamps."""
+        """Return ``count`` files from file ``first`` on, which have these runs."""
         ends = self.ends[first : first + count + 1]
         names, locations = self.names[ends[0] : ends[-1]], self.locations[first : first + count]
-        return Listing(names, ends - ends[0], locations, runs, {})
+        return Listing(names, ends - ends[0], locations, runs, {}, self.labels)
 
     def below(self, root: str) -> "Listing":
         """Return the files below the folder ``root``."""
@@ -91,11 +89,9 @@ def list_images(container: Container) -> Listing:
     """
     if not isinstance(container, Folder | Archive):
         return _list_entries(container, None)
-    path = _kept_at(container.path)
-    kept = None if _relist else _read(path)
+    kept = kept_listing(container.path)
     listing = (_list_folder if isinstance(container, Folder) else _list_archive)(container, kept)
-    if listing.count >= _KEPT_FROM and is_main() and listing.stamps != (kept and kept.stamps):
-        _write(path, listing)
+    keep(container.path, listing, kept)
     return listing
 
 
@@ -116,10 +112,7 @@ def relisting() -> Iterator[None]:
 
 
 def _list_archive(archive: Archive, kept: Listing | None) -> Listing:
-    try:
-        stamp = _stamp(os.stat(archive.path))
-    except OSError as error:
-        raise InputError(f"{archive.path} cannot be read: {error.strerror}") from error
+    stamp = stamp_of(archive.path)
     if kept and stamp and set(kept.stamps.values()) == {stamp}:
         return kept
     return _list_entries(archive, stamp)
@@ -128,7 +121,7 @@ def _list_archive(archive: Archive, kept: Listing | None) -> Listing:
 def _list_entries(container: Container, stamp: Stamp | None) -> Listing:
     """List the entries of a container. All its folders get the stamp of the container."""
     entries = visible_entries(container)
-    files = {name: entries[name] for name in sorted(filter(_is_image, entries))}
+    files = {name: entries[name] for name in sorted(filter(is_image, entries))}
     return listing_of(files, dict.fromkeys(map(_folder_of, entries), stamp))
 
 
@@ -150,11 +143,12 @@ def _list_folder(folder: Folder, kept: Listing | None) -> Listing:
             parts += visible if is_folder else [_images_of(visible)]
         return parts
 
-    return _join([part for part in folder.walk(contents) if isinstance(part, Listing)], stamps)
+    parts = [part for part in folder.walk(contents) if isinstance(part, Listing)]
+    return join(parts, stamps, [])
 
 
 def _images_of(names: list[str]) -> Listing:
-    return listing_of(dict.fromkeys(filter(_is_image, names), ()))
+    return listing_of(dict.fromkeys(filter(is_image, names), ()))
 
 
 def _contents(listing: Listing) -> dict[str, list[str | Listing]]:
@@ -173,8 +167,8 @@ def _contents(listing: Listing) -> dict[str, list[str | Listing]]:
     }
 
 
-def _join(parts: list[Listing], stamps: dict[str, Stamp | None]) -> Listing:
-    """Return the files of all parts, which are in order."""
+def join(parts: list[Listing], stamps: dict[str, Stamp | None], labels: list[str]) -> Listing:
+    """Return the files of all parts, which are in order, with these stamps and labels."""
     parts = [part for part in parts if part.count] or [listing_of({})]
     lengths = np.concatenate([np.diff(part.ends) for part in parts])
     return Listing(
@@ -183,11 +177,24 @@ def _join(parts: list[Listing], stamps: dict[str, Stamp | None]) -> Listing:
         np.concatenate([part.locations for part in parts]),
         [run for part in parts for run in part.runs],
         stamps,
+        labels,
     )
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Return whether a file is an image by the extension of its name."""
     return os.path.splitext(name)[1].lower() in image_extensions()
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """Return the stamp of an archive, or None when it has just changed.
+
+    Raises: InputError when it cannot be examined.
+    """
+    try:
+        return _stamp(os.stat(path))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _stamp(status: os.stat_result) -> Stamp | None:
@@ -201,50 +208,26 @@ def _stamp(status: os.stat_result) -> Stamp | None:
     return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _kept_at(container: Path) -> Path | None:
-    """Return where the listing of a container is kept, or None without a cache folder."""
-    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    key = hashlib.sha256(os.fsencode(os.path.realpath(container))).hexdigest()[:32]
-    return Path(home, "ldae", "listings", f"{key}.npz") if os.path.isabs(home) else None
-
-
-def _read(path: Path | None) -> Listing | None:
-    """Return a kept listing, or None if there is none that can be used."""
-    if path is None or not path.exists():
+def kept_listing(key: Path) -> Listing | None:
+    """Return the listing kept for a path, or None if there is none that can be used."""
+    found = None if _relist else user_cache.read(key)
+    if found is None:
         return None
-    with suppress(OSError):
-        os.utime(path)  # it is in use
-    try:
-        with np.load(path) as arrays:
-            names, ends, locations, index = (arrays[name] for name in _ARRAYS)
-        about = json.loads(index.tobytes())
-    except Exception:  # numpy does not say how it reports damaged files; they have checksums
+    arrays, facts = found
+    if facts.pop("for") != _reader():
         return None
-    if about.pop("for") != _reader():
-        return None
-    stamps = {name: stamp and tuple(stamp) for name, stamp in about["stamps"].items()}
-    return Listing(names, ends, locations, [tuple(run) for run in about["runs"]], stamps)
+    facts["stamps"] = {name: stamp and tuple(stamp) for name, stamp in facts["stamps"].items()}
+    return Listing(**arrays, runs=[tuple(run) for run in facts.pop("runs")], **facts)
 
 
-_ARRAYS = ("names", "ends", "locations", "index")
+def keep(key: Path, listing: Listing, before: Listing | None) -> None:
+    """Keep a listing of many images for a path, unless it is the one that was kept ``before``."""
+    if listing.count >= _KEPT_FROM and is_main() and listing.stamps != (before and before.stamps):
+        arrays = {name: getattr(listing, name) for name in ("names", "ends", "locations")}
+        facts = {name: getattr(listing, name) for name in ("runs", "stamps", "labels")}
+        user_cache.write(key, arrays, {"for": _reader(), **facts})
 
 
 def _reader() -> list:
     """Return what decides which files are listed."""
     return [_VERSION, *sorted(image_extensions())]
-
-
-def _write(path: Path | None, listing: Listing) -> None:
-    """Keep a listing if that is possible, and delete those that are not used any more."""
-    if path is None:
-        return
-    about = {"for": _reader(), "runs": listing.runs, "stamps": listing.stamps}
-    index = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_atomic(path) as file:
-            arrays = (listing.names, listing.ends, listing.locations, index)
-            np.savez_compressed(file, **dict(zip(_ARRAYS, arrays)))
-        for other in path.parent.glob("*.npz"):
-            if time.time() - other.stat().st_mtime > _UNUSED_SECONDS:
-                other.unlink()

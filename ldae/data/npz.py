@@ -11,9 +11,6 @@ from ldae.data.image import BadImage, from_array, read_npy_header
 from ldae.data.source import Source
 from ldae.errors import InputError
 
-# What NumPy raises for damaged files and for files of other formats.
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile)
-
 
 class NpzSource(Source):
     """The images ``arr_0``, uint8 (N, H, W, C), and their labels ``arr_1``, (N,), if present.
@@ -30,12 +27,13 @@ class NpzSource(Source):
             with np.load(path, allow_pickle=False) as file:
                 if "arr_0" not in file:
                     raise InputError(f"{spec} contains no images: it has no array arr_0")
-                labels = file["arr_1"] if "arr_1" in file else None
+                # NumPy gives a damaged array as bytes.
+                labels = np.asarray(file["arr_1"]) if "arr_1" in file else None
                 members = file.zip.infolist()
             images = self._open()
         except InputError:
             raise
-        except _UNREADABLE as error:
+        except Exception as error:  # on damaged files NumPy and zipfile raise nearly every type
             raise InputError(f"{spec} is not a readable .npz file") from error
         if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
             raise InputError(
@@ -59,7 +57,7 @@ class NpzSource(Source):
     def image(self, i: int) -> Image.Image | np.ndarray:
         try:
             return from_array(np.array(self._open()[i]))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as in the constructor
             raise BadImage(f"{self.where(i)} cannot be read: {error}") from error
 
     def stamp(self) -> bytes:
@@ -80,7 +78,7 @@ def _open_array(path: Path) -> np.ndarray:
             header_size = content.tell()
     if member.compress_type != zipfile.ZIP_STORED or dtype.hasobject:
         with np.load(path, allow_pickle=False) as file:
-            return file["arr_0"]
+            return np.asarray(file["arr_0"])
     with open(path, "rb") as file:
         file.seek(member.header_offset)
         name_size, extra_size = struct.unpack("<26x2H", file.read(30))  # a ZIP member's header

@@ -8,10 +8,17 @@ from typing import Literal
 
 import numpy as np
 
-from ldae.data import cached, timm_datasets
-from ldae.data.containers import Container, open_container
+from ldae.data import cache_file, cached, list_file, parquet, shards, timm_datasets
+from ldae.data.containers import (
+    COMPRESSED_TAR,
+    Container,
+    Folder,
+    open_container,
+    visible_entries,
+)
 from ldae.data.digits import BUILT_IN, built_in_splits
 from ldae.data.image_files import file_splits
+from ldae.data.listing import list_images
 from ldae.data.npz import NpzSource
 from ldae.data.scenes import SCENES, picture_splits
 from ldae.data.source import Source, Splits
@@ -20,8 +27,29 @@ from ldae.errors import InputError, nearest
 SplitsOfFiles = Callable[[str, Container], Splits]
 """A function that finds the splits of a folder or an archive."""
 
+_SHARDS = {shards.SUFFIX: shards.shard_splits, parquet.SUFFIX: parquet.parquet_splits}
 
-def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Splits:
+
+def image_splits(spec: str, container: Container) -> Splits:
+    """Find the image files of a folder or an archive, or else the shards of a folder.
+
+    Raises: InputError when there are none, or the folder or archive must not be used.
+    """
+    listing = list_images(container)
+    if listing.count:
+        return file_splits(spec, container, listing)
+    entries = visible_entries(container) if isinstance(container, Folder) else {}
+    files = sorted(name for name in entries if not name.endswith("/"))
+    for suffix, splits_of in _SHARDS.items():
+        if found := [name for name in files if name.endswith(suffix)]:
+            return splits_of(spec, container.path, found)
+    for name in files:
+        if name.endswith(COMPRESSED_TAR):
+            open_container(container.path / name)  # refuses it, with a remedy
+    raise InputError(f"{spec} contains no images")
+
+
+def source_splits(spec: str, splits_of_files: SplitsOfFiles = image_splits) -> Splits:
     """Return functions that open the splits of ``spec``.
 
     Raises: InputError as :func:`open_source` does.
@@ -44,8 +72,12 @@ def source_splits(spec: str, splits_of_files: SplitsOfFiles = file_splits) -> Sp
         raise InputError(f"no folder, archive or built-in data set is named {spec!r}{hint}")
     if path.name.lower().endswith(".npz") and path.is_file():
         return {"all": partial(NpzSource, spec, path)}
-    if path.name.lower().endswith(cached.SUFFIX) and path.is_file():
+    if path.name.lower().endswith(cache_file.SUFFIX) and path.is_file():
         return cached.cached_splits(spec, path)
+    if path.suffix.lower() in list_file.SUFFIXES and path.is_file():
+        return {"all": partial(list_file.ListedFiles, spec, path)}
+    if path.suffix.lower() == parquet.SUFFIX and path.is_file():
+        return {"all": partial(parquet.ParquetSource, spec, "all", path.parent, [path.name])}
     return splits_of_files(spec, open_container(path))
 
 
@@ -60,6 +92,11 @@ def open_source(
       are the sub-folders ``train`` and one of ``val``, ``valid``, ``validation``, ``test``. Its
       classes are the first-level sub-folders, sorted; with images directly inside, it is
       unlabelled. A single outer folder, as many archives have, is skipped.
+    - A folder of ``.tar`` shards in webdataset's layout or of ``.parquet`` files. The names of the
+      files say their splits, see :func:`ldae.data.shards.splits_by_name`.
+    - A list of image files: ``.txt``, ``.csv`` or ``.tsv``, see
+      :class:`ldae.data.list_file.ListedFiles`. It has no splits.
+    - A ``.parquet`` file without splits, see :class:`ldae.data.parquet.ParquetSource`.
     - A ``.npz`` file of samples: ``arr_0``, uint8 (N, H, W, C), without splits.
     - A cache, the ``.safetensors`` file of ``ldae cache``, with the splits of its source.
     - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: data sets that timm opens.

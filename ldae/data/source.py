@@ -86,8 +86,9 @@ class Source:
         - Files in a folder: size and time of each file; of more than 100,000 files, only the times
           of their folders, which do not show that a file was overwritten in place.
         - Files in a ZIP archive: size and checksum of each file, from the archive's directory.
-        - Files in a tar archive: size and time of each file, from its header.
+        - Files in a tar archive or in shards: size and time of each file, from its header.
         - ``.npz``: size and checksum of each array.
+        - Parquet: size and time of each file.
         - ``torch/``: the pixels, or size and time of each file as in a folder; nothing for
           INaturalist.
         - ``hfds/``: the fingerprint that the package datasets computes.

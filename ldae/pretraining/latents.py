@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from ldae import files
-from ldae.data.cached import CachedLatents, Content, open_cache
+from ldae.data.cache_file import Content, open_cache
+from ldae.data.cached import CachedLatents
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError

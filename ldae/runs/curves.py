@@ -69,4 +69,4 @@ def interpolate(records: Sequence[Record], name: str, images: float) -> float | 
 
 def _point(record: Record) -> Record:
     rounded = {name: float(f"{record[name]:.5g}") for name in VALUES if name in record}
-    return {"images": record["images"], "epoch": record["epoch"]} | rounded
+    return {"images": record["images"], "epoch": record.get("epoch")} | rounded

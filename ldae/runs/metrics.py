@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Metrics:
             return
         self.path = run / layout.METRICS
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        kept = [line + "\n" for line in lines if _images(line) <= seen]
+        kept = [line + "\n" for line in lines if _record(line)["images"] <= seen]
         write(self.path, "".join(kept).encode())
         self.file = open(self.path, "a")
         if tensorboard:
@@ -73,21 +74,30 @@ class Metrics:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, the oldest first, without a line that a kill cut in half.
+    """Return the records of a run, the oldest first, without damaged lines.
 
-    A run without metrics has none.
+    A kill may cut the last line in half. A run without metrics has none.
     """
     path = run / layout.METRICS
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if math.isfinite(_images(line))]
+    return [record for line in lines if math.isfinite((record := _record(line))["images"])]
 
 
-def _images(line: str) -> float:
-    """Return the images seen of one line; infinity for a line that a kill cut in half."""
-    try:
-        return json.loads(line)["images"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _record(line: str) -> dict[str, Any]:
+    """Return the record in a line; one after infinitely many images for a damaged line."""
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and "images" in record and _are_numbers(record.values()):
+            return record
+    return {"images": math.inf}
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    """Return whether all values are numbers that a float can hold."""
+    return all(
+        isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64)
+        for value in values
+    )
 
 
 def _wandb_id(path: Path) -> str:

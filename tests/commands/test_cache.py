@@ -12,7 +12,7 @@ from ldae import tokenizers
 from ldae.commands.cache import cache
 from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
-from ldae.data.cached import BLOCK, CacheFile, open_cache
+from ldae.data.cache_file import BLOCK, CacheFile, open_cache
 from ldae.data.image import BadImage
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source
@@ -75,8 +75,8 @@ def test_the_same_command_resumes_and_writes_the_same_file(stop_after, tmp_path,
 KILLED = """
 import os, signal, sys
 from ldae import cli
-from ldae.data import cached
-count, original = 0, cached.CacheFile.write_block
+from ldae.data import cache_file
+count, original = 0, cache_file.CacheFile.write_block
 
 def write_block(*args):
     global count
@@ -85,7 +85,7 @@ def write_block(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     original(*args)
 
-cached.CacheFile.write_block = write_block
+cache_file.CacheFile.write_block = write_block
 cli.main(sys.argv[1:])
 """
 

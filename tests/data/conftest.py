@@ -1,18 +1,9 @@
-import io
 import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-
-def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+from doors import png
 
 
 @pytest.fixture

@@ -129,6 +129,12 @@ def test_a_file_of_another_kind_or_version_or_size_is_refused(photos, tmp_path):
         b"text" * 100: "is no file of `ldae cache`",
         (2).to_bytes(8, "little") + b"{}": "is no file of `ldae cache`",
         (2).to_bytes(8, "little") + b"[]": "is no file of `ldae cache`",
+        whole.replace(b'"data_offsets"', b'"data_offsetz"', 1): "is damaged: its header does not",
+        whole.replace(b'"train.labels"', b'"train.lebals"'): "is damaged: its header does not",
+        whole.replace(b'\\"index\\"', b'\\"indes\\"'): "is damaged: its header does not",
+        whole.replace(
+            "größe 1/".encode(), "größe 2/".encode(), 1
+        ): "is damaged: its names or labels",
     }.items():
         (tmp_path / "other.safetensors").write_bytes(content)
         with pytest.raises(InputError, match=f"other.safetensors {message}"):

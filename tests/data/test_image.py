@@ -49,7 +49,7 @@ def test_lossless_formats_return_the_pixels(format, tmp_path):
         assert np.array_equal(to_array(decode(file, "x"), 3), RGB)
 
 
-def test_other_numbers_of_channels_come_from_npy_only():
+def test_other_numbers_of_channels_come_from_arrays_only():
     array = np.random.default_rng(0).integers(0, 256, (4, 5, 6), np.uint8)
     for stored in (array, np.asfortranarray(array)):
         image = decode(io.BytesIO(encoded(stored, "npy")), "x")
@@ -109,7 +109,7 @@ def test_wide_grey_values_become_8_bit(values, expected):
     ],
 )
 def test_grey_values_without_a_known_white_are_refused(values):
-    with pytest.raises(BadImage, match="^x cannot be decoded: its grey values go from"):
+    with pytest.raises(BadImage, match="^x cannot be decoded: its values go from"):
         decode(io.BytesIO(encoded(values, "TIFF")), "x")
 
 

@@ -1,6 +1,7 @@
 """Images and labels in a .npz file are read as they were written."""
 
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -63,6 +64,22 @@ def test_other_files_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"{number}.npz is not a readable .npz file"):
             open_source(str(path), "train")
+    np.savez_compressed(tmp_path / "packed.npz", pixels(50, 8, 8, 3))
+    packed = (tmp_path / "packed.npz").read_bytes()
+    method = packed.index(b"PK\1\2") + 10  # of packing, in the directory at the end
+    for at, other in ((90, b"\xff" * 9), (method, b"\x63")):
+        content = packed[:at] + other + packed[at + len(other) :]
+        (tmp_path / "packed.npz").write_bytes(content)
+        with pytest.raises(InputError, match="packed.npz is not a readable .npz file"):
+            open_source(str(tmp_path / "packed.npz"), "train")
+    np.savez(tmp_path / "labels.npz", pixels(3, 8, 8, 3), np.arange(3))
+    with zipfile.ZipFile(tmp_path / "labels.npz") as file:
+        arrays = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(tmp_path / "labels.npz", "w") as file:
+        for name, content in arrays.items():
+            file.writestr(name, content if "0" in name else b"x" + content[1:])
+    with pytest.raises(InputError, match="arr_1 of .*labels.npz is not one label for each"):
+        open_source(str(tmp_path / "labels.npz"), "train")
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(InputError, match="folder.npz contains no images"):
         open_source(str(tmp_path / "folder.npz"), "train")

@@ -13,7 +13,8 @@ from ldae.backbones.run import load_run
 from ldae.commands.cache import cache
 from ldae.commands.fit_tokenizer import fit_tokenizer
 from ldae.commands.pretrain import pretrain
-from ldae.data.cached import copy_latents, open_cache
+from ldae.data.cache_file import open_cache
+from ldae.data.cached import copy_latents
 from ldae.data.image import BadImage
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source

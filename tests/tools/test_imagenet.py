@@ -22,7 +22,7 @@ from PIL import Image
 from ldae.commands.cache import cache
 from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
-from ldae.data.cached import CacheFile, open_cache
+from ldae.data.cache_file import CacheFile, open_cache
 from ldae.data.open import open_splits
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
@@ -162,7 +162,7 @@ def test_a_run_and_a_grading_take_the_cache(downloads, tmp_path, tiny):
 
 KILLED = """
 import importlib.util, os, signal, sys
-from ldae.data.cached import CacheFile
+from ldae.data.cache_file import CacheFile
 spec = importlib.util.spec_from_file_location("imagenet", sys.argv.pop(1))
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)

@@ -1,0 +1,184 @@
+"""Folders of .tar shards in the layout of webdataset: samples of files with the same key."""
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ldae.console import progress
+from ldae.data.classes import ordered
+from ldae.data.containers import Location, Tar, read_at, visible_entries
+from ldae.data.image import image_extensions
+from ldae.data.image_files import EVAL_NAMES, FileSource
+from ldae.data.listing import Listing, join, keep, kept_listing, listing_of, stamp_of
+from ldae.data.source import Splits
+from ldae.errors import InputError, first_line
+
+SUFFIX = ".tar"
+_KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension of a file, by webdataset
+_SPLIT = re.compile(rf"(?<![a-z])(train|{'|'.join(EVAL_NAMES)})(?![a-z])")
+_NO_LABEL = -1
+
+
+class Shards:
+    """The shards in a folder, read in place.
+
+    The name of an entry begins with that of its shard. A location is offset, size and time of an
+    entry, and the number of its label.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def open(self, name: bytes, location: Location) -> BinaryIO:
+        end = name.index(b".tar/") + len(SUFFIX)  # no folder around shards is named like one
+        shard = name[:end]
+        offset, size, *_ = location
+        with open(os.path.join(os.fsencode(self.path), shard), "rb", buffering=0) as file:
+            return io.BytesIO(read_at(file, offset, size))
+
+    def stamp(self, names: list[bytes], locations: np.ndarray) -> bytes:
+        return locations[:, 1:3].tobytes()  # size and time
+
+
+def shard_splits(spec: str, folder: Path, shards: list[str]) -> Splits:
+    """Find the images in the shards of a folder and return functions that open its splits.
+
+    A sample is all files of a shard whose paths are the same up to the first dot of the file's
+    name. It is an image (``.jpg``, ``.png`` or any other extension of images) and perhaps its
+    label: ``.cls``, a text or a number, or ``label`` in ``.json``. Images are in the order of the
+    shards' names, and of their own names in a shard. The names of the shards say their splits, see
+    ``splits_by_name``.
+
+    Raises: InputError when a shard cannot be listed, a label cannot be read, there are no images,
+        or only some images of a split have a label.
+    """
+    for name in shards:
+        if f"{SUFFIX}/" in name:
+            raise InputError(f"{spec} has the shard {name} in a folder that is named like a shard")
+    listing = _list_shards(folder, shards)
+    if not listing.count:
+        raise InputError(f"{spec} contains no images: its .tar shards have none")
+
+    def open_split(split: str, names: list[str]) -> FileSource:
+        part = join([listing.below(f"{name}/") for name in names], {}, listing.labels)
+        if not part.count:
+            raise InputError(f"{spec} has no images in the shards of its {split} split")
+        return FileSource(spec, split, Shards(folder), part, *_classes(spec, part))
+
+    splits = splits_by_name(shards)
+    return {split: partial(open_split, split, names) for split, names in splits.items()}
+
+
+def _classes(spec: str, listing: Listing) -> tuple[list[str], np.ndarray] | tuple[None, None]:
+    numbers = listing.locations[:, -1]
+    unlabelled = numbers == _NO_LABEL
+    if unlabelled.all():
+        return None, None
+    if unlabelled.any():
+        first = int(unlabelled.argmax())
+        name = listing.names[listing.ends[first] : listing.ends[first + 1]].tobytes()
+        raise InputError(f"{spec}/{os.fsdecode(name)} has no label, and others have")
+    used = np.unique(numbers).tolist()
+    classes = ordered(listing.labels[number] for number in used)
+    class_of = np.zeros(len(listing.labels), np.int64)
+    class_of[used] = [classes.index(listing.labels[number]) for number in used]
+    return classes, class_of[numbers]
+
+
+def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
+    """Return the files of each split; the keys are as in ``Splits``.
+
+    The last word of a path that is ``train`` or one of ``EVAL_NAMES`` names the split, as in
+    ``imagenet-train-0042.tar`` or ``val/0042.tar``. If both splits are there, other files are of
+    neither.
+    """
+    found: dict[str, list[str]] = {}
+    for name in files:
+        words = _SPLIT.findall(name.lower())
+        found.setdefault(words[-1] if words else "", []).append(name)
+    eval_name = next((name for name in EVAL_NAMES if name in found), None)
+    if eval_name and "train" in found:
+        return {"train": found["train"], "eval": found[eval_name]}
+    if eval_name and len(found) == 1:
+        return {"eval": found[eval_name]}
+    return {"all": [name for names in found.values() for name in names]}
+
+
+def _list_shards(folder: Path, shards: list[str]) -> Listing:
+    """List shards; only those are read that have changed since their listing was kept."""
+    key = folder / "*.tar"  # beside the listing of the folder itself
+    kept = kept_listing(key)
+    numbers = {label: number for number, label in enumerate(kept.labels if kept else ())}
+    stamps, parts = {}, []
+    with progress(len(shards), "listing shards", after=1) as bar:
+        for shard in shards:
+            stamp = stamps[f"{shard}/"] = stamp_of(folder / shard)
+            if kept and stamp and kept.stamps.get(f"{shard}/") == stamp:
+                parts.append(kept.below(f"{shard}/"))
+            else:
+                parts.append(listing_of(_samples(folder / shard, shard, numbers)))
+            bar.update()
+    listing = join(parts, stamps, [*numbers])
+    keep(key, listing, kept)
+    return listing
+
+
+def _samples(path: Path, shard: str, numbers: dict[str, int]) -> dict[str, Location]:
+    """Return the location of the image of every sample in a shard, sorted by name.
+
+    Labels that ``numbers`` does not have are added to it.
+    """
+    entries = visible_entries(Tar(path))
+    samples: dict[str, dict[str, str]] = {}
+    for name in entries:
+        if match := _KEY.fullmatch(name):
+            samples.setdefault(match[1], {})[match[2].lower()] = name
+    images = {}
+    with open(path, "rb", buffering=0) as file:
+        for key, names in samples.items():
+            if (extension := _image_among(names)) is None:
+                continue
+            try:
+                label = _label(file, {part: entries[name] for part, name in names.items()})
+            except (OSError, ValueError, RecursionError) as error:
+                raise InputError(
+                    f"the label of {path}/{key} cannot be read: {first_line(error)}"
+                ) from error
+            number = _NO_LABEL if label is None else numbers.setdefault(label, len(numbers))
+            image = names[extension]
+            images[f"{shard}/{image}"] = (*entries[image], number)
+    return {name: images[name] for name in sorted(images)}
+
+
+def _image_among(extensions: Iterable[str]) -> str | None:
+    """Return the extension of the image of a sample, or None if it has no image."""
+    images = sorted(part for part in extensions if f".{part}" in image_extensions())
+    # Beside another image, an array is most often an embedding of it.
+    return next((part for part in images if part != "npy"), images[0] if images else None)
+
+
+def _label(file: BinaryIO, parts: dict[str, Location]) -> str | None:
+    """Return the label of a sample, or None if it has none.
+
+    ``parts`` are the locations of its files in the shard by their extensions.
+
+    Raises: OSError, ValueError or RecursionError when the label cannot be read.
+    """
+    label: object = None
+    if "cls" in parts:
+        label = read_at(file, *parts["cls"][:2]).decode()
+    elif "json" in parts:
+        facts = json.loads(read_at(file, *parts["json"][:2]))
+        label = facts.get("label") if isinstance(facts, dict) else None
+    if label is None:
+        return None
+    if isinstance(label, bool) or not isinstance(label, int | str) or not str(label).strip():
+        raise ValueError(f"{label!r} is neither a text nor a whole number")
+    return str(label).strip()
