@@ -28,6 +28,7 @@ from ldae.console import progress
 from ldae.data.cache_file import SUFFIX, Content
 from ldae.data.containers import Location, Tar, tar_entries
 from ldae.data.image_files import file_splits
+from ldae.data.listing import list_images
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError, exit_status, first_line, report
 from ldae.runs.lock import open_partial
@@ -83,7 +84,7 @@ def imagenet(
         for name in OFFICIAL:
             check_md5(downloads / name)
     if out.suffix.lower() == SUFFIX:
-        splits = file_splits(str(downloads), images)
+        splits = file_splits(str(downloads), images, list_images(images))
         sources = {split: open_split() for split, open_split in splits.items()}
         crop = CropTransform(side)
         content = Content.crops(crop.img_size, crop.in_chans)
