@@ -235,7 +235,7 @@ def _timm_cfg(name: str) -> Any:
         raise InputError(
             f"the folder {name} holds neither a run nor the config.json of a timm model"
         )
-    close = nearest(name, timm.list_models(), likeness=0.4)
+    close = "/" not in name and nearest(name, timm.list_models(), likeness=0.4)
     hint = f"; the nearest is {close!r}" if close else ""
     raise InputError(f"there is no folder {name} and no timm model of that name{hint}")
 

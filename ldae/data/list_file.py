@@ -31,7 +31,8 @@ class ListedFiles(FileSource):
       are path (or file_name, filename, file, image) and label (or class).
 
     Raises: InputError when the file cannot be read, a line has another form, an image is named
-        twice, or only some images have a label.
+        twice, only some images have a label, or the first image does not exist. Of the others this
+        is known when they are read.
     """
 
     def __init__(self, spec: str, path: Path):
@@ -52,6 +53,12 @@ class ListedFiles(FileSource):
         if any(labels) and not all(labels):
             number = next(line.number for line in lines.values() if not line.label)
             raise InputError(f"line {number} of {spec} has no label, and others have")
+        first = next(iter(lines.values()))
+        if not (path.parent / first.path).exists():
+            raise InputError(
+                f"line {first.number} of {spec} names {quoted(first.path)}, which does not exist "
+                f"in {path.parent}"
+            )
         classes = classes_of(labels) if any(labels) else (None, None)
         listing = listing_of(dict.fromkeys(lines, ()))
         super().__init__(spec, "all", Folder(path.parent), listing, *classes)

@@ -53,7 +53,8 @@ def pick(records: Sequence[Record], count: int) -> list[Record]:
     Records in which the features were measured are preferred, if there are enough of them.
     """
     watched = [record for record in records if RANKME in record]
-    chosen = watched if len(watched) >= min(count, len(records) // 2) else list(records)
+    enough = watched and len(watched) >= min(count, len(records) // 2)
+    chosen = watched if enough else list(records)
     places = np.linspace(0, len(chosen) - 1, min(count, len(chosen)))
     return [chosen[place] for place in places.round().astype(int)]
 

@@ -81,6 +81,11 @@ def test_wrong_specs_are_refused(spec, sentence):
         load_backbone(spec)
 
 
+def test_a_path_has_no_nearest_architecture():
+    with pytest.raises(InputError, match="no timm model of that name$"):
+        load_backbone("runs/nix")
+
+
 def test_the_control_of_an_unknown_name_is_refused():
     with pytest.raises(InputError, match="the nearest is 'test_vit"):
         load_backbone("test_vitt", random_init=True)

@@ -79,6 +79,7 @@ def test_long_curves_are_thinned_to_measurements_with_both_ends():
     assert len(picked) == 11 and picked[0] == 10 and picked[-1] == 1000
     assert all(images % 10 == 0 for images in picked)
     assert len(saved.pick(records[:5], 11)) == 5
+    assert saved.pick(records[:1], 11) == records[:1] and saved.pick([], 11) == []
 
 
 def test_wrong_runs_and_names_are_refused(run, folder, tmp_path):
