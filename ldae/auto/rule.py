@@ -183,6 +183,12 @@ def choose_network(
     """
     useful = _USEFUL_EPOCHS * images.count
     chosen, seen, larger = 0, images_in(hours, pace_of(0)), ""
+    enough = _IMAGES_A_PARAMETER * parameters[0]
+    if seen < enough:
+        return 0, (
+            f"{_millions(parameters[0])} parameters, the fewest; they would need "
+            f"{_millions(enough)} images, more than {hours:g} hours have"
+        )
     for number, count in enumerate(parameters[1:], start=1):
         needed = _IMAGES_A_PARAMETER * count
         larger = f"; {_millions(count)} would need {_millions(needed)} images, more than"

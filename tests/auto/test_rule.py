@@ -64,6 +64,16 @@ def test_no_network_is_measured_that_the_one_before_rules_out(hours):
         assert rule.images_in(hours, pace_of(number - 1)) >= 0.3 * PARAMETERS[number]
 
 
+def test_hours_that_are_too_few_for_the_smallest_network_are_named():
+    hours = 0.3 * PARAMETERS[0] / rule.images_in(1, pace_of(0))
+    few, enough = (
+        rule.choose_network(PARAMETERS, pace_of, IMAGES, GPU, share * hours)
+        for share in (0.99, 1.01)
+    )
+    assert few[0] == enough[0] == 0
+    assert "the fewest; they would need" in few[1] and "the fewest" not in enough[1]
+
+
 def test_a_network_has_room_in_the_memory():
     many = replace(IMAGES, count=10**9)
     for memory in (10**8, 10**9, 10**10, 10**11):
