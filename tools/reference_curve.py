@@ -2,9 +2,9 @@
 
 python tools/reference_curve.py RUN NAME
 
-Writes ldae/curves/NAME.json: the settings of the run, and its loss and features at 64 points at
-most. `ldae curves OTHER --beside NAME` then prints it beside other runs. Folders in the name of
-the data are left out.
+Writes ldae/reference_curves/NAME.json: the settings of the run, and its loss and features at 64
+points at most. `ldae curves OTHER --beside NAME` then prints it beside other runs. Folders in the
+name of the data are left out.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.metrics import read_records
 from ldae.runs.symptoms import LEVELS, RANKME, SPREAD, Record, psnr
 
-FOLDER = Path(ldae.__file__).parent / "curves"
+FOLDER = Path(ldae.__file__).parent / "reference_curves"
 VALUES = ("loss", RANKME, SPREAD, *map(psnr, LEVELS))
 _POINTS = 64  # of a reference curve
 
