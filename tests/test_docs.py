@@ -20,6 +20,8 @@ import pytest
 import ldae
 from benchmarks import machines
 from ldae import cli, launch
+from ldae.cli.commands import COMMANDS
+from ldae.cli.protocols import graders
 from ldae.cluster import settings
 from ldae.commands.submit import read_pipeline
 from ldae.evals.evaluation import Setup
@@ -110,7 +112,7 @@ def test_every_command_is_tested():
 def call(command: str, monkeypatch) -> tuple[int, list[str]]:
     """Parse a command of ldae; return its exit status, and the functions that would have run."""
     called = []
-    for name in (command.replace("-", "_") for command in cli.COMMANDS):
+    for name in (command.replace("-", "_") for command in COMMANDS):
         module = f"ldae.commands.{name}"
         original = getattr(import_module(module), name)
 
@@ -237,7 +239,7 @@ def test_suites_and_pipelines_can_be_read(block, tmp_path, monkeypatch):
         first, others = read_pipeline(file)
         assert first.command and others
     else:
-        assert read_suite(file, (), Setup(out=tmp_path), cli.graders())
+        assert read_suite(file, (), Setup(out=tmp_path), graders())
 
 
 def parts(code: str) -> list[tuple[str, str, str]]:

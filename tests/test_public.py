@@ -17,11 +17,12 @@ import torch
 
 import ldae
 from ldae import cli
+from ldae.cli.commands import COMMANDS
 from ldae.method import LDAE
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 
-COMMANDS = {name: name.replace("-", "_") for name in cli.COMMANDS}
+COMMANDS = {name: name.replace("-", "_") for name in COMMANDS}
 PUBLIC = [name for name in ldae.__all__ if not name.startswith("__")]
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(ldae, name))]
 DATA = "scattered-digits:120"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from ldae.cli import graders
+from ldae.cli.protocols import graders
 from ldae.cluster.array import run_array, send_array
 from ldae.cluster.requeue import option
 from ldae.cluster.settings import SlurmSettings

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from ldae import tree
-from ldae.cli import GRADERS, function_of
+from ldae.cli.commands import GRADERS, function_of
 from ldae.console import print_main
 from ldae.distributed import device_for, gather_values, is_main, process_group
 from ldae.errors import DifferentResult, InputError

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ldae import cli
+from ldae.cli.arguments import check_arguments
 from ldae.cluster.array import run_array, send_array, wait_for
 from ldae.cluster.requeue import option
 from ldae.cluster.send import log_path
@@ -119,7 +119,7 @@ def _parse_stage(
     settings = parse_flags(flags, settings, prog="ldae submit ...")
     try:
         check_settings(settings)
-        cli.parse(command[0], command[1:])
+        check_arguments(command[0], command[1:])
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
     except SystemExit:  # the parser has printed what is wrong

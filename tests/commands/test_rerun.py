@@ -14,6 +14,7 @@ from PIL import Image
 import ldae
 from ldae import cli, tree
 from ldae.backbones.timm_folder import write_timm_folder
+from ldae.cli.protocols import graders
 from ldae.commands.rerun import rerun
 from ldae.errors import DifferentResult, InputError
 from ldae.evals.online import _Probe
@@ -28,7 +29,7 @@ SHORT = {
     "learning_rates": (0.1, 1.0), "timesteps": (10,), "leading": (1,), "shots": (2,), "draws": 2,
     "corruption": ("contrast",), "severity": (1,), "temperature": 0.2,
 }  # fmt: skip
-GRADERS = {**cli.graders(), "grid": Grader("grid", ldae.grid)}
+GRADERS = {**graders(), "grid": Grader("grid", ldae.grid)}
 KINDS = [(verb, name) for verb, grader in GRADERS.items() for name in grader.protocols]
 
 

@@ -8,9 +8,10 @@ import pytest
 import timm
 from PIL import Image
 
-from ldae import cli, tree
+from ldae import tree
 from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.timm_folder import write_timm_folder
+from ldae.cli.protocols import graders
 from ldae.commands.export import export
 from ldae.commands.finetune import finetune
 from ldae.commands.grid import grid
@@ -24,7 +25,7 @@ from ldae.evals.protocol import Grader
 from ldae.files import state_hash
 from ldae.finetuning import recipes
 
-GRADERS = {**cli.graders(), "grid": Grader("grid", grid)}
+GRADERS = {**graders(), "grid": Grader("grid", grid)}
 KINDS = [(verb, kind) for verb, grader in GRADERS.items() for kind in grader.protocols]
 SHORT = {
     "k": (1,), "epochs": 2, "warmup_epochs": 1, "total_batch": 16, "C": (1.0,), "steps": 1,

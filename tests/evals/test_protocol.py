@@ -10,6 +10,7 @@ from importlib import import_module
 import pytest
 
 from ldae import cli
+from ldae.cli.protocols import graders
 from ldae.commands.grid import GridProtocol, grid
 from ldae.commands.knn import knn
 from ldae.errors import InputError
@@ -19,7 +20,7 @@ from ldae.evals.neighbours import KNNProtocol
 from ldae.evals.protocol import Grader, flags
 from ldae.evals.suite import read_suite
 
-GRADERS = cli.graders()
+GRADERS = graders()
 ALL = {**GRADERS, "grid": Grader("grid", grid)}  # grid takes runs only, so no suite has it
 KINDS = [(verb, kind) for verb, grader in ALL.items() for kind in grader.protocols.values()]
 
@@ -82,7 +83,7 @@ def test_command_line_suite_and_python_make_the_same_protocol(verb, kind, tmp_pa
         head = f"[data.d]\ntrain = 'images'\n[protocols.p]\nverb = '{verb}'\n"
         suite = tmp_path / "suite.toml"
         suite.write_text(head + "\n".join(lines))
-        (cell,) = read_suite(suite, ("backbone",), Setup(out=tmp_path), cli.graders())
+        (cell,) = read_suite(suite, ("backbone",), Setup(out=tmp_path), graders())
         cell.run()
         assert [asdict(found) for found in called] == [wanted] * 2
 

@@ -9,6 +9,7 @@ import pytest
 
 import ldae
 from ldae import cli, tree
+from ldae.cli.protocols import graders
 from ldae.commands.rerun import rerun
 from ldae.errors import InputError
 from ldae.evals import features
@@ -277,7 +278,7 @@ def test_cells_with_the_same_random_weights_follow_each_other(suite, tmp_path):
     from ldae.evals.suite import read_suite
 
     setup = replace(SETUP, out=tmp_path, seeds=(0, 1), random_init=True)
-    cells = read_suite(suite, ("test_vit",), setup, cli.graders())
+    cells = read_suite(suite, ("test_vit",), setup, graders())
     assert [(cell.column.name, cell.setup.seed) for cell in cells] == [
         ("knn", 0), ("linear", 0), ("knn", 1), ("linear", 1)
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from ldae.cli import graders
+from ldae.cli.protocols import graders
 from ldae.commands.linear import CachedProtocol
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
