@@ -2,8 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.train.interrupt import Interrupted, StopRequest
 from ldae.train.lookahead import Lookahead
 from ldae.train.memory import fewest_micro_batches, too_little_memory
+from ldae.train.meter import Meter
 from ldae.train.optim import adamw, ema_decay, lr_at, peak_lr, set_lr
 from ldae.train.plan import Plan
 from ldae.train.saver import Saver
@@ -344,37 +344,3 @@ def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
                 f"the images of this run have changed since it began: {name} was {value} then, "
                 f"and is {now[name]} now; put the images back, or name another --run"
             )
-
-
-class Meter:
-    """Losses, speed and waiting times since the last record of metrics."""
-
-    def __init__(self, since: int) -> None:
-        self.since, self.start = since, time.perf_counter()
-        self.reports: list[Report] = []
-        self.wait, self.skipped = 0.0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Add the time inside of the context to the time spent waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.wait += time.perf_counter() - start
-
-    def record(self, seen: int, epoch: int, lr: float) -> dict[str, float]:
-        """Return a record of metrics; losses are means over the steps since the last record.
-
-        All ranks must call this.
-        """
-        means = torch.stack([report.losses for report in self.reports]).mean(0)
-        skipped = distributed.all_reduce_sum(means.new_tensor(self.skipped))
-        elapsed = time.perf_counter() - self.start
-        return {
-            "images": seen,
-            "epoch": round(seen / epoch, 4),
-            **dict(zip(self.reports[-1].names, means.tolist(), strict=True)),
-            "lr": lr,
-            "images_per_second": round((seen - self.since) / elapsed, 1),
-            "data_wait": round(self.wait / elapsed, 4),
-            "skipped": int(skipped),
-        }
