@@ -17,7 +17,8 @@ from ldae.detection.scoring import Result, average_precision, check_installed
 from ldae.detection.settings import DetectConfig, DetectModelSettings, JitterSettings
 from ldae.errors import InputError
 from ldae.evals.call import describe_call
-from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
+from ldae.evals.evaluation import Evaluation, Setup
+from ldae.evals.open import open_evaluation
 from ldae.evals.protocol import Protocol
 from ldae.files import state_hash, write_json
 from ldae.precision import runs_in_bf16, unchanged_generators

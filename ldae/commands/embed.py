@@ -31,7 +31,7 @@ from ldae.distributed import (
 )
 from ldae.errors import InputError
 from ldae.evals.dense import SegmentProtocol
-from ldae.evals.embedded import (
+from ldae.evals.embedded_file import (
     FILES,
     FORMAT,
     IDENTITY,
@@ -51,8 +51,9 @@ from ldae.evals.embedding import (
     write_npy,
     write_parquet,
 )
-from ldae.evals.evaluation import BackboneSpec, EncoderSetup, describe_backbone, open_backbone
+from ldae.evals.evaluation import BackboneSpec, EncoderSetup, describe_backbone
 from ldae.evals.features import Encoder, gather_rows
+from ldae.evals.open import open_backbone
 from ldae.evals.taps import Pool, Tap, TapReader, TokenMapReader, taps_of
 from ldae.evals.whitening import WhiteningProtocol
 from ldae.runs.environment import environment

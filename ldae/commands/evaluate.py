@@ -15,7 +15,8 @@ from ldae.console import print_main
 from ldae.distributed import device_for, process_group
 from ldae.errors import InputError, unknown
 from ldae.evals.cell import Cell
-from ldae.evals.evaluation import Setup, keep_network
+from ldae.evals.evaluation import Setup
+from ldae.evals.open import keep_network
 from ldae.evals.running import Keys, Progress, read_progress, run_cells
 from ldae.evals.suite import read_suite
 from ldae.evals.table import write_table

@@ -18,8 +18,9 @@ from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
 from ldae.evals.call import describe_call
 from ldae.evals.cell import seed_folder
-from ldae.evals.evaluation import Evaluation, Setup, open_evaluation
+from ldae.evals.evaluation import Evaluation, Setup
 from ldae.evals.features import known_labels
+from ldae.evals.open import open_evaluation
 from ldae.evals.protocol import Protocol
 from ldae.evals.seeds import write_means
 from ldae.files import state_hash

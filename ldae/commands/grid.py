@@ -15,9 +15,10 @@ from ldae import noise
 from ldae.backbones.run import load_run
 from ldae.distributed import is_main
 from ldae.errors import InputError
-from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec, open_evaluation
+from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec
 from ldae.evals.features import extract_share, image_names, known_labels
 from ldae.evals.heads import SweepProtocol, grade_heads, sweep, train_heads
+from ldae.evals.open import open_evaluation
 from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Tap

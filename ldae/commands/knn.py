@@ -5,17 +5,10 @@ from functools import partial
 
 from ldae.data.source import Source
 from ldae.errors import InputError
-from ldae.evals.evaluation import (
-    EvalSourceSpec,
-    FeaturesSourceSpec,
-    FeaturesSpec,
-    Setup,
-    data_of,
-    labelled_splits,
-    open_evaluation,
-)
+from ldae.evals.evaluation import EvalSourceSpec, FeaturesSourceSpec, FeaturesSpec, Setup
 from ldae.evals.features import image_names, known_labels
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy, limit_k
+from ldae.evals.open import data_of, labelled_splits, open_evaluation
 from ldae.evals.predictions import Predictions
 from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import check_shots, grade_draws

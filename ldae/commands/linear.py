@@ -15,12 +15,11 @@ from ldae.evals.evaluation import (
     FeaturesSourceSpec,
     FeaturesSpec,
     Setup,
-    data_of,
-    open_evaluation,
 )
 from ldae.evals.features import Features, extract_share, image_names, known_labels
 from ldae.evals.heads import Head, Heads, SweepProtocol, grade_heads, sweep, train_heads
 from ldae.evals.online import OnlineProtocol, check_batch_sizes, remove_training, train_online
+from ldae.evals.open import data_of, open_evaluation
 from ldae.evals.predictions import Predictions
 from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import held_out

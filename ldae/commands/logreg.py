@@ -8,17 +8,11 @@ import torch
 from tyro.conf import Fixed
 
 from ldae.errors import InputError
-from ldae.evals.evaluation import (
-    EvalSourceSpec,
-    FeaturesSourceSpec,
-    FeaturesSpec,
-    Setup,
-    data_of,
-    open_evaluation,
-)
+from ldae.evals.evaluation import EvalSourceSpec, FeaturesSourceSpec, FeaturesSpec, Setup
 from ldae.evals.features import Features, image_names, known_labels
 from ldae.evals.heads import count_hits, grade_heads
 from ldae.evals.logistic import LogisticRegression
+from ldae.evals.open import data_of, open_evaluation
 from ldae.evals.predictions import Predictions
 from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import FewShotProtocol, check_shots, fold_splits, grade_draws, held_out

@@ -17,7 +17,8 @@ from ldae.distributed import device_for, gather_values, is_main, process_group
 from ldae.errors import DifferentResult, InputError
 from ldae.evals.call import bind_call
 from ldae.evals.comparison import changed_origins, compare
-from ldae.evals.evaluation import Evaluation, watch_openings
+from ldae.evals.evaluation import Evaluation
+from ldae.evals.open import watch_openings
 from ldae.evals.predictions import count_changed
 from ldae.files import as_json, write_json
 from ldae.runs import layout

@@ -9,17 +9,11 @@ from tyro.conf import Fixed
 from ldae.data.source import Source
 from ldae.distributed import all_reduce_sum
 from ldae.errors import InputError
-from ldae.evals.evaluation import (
-    EvalSourceSpec,
-    FeaturesSourceSpec,
-    FeaturesSpec,
-    Setup,
-    data_of,
-    open_evaluation,
-)
+from ldae.evals.evaluation import EvalSourceSpec, FeaturesSourceSpec, FeaturesSpec, Setup
 from ldae.evals.features import Features, gather_rows, known_labels
 from ldae.evals.heads import count_images
 from ldae.evals.neighbours import PAIRS_AT_ONCE, Bank, check_enough
+from ldae.evals.open import data_of, open_evaluation
 from ldae.evals.seeds import over_seeds
 from ldae.evals.whitening import WhiteningProtocol, whitening_of
 from ldae.tree import COUNT

@@ -20,15 +20,9 @@ from ldae.evals.dense import (
     load_label_share,
     train_map_head,
 )
-from ldae.evals.evaluation import (
-    BackboneSpec,
-    EvalSourceSpec,
-    Evaluation,
-    Setup,
-    SourceSpec,
-    open_evaluation,
-)
+from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Evaluation, Setup, SourceSpec
 from ldae.evals.features import Encoder, encode_share
+from ldae.evals.open import open_evaluation
 from ldae.evals.seeds import over_seeds
 from ldae.evals.taps import TokenMapReader
 from ldae.tree import COUNT

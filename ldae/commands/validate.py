@@ -22,7 +22,8 @@ from ldae.evals.corrupted import (
     corruption_table,
     mean_by_corruption,
 )
-from ldae.evals.evaluation import Evaluation, Setup, open_classifier, open_evaluation
+from ldae.evals.evaluation import Evaluation, Setup
+from ldae.evals.open import open_classifier, open_evaluation
 from ldae.evals.protocol import Protocol
 from ldae.evals.seeds import over_seeds
 from ldae.files import write

@@ -21,7 +21,7 @@ from ldae import files
 from ldae.backbones.whitening import whitening
 from ldae.data.source import Source
 from ldae.errors import InputError
-from ldae.evals.embedded import COLUMNS, FORMAT, difference, file_checksum, import_parquet
+from ldae.evals.embedded_file import COLUMNS, FORMAT, difference, file_checksum, import_parquet
 from ldae.runs.lock import open_partial
 from ldae.tokenizers.moments import Moments
 

@@ -17,9 +17,10 @@ from ldae.distributed import agree, gather_values, is_lost_connection, is_main
 from ldae.errors import InputError, LostRank, first_line
 from ldae.evals.cell import Cell
 from ldae.evals.embedded import images_or_embedded
-from ldae.evals.evaluation import Setup, keep_network, open_backbone, open_classifier
+from ldae.evals.evaluation import Setup
 from ldae.evals.features import cache_features
 from ldae.evals.naming import changes
+from ldae.evals.open import keep_network, open_backbone, open_classifier
 from ldae.files import state_hash, write, write_json
 from ldae.runs import layout
 from ldae.train.interrupt import Interrupted

@@ -14,8 +14,8 @@ from ldae.distributed import device_for, gather_values, is_main, process_group
 from ldae.errors import InputError
 from ldae.evals.call import describe_call
 from ldae.evals.cell import Cell, Column
-from ldae.evals.evaluation import check_out, data_of
 from ldae.evals.naming import default_folder
+from ldae.evals.open import check_out, data_of
 from ldae.evals.protocol import Grader
 from ldae.evals.running import run_cells
 from ldae.files import write_json

@@ -27,7 +27,7 @@ from ldae.commands.retrieve import RetrievalProtocol, retrieve
 from ldae.data.open import open_all, open_source
 from ldae.distributed import process_group, rank, world_size
 from ldae.errors import InputError
-from ldae.evals.embedded import open_embedded
+from ldae.evals.embedded_file import open_embedded
 from ldae.evals.embedding import Rows
 from ldae.evals.evaluation import EncoderSetup, Setup
 from ldae.evals.features import Encoder, encode_share, extract_share

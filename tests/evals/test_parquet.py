@@ -12,7 +12,7 @@ import pytest
 from ldae.commands.embed import embed
 from ldae.commands.knn import knn
 from ldae.errors import InputError
-from ldae.evals.embedded import open_embedded
+from ldae.evals.embedded_file import open_embedded
 from ldae.evals.embedding import Rows
 from ldae.evals.evaluation import EncoderSetup, Setup
 from ldae.evals.neighbours import KNNProtocol
@@ -27,7 +27,7 @@ FILE = Path("a.parquet")
 def few_images(monkeypatch, tmp_path):
     monkeypatch.setattr("ldae.data.digits._EVAL_IMAGES", 50)
     monkeypatch.setattr("ldae.evals.embedding._BYTES_AT_ONCE", 4 * 64 * 33)  # several row groups
-    monkeypatch.setattr("ldae.evals.embedded._ROWS_AT_ONCE", 13)
+    monkeypatch.setattr("ldae.evals.embedded_file._ROWS_AT_ONCE", 13)
     monkeypatch.chdir(tmp_path)
 
 
