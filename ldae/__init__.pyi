@@ -50,10 +50,10 @@ from ldae.evals.evaluation import Setup as Setup
 from ldae.evals.neighbours import KNNProtocol as KNNProtocol
 from ldae.finetuning.recipes import finetune_config as finetune_config
 from ldae.finetuning.settings import FinetuneConfig as FinetuneConfig
+from ldae.pretraining.open import Denoised as Denoised
+from ldae.pretraining.open import Run as Run
+from ldae.pretraining.open import load_run as load_run
 from ldae.pretraining.recipes import config as config
-from ldae.run import Denoised as Denoised
-from ldae.run import Run as Run
-from ldae.run import load_run as load_run
 from ldae.sampling.settings import SamplingSettings as SamplingSettings
 from ldae.settings import Config as Config
 from ldae.train.interrupt import Interrupted as Interrupted

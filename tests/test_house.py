@@ -29,7 +29,7 @@ LAYERS = [
     ["sampling", "evals", "finetuning", "cluster"],
     ["detection"],
     ["pretraining", "deployment"],
-    ["mae", "run"],
+    ["mae"],
     ["machine", "launch"],
     ["auto"],
     ["cli"],

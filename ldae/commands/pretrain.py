@@ -7,8 +7,8 @@ from typing import Literal
 from ldae import tree
 from ldae.auto.scale import HOURS, settled
 from ldae.errors import InputError
+from ldae.pretraining.open import Run
 from ldae.pretraining.recipes import name_of
-from ldae.run import Run
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import Settings
 from ldae.runs.kinds import KINDS, pretrainings, settings_and_folder

@@ -1,4 +1,4 @@
-"""A pre-training in its folder, opened for Python: to look at it, to denoise and to sample."""
+"""Opens the pre-training in a folder: to look at it, to denoise and to sample."""
 
 from collections.abc import Sequence
 from functools import cached_property
