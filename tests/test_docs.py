@@ -122,7 +122,7 @@ def call(command: str, monkeypatch) -> tuple[int, list[str]]:
             called.append(original.__name__)
 
         monkeypatch.setattr(f"{module}.{name}", nothing)
-    monkeypatch.setattr("ldae.finetuning.recipes.default_size", lambda backbone: "B")  # opens it
+    monkeypatch.setattr("ldae.downstream.recipes.default_size", lambda backbone: "B")  # opens it
     words = shlex.split(command)
     words, flags = settings.split_flags(words)
     settings.parse_flags(flags)

@@ -6,76 +6,29 @@ from pathlib import Path
 
 from torch import nn
 
-from ldae import distributed, tree
-from ldae.console import describe, print_main
+from ldae import distributed
+from ldae.console import print_main
 from ldae.data.coco import open_instance_splits
 from ldae.detection.inference import find_instances
 from ldae.detection.jitter import OnDevice, canvas_of
 from ldae.detection.network import DetectionLoss, Detector, build_detector
-from ldae.detection.recipes import changed_constants
+from ldae.detection.recipes import RECIPES
 from ldae.detection.scoring import Result, average_precision, check_installed
-from ldae.detection.settings import DetectConfig, DetectModelSettings, JitterSettings
+from ldae.detection.settings import DetectConfig
+from ldae.downstream.training import DownstreamProtocol, Training, prepare_training
 from ldae.errors import InputError
-from ldae.evals.call import describe_call
-from ldae.evals.evaluation import Evaluation, Setup
-from ldae.evals.open import open_evaluation
-from ldae.evals.protocol import Protocol
-from ldae.files import state_hash, write_json
-from ldae.precision import runs_in_bf16, unchanged_generators
+from ldae.files import write_json
 from ldae.runs import layout
-from ldae.runs.folder import open_run
 from ldae.runs.kinds import settings_and_folder
-from ldae.settings import OptimSettings
-from ldae.train.loop import Hook
-from ldae.train.plan import Plan, plan_run
-from ldae.train.run import check_warmup, compiles, describe_training, train_in
 
 
 @dataclass(frozen=True)
-class DetectProtocol(Protocol):
+class DetectProtocol(DownstreamProtocol):
     """The constants of a detection."""
-
-    name: str
-    version: int
-    size: str
-    img_size: int | None
-    augment: JitterSettings
-    model: DetectModelSettings
-    optim: OptimSettings
-    seed: int
-    modified: tuple[str, ...]
-    """The constants that differ from the recipe's."""
 
     @property
     def headlines(self) -> tuple[str, ...]:
         return ("box_ap", "box_ap50", *(["mask_ap"] if self.model.masks else []))
-
-
-@dataclass(frozen=True)
-class Detection:
-    """Everything that a detection needs, after all checks."""
-
-    config: DetectConfig
-    evaluation: Evaluation
-    """The detector, the images and the device."""
-    starts_from: str
-    """Hash of the backbone's weights before the training."""
-    plan: Plan
-    bf16: bool
-
-    def find(self, detector: Detector) -> list[Result]:
-        """Return the detections of all ranks in the evaluation images."""
-        system, evaluation = self.config.system, self.evaluation
-        how = (evaluation.device, system.eval_batch, system.workers)
-        transform = canvas_of(evaluation.transform, detector.side)
-        return find_instances(detector, evaluation.eval, transform, *how)
-
-    def score(self, found: list[Result]) -> dict[str, float | None]:
-        """Return the average precisions of detections, which rank 0 computes for all."""
-        score = partial(average_precision, masks=self.config.model.masks)
-        dataset = self.evaluation.eval.dataset
-        results = score(dataset(), found) if distributed.is_main() else None
-        return distributed.gather_values(results)[0]
 
 
 def detect(
@@ -109,35 +62,20 @@ def detect(
         >>> config = ldae.detect_config("runs/l_dae", changes={"data.source": "/data/coco"})
         >>> ldae.detect(config, "runs/detector")["results"]["box_ap"]
     """
-    _, config, run = settings_and_folder(config, run, ["detection"])
-    tree.check(config)
+    _, config, run = settings_and_folder(config, run, [RECIPES.kind])
     check_installed()
-    check_warmup(run, config.optim)
-    bf16 = runs_in_bf16(config.system.precision, distributed.device_for(config.system.device))
-    setup = Setup(
-        random_init=config.model.random_init,
-        in_chans=config.data.in_chans,
-        seed=config.seed,
-        out=run,
-        workers=config.system.workers,
-        device=config.system.device,
-    )
-    data = (config.data.source, config.data.eval_source or None)
-    opened = (config.backbone, *data, protocol_of(config), setup, open_instance_splits)
-    with (
-        unchanged_generators(),
-        open_evaluation("detect", *opened, in_run=True) as evaluation,
-    ):
-        detection = _prepare(config, evaluation, bf16)
+    how = {"protocol": DetectProtocol, "splits": open_instance_splits}
+    with prepare_training("detect", RECIPES, config, run, **how) as training:
+        training = _with_detector(training)
         if dry_run:
-            facts = _facts(detection)
-            print(describe(config, facts))
-            return facts
-        with open_run(run, "detection", config, evaluation.train, evaluation.device):
-            return _train_and_grade(detection, run)
+            side = training.evaluation.transform.input_size
+            return training.show_plan(_parameters(training.evaluation.model), side)
+        with training.open_run():
+            return _train_and_grade(training)
 
 
-def _prepare(config: DetectConfig, evaluation: Evaluation, bf16: bool) -> Detection:
+def _with_detector(training: Training) -> Training:
+    config, evaluation = training.config, training.evaluation
     low, high = config.augment.scale
     if low > high:
         raise InputError(f"augment.scale {low:g} {high:g} must be the smallest, then the largest")
@@ -148,7 +86,6 @@ def _prepare(config: DetectConfig, evaluation: Evaluation, bf16: bool) -> Detect
                 "--model.no-masks trains boxes alone"
             )
         source.has_masks = config.model.masks
-    starts_from = state_hash(evaluation.model.state_dict())
     detector = build_detector(evaluation.model, config, len(evaluation.train.classes))
     transform = replace(
         evaluation.transform,
@@ -157,76 +94,56 @@ def _prepare(config: DetectConfig, evaluation: Evaluation, bf16: bool) -> Detect
         crop_pct=1.0,
         crop_mode="upper left",
     )
-    call = describe_call("detect", [config])
-    evaluation = replace(evaluation, model=detector, transform=transform, call=call)
-    plan = plan_run(len(evaluation.train), config.optim, config.system, evaluation.device)
-    return Detection(config, evaluation, starts_from, plan, bf16)
+    evaluation = replace(evaluation, model=detector, transform=transform)
+    return replace(training, evaluation=evaluation)
 
 
-def _train_and_grade(detection: Detection, run: Path) -> dict:
-    config, evaluation = detection.config, detection.evaluation
-    device = evaluation.device
+def _train_and_grade(training: Training) -> dict:
+    config, run, evaluation = training.config, training.run, training.evaluation
     start = "the untrained " if config.model.random_init else ""
-    every = round(config.system.eval_every * detection.plan.epoch)
-    jitter = (config.augment.scale, config.augment.flip)
-    model = DetectionLoss(evaluation.model, config.model.layer_decay, detection.bf16).to(device)
-    trained = train_in(
-        run,
-        model,
-        config,
-        config.optim,
-        detection.plan,
-        evaluation.train,
-        row=f"{config.recipe} detection on {start}{config.backbone}",
-        transform=canvas_of(evaluation.transform, evaluation.model.side, *jitter),
-        mixing=OnDevice(device),
-        device=device,
-        compiled=compiles(config.system.compile, device),
-        hooks=(Hook(every, partial(_grade, detection)),) if every else (),
+    side, jitter = evaluation.model.side, (config.augment.scale, config.augment.flip)
+    trained = training.train(
+        DetectionLoss(evaluation.model, config.model.layer_decay, training.bf16),
+        f"{config.recipe} detection on {start}{config.backbone}",
+        canvas_of(evaluation.transform, side, *jitter),
+        OnDevice(evaluation.device),
+        partial(_grade, training),
     )
     detector = trained.detector
-    found = detection.find(detector)
+    found = _find(training, detector)
     if config.system.predictions and distributed.is_main():
         write_json(run / layout.DETECTIONS, found)
-    graded = replace(evaluation, model=detector)
     dim, classes = detector.backbone.vit.num_features, len(evaluation.train.classes)
-    record = graded.write(detection.score(found), dim, classes, starts_from=detection.starts_from)
+    graded, scores = replace(evaluation, model=detector), _score(training, found)
+    record = graded.write(scores, dim, classes, starts_from=training.starts_from)
     print_main(f"{run}: done")
     return record
 
 
-def _grade(detection: Detection, model: nn.Module) -> dict[str, float]:
+def _grade(training: Training, model: nn.Module) -> dict[str, float]:
     """Return the average precisions on the evaluation images, for the metrics."""
-    scores = detection.score(detection.find(model.detector))
+    scores = _score(training, _find(training, model.detector))
     return {name: score for name, score in scores.items() if score is not None}
 
 
-def protocol_of(config: DetectConfig) -> DetectProtocol:
-    """Return the constants of a detection, for its record."""
-    return DetectProtocol(
-        config.recipe,
-        config.version,
-        config.size,
-        config.data.img_size,
-        config.augment,
-        config.model,
-        config.optim,
-        config.seed,
-        tuple(f"{name}={used}" for name, (_, used) in changed_constants(config).items()),
-    )
+def _find(training: Training, detector: Detector) -> list[Result]:
+    """Return the detections of all ranks in the evaluation images."""
+    system, evaluation = training.config.system, training.evaluation
+    how = (evaluation.device, system.eval_batch, system.workers)
+    transform = canvas_of(evaluation.transform, detector.side)
+    return find_instances(detector, evaluation.eval, transform, *how)
 
 
-def _facts(detection: Detection) -> dict[str, str]:
-    config, evaluation = detection.config, detection.evaluation
-    modified = ", ".join(evaluation.protocol.modified) or "nothing"
+def _score(training: Training, found: list[Result]) -> dict[str, float | None]:
+    """Return the average precisions of detections, which rank 0 computes for all."""
+    score = partial(average_precision, masks=training.config.model.masks)
+    dataset = training.evaluation.eval.dataset
+    results = score(dataset(), found) if distributed.is_main() else None
+    return distributed.gather_values(results)[0]
+
+
+def _parameters(network: nn.Module) -> str:
     counts = {part: 0 for part in (True, False)}
-    for parameter in evaluation.model.parameters():
+    for parameter in network.parameters():
         counts[parameter.requires_grad] += parameter.numel()
-    train = evaluation.train
-    return {
-        "recipe": f"{config.recipe}, version {config.version}, size {config.size}; "
-        f"changed: {modified}",
-        "parameters": f"{counts[True]:,} trained, {counts[False]:,} frozen",
-        "input": f"{evaluation.transform.input_size}",
-        "images": f"{len(train):,} in {train.spec}, {len(train.classes)} classes",
-    } | describe_training(detection.plan, config.optim, detection.bf16, evaluation.device)
+    return f"{counts[True]:,} trained, {counts[False]:,} frozen"

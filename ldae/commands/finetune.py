@@ -1,73 +1,34 @@
 """``ldae finetune``: fine-tune a backbone with a new classifier."""
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ldae import distributed, tree
+from ldae import distributed
 from ldae.backbones.card import model_card
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
-from ldae.console import describe, print_main
+from ldae.console import print_main
 from ldae.data.augment import Augmentation
+from ldae.downstream.training import Training, prepare_training
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
 from ldae.evals.call import describe_call
 from ldae.evals.cell import seed_folder
 from ldae.evals.evaluation import Evaluation, Setup
 from ldae.evals.features import known_labels
-from ldae.evals.open import open_evaluation
-from ldae.evals.protocol import Protocol
 from ldae.evals.seeds import write_means
-from ldae.files import state_hash
 from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import ClassificationLoss, build_network
-from ldae.finetuning.recipes import changed_constants
-from ldae.finetuning.settings import AugmentSettings, FinetuneConfig, FinetuneModelSettings
-from ldae.precision import runs_in_bf16, unchanged_generators
+from ldae.finetuning.recipes import RECIPES
+from ldae.finetuning.settings import FinetuneConfig
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.folder import open_run
 from ldae.runs.kinds import kind_of, settings_and_folder
-from ldae.settings import OptimSettings
-from ldae.train.loop import Hook
-from ldae.train.plan import Plan, plan_run
-from ldae.train.run import check_warmup, compiles, describe_training, train_in
-
-
-@dataclass(frozen=True)
-class FinetuneProtocol(Protocol):
-    """The constants of a fine-tuning."""
-
-    name: str
-    version: int
-    size: str
-    img_size: int | None
-    augment: AugmentSettings
-    model: FinetuneModelSettings
-    optim: OptimSettings
-    seed: int
-    modified: tuple[str, ...]
-    """The constants that differ from the recipe's."""
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """Everything that a fine-tuning needs, after all checks."""
-
-    config: FinetuneConfig
-    evaluation: Evaluation
-    """The network, the images and the device."""
-    starts_from: str
-    """The hash of the backbone's weights."""
-    plan: Plan
-    augmentation: Augmentation
-    mixing: Mixing
-    bf16: bool
 
 
 def finetune(
@@ -109,33 +70,18 @@ def finetune(
         >>> config = ldae.finetune_config("runs/l_dae", "ldae", changes)
         >>> ldae.finetune(config, "runs/finetuned")["results"]["top1"]
     """
-    _, config, run = settings_and_folder(config, run, ["fine-tuning"])
-    tree.check(config)
+    _, config, run = settings_and_folder(config, run, [RECIPES.kind])
     if seeds:
         return _over_seeds(config, run, dry_run, seeds)
-    check_warmup(run, config.optim)
-    bf16 = runs_in_bf16(config.system.precision, distributed.device_for(config.system.device))
-    setup = Setup(
-        random_init=config.model.random_init,
-        in_chans=config.data.in_chans,
-        seed=config.seed,
-        out=run,
-        workers=config.system.workers,
-        device=config.system.device,
-    )
-    data = (config.data.source, config.data.eval_source or None)
-    opened = (config.backbone, *data, protocol_of(config), setup)
-    with (
-        unchanged_generators(),
-        open_evaluation("finetune", *opened, in_run=True) as evaluation,
-    ):
-        tuning = _prepare(config, evaluation, bf16)
+    multiple = config.augment.mix_images
+    with prepare_training("finetune", RECIPES, config, run, multiple=multiple) as training:
+        training = _with_classifier(training)
+        augmentation, mixing = _augmentation(training), _mixing(training)
         if dry_run:
-            facts = _facts(tuning)
-            print(describe(config, facts))
-            return facts
-        with open_run(run, "fine-tuning", config, evaluation.train, evaluation.device):
-            return _train_and_grade(tuning, run)
+            count = sum(part.numel() for part in training.evaluation.model.parameters())
+            return training.show_plan(f"{count:,}", asdict(training.evaluation.transform))
+        with training.open_run():
+            return _train_and_grade(training, augmentation, mixing)
 
 
 def _over_seeds(config: FinetuneConfig, run: Path, dry_run: bool, seeds: tuple[int, ...]) -> dict:
@@ -153,74 +99,55 @@ def _over_seeds(config: FinetuneConfig, run: Path, dry_run: bool, seeds: tuple[i
         return write_means(run, records, names, call)
 
 
-def _prepare(config: FinetuneConfig, evaluation: Evaluation, bf16: bool) -> FineTuning:
-    classes = len(evaluation.train.classes)
-    starts_from = state_hash(evaluation.model.state_dict())
-    network = build_network(evaluation.model, config, classes)
+def _with_classifier(training: Training) -> Training:
+    evaluation = training.evaluation
+    network = build_network(evaluation.model, training.config, len(evaluation.train.classes))
     transform = preprocessing(network)
     size = {"img_size": transform.input_size[-1]}
     setup, protocol = replace(evaluation.setup, **size), replace(evaluation.protocol, **size)
-    evaluation = replace(
-        evaluation,
-        protocol=protocol,
-        setup=setup,
-        model=network,
-        transform=transform,
-        call=describe_call("finetune", [config]),
-    )
-    plan = plan_run(
-        len(evaluation.train),
-        config.optim,
-        config.system,
-        evaluation.device,
-        multiple=config.augment.mix_images,
-    )
-    augmentation = Augmentation(
-        transform.input_size,
-        transform.interpolation,
-        transform.mean,
-        config.augment.min_area,
-        config.augment.flip,
-        config.augment.policy,
-    )
+    changes = {"model": network, "transform": transform, "setup": setup, "protocol": protocol}
+    return replace(training, evaluation=replace(evaluation, **changes))
+
+
+def _augmentation(training: Training) -> Augmentation:
+    augment, transform = training.config.augment, training.evaluation.transform
+    crop = (transform.input_size, transform.interpolation, transform.mean)
+    augmentation = Augmentation(*crop, augment.min_area, augment.flip, augment.policy)
     augmentation.check()
-    mixing = Mixing(config.augment, transform, classes, config.seed, evaluation.device)
-    mixing.check(plan.micro_batch)
-    return FineTuning(config, evaluation, starts_from, plan, augmentation, mixing, bf16)
+    return augmentation
 
 
-def _train_and_grade(tuning: FineTuning, run: Path) -> dict:
-    config, evaluation = tuning.config, tuning.evaluation
-    device = evaluation.device
+def _mixing(training: Training) -> Mixing:
+    config, evaluation = training.config, training.evaluation
+    how = (len(evaluation.train.classes), config.seed, evaluation.device)
+    mixing = Mixing(config.augment, evaluation.transform, *how)
+    mixing.check(training.plan.micro_batch)
+    return mixing
+
+
+def _train_and_grade(training: Training, augmentation: Augmentation, mixing: Mixing) -> dict:
+    config, run = training.config, training.run
     start = " from scratch" if config.model.random_init else ""
-    every = round(config.system.eval_every * tuning.plan.epoch)
-    grade = partial(_grade, evaluation)
-    model = ClassificationLoss(evaluation.model, config.model.layer_decay, tuning.bf16).to(device)
-    trained = train_in(
-        run,
-        model,
-        config,
-        config.optim,
-        tuning.plan,
-        evaluation.train,
-        row=f"{config.recipe} fine-tuning of {config.backbone}{start}",
-        transform=tuning.augmentation,
-        mixing=tuning.mixing,
-        device=device,
-        compiled=compiles(config.system.compile, device),
-        hooks=(Hook(every, grade, weights_too=True),) if every else (),
+    network = training.evaluation.model
+    grade = partial(_grade, training.evaluation)
+    trained = training.train(
+        ClassificationLoss(network, config.model.layer_decay, training.bf16),
+        f"{config.recipe} fine-tuning of {config.backbone}{start}",
+        augmentation,
+        mixing,
+        grade,
+        weights_too=True,
     )
-    network = trained.network
     results = grade(trained)
     if config.optim.ema:
         weights = copy.deepcopy(trained)  # the last checkpoint is written, as rank 0 has graded
         weights.load_state_dict(Checkpoints(run).load_on_all_ranks()["model"])
         results |= {f"weights_{name}": value for name, value in grade(weights).items()}
+    network = trained.network
     if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
-        save(network, run / layout.CLASSIFIER, tuning, results)
-    record = replace(evaluation, model=network).write(
-        results, evaluation.model.num_features, starts_from=tuning.starts_from
-    )
+        save(network, run / layout.CLASSIFIER, training, results)
+    graded = replace(training.evaluation, model=network)
+    record = graded.write(results, network.num_features, starts_from=training.starts_from)
     print_main(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 
@@ -235,22 +162,7 @@ def _grade(evaluation: Evaluation, model: ClassificationLoss) -> dict[str, float
     return top1_top5(batches, known_labels(source)[:, None], len(source), evaluation.device)
 
 
-def protocol_of(config: FinetuneConfig) -> FinetuneProtocol:
-    """Return the constants of a fine-tuning, for its record."""
-    return FinetuneProtocol(
-        config.recipe,
-        config.version,
-        config.size,
-        config.data.img_size,
-        config.augment,
-        config.model,
-        config.optim,
-        config.seed,
-        tuple(f"{name}={used}" for name, (_, used) in changed_constants(config).items()),
-    )
-
-
-def save(network: nn.Module, folder: Path, tuning: FineTuning, results: dict[str, float]) -> None:
+def save(network: nn.Module, folder: Path, training: Training, results: dict[str, float]) -> None:
     """Write the network and its classifier as a folder that timm opens.
 
     Raises: InputError when the folder cannot be written, or timm reads back another network.
@@ -261,7 +173,7 @@ def save(network: nn.Module, folder: Path, tuning: FineTuning, results: dict[str
     saved.pretrained_cfg = network.pretrained_cfg | {
         "tag": "finetuned",
         "custom_load": False,
-        "license": tuning.config.license or None,
+        "license": training.config.license or None,
     }
     images = torch.randn(2, *preprocessing(network).input_size)
 
@@ -275,15 +187,15 @@ def save(network: nn.Module, folder: Path, tuning: FineTuning, results: dict[str
         saved,
         network.model_args,
         verify,
-        card=_model_card(network, folder, tuning, results),
-        classes=list(tuning.evaluation.train.classes),
+        card=_model_card(network, folder, training, results),
+        classes=list(training.evaluation.train.classes),
     )
 
 
 def _model_card(
-    network: nn.Module, folder: Path, tuning: FineTuning, results: dict[str, float]
+    network: nn.Module, folder: Path, training: Training, results: dict[str, float]
 ) -> str:
-    config, evaluation = tuning.config, tuning.evaluation
+    config, evaluation = training.config, training.evaluation
     start = "from scratch" if config.model.random_init else f"from {Path(config.backbone).name}"
     return model_card(
         folder.resolve().parent.name,
@@ -293,9 +205,9 @@ def _model_card(
             "architecture": network.pretrained_cfg["architecture"],
             "input": " x ".join(map(str, preprocessing(network).input_size)),
             "classes": network.num_classes,
-            "recipe": f"{config.recipe}, version {config.version}, size {config.size}",
-            "changed from it": ", ".join(tuning.evaluation.protocol.modified) or "nothing",
-            "trained on": f"{len(evaluation.train):,} images, {tuning.plan.total:,} seen",
+            "recipe": training.recipe,
+            "changed from it": training.modified,
+            "trained on": f"{len(evaluation.train):,} images, {training.plan.total:,} seen",
             f"accuracy on {len(evaluation.eval):,} others": f"top-1 {results['top1']:.2f}, "
             f"top-5 {results['top5']:.2f}",
         },
@@ -303,16 +215,3 @@ def _model_card(
         'names = model.pretrained_cfg["label_names"]',
         license=config.license,
     )
-
-
-def _facts(tuning: FineTuning) -> dict[str, str]:
-    config, network, train = tuning.config, tuning.evaluation.model, tuning.evaluation.train
-    count = sum(parameter.numel() for parameter in network.parameters())
-    modified = ", ".join(tuning.evaluation.protocol.modified) or "nothing"
-    return {
-        "recipe": f"{config.recipe}, version {config.version}, size {config.size}; "
-        f"changed: {modified}",
-        "parameters": f"{count:,}",
-        "input": f"{asdict(preprocessing(network))}",
-        "images": f"{len(train):,} in {train.spec}, {len(train.classes)} classes",
-    } | describe_training(tuning.plan, config.optim, tuning.bf16, tuning.evaluation.device)

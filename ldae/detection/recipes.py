@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldae.detection.settings import DetectConfig
-from ldae.errors import InputError, unknown
-from ldae.finetuning import recipes as finetuning
-from ldae.finetuning.recipes import Recipe
-from ldae.tree import difference, replace
+from ldae.downstream.recipes import Recipe, Recipes
 
 DEFAULT = "vitdet"
 
@@ -40,28 +37,15 @@ _SMALL = {"model.layer_decay": 0.7, "model.drop_path": 0.1}
 _MIDDLE = {"model.layer_decay": 0.8, "model.drop_path": 0.4}
 _LARGE = {"model.layer_decay": 0.9, "model.drop_path": 0.5}
 
-RECIPES = {
+RECIPES = Recipes("detection", {
     "vitdet": Recipe(1, _VITDET, {
         "B": _SMALL | {"optim.epochs": 100.0},
         "L": _MIDDLE | {"optim.epochs": 100.0},
         "H": _LARGE | {"optim.epochs": 75.0},
     }),
     "scenes": Recipe(1, _SCENES, {"B": _SMALL, "L": _MIDDLE, "H": _LARGE}),
-}  # fmt: skip
-
-
-def config(name: str = DEFAULT, size: str = "B") -> DetectConfig:
-    """Return the settings of a recipe for a size of ViT: B, L or H.
-
-    Raises: InputError when there is no such recipe or size.
-    """
-    if name not in RECIPES:
-        raise unknown("there is no recipe", name, RECIPES, f", and there are {', '.join(RECIPES)}")
-    chosen = RECIPES[name]
-    if size not in chosen.sizes:
-        raise InputError(f"there is no size {size!r}; there are {', '.join(chosen.sizes)}")
-    changes = {"recipe": name, "version": chosen.version, "size": size}
-    return replace(DetectConfig(), changes | chosen.constants | chosen.sizes[size])
+})  # fmt: skip
+config = RECIPES.config
 
 
 def detect_config(
@@ -70,6 +54,7 @@ def detect_config(
     changes: Mapping[str, Any] | None = None,
     *,
     size: str = "",
+    run: str | Path | None = None,
 ) -> DetectConfig:
     """Return the settings of a detection: a backbone by a recipe.
 
@@ -78,6 +63,8 @@ def detect_config(
         recipe: vitdet, for COCO; or scenes, for digit-scenes in minutes.
         changes: dotted name of a setting -> value, such as ``data.source``.
         size: B, L or H, which the constants are for; by default from the backbone's width.
+        run: a run folder: a detection that it holds keeps the version of the recipe that it began
+            with.
 
     Raises: InputError for a recipe, size or setting that does not exist, and for a backbone that
         cannot be opened.
@@ -87,14 +74,4 @@ def detect_config(
         >>> config = ldae.detect_config("runs/l_dae", changes=changes)
         >>> ldae.detect(config, "runs/detector")["results"]["box_ap"]
     """
-    config(recipe)  # refuse a wrong name before the backbone is opened
-    size = size or finetuning.default_size(str(backbone))
-    return replace(config(recipe, size), {"backbone": str(backbone)} | dict(changes or {}))
-
-
-def changed_constants(used: DetectConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the constants that differ from the recipe: name -> (recipe's value, used value)."""
-    chosen = RECIPES[used.recipe]
-    constants = {*chosen.constants, *chosen.sizes[used.size]}
-    changes = difference(config(used.recipe, used.size), used)
-    return {name: values for name, values in changes.items() if name in constants}
+    return RECIPES.config_on(backbone, recipe, changes, size, run)

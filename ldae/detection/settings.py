@@ -1,28 +1,23 @@
 """The settings of a detection. Defaults are ViTDet's for ViT-B."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from ldae.downstream.settings import DownstreamConfig, DownstreamDataSettings
 from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.tree import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
 
 
 @dataclass(frozen=True)
-class DetectDataSettings:
+class DetectDataSettings(DownstreamDataSettings):
     """The images and their annotations."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
     """A folder in COCO's layout, or digit-scenes[:N[:SEED]]; the network is trained on train."""
-    eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
-    """Images to evaluate on; empty: the evaluation split of the source."""
     img_size: Annotated[int | None, COUNT, tyro.conf.arg(aliases=["--img-size"])] = None
     """Side of the square input of the network, in pixels; none: 64 patches."""
-    in_chans: Annotated[int, COUNT] = 3
-    """Channels, when the backbone is a timm name; other backbones have a fixed number."""
-    bad_images: Literal["stop", "skip"] = "stop"
-    """For an undecodable image: stop the run, or record it and use the next image instead."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +74,10 @@ class DetectSystemSettings(ExecutionSettings):
 
 
 @dataclass(frozen=True)
-class DetectConfig:
+class DetectConfig(DownstreamConfig):
     """The configuration of a detection."""
 
-    backbone: tyro.conf.Fixed[str] = ""
-    """The backbone of the detector, as load_backbone names it."""
     recipe: tyro.conf.Fixed[str] = "vitdet"
-    """The recipe that the settings come from."""
-    version: tyro.conf.Fixed[int] = 1
-    """Version of the recipe; it changes whenever a constant of the recipe changes."""
-    size: tyro.conf.Fixed[str] = "B"
-    """Size of ViT for which the recipe's constants are used: B, L or H."""
     data: DetectDataSettings = field(default_factory=DetectDataSettings)
     augment: JitterSettings = field(default_factory=JitterSettings)
     model: DetectModelSettings = field(default_factory=DetectModelSettings)

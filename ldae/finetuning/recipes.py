@@ -2,31 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ldae.backbones.open import load_backbone
-from ldae.errors import InputError, unknown
+from ldae.downstream.recipes import Recipe, Recipes
 from ldae.finetuning.settings import FinetuneConfig
-from ldae.runs.kinds import kind_of, settings_of
-from ldae.tree import difference, replace
-
-WIDTHS = {"B": 768, "L": 1024, "H": 1280}
-"""Embedding widths of the ViTs for which recipes are published."""
 
 DEFAULT = ""  # there is none: users name the recipe
-
-
-class Recipe(NamedTuple):
-    """All constants of a recipe: ``constants`` for all sizes, ``sizes`` for each size.
-
-    ``former`` holds the constants that former versions had instead, by version.
-    """
-
-    version: int
-    constants: dict[str, Any]
-    sizes: dict[str, dict[str, Any]]
-    former: dict[int, dict[str, Any]] = {}
-
 
 # MAE (He et al. 2022), main_finetune.py and FINETUNE.md. H differs from L only in its drop path
 # rate.
@@ -52,7 +33,7 @@ _LDAE = _MAE | {
     "model.drop_path": 0.1,
 }  # fmt: skip
 
-RECIPES = {
+RECIPES = Recipes("fine-tuning", {
     "mae": Recipe(1, _MAE, {
         "B": {"optim.epochs": 100.0, "optim.blr": 5e-4, "model.layer_decay": 0.65,
               "model.drop_path": 0.1},
@@ -64,33 +45,8 @@ RECIPES = {
         "L": {"model.layer_decay": 0.65},
         "H": {"model.layer_decay": 0.65},
     }, former={1: {"optim.ema_warmup": False}}),
-}  # fmt: skip
-
-
-def find_recipe(name: str) -> Recipe:
-    """Return the recipe of this name.
-
-    Raises: InputError with the nearest name when there is none.
-    """
-    if name not in RECIPES:
-        raise unknown("there is no recipe", name, RECIPES, f", and there are {', '.join(RECIPES)}")
-    return RECIPES[name]
-
-
-def config(name: str = "mae", size: str = "B", version: int | None = None) -> FinetuneConfig:
-    """Return the settings of a recipe for a size of ViT: B, L or H.
-
-    ``version`` is by default the newest.
-
-    Raises: InputError when there is no such recipe or size.
-    """
-    chosen = find_recipe(name)
-    if size not in chosen.sizes:
-        raise InputError(f"there is no size {size!r}; there are {', '.join(chosen.sizes)}")
-    version = version or chosen.version
-    changes = {"recipe": name, "version": version, "size": size}
-    changes |= chosen.constants | chosen.sizes[size] | chosen.former.get(version, {})
-    return replace(FinetuneConfig(), changes)
+})  # fmt: skip
+config = RECIPES.config
 
 
 def finetune_config(
@@ -119,35 +75,4 @@ def finetune_config(
         >>> config = ldae.finetune_config("runs/l_dae", "ldae", changes)
         >>> ldae.finetune(config, "runs/finetuned")["results"]["top1"]
     """
-    find_recipe(recipe)  # refuse a wrong name before the backbone is opened
-    size = size or default_size(str(backbone))
-    version = version_of(Path(run), recipe) if run else None
-    named = {"backbone": str(backbone)} | dict(changes or {})
-    return replace(config(recipe, size, version), named)
-
-
-def version_of(run: Path, name: str) -> int | None:
-    """Return the version of the recipe that the fine-tuning in a run folder began with, if any."""
-    if kind_of(run) != "fine-tuning":
-        return None
-    settings = settings_of(run, "fine-tuning")
-    return settings.version if settings.recipe == name else None
-
-
-def default_size(spec: str) -> str:
-    """Return the smallest of B, L and H at least as wide as a backbone's features, or else H.
-
-    Raises: InputError when the backbone cannot be opened.
-    """
-    is_pixels = spec.partition(":")[0] == "pixels"  # has no random weights
-    network = load_backbone(spec, random_init=not is_pixels)  # random weights need no download
-    features = getattr(network, "num_features", 0)
-    return next((size for size, width in WIDTHS.items() if features <= width), "H")
-
-
-def changed_constants(used: FinetuneConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the constants that differ from the recipe: name -> (recipe's value, used value)."""
-    chosen = find_recipe(used.recipe)
-    constants = {*chosen.constants, *chosen.sizes[used.size]}
-    changes = difference(config(used.recipe, used.size, used.version), used)
-    return {name: values for name, values in changes.items() if name in constants}
+    return RECIPES.config_on(backbone, recipe, changes, size, run)

@@ -5,26 +5,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ldae.downstream.settings import DownstreamConfig, DownstreamDataSettings
 from ldae.settings import ExecutionSettings, OptimSettings
 from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, Range
 
 _OPEN_SHARE = Range(0, 1, open_low=True)
-
-
-@dataclass(frozen=True)
-class FinetuneDataSettings:
-    """The images."""
-
-    source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
-    """Labelled images; the network is trained on their train split."""
-    eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
-    """Images to evaluate on; empty: the evaluation split of the source."""
-    img_size: Annotated[int | None, COUNT, tyro.conf.arg(aliases=["--img-size"])] = None
-    """Side of the square input of the network, in pixels; none: the backbone's."""
-    in_chans: Annotated[int, COUNT] = 3
-    """Channels, when the backbone is a timm name; other backbones have a fixed number."""
-    bad_images: Literal["stop", "skip"] = "stop"
-    """For an undecodable image: stop the run, or record it and use the next image instead."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +64,11 @@ class FinetuneSystemSettings(ExecutionSettings):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(DownstreamConfig):
     """The configuration of a fine-tuning."""
 
-    backbone: tyro.conf.Fixed[str] = ""
-    """The backbone to fine-tune, as load_backbone names it."""
     recipe: tyro.conf.Fixed[str] = "mae"
-    """The recipe that the settings come from."""
-    version: tyro.conf.Fixed[int] = 1
-    """Version of the recipe; it changes whenever a constant of the recipe changes."""
-    size: tyro.conf.Fixed[str] = "B"
-    """Size of ViT for which the recipe's constants are used: B, L or H."""
-    data: FinetuneDataSettings = field(default_factory=FinetuneDataSettings)
+    data: DownstreamDataSettings = field(default_factory=DownstreamDataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     model: FinetuneModelSettings = field(default_factory=FinetuneModelSettings)
     optim: OptimSettings = field(

@@ -157,7 +157,7 @@ def test_a_fine_tuning_starts_from_the_body(exports, tmp_path):
     _, plain, white = exports
     weights = []
     for exported in (plain, white):
-        config = replace(recipes.config(), {
+        config = replace(recipes.config("mae"), {
             "backbone": str(exported), "data.source": DATA, "augment.mix_images": 4,
             "optim.batch_size": 16, "optim.epochs": 1, "optim.warmup_epochs": 0.2,
             "system.workers": 0, "system.device": "cpu", "system.precision": "fp32",

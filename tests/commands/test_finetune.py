@@ -15,7 +15,6 @@ from ldae import cli, tree
 from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
-from ldae.commands import finetune as command
 from ldae.commands.finetune import finetune
 from ldae.data.open import open_source
 from ldae.errors import InputError
@@ -266,7 +265,8 @@ def test_a_search_for_micro_batches_keeps_whole_groups_and_changes_nothing(
     changes |= dict(optim__epochs=0.1, optim__warmup_epochs=0.05, system__eval_every=0.0)
     finetune(tiny(system__device_batch=8, **changes), tmp_path / "given")
     searched = functools.partial(dataclasses.replace, searched=True)  # as on a GPU
-    monkeypatch.setattr(command, "plan_run", lambda *args, **how: searched(plan_run(*args, **how)))
+    planned = "ldae.downstream.training.plan_run"
+    monkeypatch.setattr(planned, lambda *args: searched(plan_run(*args)))
     finetune(tiny(**changes), tmp_path / "searched")
     assert Checkpoints(tmp_path / "searched").load()["division"]["micro_batches"] == 6
     assert_same_state(tmp_path / "searched", tmp_path / "given")

@@ -1,0 +1,162 @@
+"""The checks before a fine-tuning or a detection, the training in its folder, and its record."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ldae import tree
+from ldae.console import describe
+from ldae.data.loader import Transform
+from ldae.data.workers import Batch
+from ldae.distributed import device_for
+from ldae.downstream.recipes import Recipes
+from ldae.evals.call import describe_call
+from ldae.evals.evaluation import Evaluation, Setup, Splits, labelled_splits, open_evaluation
+from ldae.evals.protocol import Protocol
+from ldae.files import state_hash
+from ldae.precision import runs_in_bf16, unchanged_generators
+from ldae.runs.folder import open_run
+from ldae.settings import OptimSettings
+from ldae.train.loop import Hook
+from ldae.train.plan import Plan, plan_run
+from ldae.train.run import check_warmup, compiles, describe_training, train_in
+
+
+@dataclass(frozen=True)
+class DownstreamProtocol(Protocol):
+    """The constants of a fine-tuning or a detection."""
+
+    name: str
+    version: int
+    size: str
+    img_size: int | None
+    augment: Any
+    model: Any
+    optim: OptimSettings
+    seed: int
+    modified: tuple[str, ...]
+    """The constants that differ from the recipe's."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training on a backbone in a folder, after the checks that both kinds share."""
+
+    kind: str
+    config: Any
+    run: Path
+    evaluation: Evaluation
+    """The images, the device, and the backbone or the network that stands on it."""
+    starts_from: str
+    """Hash of the backbone's weights before the training."""
+    plan: Plan
+    bf16: bool
+    """Whether the network is trained in bfloat16."""
+
+    @property
+    def recipe(self) -> str:
+        """The recipe in words."""
+        return f"{self.config.recipe}, version {self.config.version}, size {self.config.size}"
+
+    @property
+    def modified(self) -> str:
+        """The constants that differ from the recipe's, in words."""
+        return ", ".join(self.evaluation.protocol.modified) or "nothing"
+
+    def show_plan(self, parameters: str, input: object) -> dict[str, str]:
+        """Print and return what a dry run says, given the sizes of the network."""
+        train = self.evaluation.train
+        facts = {
+            "recipe": f"{self.recipe}; changed: {self.modified}",
+            "parameters": parameters,
+            "input": f"{input}",
+            "images": f"{len(train):,} in {train.spec}, {len(train.classes)} classes",
+        } | describe_training(self.plan, self.config.optim, self.bf16, self.evaluation.device)
+        print(describe(self.config, facts))
+        return facts
+
+    def open_run(self) -> AbstractContextManager[None]:
+        """Open the run folder, see ``ldae.runs.folder.open_run``."""
+        evaluation = self.evaluation
+        return open_run(self.run, self.kind, self.config, evaluation.train, evaluation.device)
+
+    def train(
+        self,
+        model: nn.Module,
+        row: str,
+        transform: Transform,
+        mixing: Callable[[Batch], Batch],
+        grade: Callable[[nn.Module], dict[str, float]],
+        weights_too: bool = False,
+    ) -> nn.Module:
+        """Train a network with its loss to the end of the plan, see ``train_in``.
+
+        ``grade`` returns the values of an evaluation for the metrics, see ``Hook``.
+
+        Returns: the model, or its moving average where the recipe has one.
+        """
+        config, device = self.config, self.evaluation.device
+        every = round(config.system.eval_every * self.plan.epoch)
+        return train_in(
+            self.run,
+            model.to(device),
+            config,
+            config.optim,
+            self.plan,
+            self.evaluation.train,
+            row=row,
+            transform=transform,
+            mixing=mixing,
+            device=device,
+            compiled=compiles(config.system.compile, device),
+            hooks=(Hook(every, grade, weights_too),) if every else (),
+        )
+
+
+@contextmanager
+def prepare_training(
+    command: str,
+    recipes: Recipes,
+    config: Any,
+    run: Path,
+    *,
+    protocol: type[DownstreamProtocol] = DownstreamProtocol,
+    splits: Splits = labelled_splits,
+    multiple: int = 1,
+) -> Iterator[Training]:
+    """Join the process group, open and check a backbone and its images; nothing is written.
+
+    Args:
+        protocol: the class of the record's protocol.
+        splits: opens the two splits of the images.
+        multiple: see ``plan_run``.
+
+    Raises: InputError for wrong settings, backbone or data.
+    """
+    tree.check(config)
+    check_warmup(run, config.optim)
+    bf16 = runs_in_bf16(config.system.precision, device_for(config.system.device))
+    chosen = (config.recipe, config.version, config.size, config.data.img_size)
+    settings = (config.augment, config.model, config.optim, config.seed)
+    changed = recipes.changed_constants(config)
+    modified = tuple(f"{name}={used}" for name, (_, used) in changed.items())
+    setup = Setup(
+        random_init=config.model.random_init,
+        in_chans=config.data.in_chans,
+        seed=config.seed,
+        out=run,
+        workers=config.system.workers,
+        device=config.system.device,
+    )
+    data = (config.data.source, config.data.eval_source or None)
+    opened = (config.backbone, *data, protocol(*chosen, *settings, modified), setup, splits)
+    with unchanged_generators(), open_evaluation(command, *opened, in_run=True) as evaluation:
+        evaluation = replace(evaluation, call=describe_call(command, [config]))
+        images, device = len(evaluation.train), evaluation.device
+        plan = plan_run(images, config.optim, config.system, device, multiple)
+        starts_from = state_hash(evaluation.model.state_dict())
+        yield Training(recipes.kind, config, run, evaluation, starts_from, plan, bf16)
