@@ -13,13 +13,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import ldae
+from ldae.backbones.timm_folder import write_timm_folder
 from ldae.data.source import Source
 from ldae.evals.features import Features
 from ldae.evals.neighbours import Bank
+from ldae.finetuning.recipes import finetune_config
+from ldae.finetuning.settings import FinetuneConfig
 from ldae.method import build
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import to_yaml
@@ -163,6 +167,45 @@ def run(method, tiny, tmp_path):
         state = {"images_seen": 8, "average": None, "optimizer": {}, "describe": describe}
         Checkpoints(folder).save(state | {"model": method(row, **changes).state_dict()})
         return folder
+
+    return make
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of two classes, and a folder of the same images with label maps."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        part = "train" if i < 30 else "val"
+        pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        places = [f"data/{part}/{i % 2}", f"maps/images/{part}", f"maps/labels/{part}"]
+        for place, image in zip(places, (pixels, pixels, pixels[..., 0] % 2)):
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / place / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A classifier of the two classes of ``data``, whose backbone has seen 8 images."""
+    args = {"img_size": 16, "num_classes": 2}
+    model = timm.create_model("test_vit", **args)
+    model.images_seen = 8
+    folder = tmp_path / "classifier"
+    write_timm_folder(folder, model, args, lambda opened: None, classes=["0", "1"])
+    return folder
+
+
+@pytest.fixture
+def short_tuning():
+    """short_tuning(backbone, source, recipe): settings of a fine-tuning that takes a second."""
+
+    def make(backbone, source, recipe: str = "mae", seed: int = 0) -> FinetuneConfig:
+        return replace(finetune_config(backbone, recipe, size="B"), {
+            "data.source": str(source), "seed": seed, "augment.mix_images": 2,
+            "optim.batch_size": 10, "optim.epochs": 1, "optim.warmup_epochs": 0.2,
+            "system.device": "cpu", "system.precision": "fp32", "system.workers": 0,
+        })  # fmt: skip
 
     return make
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import timm
 import torch
+from written import assert_equal, lines, weights
 
 from ldae import cli
-from ldae.backbones.timm_folder import write_timm_folder
 from ldae.commands.detect import detect
 from ldae.commands.rerun import rerun
 from ldae.data.instances import encode
@@ -18,14 +18,9 @@ from ldae.detection.recipes import detect_config
 from ldae.detection.scoring import average_precision
 from ldae.detection.settings import DetectConfig
 from ldae.errors import InputError
-from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import kind_of, settings_of
 from ldae.train.interrupt import Interrupted
 
-SHAPE = dict(
-    img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, class_token=False,
-    global_pool="avg", final_norm=False, fc_norm=False, num_classes=0,
-)  # fmt: skip
 TINY = {
     "data.source": "digit-scenes:16",
     "model.drop_path": 0.2,
@@ -49,41 +44,15 @@ def few_scenes(monkeypatch):
     monkeypatch.setattr("ldae.data.scenes._EVAL_IMAGES", 4)
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    """A backbone of random weights in the format of `ldae export`."""
-    out = tmp_path_factory.mktemp("backbone") / "vit"
-    torch.manual_seed(9)
-    cfg = dict(
-        input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.3, 0.3, 0.3), crop_pct=1.0,
-        num_classes=0, classifier="head", first_conv="patch_embed.proj",
-    )  # fmt: skip
-    vit = timm.create_model("vit_tiny_patch16_224", pretrained_cfg=cfg, **SHAPE)
-    write_timm_folder(out, vit, SHAPE, lambda opened: None)
-    return str(out)
-
-
 @pytest.fixture
-def tiny(backbone):
+def tiny(exported):
     """tiny(**changes): settings of a short detection; a__b stands for a.b."""
 
     def make(**changes) -> DetectConfig:
         given = {key.replace("__", "."): value for key, value in changes.items()}
-        return detect_config(backbone, "scenes", TINY | given)
+        return detect_config(exported, "scenes", TINY | given)
 
     return make
-
-
-def state(run) -> dict[str, torch.Tensor]:
-    return Checkpoints(run).load()["model"]
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def lines(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_detection_writes_its_files(tiny, tmp_path, capsys):
@@ -108,7 +77,7 @@ def test_a_detection_writes_its_files(tiny, tmp_path, capsys):
     assert average_precision(dataset, found, masks=True) == record["results"]
     curve = lines(run)
     assert {"loss_mask", "loss_objectness", "loss_classifier"} <= curve[-1].keys()
-    assert any("box_ap50" in line for line in curve)
+    assert any("box_ap50" in record for record in curve)
     assert "box_ap50" in capsys.readouterr().out
     assert detect(run)["results"] == record["results"]  # a finished run stays as it is
     assert lines(run) == curve
@@ -134,21 +103,21 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, interrupts):
         with pytest.raises(Interrupted, match=f"stopped at image {seen} of 24"):
             detect(config, run)
     detect(config, run)
-    assert same(state(run), state(tmp_path / "whole"))
+    assert_equal(weights(run), weights(tmp_path / "whole"))
     one, other = (
         json.loads((path / "results.json").read_text()) for path in (run, tmp_path / "whole")
     )
     assert one["results"] == other["results"]
 
 
-def test_a_frozen_backbone_is_the_one_that_was_given(tiny, backbone, tmp_path):
+def test_a_frozen_backbone_is_the_one_that_was_given(tiny, exported, tmp_path):
     prefix = "detector.backbone.vit."
     states = {}
     for name, random_init in (("trained", False), ("control", True)):
         detect(tiny(model__frozen=True, model__random_init=random_init), tmp_path / name)
-        found = state(tmp_path / name)
+        found = weights(tmp_path / name)
         states[name] = {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
-    given = timm.create_model(f"local-dir:{backbone}", pretrained=True).state_dict()
+    given = timm.create_model(f"local-dir:{exported}", pretrained=True).state_dict()
     key = "blocks.1.mlp.fc1.weight"
     assert torch.equal(states["trained"][key], given[key])
     assert not torch.equal(states["control"][key], given[key])
@@ -167,11 +136,11 @@ def test_two_ranks_find_what_one_finds(tiny, tmp_path, on_ranks):
     assert json.loads((run / "results.json").read_text())["results"] == one["results"]
 
 
-def test_the_command_shows_its_plan_and_refuses_what_does_not_fit(backbone, tmp_path, capsys):
+def test_the_command_shows_its_plan_and_refuses_what_does_not_fit(exported, tmp_path, capsys):
     run = str(tmp_path / "run")
     how = ["--recipe", "scenes", "--run", run]
     data = ["--data", "digit-scenes:16"]
-    assert cli.main(["detect", backbone, *how, *data, "--frozen", "--dry-run"]) == 0
+    assert cli.main(["detect", exported, *how, *data, "--frozen", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "frozen: true" in out and "trained," in out and "(3, 64, 64)" in out
     for more, sentence in (
@@ -180,7 +149,7 @@ def test_the_command_shows_its_plan_and_refuses_what_does_not_fit(backbone, tmp_
         (["--data", "digits"], "'digits' is neither a folder in COCO's layout nor digit-scenes"),
         ([*data, "--optim.warmup-epochs", "9"], "optim.warmup_epochs 9 must be fewer"),
     ):
-        assert cli.main(["detect", backbone, *how, *more]) == 2
+        assert cli.main(["detect", exported, *how, *more]) == 2
         err = capsys.readouterr().err
         assert sentence in err and len(err.splitlines()) == 1
     assert cli.main(["detect", "resnet18", *how, *data, "--random-init"]) == 2

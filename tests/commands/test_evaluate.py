@@ -39,18 +39,6 @@ data = ["same"]
 
 
 @pytest.fixture
-def suite(tmp_path):
-    path = tmp_path / "suite.toml"
-    path.write_text(SUITE)
-    return path
-
-
-@pytest.fixture
-def setup(tmp_path):
-    return Setup(in_chans=1, workers=0, device="cpu", out=tmp_path / "out")
-
-
-@pytest.fixture
 def called(monkeypatch):
     """The cells that fake commands computed; ``stops`` holds what they raise instead."""
     made = []

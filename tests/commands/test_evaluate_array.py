@@ -14,7 +14,6 @@ from ldae.cluster.status import read_statuses
 from ldae.commands import evaluate as command
 from ldae.commands.evaluate import evaluate, send_cells
 from ldae.errors import InputError
-from ldae.evals.evaluation import Setup
 from ldae.files import write_json
 
 SUITE = """
@@ -27,18 +26,6 @@ k = [1]
 """
 DEBUG = SlurmSettings(cluster="debug")
 CELLS = ["pixels-8/digits/knn", "pixels-8/digits/retrieve"]
-
-
-@pytest.fixture
-def suite(tmp_path):
-    path = tmp_path / "suite.toml"
-    path.write_text(SUITE)
-    return path
-
-
-@pytest.fixture
-def setup(tmp_path):
-    return Setup(in_chans=1, workers=0, device="cpu", out=tmp_path / "out")
 
 
 @pytest.fixture

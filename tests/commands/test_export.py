@@ -20,10 +20,8 @@ from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import Encoder, encode_share
 from ldae.evals.neighbours import KNNProtocol
-from ldae.finetuning import recipes
 from ldae.method import build
 from ldae.pretraining.start import open_start
-from ldae.tree import replace
 
 DATA = "scattered-digits:64"
 CPU = torch.device("cpu")
@@ -153,16 +151,11 @@ def test_a_pre_training_starts_from_the_body(exports, tiny):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_fine_tuning_starts_from_the_body(exports, tmp_path):
+def test_a_fine_tuning_starts_from_the_body(exports, short_tuning, tmp_path):
     _, plain, white = exports
     weights = []
     for exported in (plain, white):
-        config = replace(recipes.config("mae"), {
-            "backbone": str(exported), "data.source": DATA, "augment.mix_images": 4,
-            "optim.batch_size": 16, "optim.epochs": 1, "optim.warmup_epochs": 0.2,
-            "system.workers": 0, "system.device": "cpu", "system.precision": "fp32",
-        })  # fmt: skip
-        finetune(config, tmp_path / f"tuned-{exported.name}")
+        finetune(short_tuning(exported, DATA), tmp_path / f"tuned-{exported.name}")
         weights.append(load_classifier(tmp_path / f"tuned-{exported.name}").state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

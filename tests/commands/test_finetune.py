@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from written import assert_equal, lines, weights
 
 from ldae import cli, tree
 from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.preprocessing import preprocessing
-from ldae.backbones.timm_folder import write_timm_folder
 from ldae.commands.finetune import finetune
 from ldae.data.open import open_source
 from ldae.errors import InputError
@@ -26,10 +26,6 @@ from ldae.runs.kinds import settings_of
 from ldae.train.interrupt import Interrupted
 from ldae.train.plan import plan_run
 
-SHAPE = dict(
-    img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, class_token=False,
-    global_pool="avg", final_norm=False, fc_norm=False, num_classes=0,
-)  # fmt: skip
 TINY = {
     "data.source": "digits",
     "augment.mix_images": 4,
@@ -45,20 +41,6 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A backbone of random weights in the format of `ldae export`."""
-    out = tmp_path_factory.mktemp("backbone") / "vit"
-    torch.manual_seed(9)
-    cfg = dict(
-        input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.3, 0.3, 0.3), crop_pct=1.0,
-        num_classes=0, classifier="head", first_conv="patch_embed.proj",
-    )  # fmt: skip
-    vit = timm.create_model("vit_tiny_patch16_224", pretrained_cfg=cfg, **SHAPE)
-    write_timm_folder(out, vit, SHAPE, lambda opened: None)
-    return str(out)
-
-
 @pytest.fixture
 def tiny(exported):
     """tiny(recipe, **changes): settings of a short fine-tuning; a__b stands for a.b."""
@@ -68,10 +50,6 @@ def tiny(exported):
         return tree.replace(recipes.config(name), TINY | {"backbone": exported} | given)
 
     return make
-
-
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def top1(network):
@@ -85,11 +63,9 @@ def top1(network):
 
 
 def assert_same_state(one, other):
+    states = [Checkpoints(run).load() for run in (one, other)]
     for part in ("model", "average"):
-        states = [Checkpoints(run).load()[part] for run in (one, other)]
-        assert (states[0] is None) == (states[1] is None)
-        for name in states[0] or ():
-            assert torch.equal(states[0][name], states[1][name]), name
+        assert_equal(*(state[part] or {} for state in states))
 
 
 def test_a_fine_tuning_learns_and_writes_its_files(tiny, exported, tmp_path, capsys):
@@ -113,7 +89,7 @@ def test_a_fine_tuning_learns_and_writes_its_files(tiny, exported, tmp_path, cap
     assert settings_of(run, "fine-tuning") == config
     curve = lines(run)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
-    tops = [line["top1"] for line in curve if "top1" in line]
+    tops = [record["top1"] for record in curve if "top1" in record]
     assert len(tops) == 5 and tops[-1] > 35 and tops[-1] > tops[0]
     assert "top-1" in capsys.readouterr().out
 
@@ -242,7 +218,7 @@ def test_the_division_into_micro_batches_is_exact_without_drop_path(tiny, tmp_pa
             optim__warmup_epochs=0.1, optim__blr=1e-3, system__device_batch=share,
         )  # fmt: skip
         finetune(config, tmp_path / name)
-    whole, parts = (Checkpoints(tmp_path / name).load()["model"] for name in ("whole", "parts"))
+    whole, parts = (weights(tmp_path / name) for name in ("whole", "parts"))
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=2e-5, msg=name)
     losses = [lines(tmp_path / name)[-1]["loss"] for name in ("whole", "parts")]

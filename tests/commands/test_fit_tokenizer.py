@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from written import assert_equal, lines
 
 from ldae import tree
 from ldae.backbones.run import load_run
@@ -29,16 +30,6 @@ UNTRAINED = {
 
 def weights(run):
     return load_file(run / "tokenizer.safetensors")
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def results(run):

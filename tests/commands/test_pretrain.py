@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from written import assert_equal, lines, weights
 
 import ldae
 from ldae import distributed, tree
@@ -30,21 +31,6 @@ from ldae.method import LDAE
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
-
-
-def weights(run):
-    return Checkpoints(run).load()["model"]
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-def lines(run):
-    """Return the records of metrics.jsonl; its last line may be incomplete."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 @pytest.fixture

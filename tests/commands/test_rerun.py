@@ -7,19 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
 import ldae
-from ldae import cli, tree
-from ldae.backbones.timm_folder import write_timm_folder
+from ldae import cli
 from ldae.cli.protocols import graders
 from ldae.commands.rerun import rerun
 from ldae.errors import DifferentResult, InputError
 from ldae.evals.online import _Probe
 from ldae.evals.protocol import Grader
-from ldae.finetuning import recipes
 from ldae.runs.checkpoints import Checkpoints
 
 SETUP = ldae.Setup(workers=0, device="cpu")
@@ -89,29 +86,6 @@ def test_each_repetition_has_a_folder_of_its_own(first):
     assert files_of(first) == before
 
 
-@pytest.fixture
-def data(tmp_path):
-    """A folder of two classes, and a folder of the same images with label maps."""
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        part = "train" if i < 30 else "val"
-        pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
-        places = [f"data/{part}/{i % 2}", f"maps/images/{part}", f"maps/labels/{part}"]
-        for place, image in zip(places, (pixels, pixels, pixels[..., 0] % 2)):
-            (tmp_path / place).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(tmp_path / place / f"{i}.png")
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def classifier(tmp_path):
-    args = {"img_size": 16, "num_classes": 2}
-    model = timm.create_model("test_vit", **args)
-    folder = tmp_path / "classifier"
-    write_timm_folder(folder, model, args, lambda _: None, classes=["0", "1"])
-    return folder
-
-
 @pytest.mark.parametrize(("verb", "name"), KINDS)
 def test_every_grader_can_be_repeated(verb, name, run, data, classifier, tmp_path):
     grader = GRADERS[verb]
@@ -135,14 +109,9 @@ def test_leave_one_out_can_be_repeated(tmp_path):
 
 
 @pytest.fixture
-def tuned(run, data, tmp_path):
+def tuned(run, data, short_tuning, tmp_path):
     """The folder of a fine-tuning."""
-    tiny = {
-        "backbone": str(run()), "data.source": str(data), "optim.batch_size": 10,
-        "optim.epochs": 1, "optim.warmup_epochs": 0.2, "augment.mix_images": 2, "seed": 4,
-        "system.device": "cpu", "system.precision": "fp32", "system.workers": 0,
-    }  # fmt: skip
-    ldae.finetune(tree.replace(recipes.config("ldae"), tiny), tmp_path / "tuned")
+    ldae.finetune(short_tuning(run(), data, "ldae", seed=4), tmp_path / "tuned")
     return tmp_path / "tuned"
 
 

@@ -2,8 +2,26 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from doors import png
+
+UPRIGHT = {  # how to turn stored pixels, from the EXIF and TIFF standards' "row 0 is, column 0 is"
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.fixture(params=UPRIGHT)
+def orientation(request):
+    """The number of an orientation, and the function that turns stored pixels (H, W, C) upright."""
+    return request.param, UPRIGHT[request.param]
 
 
 @pytest.fixture

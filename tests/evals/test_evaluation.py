@@ -3,14 +3,9 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import timm
-from PIL import Image
 
-from ldae import tree
 from ldae.backbones.open import load_backbone, load_classifier
-from ldae.backbones.timm_folder import write_timm_folder
 from ldae.cli.protocols import graders
 from ldae.commands.export import export
 from ldae.commands.finetune import finetune
@@ -23,7 +18,6 @@ from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
 from ldae.evals.protocol import Grader
 from ldae.files import state_hash
-from ldae.finetuning import recipes
 
 GRADERS = {**graders(), "grid": Grader("grid", grid)}
 KINDS = [(verb, kind) for verb, grader in GRADERS.items() for kind in grader.protocols]
@@ -32,31 +26,6 @@ SHORT = {
     "learning_rates": (0.1,), "timesteps": (10,), "leading": (1,),
 }  # fmt: skip
 SETUP = Setup(workers=0, device="cpu")
-
-
-@pytest.fixture
-def data(tmp_path):
-    """A folder of two classes, and a folder of the same images with label maps."""
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        part = "train" if i < 30 else "val"
-        pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
-        places = [f"data/{part}/{i % 2}", f"maps/images/{part}", f"maps/labels/{part}"]
-        for place, image in zip(places, (pixels, pixels, pixels[..., 0] % 2)):
-            (tmp_path / place).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(tmp_path / place / f"{i}.png")
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def classifier(tmp_path):
-    """A classifier of both classes whose backbone has seen 8 images."""
-    args = {"img_size": 16, "num_classes": 2}
-    model = timm.create_model("test_vit", **args)
-    model.images_seen = 8
-    classes = ["0", "1"]
-    write_timm_folder(tmp_path / "classifier", model, args, lambda _: None, classes=classes)
-    return tmp_path / "classifier"
 
 
 def check(record: dict, model, splits) -> None:
@@ -96,13 +65,8 @@ def test_no_evaluation_is_written_into_the_folder_of_a_run(verb, run, data, clas
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_fine_tuning_names_the_weights_that_it_wrote(run, data, tmp_path):
-    tiny = {
-        "backbone": str(run()), "data.source": str(data), "optim.batch_size": 10,
-        "optim.epochs": 1, "optim.warmup_epochs": 0.2, "augment.mix_images": 2,
-        "system.device": "cpu", "system.precision": "fp32", "system.workers": 0,
-    }  # fmt: skip
-    record = finetune(tree.replace(recipes.config("mae"), tiny), tmp_path / "tuned")
+def test_a_fine_tuning_names_the_weights_that_it_wrote(run, data, short_tuning, tmp_path):
+    record = finetune(short_tuning(run(), data), tmp_path / "tuned")
     check(record, load_classifier(tmp_path / "tuned"), open_splits(str(data), None))
 
 

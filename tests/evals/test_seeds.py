@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 import ldae
-from ldae import cli, tree
+from ldae import cli
 from ldae.cli.protocols import graders
 from ldae.commands.rerun import rerun
 from ldae.errors import InputError
 from ldae.evals import features
 from ldae.evals.seeds import summarise
-from ldae.finetuning import recipes
 
 SETUP = ldae.Setup(in_chans=1, workers=0, device="cpu")
 SHORT = ldae.CachedProtocol(learning_rates=(0.1, 1.0), epochs=2, total_batch=64)
@@ -177,13 +176,8 @@ def test_ranks_grade_each_seed_together(tmp_path, on_ranks):
     check_summary(read(tmp_path), {seed: read(tmp_path / f"seed={seed}") for seed in (0, 1)})
 
 
-def test_a_fine_tuning_has_a_run_for_each_seed(run, tmp_path):
-    tiny = {
-        "backbone": str(run()), "data.source": "scattered-digits:40", "optim.batch_size": 20,
-        "optim.epochs": 1, "optim.warmup_epochs": 0.5, "augment.mix_images": 2,
-        "system.device": "cpu", "system.precision": "fp32", "system.workers": 0,
-    }  # fmt: skip
-    config = tree.replace(recipes.config("mae"), tiny)
+def test_a_fine_tuning_has_a_run_for_each_seed(run, short_tuning, tmp_path):
+    config = short_tuning(run(), "scattered-digits:40")
     record = ldae.finetune(config, tmp_path / "all", seeds=(0, 3))
     alone = ldae.finetune(replace(config, seed=3), tmp_path / "3")
     own = read(tmp_path / "all" / "seed=3")

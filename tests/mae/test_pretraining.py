@@ -1,6 +1,5 @@
 """An MAE pre-training is the same when interrupted, killed or divided over ranks."""
 
-import json
 import random
 import time
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from test_on_gpu import GPU, NoWaiting, fake_on_gpu
+from written import assert_equal, lines, weights
 
 from ldae import tree
 from ldae.commands.pretrain import pretrain
@@ -18,24 +18,9 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
 
-def weights(run):
-    return Checkpoints(run).load()["model"]
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
 def assert_close(one, other):
     for name, wanted in weights(one).items():
         torch.testing.assert_close(weights(other)[name], wanted, rtol=1e-3, atol=1e-5, msg=name)
-
-
-def lines(run):
-    """Return the records of metrics.jsonl; its last line may be incomplete."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 def test_a_run_writes_its_files(tiny_mae, tmp_path):
