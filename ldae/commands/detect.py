@@ -64,12 +64,13 @@ def detect(
     """
     _, config, run = settings_and_folder(config, run, [RECIPES.kind])
     check_installed()
-    how = {"protocol": DetectProtocol, "splits": open_instance_splits}
-    with prepare_training("detect", RECIPES, config, run, **how) as training:
+    with prepare_training(
+        "detect", RECIPES, config, run, protocol=DetectProtocol, splits=open_instance_splits
+    ) as training:
         training = _with_detector(training)
         if dry_run:
-            side = training.evaluation.transform.input_size
-            return training.show_plan(_parameters(training.evaluation.model), side)
+            network, transform = training.evaluation.model, training.evaluation.transform
+            return training.show_plan(_parameters(network), transform.input_size)
         with training.open_run():
             return _train_and_grade(training)
 
@@ -94,21 +95,17 @@ def _with_detector(training: Training) -> Training:
         crop_pct=1.0,
         crop_mode="upper left",
     )
-    evaluation = replace(evaluation, model=detector, transform=transform)
-    return replace(training, evaluation=evaluation)
+    return replace(training, evaluation=replace(evaluation, model=detector, transform=transform))
 
 
 def _train_and_grade(training: Training) -> dict:
     config, run, evaluation = training.config, training.run, training.evaluation
     start = "the untrained " if config.model.random_init else ""
     side, jitter = evaluation.model.side, (config.augment.scale, config.augment.flip)
-    trained = training.train(
-        DetectionLoss(evaluation.model, config.model.layer_decay, training.bf16),
-        f"{config.recipe} detection on {start}{config.backbone}",
-        canvas_of(evaluation.transform, side, *jitter),
-        OnDevice(evaluation.device),
-        partial(_grade, training),
-    )
+    row = f"{config.recipe} detection on {start}{config.backbone}"
+    model = DetectionLoss(evaluation.model, config.model.layer_decay, training.bf16)
+    jittered, grade = canvas_of(evaluation.transform, side, *jitter), partial(_grade, training)
+    trained = training.train(model, row, jittered, OnDevice(evaluation.device), grade)
     detector = trained.detector
     found = _find(training, detector)
     if config.system.predictions and distributed.is_main():

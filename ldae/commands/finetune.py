@@ -73,13 +73,15 @@ def finetune(
     _, config, run = settings_and_folder(config, run, [RECIPES.kind])
     if seeds:
         return _over_seeds(config, run, dry_run, seeds)
-    multiple = config.augment.mix_images
-    with prepare_training("finetune", RECIPES, config, run, multiple=multiple) as training:
+    with prepare_training(
+        "finetune", RECIPES, config, run, multiple=config.augment.mix_images
+    ) as training:
         training = _with_classifier(training)
         augmentation, mixing = _augmentation(training), _mixing(training)
         if dry_run:
-            count = sum(part.numel() for part in training.evaluation.model.parameters())
-            return training.show_plan(f"{count:,}", asdict(training.evaluation.transform))
+            network, transform = training.evaluation.model, training.evaluation.transform
+            count = sum(parameter.numel() for parameter in network.parameters())
+            return training.show_plan(f"{count:,}", asdict(transform))
         with training.open_run():
             return _train_and_grade(training, augmentation, mixing)
 
@@ -128,16 +130,10 @@ def _mixing(training: Training) -> Mixing:
 def _train_and_grade(training: Training, augmentation: Augmentation, mixing: Mixing) -> dict:
     config, run = training.config, training.run
     start = " from scratch" if config.model.random_init else ""
-    network = training.evaluation.model
+    row = f"{config.recipe} fine-tuning of {config.backbone}{start}"
     grade = partial(_grade, training.evaluation)
-    trained = training.train(
-        ClassificationLoss(network, config.model.layer_decay, training.bf16),
-        f"{config.recipe} fine-tuning of {config.backbone}{start}",
-        augmentation,
-        mixing,
-        grade,
-        weights_too=True,
-    )
+    model = ClassificationLoss(training.evaluation.model, config.model.layer_decay, training.bf16)
+    trained = training.train(model, row, augmentation, mixing, grade, weights_too=True)
     results = grade(trained)
     if config.optim.ema:
         weights = copy.deepcopy(trained)  # the last checkpoint is written, as rank 0 has graded
