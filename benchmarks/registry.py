@@ -118,6 +118,8 @@ BENCHMARKS = {
         "cache.py",
         (
             Number("batches from a folder of JPEGs", "folder", "{:,.0f} images/s"),
+            Number("batches from .tar shards", "shards", "{:,.0f} images/s"),
+            Number("batches from parquet, 100 rows a group", "parquet", "{:,.0f} images/s"),
             Number("batches from a cache", "cache", "{:,.0f} images/s"),
         ),
         takes_device=False,
