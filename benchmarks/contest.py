@@ -195,12 +195,15 @@ def seconds_of(run: Path) -> float:
 
 
 def grade(spec: str, args: argparse.Namespace, folder: Path, *more: str) -> None:
-    for name in args.graders:
-        out = folder / name
-        if not (out / layout.RESULTS).exists():
-            verb, *words = GRADERS[name]
-            data = ("--data", args.data, "--eval-data", args.eval_data)
-            ldae(verb, spec, *data, *words, *more, "--out", out)
+    """Grade a backbone, unless it is graded; its features are computed once, for all graders."""
+    missing = [name for name in args.graders if not (folder / name / layout.RESULTS).exists()]
+    train, test = folder / "train.npy", folder / "eval.npy"
+    if missing:
+        ldae("embed", spec, args.data, *more, "--out", train)
+        ldae("embed", spec, args.eval_data, *more, "--out", test)
+    for name in missing:
+        verb, *words = GRADERS[name]
+        ldae(verb, train, "--eval-data", test, *words, "--out", folder / name)
 
 
 def ldae(*words: object) -> None:
