@@ -15,7 +15,8 @@ from ldae.data.workers import Batch
 from ldae.distributed import device_for
 from ldae.downstream.recipes import Recipes
 from ldae.evals.call import describe_call
-from ldae.evals.evaluation import Evaluation, Setup, Splits, labelled_splits, open_evaluation
+from ldae.evals.evaluation import Evaluation, Setup
+from ldae.evals.open import Splits, labelled_splits, open_evaluation
 from ldae.evals.protocol import Protocol
 from ldae.files import state_hash
 from ldae.precision import runs_in_bf16, unchanged_generators
