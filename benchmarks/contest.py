@@ -4,6 +4,7 @@ python benchmarks/contest.py leads --data TRAIN --runs runs/leads
 python benchmarks/contest.py final --data TRAIN --eval-data TEST --runs runs/contest/NAME \
     [--minutes 10] [--seeds 3] [--only NAME ...] [settings of ldae pretrain]
 python benchmarks/contest.py final ... --images N
+python benchmarks/contest.py finetune ... --only NAME ...
 
 ``contest.toml`` names the contestants of the final, and the leads: settings that may win.
 
@@ -15,13 +16,16 @@ number of images, and the seconds that the run really took are in the table. Wit
 sees that number of images instead. Then it is graded on TEST once, beside raw pixels and its own
 architecture with random weights. Use a machine that does nothing else.
 
+finetune: the runs of the final, which are trained by then, are fine-tuned for five epochs by the
+recipe of MAE, beside the architecture of each with random weights. The table of the final gets
+their accuracy. Further settings are those of ldae finetune.
+
 Finished runs and gradings are kept: run the same command again to resume. table.json and table.md
 in --runs hold all numbers.
 """
 
 import argparse
 import io
-import itertools
 import json
 import re
 import shutil
@@ -60,13 +64,17 @@ HEADLINES = {
     "knn": "top1_k20",
     "knn-whitened": "top1_k20",
     "ten-a-class": "top1_10shot",
+    "finetuned": "top1",
 }
 PREDICTIONS = {"linear": "top1", "knn": "k20", "knn-whitened": "k20"}
+FINETUNED = "finetuned"  # its column and its folders
+# MAE warms up for five epochs, which are all of these.
+RECIPE = ("--recipe", "mae", "--optim.epochs", "5", "--optim.warmup-epochs", "0.5")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("phase", choices=("leads", "final"))
+    parser.add_argument("phase", choices=("leads", "final", "finetune"))
     parser.add_argument("--data", required=True)
     parser.add_argument("--eval-data")
     parser.add_argument("--runs", type=Path, required=True)
@@ -83,22 +91,30 @@ def main() -> None:
         args.images = args.images or contest["images_of_a_lead"]
         args.seeds, args.eval_data = 1, None
         args.data, args.eval_data = hold_out(args.data, args.runs)
-    entries = [
-        entry
-        for entry in contest["leads" if args.phase == "leads" else "contestants"]
-        if not args.only or entry["name"] in args.only
-    ]
+    everyone = contest["leads" if args.phase == "leads" else "contestants"]
     for seed in range(args.seeds):
-        for entry in entries:
+        for entry in named(everyone, args.only):
             run = run_of(args, entry["name"], seed)
-            words = [entry["row"], *settings, *flags(entry.get("settings", {}))]
-            train(args, words, run, seed)
-            grade(str(run), args, run / layout.EVALS)
-            if args.phase == "final" and not seed:
-                grade(str(run), args, run / "untrained", "--random-init")
-            write_table(args, entries)
-    grade("pixels:32", args, args.runs / "pixels")
-    write_table(args, entries)
+            if args.phase == "finetune":
+                finetune(args, more, run, seed)
+            else:
+                words = [entry["row"], *settings, *flags(entry.get("settings", {}))]
+                train(args, words, run, seed)
+                grade(str(run), args, run / layout.EVALS)
+                if args.phase == "final" and not seed:
+                    grade(str(run), args, run / "untrained", "--random-init")
+            write_table(args, everyone)
+    if args.phase != "finetune":
+        grade("pixels:32", args, args.runs / "pixels")
+        write_table(args, everyone)
+
+
+def named(entries: Sequence[dict], names: Sequence[str] | None) -> list[dict]:
+    """Return the contestants or leads of these names, by default all."""
+    known = {entry["name"]: entry for entry in entries}
+    if unknown := [name for name in names or () if name not in known]:
+        raise SystemExit(f"there is no {unknown[0]!r}, but {', '.join(known)}")
+    return [known[name] for name in names or known]
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -142,13 +158,19 @@ def train(args: argparse.Namespace, words: list[str], run: Path, seed: int) -> N
         return
     count = len(open_source(args.data, "train"))
     words = ["pretrain", *words, "--data", args.data, "--seed", str(seed)]
-    images = args.images
-    if not images:
-        rate = calibrate(words, run.with_name(f"{run.name}-calibration"))
-        images = round(60 * args.minutes * rate)
+    images = args.images or images_in(args.minutes, words, run)
     epochs = images / count
     ldae(*words, *length(epochs), "--run", run)
     write_json(run / "seconds.json", {"images": images, "seconds": seconds_of(run)})
+
+
+def images_in(minutes: float, words: list[str], run: Path) -> int:
+    """Return the images that a contestant sees in ``minutes``, measured once so that it resumes."""
+    measured = run.with_name(f"{run.name}-images.json")
+    if not measured.exists():
+        rate = calibrate(words, run.with_name(f"{run.name}-calibration"))
+        write_json(measured, {"images": round(60 * minutes * rate), "minutes": minutes})
+    return json.loads(measured.read_text())["images"]
 
 
 def length(epochs: float) -> list[str]:
@@ -184,14 +206,34 @@ def records_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def seconds_of(run: Path) -> float:
-    """Return the seconds that the loop took; the first record, which compiles, at the median."""
+def seconds_of(run: Path, images: int | None = None) -> float:
+    """Return the seconds that the loop took for so many images, by default for all of the run.
+
+    The first record, which compiles, counts at the median speed.
+    """
     records = records_of(run)
     usual = statistics.median(record["images_per_second"] for record in records[1:] or records)
-    total = records[0]["images"] / usual
-    for before, after in itertools.pairwise(records):
-        total += (after["images"] - before["images"]) / after["images_per_second"]
+    speeds = [usual, *(record["images_per_second"] for record in records[1:])]
+    seen, total = 0, 0.0
+    for record, speed in zip(records, speeds):
+        until = record["images"] if images is None else min(record["images"], images)
+        total += max(until - seen, 0) / speed
+        seen = record["images"]
     return round(total, 1)
+
+
+def finetune(args: argparse.Namespace, words: list[str], run: Path, seed: int) -> None:
+    """Fine-tune a run, and by the first seed its architecture with random weights."""
+    if not (run / "seconds.json").exists():
+        raise SystemExit(f"{run} is not trained: the phase final comes first")
+    starts = {run / layout.EVALS: []}
+    if not seed:
+        starts[run / "untrained"] = ["--model.random-init"]
+    data = ("--data", args.data, "--eval-data", args.eval_data, "--seed", seed)
+    for folder, start in starts.items():
+        out = folder / FINETUNED
+        if not (out / layout.RESULTS).exists():
+            ldae("finetune", run, *RECIPE, *words, *data, *start, "--run", out)
 
 
 def grade(spec: str, args: argparse.Namespace, folder: Path, *more: str) -> None:
@@ -231,10 +273,11 @@ def write_table(args: argparse.Namespace, entries: Sequence[dict]) -> None:
     against = {
         row["name"]: differences(args, row["name"])
         for row in rows
-        if args.phase == "final" and "images" in row and row["name"] != RIVAL
+        if args.phase != "leads" and "images" in row and row["name"] != RIVAL
         if all_graded(args, run_of(args, RIVAL, 0) / layout.EVALS)
     }
-    record = {"phase": args.phase, "data": [args.data, args.eval_data], "rows": rows}
+    phase = "leads" if args.phase == "leads" else "final"
+    record = {"phase": phase, "data": [args.data, args.eval_data], "rows": rows}
     record |= {"against_" + RIVAL: against, "environment": environment()}
     write_json(args.runs / "table.json", record)
     write(args.runs / "table.md", markdown(args, rows, against).encode())
@@ -245,11 +288,17 @@ def all_graded(args: argparse.Namespace, folder: Path) -> bool:
 
 
 def row_of(args: argparse.Namespace, name: str, folders: Sequence[Path]) -> dict:
-    accuracies = {}
-    for grader in args.graders:
-        found = [json.loads((folder / grader / layout.RESULTS).read_text()) for folder in folders]
-        accuracies[grader] = [round(part["results"][HEADLINES[grader]], 2) for part in found]
+    graders = [*args.graders]
+    if all((folder / FINETUNED / layout.RESULTS).exists() for folder in folders):
+        graders.append(FINETUNED)
+    accuracies = {name: [accuracy(folder, name) for folder in folders] for name in graders}
     return {"name": name, "accuracies": accuracies}
+
+
+def accuracy(folder: Path, grader: str) -> float:
+    """Return the accuracy of a grading in a folder of gradings, in percent."""
+    results = json.loads((folder / grader / layout.RESULTS).read_text())["results"]
+    return round(results[HEADLINES[grader]], 2)
 
 
 def differences(args: argparse.Namespace, name: str) -> dict[str, dict]:
@@ -275,12 +324,13 @@ def differences(args: argparse.Namespace, name: str) -> dict[str, dict]:
 
 
 def markdown(args: argparse.Namespace, rows: Sequence[dict], against: dict[str, dict]) -> str:
-    lines = [
-        f"| | {' | '.join(args.graders)} | images | seconds |",
-        "|---" * (len(args.graders) + 3) + "|",
-    ]
+    graders = [*args.graders]
+    if any(FINETUNED in row["accuracies"] for row in rows):
+        graders.append(FINETUNED)
+    lines = [f"| | {' | '.join(graders)} | images | seconds |", "|---" * (len(graders) + 3) + "|"]
     for row in rows:
-        cells = [mean_and_deviation(row["accuracies"][grader]) for grader in args.graders]
+        found = row["accuracies"]
+        cells = [mean_and_deviation(found[name]) if name in found else "" for name in graders]
         images = f"{statistics.mean(row['images']):,.0f}" if "images" in row else ""
         seconds = f"{statistics.mean(row['seconds']):,.0f}" if "seconds" in row else ""
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {images} | {seconds} |")

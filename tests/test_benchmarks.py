@@ -12,7 +12,10 @@ import torch
 from benchmarks import __main__ as runner
 from benchmarks import machines, tables
 from benchmarks.registry import BENCHMARKS, GPU, Benchmark, Number
+from ldae.backbones.open import load_backbone
+from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
+from ldae.runs.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"name": "cpu-some-2", "cpu": "some", "cores": 2, "gpu": None}
@@ -21,6 +24,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "agreement",
         "classifier",
         "contest",
+        "course",
         "detection",
         "dit_reference",
         "embed",
@@ -226,3 +230,112 @@ def test_a_part_of_the_gpus_runs_at_a_tiny_size_on_a_cpu(part, monkeypatch):
     present = [number.what for number in numbers if machines._find(found, number.keys) is not None]
     on_a_gpu = ("peak memory", "CUDA graphs", "wait for the GPU")
     assert present == [number.what for number in numbers if not number.what.endswith(on_a_gpu)]
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    """The benchmark contest.py, which runs no command: ``contest.commands`` lists them."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = import_module("contest")
+
+    def ldae(*words):
+        module.commands.append([str(word) for word in words])
+        finished(Path(words[-1]), top1=50.0, top1_k20=40.0)
+
+    monkeypatch.setattr(module, "commands", [], raising=False)
+    monkeypatch.setattr(module, "ldae", ldae)
+    monkeypatch.setattr(module, "environment", dict)
+    return module
+
+
+def finished(folder, **results):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"results": results}))
+
+
+def trained(run, images=(100, 200, 300), speeds=(1.0, 10.0, 20.0)):
+    """Write the files of a run with a checkpoint after each of its records."""
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("kind: pretraining\n")
+    records = [{"images": n, "images_per_second": speed} for n, speed in zip(images, speeds)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    for seen in images:
+        (run / "checkpoints" / f"images-{seen:012d}.pt").write_text(str(seen))
+    (run / "seconds.json").write_text('{"images": 300, "seconds": 1.0}')
+
+
+def test_the_seconds_of_a_run_add_up(contest, tmp_path):
+    """The first record, which compiles, counts at the median speed of the others."""
+    trained(tmp_path / "run")
+    seconds = [contest.seconds_of(tmp_path / "run", images) for images in (50, 100, 150, 300)]
+    assert seconds == pytest.approx([50 / 15, 100 / 15, 100 / 15 + 5, 100 / 15 + 15], abs=0.05)
+    assert contest.seconds_of(tmp_path / "run") == seconds[-1]
+
+
+def test_a_measured_length_is_kept_so_that_a_stopped_run_goes_on(contest, tmp_path, monkeypatch):
+    speeds = iter([100.0, 90.0])
+    monkeypatch.setattr(contest, "calibrate", lambda words, run: next(speeds))
+    run = tmp_path / "mae-seed0"
+    assert contest.images_in(2, [], run) == contest.images_in(2, [], run) == 12_000
+
+
+def test_finished_runs_are_fine_tuned_once_and_have_a_column(contest, tmp_path, monkeypatch):
+    argv = "contest.py finetune --data d --eval-data e --graders knn --seeds 2 --runs".split()
+    monkeypatch.setattr("sys.argv", [*argv, str(tmp_path), "--only", "mae"])
+    with pytest.raises(SystemExit, match="mae-seed0 is not trained"):
+        contest.main()
+    runs = [tmp_path / f"{name}-seed{seed}" for name in ("l-dae", "mae") for seed in (0, 1)]
+    for run in runs:
+        trained(run)
+        finished(run / "evals" / "knn", top1_k20=40.0)
+    finished(runs[2] / "untrained" / "knn", top1_k20=30.0)
+    monkeypatch.setattr(contest, "differences", lambda args, name: {})
+    contest.main()
+    contest.main()
+    assert [command[0] for command in contest.commands] == ["finetune"] * 3
+    scratch = [command for command in contest.commands if "--model.random-init" in command]
+    assert [command[-1] for command in scratch] == [str(runs[2] / "untrained" / "finetuned")]
+    assert all(command[1] in map(str, runs[2:]) for command in contest.commands)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "| | knn | finetuned | images | seconds |"
+    assert "| mae | 40.0 ± 0.0 | 50.0 ± 0.0 | 300 | 1 |" in lines
+    assert "| mae, untrained | 30.0 | 50.0 |  |  |" in lines
+    assert "| l_dae | 40.0 ± 0.0 |  | 300 | 1 |" in lines  # which --only left out
+
+
+def test_each_checkpoint_of_a_course_is_graded_once(contest, tmp_path, monkeypatch):
+    course = import_module("course")
+    monkeypatch.setattr(course, "environment", dict)
+    monkeypatch.setattr(
+        course, "train", lambda args, words, run, seed: run.exists() or trained(run)
+    )
+    argv = "course.py mae l_dae --data d --eval-data e --runs".split()
+    monkeypatch.setattr("sys.argv", [*argv, str(tmp_path)])
+    course.main()
+    commands = list(contest.commands)
+    course.main()
+    assert contest.commands == commands and len(commands) == 2 + 2 * 3 * 2  # pixels, checkpoints
+    found = json.loads((tmp_path / "course.json").read_text())
+    assert [part["name"] for part in found["contestants"]] == ["mae", "l_dae"]
+    for part in found["contestants"]:
+        assert [point["images"] for point in part["checkpoints"]] == [100, 200, 300]
+        assert part["checkpoints"][-1] == {
+            "images": 300, "seconds": 21.7, "accuracies": {"linear": 50.0, "knn": 40.0}
+        }  # fmt: skip
+    for command in commands[2:]:
+        (only,) = (Path(command[1]) / "checkpoints").iterdir()
+        assert only.read_text() in command[1] and (Path(command[1]) / "config.yaml").exists()
+    assert found["pixels"] == {"linear": 50.0, "knn": 40.0}
+
+
+def test_a_run_with_an_early_checkpoint_is_a_backbone_of_that_checkpoint(contest, tiny, tmp_path):
+    course = import_module("course")
+    run = tmp_path / "run"
+    pretrain(tiny(system__keep=0, system__save_minutes=0, optim__blr=0.1), run, "l_dae")
+    first, *_, last = Checkpoints(run).paths()
+    early = load_backbone(course.run_with(run, first, tmp_path / "early"))
+    late = load_backbone(course.run_with(run, last, tmp_path / "late"))
+    newest = load_backbone(run).state_dict()
+    assert early.images_seen < late.images_seen == load_backbone(run).images_seen
+    assert all(torch.equal(part, newest[name]) for name, part in late.state_dict().items())
+    assert any(not torch.equal(part, newest[name]) for name, part in early.state_dict().items())

@@ -7,15 +7,13 @@ The digits and the axes in them are those of the committed demo, in benchmarks/r
 
 import base64
 import io
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
+from drawing import DARK, LIGHT, PICTURES, Colours, Drawing
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "benchmarks" / "results" / "demo"
-PICTURES = ROOT / "docs" / "pictures"
 
 # denoised.png and filters.png: tiles of 64 pixels, each with a gap of 2 to its left and above.
 GAP, TILE = 2, 64
@@ -23,22 +21,6 @@ SIDE, PATCH = 32, 4  # pixels of an image and of a patch of the demo
 AXES = 8  # of a patch, in filters.png
 DIGIT = 2  # column of denoised.png
 CLEAN, NOISED, DENOISED = range(3)  # rows of denoised.png
-
-
-class Colours(NamedTuple):
-    """The colours of a picture on one background."""
-
-    ink: str
-    muted: str
-    line: str
-    kept: str
-    """Of what is exported."""
-    noise: str
-
-
-LIGHT = Colours("#1f2933", "#52606d", "#9aa5b1", "#00796b", "#c2410c")
-DARK = Colours("#e4e7eb", "#9fb3c8", "#627d98", "#4db6ac", "#fb923c")
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
 class Raster:
@@ -66,13 +48,8 @@ def axis(number: int) -> Raster:
     return Raster("filters.png", 0, number, PATCH)
 
 
-class Drawing:
-    """An SVG in the making; lengths are in its own units."""
-
-    def __init__(self, width: float, height: float, title: str, colours: Colours) -> None:
-        self.width, self.height, self.title, self.colours = width, height, title, colours
-        self.parts: list[str] = []
-        self.heads: dict[str, None] = {}  # colours of arrowheads, in their order
+class Picture(Drawing):
+    """A drawing that holds pictures of the demo."""
 
     def image(self, raster: Raster, x: float, y: float, side: float) -> None:
         self.parts.append(
@@ -100,63 +77,6 @@ class Drawing:
                 )
                 self.box(left, top, each, each, stroke=0.75)
 
-    def box(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        colour: str = "",
-        fill: str = "none",
-        stroke: float = 1,
-        corner: float = 0,
-    ) -> None:
-        self.parts.append(
-            f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" '
-            f'rx="{corner:g}" fill="{fill}" stroke="{colour or self.colours.line}" '
-            f'stroke-width="{stroke:g}"/>'
-        )
-
-    def text(
-        self,
-        x: float,
-        y: float,
-        words: str,
-        size: float = 15,
-        colour: str = "",
-        bold: bool = False,
-        anchor: str = "middle",
-    ) -> None:
-        weight = ' font-weight="600"' if bold else ""
-        self.parts.append(
-            f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" text-anchor="{anchor}" '
-            f'fill="{colour or self.colours.muted}"{weight}>{words}</text>'
-        )
-
-    def arrow(self, points: Iterable[tuple[float, float]], colour: str = "") -> None:
-        colour = colour or self.colours.muted
-        self.heads[colour] = None
-        path = " L ".join(f"{x:g} {y:g}" for x, y in points)
-        self.parts.append(
-            f'<path d="M {path}" fill="none" stroke="{colour}" stroke-width="2" '
-            f'stroke-linejoin="round" marker-end="url(#head{colour[1:]})"/>'
-        )
-
-    def svg(self) -> str:
-        heads = "".join(
-            f'<marker id="head{colour[1:]}" viewBox="0 0 10 10" refX="8" refY="5" '
-            'markerWidth="7" markerHeight="7" orient="auto">'
-            f'<path d="M 0 0 L 10 5 L 0 10 z" fill="{colour}"/></marker>'
-            for colour in self.heads
-        )
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width:g} '
-            f'{self.height:g}" width="{self.width:g}" height="{self.height:g}" role="img" '
-            f'font-family="{FONT}">\n<title>{self.title}</title>\n<defs>{heads}</defs>\n'
-            + "\n".join(self.parts)
-            + "\n</svg>\n"
-        )
-
 
 def index(letter: str, below: object) -> str:
     """Return a letter with an index, as words of a text."""
@@ -166,7 +86,7 @@ def index(letter: str, below: object) -> str:
 Z_0, Z_T = index("z", 0), index("z", "t")
 
 
-def blocks(drawing: Drawing, x: float, y: float, height: float, names: bool = False) -> float:
+def blocks(drawing: Picture, x: float, y: float, height: float, names: bool = False) -> float:
     """Draw the blocks of the ViT, encoder and decoder; return the x behind them."""
     width, gap = (26, 8) if names else (15, 6)
     for number in range(8):
@@ -177,9 +97,9 @@ def blocks(drawing: Drawing, x: float, y: float, height: float, names: bool = Fa
     return x + 8 * (width + gap)
 
 
-def method(colours: Colours) -> Drawing:
+def method(colours: Colours) -> Picture:
     """The whole method: two lines of three steps."""
-    drawing = Drawing(640, 456, "l-DAE: the five steps and the export", colours)
+    drawing = Picture(640, 456, "l-DAE: the five steps and the export", colours)
     side, cell, line = 128, 213, 228
 
     def step(number: int, title: str, first: str, second: str = "", kept: bool = False) -> None:
@@ -231,9 +151,9 @@ def method(colours: Colours) -> Drawing:
     return drawing
 
 
-def patches(colours: Colours) -> Drawing:
+def patches(colours: Colours) -> Picture:
     """Step 1."""
-    drawing = Drawing(560, 250, "An image, and the image cut into patches", colours)
+    drawing = Picture(560, 250, "An image, and the image cut into patches", colours)
     drawing.image(digit(CLEAN), 20, 14, 192)
     drawing.arrow([(232, 110), (300, 110)])
     drawing.patches(digit(CLEAN), 320, 4, 220, 5)
@@ -242,9 +162,9 @@ def patches(colours: Colours) -> Drawing:
     return drawing
 
 
-def axes(colours: Colours) -> Drawing:
+def axes(colours: Colours) -> Picture:
     """Step 2."""
-    drawing = Drawing(640, 190, "A patch is a weighted sum of principal axes", colours)
+    drawing = Picture(640, 190, "A patch is a weighted sum of principal axes", colours)
     # The patch in the middle of a stroke: the fourth row and the fourth column.
     drawing.parts.append(
         '<svg x="10" y="30" width="96" height="96" '
@@ -267,9 +187,9 @@ def axes(colours: Colours) -> Drawing:
     return drawing
 
 
-def noise(colours: Colours) -> Drawing:
+def noise(colours: Colours) -> Picture:
     """Step 3."""
-    drawing = Drawing(560, 250, "A clean image, and the image of its noised latent", colours)
+    drawing = Picture(560, 250, "A clean image, and the image of its noised latent", colours)
     drawing.image(digit(CLEAN), 20, 14, 192)
     drawing.arrow([(232, 110), (328, 110)], colours.noise)
     drawing.text(280, 94, "+ \u03c3 \u03b5", 19, colours.noise)
@@ -279,9 +199,9 @@ def noise(colours: Colours) -> Drawing:
     return drawing
 
 
-def network(colours: Colours) -> Drawing:
+def network(colours: Colours) -> Picture:
     """Step 4."""
-    drawing = Drawing(640, 230, "The ViT: an encoder, which is kept, and a decoder", colours)
+    drawing = Picture(640, 230, "The ViT: an encoder, which is kept, and a decoder", colours)
     drawing.image(digit(NOISED), 10, 40, 128)
     drawing.arrow([(150, 104), (178, 104)])
     blocks(drawing, 188, 34, 140, names=True)
@@ -296,10 +216,10 @@ def network(colours: Colours) -> Drawing:
     return drawing
 
 
-def images(colours: Colours) -> Drawing:
+def images(colours: Colours) -> Picture:
     """Step 5: clean, noised and denoised digits."""
     columns, side, gap = range(6), 84, 6
-    drawing = Drawing(640, 284, "Clean, noised and denoised digits", colours)
+    drawing = Picture(640, 284, "Clean, noised and denoised digits", colours)
     for row, name in enumerate(("clean", "noised", "denoised")):
         y = 6 + row * (side + gap)
         drawing.text(84, y + side / 2 + 5, name, 16, colours.ink, anchor="end")
