@@ -195,6 +195,6 @@ def test_wrong_numbers_and_contradictions_are_refused(
 
 def test_one_device_is_this_process(capsys, monkeypatch):
     monkeypatch.setattr("ldae.commands.knn.knn", lambda: print(os.getpid()))
-    monkeypatch.setattr(cli, "GRADERS", {})
+    monkeypatch.setattr("ldae.cli.arguments.GRADERS", {})
     assert cli.main(["knn", "--devices", "1"]) == 0
     assert capsys.readouterr().out == f"{os.getpid()}\n"
