@@ -1,8 +1,14 @@
 """The model card of an exported network: the README.md that the hub shows."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import yaml
+from torch import nn
+
+from ldae.backbones.preprocessing import preprocessing
+
+_TABLE = "| | |\n|---|---|\n"  # the head of the table of facts
 
 
 def model_card(
@@ -36,9 +42,7 @@ def model_card(
 
 {description}
 
-| | |
-|---|---|
-{rows}
+{_TABLE}{rows}
 {below}
 ```python
 import timm
@@ -48,6 +52,33 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {usage}
 ```
 """
+
+
+def input_facts(model: nn.Module) -> dict[str, str]:
+    """Return the rows of a card about the images that a timm model takes."""
+    how = preprocessing(model)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    chans, *_ = how.input_size
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
+    return {
+        "input": " x ".join(map(str, how.input_size)) + (f", patch {patch[0]}" if patch else ""),
+        "preprocessing": f"{'RGB' if chans == 3 else f'{chans} channels'}, upright by EXIF; "
+        f"{how.interpolation}, crop_pct {how.crop_pct:g}, crop_mode {how.crop_mode}; "
+        f"mean {mean} and std {std} of pixels from 0 to 1",
+    }
+
+
+def with_facts(card: str, facts: Mapping[str, object]) -> str:
+    """Return a model card whose table has these rows, in place of those of the same names."""
+    head, table, body = card.partition(_TABLE)
+    rows, end, rest = body.partition("\n\n")
+    if not table:  # of another author
+        return card
+    for name, value in facts.items():
+        row = f"| {name} | {value} |"
+        rows, found = re.subn(rf"^\| {re.escape(name)} \|.*$", lambda _: row, rows, flags=re.M)
+        rows += "" if found else f"\n{row}"
+    return f"{head}{table}{rows}{end}{rest}"
 
 
 _GRAPHS = "\n## Graphs\n\n"

@@ -57,7 +57,9 @@ def load_backbone(
 
     Examples:
         >>> backbone = ldae.load_backbone("runs/l_dae")
-        >>> features = backbone(images)  # normalised float32 (B, C, H, W) -> (B, D)
+        >>> config = timm.data.resolve_model_data_config(backbone)
+        >>> transform = timm.data.create_transform(**config)  # of an upright RGB image of Pillow
+        >>> features = backbone(transform(image)[None])  # (1, D)
         >>> published = ldae.load_backbone("vit_base_patch16_224.mae@mae_pretrain_vit_base.pth")
     """
     spec = str(spec)
@@ -98,7 +100,7 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
     if is_whitened(model.pretrained_cfg):
         raise InputError(f"{spec} has no classifier: its head whitens the features")
     if not model.num_classes:
-        raise InputError(f"{spec} has no classifier: its num_classes is 0")
+        raise InputError(f"{spec} has no classifier: it gives features")
     return model.eval().requires_grad_(False)
 
 
@@ -235,7 +237,7 @@ def _timm_cfg(name: str) -> Any:
         raise InputError(
             f"the folder {name} holds neither a run nor the config.json of a timm model"
         )
-    close = "/" not in name and nearest(name, timm.list_models(), likeness=0.4)
+    close = "/" not in name and nearest(name, timm.list_models(), likeness=0.6)
     hint = f"; the nearest is {close!r}" if close else ""
     raise InputError(f"there is no folder {name} and no timm model of that name{hint}")
 

@@ -29,7 +29,7 @@ from ldae.backbones.timm_folder import README, write_timm_folder
 from ldae.backbones.whitening import SHRINKAGE, add_whitening, is_whitened, whitening
 from ldae.data.open import open_source
 from ldae.data.source import Source
-from ldae.deployment.cards import card_of_network, card_of_run
+from ldae.deployment.cards import card_of_network, card_of_run, public_name
 from ldae.deployment.graphs import Graphs, add_graphs, graph_table
 from ldae.distributed import device_for
 from ldae.errors import InputError
@@ -131,6 +131,8 @@ def export(
         check_repository(push)
     elif private:
         raise InputError("--private is of a repository: name it with --push USER/NAME")
+    if not out.exists():
+        files.check_writable(out.parent)
     opened = _open(spec, timestep, classifier, in_chans, license)
     model = opened.model
     if img_size is not None:
@@ -235,7 +237,7 @@ def _extend(folder: Path, model: nn.Module, graphs: Graphs) -> None:
 def _record(source: Source, shrinkage: float) -> dict:
     """Return what decides a whitening, beside the backbone."""
     return {
-        "data": source.spec,
+        "data": public_name(source.spec),
         "split": source.split,
         "images": len(source),
         "fingerprint": source.fingerprint(),

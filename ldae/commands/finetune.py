@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldae import distributed
-from ldae.backbones.card import model_card
+from ldae.backbones.card import input_facts, model_card
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.console import print_main
@@ -199,7 +199,7 @@ def _model_card(
         f"An image classifier, fine-tuned {start} with ldae.",
         {
             "architecture": network.pretrained_cfg["architecture"],
-            "input": " x ".join(map(str, preprocessing(network).input_size)),
+            **input_facts(network),
             "classes": network.num_classes,
             "recipe": training.recipe,
             "changed from it": training.modified,

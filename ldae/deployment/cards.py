@@ -6,17 +6,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldae.backbones.card import model_card, with_graphs, with_license
+from ldae.backbones.card import input_facts, model_card, with_facts, with_graphs, with_license
+from ldae.backbones.open import has_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import README
 from ldae.backbones.whitening import is_whitened
 from ldae.evals.scores import score_table
 from ldae.runs.kinds import Exported
 
+_LICENSE = "license of the weights"
 _WHITENED_BY = (
     "`head`, from {images:,} images of {data} ({split}), shrinkage {shrinkage:g}; "
     "`num_classes=0` leaves it out"
 )
+
+
+def public_name(source: str) -> str:
+    """Return the name alone of a source of images: exports are public, and paths of one machine."""
+    return Path(source.partition("@")[0]).name
 
 
 def card_of_run(
@@ -33,11 +40,10 @@ def card_of_run(
     params = sum(parameter.numel() for parameter in vit.parameters())
     table = score_table(run, params, state["images_seen"])
     name, heads = vit.pretrained_cfg["architecture"], vit.blocks[0].attn.num_heads
-    chans, side, _ = vit.pretrained_cfg["input_size"]
+    side = vit.pretrained_cfg["input_size"][1]
     resized = "" if side == config.data.img_size else f", on {config.data.img_size} pixels a side"
     measured = f"Scores in percent, measured on the run{exported.graded}{resized}:"
-    # The name alone, since a card is public and paths are of this machine.
-    data = Path(config.data.source.partition("@")[0]).name
+    data = public_name(config.data.source)
     return model_card(
         run.resolve().name,
         ["image-feature-extraction", "timm", "self-supervised-learning", exported.tag],
@@ -46,14 +52,14 @@ def card_of_run(
             "row": describe["row"],
             "architecture": f"{name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, "
             f"{heads} heads",
-            "input": f"{chans} x {side} x {side}, patch {vit.patch_embed.patch_size[0]}",
+            **input_facts(vit),
             "pre-trained on": f"{describe['images']:,} images of {data}, "
             f"{state['images_seen']:,} seen",
             "recipe": _recipe(config),
-            "license of the weights": license or "none claimed",
+            _LICENSE: license or "none claimed",
         }
         | exported.facts
-        | ({"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}),
+        | _whitening_facts(whitened),
         f"features = model(transform(image).unsqueeze(0))  # (1, {vit.embed_dim})",
         license=license,
         scores=f"{measured}\n\n{table}" if table else "",
@@ -75,20 +81,29 @@ def _recipe(config: Any) -> str:
     return ", ".join(parts)
 
 
+def _whitening_facts(whitened: dict | None) -> dict[str, str]:
+    return {"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}
+
+
 def card_of_network(
     spec: str, folder: Path | None, model: nn.Module, license: str, whitened: dict | None
 ) -> str:
-    """Return the card of the folder that the network comes from, or else a new one."""
-    if folder and (folder / README).is_file():
-        text = with_graphs((folder / README).read_text(encoding="utf-8"), "")
-        return with_license(text, license) if license else text
+    """Return the card of the folder that the network comes from, or else a new one.
+
+    A network with another task than that folder's, a classifier without its head, gets a new one.
+    """
     cfg = model.pretrained_cfg
+    is_classifier = bool(model.num_classes) and not is_whitened(cfg)
+    if folder and (folder / README).is_file() and has_classifier(folder) == is_classifier:
+        text = with_graphs((folder / README).read_text(encoding="utf-8"), "")
+        claimed = {_LICENSE: license} if license else {}
+        text = with_facts(text, input_facts(model) | _whitening_facts(whitened) | claimed)
+        return with_license(text, license) if license else text
     name = spec.partition("@")[0] if folder is None else folder.resolve().name
     license, seen = license or cfg.get("license") or "", getattr(model, "images_seen", None)
-    task = "image classifier" if model.num_classes and not is_whitened(cfg) else "image encoder"
-    size = preprocessing(model).input_size
+    task = "image classifier" if is_classifier else "image encoder"
     with torch.no_grad():
-        outputs = model(torch.zeros(1, *size)).shape[1:]
+        outputs = model(torch.zeros(1, *preprocessing(model).input_size)).shape[1:]
     params = sum(parameter.numel() for parameter in model.parameters())
     table = score_table(folder, params, seen) if folder else ""
     return model_card(
@@ -97,12 +112,12 @@ def card_of_network(
         f"An {task} in the format of timm, exported with ldae from {name}.",
         {
             "architecture": cfg["architecture"],
-            "input": " x ".join(map(str, size)),
+            **input_facts(model),
             "parameters": f"{params:,}",
-            "license of the weights": license or "none claimed",
+            _LICENSE: license or "none claimed",
         }
         | ({} if seen is None else {"pre-trained on": f"{seen:,} images seen"})
-        | ({"whitened by": _WHITENED_BY.format(**whitened)} if whitened else {}),
+        | _whitening_facts(whitened),
         f"output = model(transform(image).unsqueeze(0))  # (1, {', '.join(map(str, outputs))})",
         license=license,
         scores=f"Scores in percent:\n\n{table}" if table else "",

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldae.backbones.card import model_card
+from ldae.backbones.card import model_card, with_facts
 from ldae.backbones.open import load_backbone
 from ldae.commands.export import export
 from ldae.commands.knn import knn
@@ -34,6 +34,22 @@ def test_the_code_of_a_card_runs(run, tmp_path):
     wanted = re.search(r"# \(1, (\d+)\)", code)[1]
     assert names["features"].shape == (1, int(wanted))
     assert "arxiv.org/abs/2401.14404" in card and "pypi.org" not in card
+
+
+def test_the_card_says_how_images_are_preprocessed(run, tmp_path):
+    folder = export(run(), tmp_path / "exported")
+    cfg = cfg_of(folder)
+    row = re.search(r"\| preprocessing \| (.*) \|", (folder / "README.md").read_text())[1]
+    assert f"RGB, upright by EXIF; {cfg['interpolation']}, crop_pct 1, crop_mode center" in row
+    for name in ("mean", "std"):
+        assert f"{name} {', '.join(f'{value:g}' for value in cfg[name])} " in row
+
+
+def test_facts_of_a_card_are_replaced_or_added():
+    card = model_card("name", ["a"], "What.", {"one": 1, "two": r"\1"}, "1", scores="| one | 3 |")
+    changed = with_facts(card, {"two": r"\2", "three": 3})
+    assert changed == card.replace(r"| two | \1 |", "| two | \\2 |\n| three | 3 |")
+    assert with_facts("# Of another author", {"one": 2}) == "# Of another author"
 
 
 def front_matter(folder):

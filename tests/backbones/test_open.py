@@ -81,9 +81,10 @@ def test_wrong_specs_are_refused(spec, sentence):
         load_backbone(spec)
 
 
-def test_a_path_has_no_nearest_architecture():
+@pytest.mark.parametrize("spec", ["runs/nix", "nowhere", "exported"])
+def test_a_folder_has_no_nearest_architecture(spec):
     with pytest.raises(InputError, match="no timm model of that name$"):
-        load_backbone("runs/nix")
+        load_backbone(spec)
 
 
 def test_the_control_of_an_unknown_name_is_refused():

@@ -214,7 +214,15 @@ def test_an_export_of_an_export_keeps_card_license_and_whitening(exports, run, t
     with pytest.raises(InputError, match="--whiten needs a ViT without a head"):
         export(white, tmp_path / "twice", **HOW)
     licensed = export(white, tmp_path / "licensed", license="mit")
-    assert "license: mit" in (licensed / "README.md").read_text()
+    card = (licensed / "README.md").read_text()
+    assert "license: mit" in card and "| license of the weights | mit |" in card
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("ldae.commands.export._open", None)  # the work
+    with pytest.raises(InputError, match="file/deep cannot be written: .*file is not a writable"):
+        export("runs/l_dae", tmp_path / "file" / "deep" / "out")
 
 
 def test_the_card_names_data_recipe_and_license(run, tmp_path):

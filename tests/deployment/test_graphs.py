@@ -1,20 +1,27 @@
 """ONNX and programs compute what timm does, on batches of any size."""
 
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import ExifTags, Image
 
+from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.export import export
+from ldae.data.image import decode
 from ldae.deployment import graphs
 from ldae.errors import InputError
 from ldae.evals.taps import TokenMapReader
 
 KINDS = ("ours", "whitened", "classifier", "convolutions", "registers")
 BOTH = {"onnx": True, "torch_export": True}
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 
 
 def run_onnx(path, images) -> list[torch.Tensor]:
@@ -56,6 +63,30 @@ def test_graphs_compute_what_timm_does(kind, kinds, tmp_path):
         assert 0 <= record["largest_relative_error"] < 1e-5
     card = (out / "README.md").read_text()
     assert f"| model.onnx | float32 (batch, {', '.join(map(str, size))}) | {output}" in card
+
+
+@pytest.mark.parametrize("way", ("create_transform", "onnxruntime"))
+def test_the_page_of_exports_reads_photos_as_ldae_does(way, kinds, tmp_path, monkeypatch):
+    """Its code for timm and for onnxruntime alone, on a photo that was taken upright, in grey."""
+    monkeypatch.chdir(tmp_path)
+    spec, how = kinds("ours")
+    export(spec, Path("exported"), onnx=True, **how)
+    levels = np.random.default_rng(0).integers(0, 256, (41, 60), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.fromarray(levels).save("photo.png", exif=turned)
+    codes = re.findall(r"```(?:python|text)\n(.*?)```", PAGE.read_text(), re.S)
+    (code,) = (code for code in codes if way in code)
+    code, count = re.subn(r"Image\.new\(.*\)(?=  #)", 'Image.open("photo.png")', code)
+    assert count == 1
+    names: dict = {}
+    exec(code, names)
+    opened = timm.create_model("local-dir:exported", pretrained=True).eval()
+    transform = preprocessing(opened)
+    pixels = transform(decode("photo.png", "photo.png"), np.random.default_rng(0))
+    with torch.no_grad():
+        wanted = opened(transform.normalize(pixels[None]))
+    assert relative(torch.as_tensor(names["features"]), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ("ours", "classifier", "convolutions", "registers"))
