@@ -113,12 +113,19 @@ def label_names(classifier: TimmModel) -> list[str]:
 def backbone_folder(spec: str | Path) -> Path | None:
     """Return the run or timm folder that ``spec`` names; None when it names something else.
 
-    For a finished fine-tuning this is the folder of its classifier.
+    For a fine-tuning this is the folder of its classifier.
+
+    Raises: InputError for a fine-tuning that has no classifier yet.
     """
     folder = Path(spec)
     if (folder / CLASSIFIER / "config.json").is_file():
         return folder / CLASSIFIER
-    return folder if kind_of(folder) or (folder / "config.json").is_file() else None
+    kind = kind_of(folder)
+    if kind == "fine-tuning":
+        raise InputError(
+            f"the fine-tuning {folder} has not ended: the same `ldae finetune` command resumes it"
+        )
+    return folder if kind or (folder / "config.json").is_file() else None
 
 
 def has_classifier(spec: str | Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 from tyro.conf import Fixed
 
+from ldae.console import print_main
 from ldae.errors import InputError
 from ldae.evals.classifier import check_savable, save_classifier
 from ldae.evals.evaluation import (
@@ -128,6 +129,7 @@ def linear(
         if save:
             classes = evaluation.train.classes
             save_classifier(evaluation.model, heads, classes, save, evaluation.eval)
+            print_main(f"classifier in {save}")
         remove_training(evaluation.folder)
         return record
 

@@ -6,6 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ldae.errors import InputError, first_line
+from ldae.runs.layout import EVALS
 
 
 def check_repository(name: str) -> None:
@@ -21,8 +22,9 @@ def check_repository(name: str) -> None:
 def push(folder: Path, repository: str, private: bool = False) -> str:
     """Upload a folder to a repository of models, which is created if there is none.
 
-    Files of the repository that the folder has too are replaced; others stay. The token is that of
-    ``hf auth login``, or the environment variable HF_TOKEN.
+    Files of the repository that the folder has too are replaced; others stay. Results of graders in
+    ``evals`` are left out: a repository may be public, and they name paths of this machine. The
+    token is that of ``hf auth login``, or the environment variable HF_TOKEN.
 
     Args:
         private: create the repository as a private one.
@@ -34,7 +36,12 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     api = HfApi(library_name="ldae")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export from ldae")
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            ignore_patterns=f"{EVALS}/*",
+            commit_message="Export from ldae",
+        )
     except Exception as error:  # of the network's libraries too, which share no base class
         raise InputError(
             f"{folder} is written, but not pushed to {repository}: {first_line(error)}; the same "

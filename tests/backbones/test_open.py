@@ -87,6 +87,13 @@ def test_a_folder_has_no_nearest_architecture(spec):
         load_backbone(spec)
 
 
+@pytest.mark.parametrize("opened", [load_backbone, load_classifier])
+def test_a_fine_tuning_that_has_not_ended_is_no_backbone(opened, tmp_path):
+    (tmp_path / "config.yaml").write_text("kind: fine-tuning\n")
+    with pytest.raises(InputError, match="has not ended: the same `ldae finetune` command resumes"):
+        opened(tmp_path)
+
+
 def test_the_control_of_an_unknown_name_is_refused():
     with pytest.raises(InputError, match="the nearest is 'test_vit"):
         load_backbone("test_vitt", random_init=True)

@@ -141,6 +141,17 @@ def test_the_hub_gets_the_folder(hub, run, tmp_path, capsys):
         assert torch.equal(one(images), other(images))
 
 
+def test_results_of_graders_stay_here(hub, run, tmp_path):
+    """They name paths of this machine."""
+    out = export(run(), tmp_path / "out")
+    record = out / "evals" / "knn-images" / "results.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    stand_in = hub()
+    export(out, out, push="user/digits")
+    assert stand_in.files.keys() == {path.name for path in out.iterdir() if path.is_file()}
+
+
 def test_a_refusal_is_a_sentence_and_loses_nothing(hub, run, tmp_path, monkeypatch):
     folder, out = run(), tmp_path / "out"
     hub(401)
