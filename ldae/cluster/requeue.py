@@ -155,7 +155,7 @@ def measure_progress(folder: Path) -> int:
     """Return a number that changes whenever the command of a job saves something.
 
     With --run, it counts the images that the newest checkpoints of the run have seen. With --out,
-    it counts the files there, of the part that --only names, and the images that a probe there has
+    it counts the files there, of the parts that --only names, and the images that a probe there has
     seen. Otherwise it counts the images that the probes of the backbone have seen.
     """
     record = read_object(folder / layout.JOB_RECORD)
@@ -165,10 +165,10 @@ def measure_progress(folder: Path) -> int:
     if run := option(words, "--run"):
         return _images_seen(here / run)
     if out := option(words, "--out"):
-        out = "/".join(filter(None, [out, option(words, "--only")]))
-        places = (here / out, here / f"{out}{files.PARTS}")
-        paths = (path for place in places for path in place.rglob("*"))
-        return _images_seen(here / out) + sum(path.suffix != files.PARTIAL for path in paths)
+        parts = [f"{out}/{part}" for part in option_values(words, "--only")] or [out]
+        places = [here / name for part in parts for name in (part, f"{part}{files.PARTS}")]
+        saved = (path for place in places for path in place.rglob("*"))
+        return sum(map(_images_seen, places)) + sum(path.suffix != files.PARTIAL for path in saved)
     named = here.joinpath(*words[1:2])  # a backbone, or the results that `ldae rerun` repeats
     folder = named.parent if named.name == layout.RESULTS else named
     return _images_seen(folder if folder.is_dir() else here / layout.EVALS)
@@ -184,12 +184,20 @@ def _images_seen(folder: Path) -> int:
 
 def option(words: Sequence[str], name: str) -> str:
     """Return the value of an option in a command line, or an empty string without the option."""
-    for word, value in zip(words, [*words[1:], ""]):
-        if word == name:
-            return value
-        if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return ""
+    return next(iter(option_values(words, name)), "")
+
+
+def option_values(words: Sequence[str], name: str) -> list[str]:
+    """Return the values of an option that may have several, which end before the next option."""
+    values, is_inside = [], False
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            is_inside = option == name
+            values += [value] if is_inside and equals else []
+        elif is_inside:
+            values.append(word)
+    return values
 
 
 def _conclude(folder: Path, status: int, message: str = "", **changes: object) -> None:

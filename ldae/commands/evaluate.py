@@ -8,7 +8,7 @@ import tyro
 
 from ldae.cli.protocols import graders
 from ldae.cluster.array import run_array, send_array
-from ldae.cluster.requeue import option
+from ldae.cluster.requeue import option, option_values
 from ldae.cluster.settings import SlurmSettings
 from ldae.cluster.status import read_statuses
 from ldae.console import print_main
@@ -44,8 +44,9 @@ def evaluate(
     need are extracted once. With --seeds, each seed is a cell of its own, and the table shows the
     mean and the standard deviation.
 
-    With --slurm, the cells are an array of jobs, which fill the table as they end. The same command
-    again lists what is finished or in the queue, and sends only what is missing.
+    With --slurm, an array of jobs fills the table as they end. The cells of one backbone and data
+    set that read the same features are one job, and any other cell is one. The same command again
+    lists what is finished or in the queue, and sends only what is missing.
 
     Args:
         backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], in
@@ -134,6 +135,8 @@ def send_cells(
 ) -> dict:
     """Send the cells that are neither finished nor in the queue as an array of jobs.
 
+    Cells that read the same features are one job, which extracts them once.
+
     Args:
         slurm: the settings of the jobs; the other arguments are those of ``evaluate``.
 
@@ -150,26 +153,28 @@ def send_cells(
     with keep_network():
         keys = Keys()
         finished = [cell for cell in chosen if keys.is_finished(cell)]
-    missing: dict[str, tuple[str, ...]] = {}
+    missing = []
     for cell in chosen:
         if cell in finished:
             print(f"{cell}: finished before")
         elif cell.name in queued:
             print(f"{cell}: in the queue as job {queued[cell.name]}")
         else:
-            missing[cell.name] = (*command, _ONLY, cell.name)
+            missing.append(cell)
     found = read_progress(cells)
     found.done = [cell for cell in found.done if cell in finished or cell not in chosen]
     table = write_table(out, cells, found)
     states = []
-    if missing and slurm.cluster == "slurm":
-        send_array(missing, slurm, folder)
-    elif missing:
-        states = run_array(missing, slurm, folder)
+    names = [[cell.name for cell in group] for group in _share_features(missing)]
+    jobs = {", ".join(group): (*command, _ONLY, *group) for group in names}
+    if jobs and slurm.cluster == "slurm":
+        send_array(jobs, slurm, folder)
+    elif jobs:
+        states = run_array(jobs, slurm, folder)
         table = write_table(out, cells, read_progress(cells))
     print(
-        f"{len(finished)} of {len(chosen)} cells were finished, {len(missing)} sent; "
-        f"{out / 'table.md'}"
+        f"{len(finished)} of {len(chosen)} cells were finished, {len(missing)} sent in "
+        f"{len(jobs)} jobs; {out / 'table.md'}"
     )
     if failed := len(states) - states.count("done"):
         raise InputError(
@@ -179,14 +184,24 @@ def send_cells(
     return table
 
 
+def _share_features(cells: list[Cell]) -> list[list[Cell]]:
+    """Group the cells that read the same features; any other cell is alone."""
+    groups: dict[object, list[Cell]] = {}
+    for cell in cells:
+        shared = cell.column.protocol.shares_features
+        groups.setdefault((cell.opened, cell.data) if shared else cell.name, []).append(cell)
+    return list(groups.values())
+
+
 def _queued(folder: Path, out: Path) -> dict[str, str]:
     """Return the ids of the jobs that wait or run, by the names of their cells of this table."""
     states = [state for state in read_statuses(folder) if state.state in ("waiting", "running")]
     words = {state.id: shlex.split(state.command) for state in states}
     return {
-        option(command, _ONLY): job
+        cell: job
         for job, command in words.items()
         if option(command, "--out") == str(out)
+        for cell in option_values(command, _ONLY)
     }
 
 

@@ -36,6 +36,7 @@ class CachedProtocol(SweepProtocol):
     on all of train.
     """
 
+    shares_features = True
     name: Fixed[str] = "cached"
     version: Fixed[int] = 2
     """Version 1 had no weight decays, blocks and pools; without these, 2 gives the same numbers."""

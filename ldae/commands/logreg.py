@@ -24,6 +24,7 @@ from ldae.tree import COUNT, POSITIVE
 class LogregProtocol(FewShotProtocol):
     """DINOv2's logistic regression. Source: DINOv2, eval/log_regression.py."""
 
+    shares_features = True
     name: Fixed[str] = "dinov2"
     version: Fixed[int] = 3
     """Version 2 used scikit-learn, whose solver often ends at max_iter before it converges. Where

@@ -23,6 +23,7 @@ from ldae.tree import COUNT
 class RetrievalProtocol(WhiteningProtocol):
     """Each evaluation image ranks the train images by cosine."""
 
+    shares_features = True
     name: Fixed[str] = "retrieval"
     version: Fixed[int] = 1
     k: Annotated[tuple[int, ...], COUNT] = (1, 5, 10)

@@ -188,6 +188,7 @@ class KNNProtocol(WhiteningProtocol, FewShotProtocol):
     Source: DINO, eval_knn.py; draws: DINOv2, eval/knn.py.
     """
 
+    shares_features = True
     name: Fixed[str] = "dino"
     version: Fixed[int] = 1
     k: Annotated[tuple[int, ...], COUNT] = (10, 20, 100, 200)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from inspect import signature
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from tyro.conf import Fixed
 
@@ -23,6 +23,9 @@ class Protocol:
 
     Raises: InputError for a value out of range, and for an empty list if the default is not empty.
     """
+
+    shares_features: ClassVar[bool] = False
+    """Whether the grader reads ``Evaluation.features``, which are extracted once for several."""
 
     def __post_init__(self) -> None:
         for part in fields(self):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -45,6 +46,30 @@ def test_timm_name_gives_one_vector_for_an_image(name):
     model = load_backbone(name, random_init=True, img_size=SIZE)
     assert features(model, images()).shape == (2, model.num_features)
     assert not model.training
+
+
+def test_a_network_that_is_registered_with_timm_opens_by_its_name(tmp_path, monkeypatch):
+    """From a checkpoint, and with random weights; without a file there are none."""
+    (tmp_path / "own_networks.py").write_text(
+        "import torch\n"
+        "from timm.models import register_model\n"
+        "@register_model\n"
+        "def own_network(pretrained=False, num_classes=0, in_chans=3, **others):\n"
+        "    flat = (torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())\n"
+        "    network = torch.nn.Sequential(*flat, torch.nn.Linear(4 * in_chans, 5))\n"
+        "    statistics = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}\n"
+        "    network.pretrained_cfg = {'input_size': (3, 32, 32), **statistics}\n"
+        "    return network\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import_module("own_networks")
+    control = load_backbone("own_network", random_init=True, seed=7)
+    save_file(control.state_dict(), tmp_path / "own.safetensors")
+    backbone = load_backbone(f"own_network@{tmp_path / 'own.safetensors'}")
+    assert torch.equal(features(backbone, images()), features(control, images()))
+    assert preprocessing(backbone).input_size == (3, 32, 32)
+    with pytest.raises(InputError, match="no weights|NAME@FILE|cannot be opened"):
+        load_backbone("own_network")
 
 
 def test_random_init_depends_only_on_its_seed():

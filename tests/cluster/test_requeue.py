@@ -163,6 +163,7 @@ def test_progress_counts_images_of_a_run_and_its_tokenizer(job, tmp_path):
         ("linear timm --protocol mae", "evals/timm/linear/checkpoints/images-000000016384.pt"),
         ("linear x --protocol mae --out y", "y/checkpoints/images-000000016384.pt"),
         ("evaluate --suite s --out y --only a/b/c", "y/a/b/c/results.json"),
+        ("evaluate --only a/b/c a/b/d --suite s --out y", "y/a/b/d/results.json"),
         ("rerun x/l/results.json", "x/l/rerun/checkpoints/images-000000016384.pt"),
     ],
 )

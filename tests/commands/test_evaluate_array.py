@@ -1,4 +1,4 @@
-"""An array has one job for each missing cell, and all jobs fill one table."""
+"""Missing cells that share features are one job of an array, and all jobs fill one table."""
 
 import json
 import os
@@ -9,11 +9,14 @@ from dataclasses import replace
 import pytest
 
 from ldae import cli
+from ldae.cluster.requeue import option_values
 from ldae.cluster.settings import SlurmSettings
 from ldae.cluster.status import read_statuses
 from ldae.commands import evaluate as command
 from ldae.commands.evaluate import evaluate, send_cells
 from ldae.errors import InputError
+from ldae.evals import features
+from ldae.evals.evaluation import Setup
 from ldae.files import write_json
 
 SUITE = """
@@ -34,17 +37,19 @@ def sent(monkeypatch) -> list[str]:
     cells, original = [], command.run_array
 
     def run_array(commands, *args):
-        cells.extend(commands)
+        for name, words in commands.items():
+            cells.extend(option_values(words, "--only"))
+            assert name.split(", ") == option_values(words, "--only")
         return original(commands, *args)
 
     monkeypatch.setattr(command, "run_array", run_array)
     return cells
 
 
-def queue(folder) -> list[str]:
-    """Return the cells of all jobs with a record in a folder."""
+def queue(folder) -> list[list[str]]:
+    """Return the cells of each job with a record in a folder."""
     words = (shlex.split(status.command) for status in read_statuses(folder))
-    return [command[command.index("--only") + 1] for command in words]
+    return [option_values(command, "--only") for command in words]
 
 
 def test_an_array_fills_the_table_of_one_process(suite, setup, sent, tmp_path):
@@ -62,11 +67,29 @@ def test_an_array_fills_the_table_of_one_process(suite, setup, sent, tmp_path):
     assert not (tmp_path / "alone" / "jobs").exists()
 
 
+def test_a_job_extracts_the_features_of_its_cells_once(suite, setup, monkeypatch):
+    suite.write_text(SUITE + '[protocols.linear-mae]\nverb = "linear"\nprotocol = "mae"\n')
+    jobs, extracted, original = [], [], features.encode_share
+
+    def encode_share(encoder, source):
+        extracted.append(source.split)
+        return original(encoder, source)
+
+    monkeypatch.setattr(features, "encode_share", encode_share)
+    monkeypatch.setattr(command, "send_array", lambda commands, *_: jobs.extend(commands.values()))
+    send_cells(SlurmSettings(), ("pixels:8", "pixels:4"), suite=suite, setup=setup)
+    other = [cell.replace("-8", "-4") for cell in CELLS]
+    cells = [option_values(words, "--only") for words in jobs]
+    assert cells == [CELLS, ["pixels-8/digits/linear-mae"], other, ["pixels-4/digits/linear-mae"]]
+    assert cli.main(jobs[0]) == 0
+    assert sorted(extracted) == ["eval", "train"]
+
+
 def test_the_same_command_again_sends_only_what_is_missing(suite, setup, sent, capsys):
     send_cells(DEBUG, ("pixels:8",), suite=suite, setup=setup)
     send_cells(DEBUG, ("pixels:8",), suite=suite, setup=setup)
     assert sent == CELLS
-    assert "2 of 2 cells were finished, 0 sent" in capsys.readouterr().out
+    assert "2 of 2 cells were finished, 0 sent in 0 jobs" in capsys.readouterr().out
     shutil.rmtree(setup.out / CELLS[1])
     send_cells(DEBUG, ("pixels:8",), suite=suite, setup=setup)
     assert sent == [*CELLS, CELLS[1]]
@@ -87,13 +110,13 @@ def test_other_weights_are_sent_again(suite, setup, sent, monkeypatch):
 def test_a_cell_that_fails_is_in_the_table_with_its_reason(suite, setup, sent):
     """Its job has failed in another process; the others are done."""
     suite.write_text(SUITE + '[data.nowhere]\ntrain = "nowhere"\n')
-    with pytest.raises(InputError, match="2 of 4 jobs failed"):
+    with pytest.raises(InputError, match="1 of 2 jobs failed"):
         send_cells(DEBUG, ("pixels:8",), suite=suite, setup=setup)
     text = (setup.out / "table.md").read_text()
     assert text.count("| failed |") == 1 and "| failed | failed |" in text
     assert "- knn of pixels-8 on nowhere: no folder, archive or built-in data set" in text
     states = [status.state for status in read_statuses(setup.out)]
-    assert sorted(states) == ["done", "done", "failed", "failed"]
+    assert sorted(states) == ["done", "failed"]
     suite.write_text(SUITE + '[data.nowhere]\ntrain = "digits"\n')
     send_cells(DEBUG, ("pixels:8",), suite=suite, setup=setup)
     assert "failed" not in (setup.out / "table.md").read_text()
@@ -130,19 +153,21 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def test_slurm_gets_one_array_and_no_cell_twice(suite, setup, sbatch, capsys):
-    words = ["evaluate", "pixels:8", "--suite", str(suite), "--out", str(setup.out)]
+    words = ["evaluate", "pixels:8", "pixels:4", "--suite", str(suite), "--out", str(setup.out)]
     words += ["--in-chans", "1", "--workers", "0", "--device", "cpu"]
     flags = ["--slurm", "--slurm.array-parallelism", "1"]
     assert cli.main([*words, *flags]) == 0
     assert "#SBATCH --array=0-1%1\n" in sbatch.read_text()
-    assert queue(setup.out) == CELLS
-    assert (setup.out / "table.md").read_text().count("to do") == 2
+    assert queue(setup.out) == [CELLS, [cell.replace("-8", "-4") for cell in CELLS]]
+    assert (setup.out / "table.md").read_text().count("to do") == 4
     sbatch.unlink()
     capsys.readouterr()
     assert cli.main([*words, *flags]) == 0
     assert not sbatch.exists()
     printed = capsys.readouterr().out
-    assert "knn of pixels-8 on digits: in the queue as job 7_0\n" in printed
+    for number, name in enumerate(("pixels-8", "pixels-4")):
+        for verb in ("knn", "retrieve"):
+            assert f"{verb} of {name} on digits: in the queue as job 7_{number}\n" in printed
     write_json(setup.out / "jobs" / "7_0" / "state.json", {"state": "failed"})
     assert cli.main([*words, *flags]) == 0
     assert sbatch.exists() and "--array" not in sbatch.read_text()  # a single job

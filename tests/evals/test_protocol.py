@@ -14,7 +14,7 @@ from ldae.cli.protocols import graders
 from ldae.commands.grid import GridProtocol, grid
 from ldae.commands.knn import knn
 from ldae.errors import InputError
-from ldae.evals.evaluation import Setup
+from ldae.evals.evaluation import Evaluation, Setup
 from ldae.evals.naming import changes
 from ldae.evals.neighbours import KNNProtocol
 from ldae.evals.protocol import Grader, flags
@@ -60,6 +60,32 @@ def test_flags_are_the_fields_of_the_protocol_and_of_the_setup(verb, kind, capsy
     wanted = [*own, *setup, *named(verb, kind), *flags(kind)]
     assert sorted(found) == sorted(name.replace("_", "-") for name in wanted)
     assert {"name", "version", "seed"}.isdisjoint(flags(kind)) and flags(kind)
+
+
+@pytest.mark.parametrize(("verb", "kind"), KINDS)
+def test_a_grader_reads_shared_features_if_its_protocol_says_so(verb, kind, monkeypatch, tmp_path):
+    """Otherwise it opens the encoder for itself."""
+
+    class ReadsFeatures(Exception): ...
+
+    class OpensEncoder(Exception): ...
+
+    def read(*_):
+        raise ReadsFeatures
+
+    def open_encoder(*_):
+        raise OpensEncoder
+
+    monkeypatch.setattr(Evaluation, "features", read)
+    monkeypatch.setattr(Evaluation, "encoder", open_encoder)
+    if verb in ("grid", "validate"):  # need a run and a classifier, and learn from no features
+        assert not kind.shares_features
+        return
+    data = "scattered-digits:64" if verb == "segment" else "digits"
+    setup = Setup(in_chans=1, workers=0, device="cpu", out=tmp_path)
+    protocol = kind(k=(1,)) if verb == "knn" else kind()
+    with pytest.raises(ReadsFeatures if kind.shares_features else OpensEncoder):
+        ALL[verb].function("pixels:8", data, protocol=protocol, setup=setup)
 
 
 @pytest.mark.parametrize(("verb", "kind"), KINDS)
