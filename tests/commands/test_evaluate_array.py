@@ -16,7 +16,6 @@ from ldae.commands import evaluate as command
 from ldae.commands.evaluate import evaluate, send_cells
 from ldae.errors import InputError
 from ldae.evals import features
-from ldae.evals.evaluation import Setup
 from ldae.files import write_json
 
 SUITE = """
