@@ -13,9 +13,9 @@ _BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and two moments in float3
 def extrapolate(rates: dict, gpus: int) -> dict:
     """Return the hours that each part of the paper's run on ImageNet takes at the measured rates.
 
-    The parts overlap, so the slowest of them bounds the run. On a CPU, decoding and training share
-    the cores, and their hours add up. Saving takes place every ``system.save_minutes``. The step
-    scales with its FLOPs, and several GPUs are taken to be as many times as fast.
+    The parts overlap, so the slowest of them bounds the run. On a CPU they share the cores, and
+    their hours add up. Saving takes place every ``system.save_minutes`` of the run. The step scales
+    with its FLOPs, and several GPUs are taken to be as many times as fast.
 
     Args:
         rates: images a second of ``decode``, ``copy`` (on GPUs) and ``step``; ``step_flops``, the
@@ -34,16 +34,14 @@ def extrapolate(rates: dict, gpus: int) -> dict:
     per_second["step"] = rates["step"] * devices * rates["step_flops"] / flops
     hours = {name: images / rate / 3600 for name, rate in per_second.items()}
     parameters = sum(parameter.numel() for parameter in method.denoiser.parameters())
-    saves = 60 * hours["step"] / config.system.save_minutes
+    together = max if gpus else sum
+    saves = 60 * together(hours.values()) / config.system.save_minutes
     hours["save"] = saves * _BYTES_A_PARAMETER * parameters / rates["save"] / 3600
-    together = max(hours.values())
-    if not gpus:
-        together = max(hours["decode"] + hours["step"], hours["save"])
     return {
         "images": images,
         "flops_an_image": flops,
         "measured_at_this_size": flops == rates["step_flops"],
         "hours": hours,
         "bound": max(hours, key=lambda name: hours[name]),
-        "total_hours": together,
+        "total_hours": together(hours.values()),
     }

@@ -33,7 +33,14 @@ def test_the_extrapolation_is_arithmetic():
     assert two["step"] == pytest.approx(step / 2) and two["decode"] == found["hours"]["decode"]
 
 
-def test_on_a_cpu_decoding_and_the_step_share_the_cores():
+def test_on_a_cpu_all_parts_share_the_cores():
     found = extrapolate({**RATES, "step_flops": 485e9}, gpus=0)
-    assert "copy" not in found["hours"]
-    assert found["total_hours"] == found["hours"]["decode"] + found["hours"]["step"]
+    assert found["hours"].keys() == {"decode", "step", "save"}
+    assert found["total_hours"] == pytest.approx(sum(found["hours"].values()))
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_run_is_saved_as_often_as_its_hours_ask_for(gpus):
+    """Also where decoding, and not the step, makes it long."""
+    few, many = (extrapolate(RATES | {"decode": rate}, gpus)["hours"] for rate in (0.01, 0.02))
+    assert few["save"] / many["save"] == pytest.approx(2, rel=0.5) and few["decode"] > few["step"]
