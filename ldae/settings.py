@@ -271,7 +271,8 @@ class ExecutionSettings:
     workers: Annotated[int, NOT_NEGATIVE] = 8
     """Data workers of each process; 0: load in the process itself."""
     log_every: Annotated[int, COUNT] = 20
-    """Steps between two lines of progress."""
+    """Steps between two lines of progress, which are records in metrics.jsonl too; fewer in short
+    runs, so that each has at least ten lines."""
     save_minutes: Annotated[float, NOT_NEGATIVE] = 10
     """Minutes between two checkpoints; the end of the run is always saved."""
     keep: Annotated[int, NOT_NEGATIVE] = 2

@@ -29,6 +29,8 @@ from ldae.train.state import State
 from ldae.train.update import Update
 from ldae.train.watchdog import Agreement, Exploded, Report, Watchdog
 
+_RECORDS = 10  # of metrics that a run has at least, if it has as many steps
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -87,6 +89,11 @@ class Loop:
     """Changes each batch before the model sees it."""
     optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer] = adamw
     """Creates the optimizer; the loop sets the learning rate before each step."""
+
+    @property
+    def log_every(self) -> int:
+        """Steps between two records of metrics."""
+        return max(min(self.system.log_every, self.plan.steps // _RECORDS), 1)
 
     def train(self) -> nn.Module:
         """Train to the end of the plan.
@@ -171,7 +178,7 @@ class Loop:
                     saved_at = time.monotonic()  # so that only one checkpoint is asked for
                 agreed = self._step(save_due and distributed.is_main())
                 at_end = self.seen >= self.plan.total
-                if self.seen // self.plan.batch_size % self.system.log_every == 0 or at_end:
+                if self.seen // self.plan.batch_size % self.log_every == 0 or at_end:
                     self._log()
                 if agreed.save or agreed.stop or agreed.bad_data or at_end:
                     self._save()
@@ -280,7 +287,7 @@ class Loop:
             return
         plan = self.plan
         record = self.meter.record(self.seen, plan.epoch, self.lr)
-        every = self.system.log_every * plan.batch_size
+        every = self.log_every * plan.batch_size
         last_line = (self.seen - 1) // every * every
         due = [hook for hook in self.hooks if hook.due(last_line, self.seen)]
         if due:

@@ -6,7 +6,7 @@ from ldae.commands.pretrain import pretrain
 from ldae.mae.network import MAE
 from ldae.runs.metrics import read_records
 
-WATCHED = {"system__watch_every": 16, "system__log_every": 2, "optim__epochs": 2}
+WATCHED = {"system__watch_every": 16, "system__log_every": 2, "optim__epochs": 3}
 
 
 def test_a_planted_collapse_is_reported_and_a_healthy_run_is_not(
@@ -15,7 +15,7 @@ def test_a_planted_collapse_is_reported_and_a_healthy_run_is_not(
     pretrain(tiny_mae(**WATCHED), tmp_path / "healthy", "mae")
     assert "collapsed" not in (out := capsys.readouterr().out) and "stands still" not in out
     values = [record["psnr_50"] for record in read_records(tmp_path / "healthy")]
-    assert len(values) == 8 and values[-1] > values[0]
+    assert len(values) == 12 and values[-1] > values[0]
     steps = []
 
     def collapse(mae):

@@ -39,12 +39,12 @@ class Line(nn.Module):
         return ((self.w * images - labels) ** 2).mean()
 
 
-def batches_from(bad_at=None, nan_at=None, wild=()):
+def batches_from(bad_at=None, nan_at=None, wild=(), total=48):
     """A stream of batches, with NaN or an error from an image on, and with some wild batches."""
 
     def stream(start, micro_batches):
         size = 4 // micro_batches
-        for n in range(start, 48, size):
+        for n in range(start, total, size):
             positions = torch.arange(n, n + size)
             if bad_at is not None and n >= bad_at:
                 raise InputError("image cat.jpg is truncated")
@@ -66,6 +66,7 @@ def run(
     hooks=(),
     model=None,
     optimizer=adamw,
+    total=48,
 ):
     model = model or Line()
     records = []
@@ -73,7 +74,7 @@ def run(
     trained = Loop(
         model,
         stream,
-        Plan(epoch=16, total=48, batch_size=4, micro_batches=micro_batches),
+        Plan(epoch=16, total=total, batch_size=4, micro_batches=micro_batches),
         optim,
         system,
         device=torch.device("cpu"),
@@ -89,10 +90,23 @@ def run(
 def test_a_run_learns_logs_and_saves(tmp_path, capsys):
     weight, records = run(tmp_path, optim=OptimSettings(batch_size=4, blr=40.0, warmup_epochs=0.5))
     assert abs(weight - 3) < 1
-    assert [record["images"] for record in records] == [8, 16, 24, 32, 40, 48]
+    assert [record["images"] for record in records] == list(range(4, 49, 4))
     assert records[-1]["loss"] < records[0]["loss"]
-    assert capsys.readouterr().out.count("images/s") == 6
+    assert capsys.readouterr().out.count("images/s") == 12
     assert Checkpoints(tmp_path).load()["images_seen"] == 48
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 20, 10**6])
+def test_a_run_has_ten_records_or_one_of_each_step(log_every):
+    for steps in range(300):
+        loop_of = Loop(
+            Line(), batches_from(), Plan(16, 4 * steps, 4, 1), OPTIM,
+            SystemSettings(log_every=log_every), device=torch.device("cpu"),
+            checkpoints=Checkpoints("run"), open_metrics=lambda seen: None, describe={},
+        )  # fmt: skip
+        every = loop_of.log_every
+        assert 1 <= every <= log_every and len(range(0, steps, every)) >= min(steps, 10)
+        assert every == log_every or 10 * (every + 1) > steps  # no more records than asked for
 
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path):
@@ -112,11 +126,9 @@ class LineInParts(Line):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_parts_of_the_loss_are_logged_as_means(micro_batches, tmp_path):
     """The means are over micro batches and over the steps between two records."""
-    stream = batches_from()
-    plain, without = run(tmp_path / "plain", stream, micro_batches=micro_batches)
-    weight, records = run(
-        tmp_path / "parts", stream, micro_batches=micro_batches, model=LineInParts()
-    )
+    how = {"stream": batches_from(total=80), "total": 80, "micro_batches": micro_batches}
+    plain, without = run(tmp_path / "plain", **how)
+    weight, records = run(tmp_path / "parts", **how, model=LineInParts())
     assert weight == plain
     size = 4 // micro_batches
     for record, other in zip(records, without, strict=True):
