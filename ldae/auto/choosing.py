@@ -48,6 +48,7 @@ class Choosing:
         self.hours, self.given = hours, given
         self.machine = facts.describe_machine(device)
         self.choices: Choices = {}
+        self.warning = ""  # or a sentence, when the hours are too few for the network
 
     def choose(self) -> Choices:
         """Return the choices by the names of the settings, with the user's among them.
@@ -95,6 +96,7 @@ class Choosing:
         number, reason = rule.choose_network(
             parameters, pace, self.images, self.machine, self.hours
         )
+        self.parameters = parameters[number]
         self.speed, choices = speeds[number], candidates[number].choices
         if "model.name" in choices:
             choices["model.name"] = choices["model.name"]._replace(why=reason)
@@ -112,22 +114,21 @@ class Choosing:
 
     def _choose_length(self) -> None:
         """Choose the epochs that fit into the hours, and the batch and its learning rate."""
-        seen = rule.images_in(self.hours, self._pace(self.speed))
-        seen = min(seen, self.given.get("optim.epochs", rule.MOST_EPOCHS) * self.images.count)
-        self._take({"optim.batch_size": rule.choose_batch(seen, self.images, self.machine.ranks)})
-        batch_size = self.config.optim.batch_size
         if compiles(self.config.system.compile, self.device):  # so far, none was
             compiled = facts.measure_step(self.config, self.device, self.speed.batch_size)
             self.speed = self.speed._replace(images_per_second=compiled.images_per_second)
         if "optim.epochs" not in self.given:
             pace = self._pace(self.speed)
             self._take({"optim.epochs": rule.choose_epochs(pace, self.hours, self.images)})
+            self.warning = rule.too_few_hours(self.parameters, pace, self.images, self.hours)
+        epochs = self.config.optim.epochs
         self._take(
             {
-                "optim.warmup_epochs": rule.choose_warmup(self.config.optim.epochs),
-                "optim.blr": rule.choose_rate(batch_size),
+                "optim.warmup_epochs": rule.choose_warmup(epochs),
+                "optim.batch_size": rule.choose_batch(epochs, self.images, self.machine.ranks),
             }
         )
+        self._take({"optim.blr": rule.choose_rate(self.config.optim.batch_size)})
 
     def _choose_execution(self) -> None:
         """Choose the images in a pass of a rank, and its data workers."""

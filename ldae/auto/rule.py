@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ldae.errors import InputError
+from ldae.train.plan import steps_of
 
 LEAST_IMAGES = 128  # a batch of the least size
 MOST_EPOCHS = 1600  # of MAE's longest pre-training (He et al. 2022, figure 7)
@@ -183,39 +184,49 @@ def choose_network(
     """
     useful = _USEFUL_EPOCHS * images.count
     chosen, seen, larger = 0, images_in(hours, pace_of(0)), ""
-    enough = _IMAGES_A_PARAMETER * parameters[0]
-    if seen < enough:
-        return 0, (
-            f"{_millions(parameters[0])} parameters, the fewest; they would need "
-            f"{_millions(enough)} images, more than {hours:g} hours have"
-        )
     for number, count in enumerate(parameters[1:], start=1):
         needed = _IMAGES_A_PARAMETER * count
-        larger = f"; {_millions(count)} would need {_millions(needed)} images, more than"
-        if needed > useful:
-            larger += f" {_USEFUL_EPOCHS} epochs have"
-            break
-        if needed <= seen:
+        if needed <= min(seen, useful):
             fits = _BYTES_A_PARAMETER * count <= _MEMORY * machine.memory
             pace = pace_of(number) if fits else 0.0
             if not pace:
                 larger = f"; {_millions(count)} would need more memory"
                 break
             seen = images_in(hours, pace)
-        if needed > seen:
-            larger += f" this machine can show it in {hours:g} hours"
+        lengths = {f"{hours:g} hours": seen, f"{_USEFUL_EPOCHS} epochs": useful}
+        if few := [length for length, images_seen in lengths.items() if needed > images_seen]:
+            larger = f"; {_millions(count)} would need {_millions(needed)} images, more than "
+            larger += f"{' and '.join(few)} have"
             break
-        chosen, larger = number, ""
+        chosen = number
     return chosen, f"{_millions(parameters[chosen])} parameters{larger}"
 
 
-def choose_batch(seen: float, images: Images, ranks: int) -> Choice:
-    """Return the batch size of a run that sees so many images: a power of two, for each rank."""
+def too_few_hours(parameters: int, rate: float, images: Images, hours: float) -> str:
+    """Return a sentence with the hours that would be enough for a network; empty if these are.
+
+    Args:
+        parameters: of the network.
+        rate: images a second at which it trains.
+    """
+    needed, seen = _IMAGES_A_PARAMETER * parameters, images_in(hours, rate)
+    if seen >= needed or needed > MOST_EPOCHS * images.count:  # more hours would not help
+        return ""
+    return (
+        f"hours {hours:g} are too few for a network of {_millions(parameters)} parameters: it "
+        f"needs {needed:,.0f} images and would see {seen:,.0f}; "
+        f"{_rounded_up(hours * needed / seen):g} hours are enough"
+    )
+
+
+def choose_batch(epochs: float, images: Images, ranks: int) -> Choice:
+    """Return the batch size of a run of so many epochs: a power of two, for each rank."""
     low, high = _BATCHES
-    most = min(seen / _STEPS, high, images.count)
+    most = min(epochs * images.count / _STEPS, high, images.count)
     batch = 2 ** int(math.log2(max(most, low)))
     batch = max(batch // ranks, 1) * ranks
-    why = f"{seen / batch:,.0f} steps; from {_STEPS:,} on it grows, up to {high}"
+    steps = steps_of(epochs, images.count, batch)
+    why = f"{steps:,} steps; from {_STEPS:,} on it grows, up to {high}"
     return Choice(batch, why)
 
 
@@ -296,6 +307,12 @@ def _rounded_down(value: float) -> float:
     """Return a positive number with three digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return float(f"{math.floor(value / unit) * unit:.3g}")
+
+
+def _rounded_up(value: float) -> float:
+    """Return a positive number with two digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit) * unit:.2g}")
 
 
 def _millions(count: float) -> str:

@@ -60,7 +60,8 @@ def decide(config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] 
     """Return the settings of the run in the folder ``run`` by the scale auto.
 
     A run with a checkpoint has what was decided at its start. For a new one it is measured, and a
-    table with a reason for each setting is printed.
+    table with a reason for each setting is printed, with a sentence when the hours are too few for
+    the network.
 
     Args:
         config: the settings of the user. What differs from the recipe at the scale paper stays.
@@ -86,9 +87,12 @@ def decide(config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] 
             f"{len(source)}"
         )
     print(f"scale auto: {len(source):,} images, {hours:g} hours on {device}; measuring ...")
+    choosing = Choosing(config, source, device, hours, given)
     with unchanged_generators():
-        choices = Choosing(config, source, device, hours, given).choose()
+        choices = choosing.choose()
     print(table(choices), flush=True)
+    if choosing.warning:
+        print(choosing.warning, flush=True)
     return tree.put(config, {name: choice.value for name, choice in choices.items()})
 
 

@@ -79,7 +79,12 @@ def plan_run(
             f"a rank's share of optim.batch_size, {share}, cannot be cut into {micro_batches} "
             f"equal parts of at most system.device_batch {most}"
         )
-    total = math.ceil(optim.epochs * images / optim.batch_size) * optim.batch_size
+    total = steps_of(optim.epochs, images, optim.batch_size) * optim.batch_size
     sharded = system.fsdp and world > 1
     searched = most == "auto" and device.type == "cuda" and not sharded
     return Plan(images, total, optim.batch_size, micro_batches, searched, multiple)
+
+
+def steps_of(epochs: float, images: int, batch_size: int) -> int:
+    """Return the steps of a run: the fewest that see each of ``images`` as often as ``epochs``."""
+    return math.ceil(epochs * images / batch_size)

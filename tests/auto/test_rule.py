@@ -1,19 +1,23 @@
 """Laws of the choice: what more hours, more images, more memory or larger images may change."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ldae.auto import rule
 from ldae.auto.rule import NETWORKS, Images, Machine
 from ldae.errors import InputError
-from ldae.settings import OptimSettings
+from ldae.settings import OptimSettings, SystemSettings
 from ldae.train.optim import peak_lr
+from ldae.train.plan import plan_run
 
 IMAGES = Images(count=50_000, side=32, decode_seconds=1e-4)
 GPU = Machine(gpu=True, cores=16, memory=80 * 10**9)
 CPU = Machine(gpu=False, cores=2, memory=16 * 10**9)
+DEVICE = torch.device("cpu")
 HOURS = (0.1, 1 / 3, 1, 4, 24, 168, 1000)
 PARAMETERS = [24 * part.depth * part.embed_dim**2 for part in NETWORKS]
 
@@ -64,14 +68,33 @@ def test_no_network_is_measured_that_the_one_before_rules_out(hours):
         assert rule.images_in(hours, pace_of(number - 1)) >= 0.3 * PARAMETERS[number]
 
 
-def test_hours_that_are_too_few_for_the_smallest_network_are_named():
-    hours = 0.3 * PARAMETERS[0] / rule.images_in(1, pace_of(0))
-    few, enough = (
-        rule.choose_network(PARAMETERS, pace_of, IMAGES, GPU, share * hours)
-        for share in (0.99, 1.01)
-    )
-    assert few[0] == enough[0] == 0
-    assert "the fewest; they would need" in few[1] and "the fewest" not in enough[1]
+def test_the_reason_names_what_a_larger_network_lacks():
+    """The network is chosen when that is enough."""
+    for hours, count in itertools.product(HOURS, (10**3, 50_000, 10**7, 10**9)):
+        images = replace(IMAGES, count=count)
+        chosen, why = rule.choose_network(PARAMETERS, pace_of, images, GPU, hours)
+        if chosen + 1 == len(PARAMETERS):
+            continue
+        needed = 0.3 * PARAMETERS[chosen + 1]
+        at_most = rule.images_in(hours, pace_of(chosen))
+        at_least = rule.images_in(hours, pace_of(chosen + 1))
+        assert ("400 epochs" in why) == (needed > 400 * count)
+        assert at_least < needed if "hours" in why else needed <= at_most
+        enough = replace(images, count=int(needed / 400) + 1) if "epochs" in why else images
+        longer = hours * max(1.01 * needed / at_least, 1)
+        assert network(longer, enough) > chosen
+
+
+@pytest.mark.parametrize("pace", [20.0, 3e4])
+def test_hours_that_are_too_few_for_the_network_are_named_with_those_that_are_enough(pace):
+    least = 0.3 * PARAMETERS[0] / rule.images_in(1, pace)
+    for hours in (0.01 * least, 0.5 * least, 0.99 * least):
+        sentence = rule.too_few_hours(PARAMETERS[0], pace, IMAGES, hours)
+        (named,) = re.findall("; (.*) hours are enough$", sentence)
+        assert least <= float(named) < 1.2 * least
+    assert rule.too_few_hours(PARAMETERS[0], pace, IMAGES, 1.01 * least) == ""
+    few = replace(IMAGES, count=10)  # more hours would not help
+    assert rule.too_few_hours(PARAMETERS[0], pace, few, 0.5 * least) == ""
 
 
 def test_a_network_has_room_in_the_memory():
@@ -138,14 +161,16 @@ def test_too_few_hours_are_refused_with_those_that_are_enough():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_a_batch_is_split_over_the_ranks_and_has_one_peak_of_the_learning_rate(ranks):
     sizes = []
-    for seen in (10**3, 10**6, 10**7, 10**8, 10**9):
-        batch_size = rule.choose_batch(seen, IMAGES, ranks).value
+    for epochs in (0.02, 20, 200, 2000, 20_000):
+        batch_size, why = rule.choose_batch(epochs, IMAGES, ranks)
+        optim = OptimSettings(batch_size=batch_size, epochs=epochs)
+        assert why.startswith(f"{plan_run(IMAGES.count, optim, SystemSettings(), DEVICE).steps:,} ")
         assert batch_size % ranks == 0 and 128 - ranks < batch_size <= 2048
         optim = OptimSettings(batch_size=batch_size, blr=rule.choose_rate(batch_size).value)
         assert peak_lr(optim) == pytest.approx(1e-3)
         sizes.append(batch_size)
     assert sizes == sorted(sizes)
-    assert rule.choose_batch(10**9, replace(IMAGES, count=200), 1).value <= 200
+    assert rule.choose_batch(1e6, replace(IMAGES, count=200), 1).value <= 200
 
 
 def test_axes_keep_the_variance_within_their_bounds():
@@ -186,7 +211,7 @@ def test_every_choice_has_a_reason():
         *rule.choose_sizes(NETWORKS[0], 32, {}).values(),
         rule.choose_epochs(pace, 4, IMAGES),
         rule.choose_warmup(10.0),
-        rule.choose_batch(1e6, IMAGES, 1),
+        rule.choose_batch(20, IMAGES, 1),
         rule.choose_rate(128),
         rule.choose_axes([3.0, 2.0, 1.0]),
         rule.choose_workers(pace, IMAGES, GPU),

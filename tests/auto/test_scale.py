@@ -16,6 +16,7 @@ from ldae.method import LDAE
 from ldae.pretraining import recipes
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import KINDS, settings_of
+from ldae.runs.metrics import read_records
 from ldae.train.interrupt import Interrupted
 
 DATA = "scattered-digits:200"
@@ -30,11 +31,12 @@ FLAGS = [f"--{name}={value}" for name, value in SMALL.items() if name != "data.s
 
 @pytest.fixture
 def speed(monkeypatch):
-    """speed(images): steps of this many images a second, which are not measured."""
+    """speed(images): steps of this many images a second; neither these nor decoding is measured."""
 
     def fix(images: float) -> None:
         found = facts.Speed(images, 10_000, 32)
         monkeypatch.setattr(facts, "measure_step", lambda config, device, size=0: found)
+        monkeypatch.setattr(facts, "decode_seconds", lambda source, config: 1e-5)
 
     return fix
 
@@ -66,6 +68,20 @@ def test_the_choice_fits_the_recipe_and_the_images(row, speed, tmp_path, capsys)
         name, value, _ = re.split(r"  +", line.strip() + "  ", maxsplit=2)
         assert str(tree.flatten(chosen)[name]) == value
     assert not (tmp_path / "run").exists()
+
+
+def test_a_short_run_has_the_steps_that_were_planned_and_ten_records(speed, tmp_path, capsys):
+    """A sentence names the hours that would be enough for its network."""
+    speed(4000.0)
+    config = ldae.config("l_dae", changes=SMALL)
+    ldae.pretrain(config, tmp_path / "run", scale="auto", hours=1.2e-4)
+    out = capsys.readouterr().out
+    (planned,) = re.findall(r"optim.batch_size +128 +(\d+) steps;", out)
+    assert f" in {planned} steps, from 0" in out
+    assert 10 <= len(read_records(tmp_path / "run")) <= int(planned)
+    (enough,) = re.findall(r"^hours 0.00012 are too few .*; (\S+) hours are enough$", out, re.M)
+    decide(config, tmp_path / "longer", "pretraining", float(enough))
+    assert "too few" not in capsys.readouterr().out
 
 
 def test_what_the_user_names_stays_and_is_said(speed, tmp_path, capsys):
