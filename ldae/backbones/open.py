@@ -194,7 +194,8 @@ def _from_timm_name(
         name, at = spec, ""
     pretrained = not (random_init or at)
     cfg = None if is_hub else _timm_cfg(name)
-    if pretrained and cfg and not cfg.has_weights:
+    # Without this, a network that others have registered would be graded with random weights.
+    if pretrained and not is_hub and not (cfg and cfg.has_weights):
         raise InputError(
             f"timm has no weights for {name}: name a checkpoint as {name}@FILE, "
             "or ask for the random initialisation"
