@@ -114,13 +114,14 @@ def _expand_array(job: str) -> list[str]:
 
 
 def _last_line(job_folder: Path) -> str:
-    """Return the last line that the command printed to the log of rank 0."""
+    """Return the last line that the command printed to the log of rank 0, since its last start."""
     logs = sorted(job_folder.glob("*_0_log.out"))
     if not logs:
         return ""
     with open(logs[0], "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
         text = file.read().decode(errors="replace")
+    text = re.split(r"^submitit .* - Starting with .*$", text, flags=re.M)[-1]
     lines = (line.strip() for line in re.split(r"[\r\n]+", text))  # progress bars use \r
     launcher = r"submitit \w+ \(|srun: |slurmstepd"
     lines = [line for line in lines if line and not re.match(launcher, line)]

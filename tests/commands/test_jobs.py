@@ -56,6 +56,16 @@ def test_the_last_state_of_a_progress_bar_is_shown(folder, tmp_path):
     assert read_statuses(tmp_path) == [("1", "running", "knn 'a b' --data x", "bar 20%")]
 
 
+def test_a_job_that_has_started_again_does_not_show_its_last_end(folder, tmp_path):
+    start = "submitit INFO (2026) - Starting with JobEnvironment(job_id=1)\n"
+    stopped = f"{start}bar 10%\nldae: stopped\n"
+    folder("1", text=stopped, state="running")
+    folder("2", text=f"{stopped}{start}submitit INFO (2026) - x\n", state="running")
+    folder("3", text=f"{stopped}{start}bar 20%\n", state="running")
+    messages = [status.message for status in read_statuses(tmp_path)]
+    assert messages == ["ldae: stopped", "", "bar 20%"]
+
+
 def test_a_job_without_its_process_has_failed(folder, tmp_path):
     gone = {"host": socket.gethostname(), "pid": 2**22 + 1}  # above Linux's largest process id
     folder("1", cluster="local", state="running", **gone)
