@@ -78,10 +78,10 @@ def evaluate(
         progress = run_cells(chosen, report)
         table = report(progress)
     print_main(f"{len(progress.done)} of {len(chosen)} cells; {out / 'table.md'}")
-    if failures := len(progress.failures):
+    if reasons := list(progress.failures.values()):
         raise InputError(
-            f"{failures} of {len(chosen)} cells failed, see {out / 'table.md'}; run the same "
-            "command to try them again"
+            f"{len(reasons)} of {len(chosen)} cells failed, the first with: {reasons[0]}; "
+            f"{out / 'table.md'} has all reasons, and the same command tries them again"
         )
     return table
 

@@ -222,7 +222,8 @@ def test_a_cell_fails_alone(suite, setup, called, capsys):
     assert cli.main(argv) == 2
     err = capsys.readouterr().err
     assert "ldae: knn of pixels-8 on digits: the disk is full\n" in err
-    assert "2 of 3 cells failed" in err.splitlines()[-1]
+    # `ldae jobs` shows the last line.
+    assert "2 of 3 cells failed, the first with: the disk is full; " in err.splitlines()[-1]
     by_json, _, text = numbers(setup.out)
     assert list(by_json) == [("pixels-8", "same", "retrieve", "mean_average_precision")]
     assert len(called.made) == 3
