@@ -13,11 +13,12 @@ from PIL import Image
 from tyro.conf import Fixed
 
 from ldae import cli, distributed
+from ldae.backbones.open import load_backbone
 from ldae.commands.evaluate import evaluate
 from ldae.commands.retrieve import RetrievalProtocol, retrieve
 from ldae.commands.validate import ValidationProtocol
 from ldae.errors import InputError, LostRank
-from ldae.evals import evaluation, features
+from ldae.evals import features
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
 from ldae.files import write_json
@@ -79,13 +80,13 @@ def numbers(folder) -> tuple[dict, dict, str]:
 
 
 def test_a_suite_opens_each_backbone_once(suite, setup, monkeypatch):
-    opened, load = [], evaluation.load_backbone
+    opened, load = [], load_backbone
 
     def counted(spec, **settings):
         opened.append(spec)
         return load(spec, **settings)
 
-    monkeypatch.setattr(evaluation, "load_backbone", counted)
+    monkeypatch.setattr("ldae.evals.open.load_backbone", counted)
     evaluate(("pixels:8", "pixels:4"), suite=suite, setup=setup)
     assert opened == ["pixels:8", "pixels:4"]
 
@@ -283,7 +284,7 @@ def test_a_classifier_is_graded_on_the_images_of_eval(tmp_path, setup, monkeypat
     model = timm.create_model("test_vit", num_classes=3, img_size=16)
     heads = iter([model.state_dict(), model.state_dict(), {"head.bias": torch.ones(3)}])
     loaded = SimpleNamespace(state_dict=lambda: next(heads))
-    monkeypatch.setattr("ldae.evals.evaluation.load_classifier", lambda *_, **__: loaded)
+    monkeypatch.setattr("ldae.evals.open.load_classifier", lambda *_, **__: loaded)
     path = tmp_path / "my.toml"
     path.write_text(
         "[data.a]\ntrain = 'digits'\n[data.b]\ntrain = 'x'\neval = 'scattered-digits:9'\n"

@@ -64,7 +64,7 @@ def test_the_command_writes(tmp_path, monkeypatch, capsys):
 def test_queries_with_nothing_to_find_are_refused_before_extraction(pictures, monkeypatch):
     monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
     train, evaluation = pictures(6, classes=2), pictures(4, "eval", classes=3)
-    monkeypatch.setattr("ldae.evals.evaluation.open_splits", lambda *given: (train, evaluation))
+    monkeypatch.setattr("ldae.evals.open.open_splits", lambda *given: (train, evaluation))
     with pytest.raises(InputError, match=r"class 'class-2' of pictures has no image .* \(train\)"):
         retrieve("pixels:8", "pictures", protocol=RetrievalProtocol(k=(1,)), setup=SETUP)
     with pytest.raises(InputError, match="class 'class-1' of pictures has no image"):

@@ -68,7 +68,7 @@ def layout(tmp_path):
 def oracle(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = Oracle()
-    load = "ldae.evals.evaluation.load_classifier"
+    load = "ldae.evals.open.load_classifier"
     monkeypatch.setattr(load, lambda spec, in_chans, img_size: model)
     return model
 
