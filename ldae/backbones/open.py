@@ -86,7 +86,7 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
         >>> classes = classifier(images).argmax(1)
     """
     spec = str(spec)
-    folder = backbone_folder(spec)
+    folder = finished_folder(spec)
     if folder and not kind_of(folder):
         if img_size is not None:
             raise InputError(f"img_size is for timm names: {spec} has its own")
@@ -113,19 +113,22 @@ def label_names(classifier: TimmModel) -> list[str]:
 def backbone_folder(spec: str | Path) -> Path | None:
     """Return the run or timm folder that ``spec`` names; None when it names something else.
 
-    For a fine-tuning this is the folder of its classifier.
-
-    Raises: InputError for a fine-tuning that has no classifier yet.
+    For a finished fine-tuning this is the folder of its classifier.
     """
     folder = Path(spec)
     if (folder / CLASSIFIER / "config.json").is_file():
         return folder / CLASSIFIER
-    kind = kind_of(folder)
-    if kind == "fine-tuning":
+    return folder if kind_of(folder) or (folder / "config.json").is_file() else None
+
+
+def finished_folder(spec: str | Path) -> Path | None:
+    """Return ``backbone_folder``. Raises: InputError for a fine-tuning without a classifier yet."""
+    folder = backbone_folder(spec)
+    if folder and kind_of(folder) == "fine-tuning":
         raise InputError(
             f"the fine-tuning {folder} has not ended: the same `ldae finetune` command resumes it"
         )
-    return folder if kind or (folder / "config.json").is_file() else None
+    return folder
 
 
 def has_classifier(spec: str | Path) -> bool:
@@ -141,7 +144,7 @@ def has_classifier(spec: str | Path) -> bool:
 
 
 def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> TimmModel:
-    folder = backbone_folder(spec)
+    folder = finished_folder(spec)
     is_pixels = spec.partition(":")[0] == "pixels"
     if img_size is not None and (folder or is_pixels):
         raise InputError(f"img_size is for timm names: {spec} has its own")

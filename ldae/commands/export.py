@@ -17,7 +17,7 @@ from torch import nn
 from ldae import files
 from ldae.backbones.card import with_graphs
 from ldae.backbones.open import (
-    backbone_folder,
+    finished_folder,
     has_classifier,
     label_names,
     load_backbone,
@@ -181,7 +181,7 @@ def _open(
 
     Raises: InputError when it cannot be opened, and for settings of another kind of network.
     """
-    folder, path = backbone_folder(spec), Path(spec)
+    folder, path = finished_folder(spec), Path(spec)
     is_run = folder is not None and kind_of(folder) is not None
     if is_run or (path.is_dir() and folder is None):
         if classifier:

@@ -287,8 +287,7 @@ def test_skipped_images_are_named_once_over_epochs_stops_and_ranks(
     assert on_ranks(lambda: pretrain(config, run, "l_dae")) == ["", ""]
     resumed = json.loads((run / "skipped.json").read_text())
     assert resumed.keys() == {early, late} and resumed[early] == skipped[early]
-    # The ranks skipped one more image of the first epoch, and both in the second.
-    assert sum(line["skipped"] for line in lines(run)) == 3
+    assert sum(line["skipped"] for line in lines(run)) == 4  # both in each epoch
 
 
 def test_a_bad_evaluation_image_stops_the_run_or_is_skipped_and_named(folder, tiny, tmp_path):

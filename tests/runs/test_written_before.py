@@ -10,8 +10,10 @@ import json
 import math
 import shutil
 from pathlib import Path
+from statistics import mean
 
 import pytest
+from written import lines
 
 from ldae import cli
 from ldae.runs.checkpoints import Checkpoints
@@ -39,10 +41,12 @@ def moved(run: str, part: str) -> float:
 def test_an_older_run_resumes_to_the_same_end(before, run):
     expected = EXPECTED[run]
     assert cli.main(expected["command"]) == 0
-    last = json.loads(Path(run, "metrics.jsonl").read_text().splitlines()[-1])
-    assert last.keys() == expected["metrics"].keys() | {"images_per_second", "data_wait"}
-    assert last["images"] == expected["images_seen"] == 128
-    assert last["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    records = lines(Path(run))
+    assert records[-1].keys() == expected["metrics"].keys() | {"images_per_second", "data_wait"}
+    assert records[-1]["images"] == expected["images_seen"] == 128
+    # The older code had one record of the last four steps, and now each step has one.
+    losses = [record["loss"] for record in records if record["images"] > 96]
+    assert mean(losses) == pytest.approx(expected["loss"], rel=1e-4)
     assert moved(run, "model") == pytest.approx(expected["model_moved"]["norm"], rel=1e-4)
     if expected["average_moved"]:
         average = moved(run, "average")
