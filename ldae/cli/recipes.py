@@ -7,7 +7,6 @@ from ldae.cli.commands import BY_RECIPE
 from ldae.cli.flags import asks_help, pop_positional, split_options
 from ldae.cli.settings import call_with_settings
 from ldae.errors import InputError
-from ldae.tree import taken_by
 
 
 def call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> None:
@@ -18,15 +17,16 @@ def call_with_recipe(command: str, argv: Sequence[str], function: Callable) -> N
     names = ", ".join(recipes.RECIPES)
     recipe = "[--recipe NAME]" if recipes.DEFAULT else "--recipe NAME"
     if asks_help(rest):
-        base = recipes.config(chosen.recipe or next(iter(recipes.RECIPES)), chosen.size or "B")
+        name = chosen.recipe or next(iter(recipes.RECIPES))
+        base = recipes.RECIPES.config(name, chosen.size or "B")
     elif backbone is None or not chosen.recipe:
         raise InputError(
             f"name a backbone and a recipe: ldae {command} BACKBONE {recipe} ... ({names})"
         )
     else:
         make = getattr(recipes, f"{command}_config")
-        known = {"size": chosen.size, "run": split_options(rest, run="")[0].run}
-        base = make(backbone, chosen.recipe, **taken_by(make, known))
+        run = split_options(rest, run="")[0].run
+        base = make(backbone, chosen.recipe, size=chosen.size, run=run)
     call_with_settings(
         command,
         function,

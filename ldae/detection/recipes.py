@@ -45,7 +45,6 @@ RECIPES = Recipes("detection", {
     }),
     "scenes": Recipe(1, _SCENES, {"B": _SMALL, "L": _MIDDLE, "H": _LARGE}),
 })  # fmt: skip
-config = RECIPES.config
 
 
 def detect_config(

@@ -46,7 +46,6 @@ RECIPES = Recipes("fine-tuning", {
         "H": {"model.layer_decay": 0.65},
     }, former={1: {"optim.ema_warmup": False}}),
 })  # fmt: skip
-config = RECIPES.config
 
 
 def finetune_config(

@@ -47,7 +47,7 @@ def tiny(exported):
 
     def make(name: str = "mae", **changes) -> FinetuneConfig:
         given = {key.replace("__", "."): value for key, value in changes.items()}
-        return tree.replace(recipes.config(name), TINY | {"backbone": exported} | given)
+        return tree.replace(recipes.RECIPES.config(name), TINY | {"backbone": exported} | given)
 
     return make
 

@@ -9,7 +9,7 @@ PUBLISHED = {"B": (100, 0.7, 0.1), "L": (100, 0.8, 0.4), "H": (75, 0.9, 0.5)}
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_vitdet_has_the_published_constants(size):
-    config = recipes.config("vitdet", size)
+    config = recipes.RECIPES.config("vitdet", size)
     model, optim = config.model, config.optim
     assert (optim.epochs, model.layer_decay, model.drop_path) == PUBLISHED[size]
     assert peak_lr(optim) == pytest.approx(1e-4) and optim.weight_decay == 0.1

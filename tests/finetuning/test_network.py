@@ -26,7 +26,7 @@ def backbone(name="vit_tiny_patch16_224", seed=3, **args):
 
 def settings(**changes):
     given = {name.replace("__", "."): value for name, value in changes.items()}
-    return tree.replace(recipes.config("mae"), {"backbone": "it"} | given)
+    return tree.replace(recipes.RECIPES.config("mae"), {"backbone": "it"} | given)
 
 
 @pytest.mark.parametrize(

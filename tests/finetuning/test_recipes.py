@@ -32,18 +32,21 @@ def test_recipes_have_the_published_constants(name, size):
         "recipe": name, "size": size, "version": 2 if name == "ldae" else 1,
         "optim.ema_warmup": name == "ldae",
     }  # fmt: skip
-    actual = tree.flatten(recipes.config(name, size))
+    actual = tree.flatten(recipes.RECIPES.config(name, size))
     assert {key: actual[key] for key in expected} == expected
 
 
 def test_peak_learning_rate_matches_the_paper():
-    assert peak_lr(recipes.config("ldae").optim) == pytest.approx(4e-3)
+    assert peak_lr(recipes.RECIPES.config("ldae").optim) == pytest.approx(4e-3)
 
 
 @pytest.mark.parametrize("size", ["B", "L", "H"])
 def test_former_versions_keep_their_constants(size):
     """Version 1 of the recipe ldae averaged the weights with one decay from the first step on."""
-    former, newest = recipes.config("ldae", size, version=1), recipes.config("ldae", size)
+    former, newest = (
+        recipes.RECIPES.config("ldae", size, version=1),
+        recipes.RECIPES.config("ldae", size),
+    )
     assert tree.difference(former, newest) == {
         "version": (1, 2), "optim.ema_warmup": (False, True)
     }  # fmt: skip
