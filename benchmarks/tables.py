@@ -165,6 +165,27 @@ def _imagenette_latents() -> str:
     return markdown(["`tokenizer.scale`", "seeds", "linear probe", "k-NN, k = 20"], rows)
 
 
+def _leads() -> str:
+    """The three best leads of each family by the linear probe, and MAE as it is."""
+    found = {
+        row["name"]: [value for (value,) in row["accuracies"].values()]
+        for row in _read("contest", "leads", "table.json")["rows"]
+    }
+    pixels = found.pop("raw pixels")
+    ranked = sorted(found, key=found.__getitem__, reverse=True)
+    rivals = [name for name in ranked if name.startswith("mae")]
+    denoising = [name for name in ranked if name not in rivals]
+    rows = {name: found[name] for name in (*denoising[:3], *rivals[:3], "mae")}
+    rows |= {"raw pixels": pixels}
+    header = [
+        f"the best of {len(denoising)} leads of denoising and {len(rivals)} of MAE, in percent",
+        *("linear probe", "k-NN, k = 20", "whitened"),
+    ]
+    return markdown(
+        header, [[name, *(f"{value:.1f}" for value in values)] for name, values in rows.items()]
+    )
+
+
 def _soak() -> str:
     """What killed runs lost."""
     both = [_read("soak.json"), _read("soak-2.json")]
@@ -213,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rows": _rows,
     "latents": _latents,
     "imagenette-latents": _imagenette_latents,
+    "leads": _leads,
     "guidance": _guidance,
     "soak": _soak,
     "speed": machines.table,
