@@ -10,7 +10,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from ldae.backbones.weights import find_encoder, load_weights
+from ldae.backbones.weights import check_no_graph, find_encoder, load_weights
 from ldae.backbones.whitening import is_whitened
 from ldae.errors import InputError, first_line, nearest
 from ldae.runs.kinds import kind_of
@@ -232,7 +232,8 @@ def _from_timm_name(
 def _timm_cfg(name: str) -> Any:
     """Return timm's configuration of ``name``, which may have a tag.
 
-    Raises: InputError with the nearest name.
+    Raises: InputError when timm has no such model, with the nearest name or with what a file or
+        folder of that name lacks.
     """
     architecture, _, tag = name.partition(".")
     if timm.is_model(architecture):
@@ -242,6 +243,7 @@ def _timm_cfg(name: str) -> Any:
         raise InputError(f"timm has no weights {tag!r} of {architecture}, but {', '.join(tags)}")
     if name.endswith((".npy", ".parquet")):
         raise InputError(f"{name} holds no backbone: features of `ldae embed` only grade")
+    check_no_graph(Path(name))
     if Path(name).is_file():
         raise InputError(f"the file {name} does not name its architecture: write NAME@{name}")
     if Path(name).is_dir():

@@ -26,6 +26,7 @@ _STATE_DICT_KEYS = (
 _WRAPPERS = (
     "module.", "_orig_mod.", "teacher.", "backbone.", "base_encoder.", "encoder.", "encoder_q."
 )  # fmt: skip
+_GRAPHS = (".onnx", ".pt2")  # of ONNX and of torch.export
 _MAX_NAMES = 8
 
 
@@ -137,6 +138,15 @@ def _listed(title: str, names: Iterable[str]) -> list[str]:
     return [f"{title} ({len(names)}): {', '.join(names[:_MAX_NAMES])}{more}"] if names else []
 
 
+def check_no_graph(file: Path) -> None:
+    """Raises: InputError for an existing file whose name says that it is an exported graph."""
+    if file.suffix.lower() in _GRAPHS and file.is_file():
+        raise InputError(
+            f"{file} is an exported graph, from which timm cannot build the network: name the "
+            "exported folder around it, or the timm model"
+        )
+
+
 def read_checkpoint(file: Path) -> Any:
     """Return the content of a checkpoint, without running any code that it may hold.
 
@@ -144,6 +154,7 @@ def read_checkpoint(file: Path) -> Any:
     """
     if not file.is_file():
         raise InputError(f"there is no checkpoint file {file}")
+    check_no_graph(file)
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -139,6 +139,20 @@ def test_folders_and_files_without_architecture_are_refused(tmp_path):
         load_backbone(file)
 
 
+@pytest.mark.parametrize("opened", [load_backbone, load_classifier])
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "OTHER.ONNX"])
+def test_an_exported_graph_is_no_backbone(name, opened, tmp_path):
+    """Neither by itself nor as the checkpoint of an architecture."""
+    file = tmp_path / name
+    with pytest.raises(InputError, match="there is no folder"):
+        opened(file)
+    file.write_bytes(b"a graph")
+    for spec in (file, f"{VIT}@{file}"):
+        with pytest.raises(InputError, match="name the exported folder around it, or the") as said:
+            opened(spec)
+        assert str(said.value).startswith(f"{file} is an exported graph")
+
+
 def test_pixels_are_flattened():
     model = load_backbone("pixels:8", in_chans=2)
     x = images(2, 8)
