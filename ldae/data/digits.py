@@ -1,6 +1,8 @@
 """The built-in data sets, made from scikit-learn's 8x8 digits without a download."""
 
 import functools
+import logging
+import os
 import re
 
 import numpy as np
@@ -14,6 +16,7 @@ SPLITS = ("train", "eval")
 _TRAIN_IMAGES, _EVAL_IMAGES = 20_000, 5_000  # of scattered-digits
 _CANVAS = 32
 _SIZES = (14, 24)  # smallest and largest side of a scattered digit, in pixels
+_log = logging.getLogger(__name__)
 
 
 def built_in_splits(spec: str) -> Splits:
@@ -21,6 +24,7 @@ def built_in_splits(spec: str) -> Splits:
 
     Raises: InputError when ``spec`` has another form.
     """
+    warn_of_folder(spec)
     if spec == "digits":
         return {split: functools.partial(Digits, spec, split) for split in SPLITS}
     if spec.startswith("digits"):
@@ -30,6 +34,12 @@ def built_in_splits(spec: str) -> Splits:
         split: functools.partial(ScatteredDigits, spec, split, images, seed)
         for split, images in zip(SPLITS, (count, _EVAL_IMAGES))
     }
+
+
+def warn_of_folder(spec: str) -> None:
+    """Warn when a folder has the name of the built-in data set ``spec``, which is used instead."""
+    if os.path.isdir(spec):
+        _log.warning("%s is the built-in data set: the folder of that name is ./%s", spec, spec)
 
 
 def count_and_seed(spec: str, default: int) -> tuple[int, int]:

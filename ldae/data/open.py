@@ -101,7 +101,7 @@ def open_source(
     - A cache, the ``.safetensors`` file of ``ldae cache``, with the splits of its source.
     - ``torch/NAME@ROOT`` and ``hfds/NAME[@ROOT]``: data sets that timm opens.
     - ``digits``, ``scattered-digits[:N[:SEED]]`` and ``digit-scenes[:N[:SEED]]``: built-in data
-      sets. ``./digits`` is a folder.
+      sets, also beside a folder of that name, which is ``./digits``.
 
     Raises: InputError when the source does not exist, has no images or lacks the split.
     """

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldae.data.digits import SPLITS, count_and_seed, glyphs
+from ldae.data.digits import SPLITS, count_and_seed, glyphs, warn_of_folder
 from ldae.data.instances import InstanceSource, Pictures, encode
 from ldae.data.source import Splits
 
@@ -24,6 +24,7 @@ def scene_splits(spec: str) -> Splits:
 
     Raises: InputError when ``spec`` has another form.
     """
+    warn_of_folder(spec)
     count, seed = count_and_seed(spec, _TRAIN_IMAGES)
     return {
         split: functools.partial(DigitScenes, spec, split, images, seed)

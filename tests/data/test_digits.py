@@ -1,7 +1,14 @@
-import numpy as np
+import os
+from pathlib import Path
 
-from ldae.data.digits import Digits, ScatteredDigits
-from ldae.data.open import open_source, open_splits
+import numpy as np
+import pytest
+from doors import png
+
+from ldae.data.coco import instance_splits
+from ldae.data.digits import BUILT_IN, Digits, ScatteredDigits
+from ldae.data.open import open_source, open_splits, source_splits
+from ldae.data.scenes import SCENES
 
 
 def pixels(source, i: int) -> np.ndarray:
@@ -23,6 +30,26 @@ def test_the_spec_of_scattered_digits_has_count_and_seed():
     one, same, other = (open_source(f"scattered-digits:30{s}", "train") for s in ("", ":0", ":1"))
     assert len(one) == 30
     assert np.array_equal(one.labels, same.labels) and not np.array_equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [*((name, source_splits) for name in (*BUILT_IN, SCENES)), (SCENES, instance_splits)],
+)
+def test_a_folder_named_like_a_built_in_set_is_announced(
+    name, opened, tmp_path, monkeypatch, caplog
+):
+    """The built-in set is opened all the same, and the folder by the name in the warning."""
+    monkeypatch.chdir(tmp_path)
+    opened(name)
+    assert not caplog.messages
+    Path(name).mkdir()
+    (tmp_path / name / "1.png").write_bytes(png(0))
+    assert opened(name).keys() == {"train", "eval"}
+    (said,) = caplog.messages
+    folder = said.split()[-1]
+    assert said.startswith(f"{name} is the built-in data set") and os.path.samefile(folder, name)
+    assert len(open_source(folder, "train")) == 1 and len(caplog.messages) == 1
 
 
 def test_a_digit_of_varying_place_lies_on_a_black_canvas():
