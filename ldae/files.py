@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from ldae.errors import InputError
 
-PARTIAL = ".partial"  # suffix of a file that is being written
+PARTIAL = ".partial"  # suffix of a file or a folder that is being written
 PARTS = ".parts"  # suffix of the folder that holds the parts of a file until all are there
 
 
@@ -89,6 +89,23 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``, to be renamed to it or emptied; it is gone at the end.
+
+    What a process that was killed has left there is removed first.
+
+    Raises: OSError when the folder cannot be made.
+    """
+    folder = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(file: BinaryIO, path: Path) -> None:

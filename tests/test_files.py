@@ -21,3 +21,18 @@ def test_write_replaces_a_file_completely_or_not_at_all(tmp_path, monkeypatch):
         files.write_json(path, {})
     assert json.loads(path.read_text())["name"] == "größer"
     assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_partial_folder_is_empty_and_does_not_stay(tmp_path):
+    path, left = tmp_path / "new" / "out", tmp_path / "new" / "out.partial"
+    left.mkdir(parents=True)
+    (left / "of a killed process").touch()
+    with files.partial_folder(path) as folder:
+        assert folder == left and not list(folder.iterdir())
+        (folder / "file").write_text("whole")
+        folder.rename(path)
+    assert [*tmp_path.rglob("file*")] == [path / "file"]
+    with pytest.raises(KeyboardInterrupt), files.partial_folder(path) as folder:
+        (folder / "file").write_text("other")
+        raise KeyboardInterrupt
+    assert [*path.parent.iterdir()] == [path] and (path / "file").read_text() == "whole"

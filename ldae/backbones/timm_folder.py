@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ldae.errors import InputError
+from ldae.files import partial_folder
 
 README = "README.md"
 """The model card in such a folder."""
@@ -44,27 +45,23 @@ def write_timm_folder(
     """
     images_seen = getattr(model, "images_seen", None)
     config = {"label_names": classes, "images_seen": images_seen, "whitening": whitening}
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        timm.models.save_for_hf(
-            model,
-            str(aside),
-            model_config={name: value for name, value in config.items() if value is not None},
-            model_args=model_args,
-            safe_serialization=True,
-        )
-        if card:
-            (aside / README).write_text(card, encoding="utf-8")
-        # safetensors makes its file readable by the owner only, but the folder is for sharing.
-        shutil.copymode(aside / "config.json", aside / "model.safetensors")
-        opened = timm.create_model(f"local-dir:{aside}", pretrained=True).eval()
-        verify(opened)
-        if extend:
-            extend(aside, opened)
-        aside.rename(out)
+        with partial_folder(out) as aside:
+            timm.models.save_for_hf(
+                model,
+                str(aside),
+                model_config={name: value for name, value in config.items() if value is not None},
+                model_args=model_args,
+                safe_serialization=True,
+            )
+            if card:
+                (aside / README).write_text(card, encoding="utf-8")
+            # safetensors makes its file readable by the owner only, but the folder is for sharing.
+            shutil.copymode(aside / "config.json", aside / "model.safetensors")
+            opened = timm.create_model(f"local-dir:{aside}", pretrained=True).eval()
+            verify(opened)
+            if extend:
+                extend(aside, opened)
+            aside.rename(out)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{out} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -157,7 +156,7 @@ def add_graphs(folder: Path, model: nn.Module, graphs: Graphs) -> dict[str, dict
             _check_same(folder / name, held, described)
             continue
         program = program or _trace(deployed)
-        with _aside(folder) as place:
+        with _aside(folder / name) as place:
             write = _write_onnx if name == ONNX else _write_program
             error = _relative_error(deployed, write(program, place / name, deployed))
             if not error < TOLERANCE:
@@ -207,12 +206,12 @@ def _check_same(path: Path, held: dict, described: dict) -> None:
 
 
 @contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """Yield a folder whose files move into ``folder`` at the end, unless there is an error."""
-    with files.report_write_errors(folder), tempfile.TemporaryDirectory(dir=folder) as place:
-        yield Path(place)
+def _aside(path: Path) -> Iterator[Path]:
+    """Yield a folder whose files move beside it at the end, ``path`` last, unless one fails."""
+    with files.report_write_errors(path.parent), files.partial_folder(path) as place:
+        yield place
         for name in sorted(os.listdir(place), reverse=True):  # weights before the graph
-            os.replace(Path(place, name), folder / name)
+            os.replace(place / name, path.parent / name)
 
 
 def _trace(deployed: Deployed) -> torch.export.ExportedProgram:

@@ -6,6 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ldae.errors import InputError, first_line
+from ldae.files import PARTIAL
 from ldae.runs.layout import EVALS
 
 
@@ -23,8 +24,9 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     """Upload a folder to a repository of models, which is created if there is none.
 
     Files of the repository that the folder has too are replaced; others stay. Results of graders in
-    ``evals`` are left out: a repository may be public, and they name paths of this machine. The
-    token is that of ``hf auth login``, or the environment variable HF_TOKEN.
+    ``evals`` are left out: a repository may be public, and they name paths of this machine. What a
+    killed export has left unfinished is left out too. The token is that of ``hf auth login``, or
+    the environment variable HF_TOKEN.
 
     Args:
         private: create the repository as a private one.
@@ -39,7 +41,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            ignore_patterns=f"{EVALS}/*",
+            ignore_patterns=[f"{EVALS}/*", f"*{PARTIAL}", f"*{PARTIAL}/*"],
             commit_message="Export from ldae",
         )
     except Exception as error:  # of the network's libraries too, which share no base class

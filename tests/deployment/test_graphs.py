@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,25 @@ def test_what_differs_is_refused_and_nothing_is_left(kinds, tmp_path, monkeypatc
                 export(spec, out, **how)
     assert not list(tmp_path.glob("new*"))
     assert {path.name for path in done.iterdir()} == before
+
+
+def test_what_a_killed_export_leaves_is_gone_after_the_same_command(kinds, tmp_path, monkeypatch):
+    """A kill may leave the folder as it is at the comparison, when the graph is written."""
+    spec, _ = kinds("ours")
+    out, killed = export(spec, tmp_path / "out"), tmp_path / "killed"
+    compare = graphs._relative_error
+
+    def copy_first(*args) -> float:
+        shutil.copytree(out, killed)
+        return compare(*args)
+
+    monkeypatch.setattr(graphs, "_relative_error", copy_first)
+    before = {path.name for path in out.iterdir()}
+    export(spec, out, onnx=True)
+    assert {path.name for path in killed.iterdir()} == before | {"model.onnx.partial"}
+    monkeypatch.undo()
+    export(spec, killed, onnx=True)
+    assert {path.name for path in killed.iterdir()} == {path.name for path in out.iterdir()}
 
 
 def test_wrong_requests_are_sentences(kinds, network, tmp_path, monkeypatch):

@@ -141,15 +141,16 @@ def test_the_hub_gets_the_folder(hub, run, tmp_path, capsys):
         assert torch.equal(one(images), other(images))
 
 
-def test_results_of_graders_stay_here(hub, run, tmp_path):
-    """They name paths of this machine."""
+def test_results_of_graders_and_unfinished_files_stay_here(hub, run, tmp_path):
+    """Results name paths of this machine."""
     out = export(run(), tmp_path / "out")
-    record = out / "evals" / "knn-images" / "results.json"
-    record.parent.mkdir(parents=True)
-    record.write_text("{}")
+    finished = {path.name for path in out.iterdir()}
+    for name in ("evals/knn-images/results.json", "model.onnx.partial/model.onnx", "a.partial"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
     stand_in = hub()
     export(out, out, push="user/digits")
-    assert stand_in.files.keys() == {path.name for path in out.iterdir() if path.is_file()}
+    assert stand_in.files.keys() == finished
 
 
 def test_a_refusal_is_a_sentence_and_loses_nothing(hub, run, tmp_path, monkeypatch):
