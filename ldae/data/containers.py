@@ -260,7 +260,7 @@ class Zip(Archive):
 
 
 class Tar(Archive):
-    """An uncompressed tar archive. A location is offset, size and time in seconds."""
+    """An uncompressed tar archive. A location begins with offset, size and time in seconds."""
 
     def entries(self) -> dict[str, Location]:
         try:
@@ -270,11 +270,11 @@ class Tar(Archive):
             raise InputError(f"{self.path} is not a readable tar archive: {error}") from error
 
     def open(self, name: bytes, location: Location) -> BinaryIO:
-        offset, size, _ = location
+        offset, size, *_ = location
         return io.BytesIO(self._read(offset, size))
 
     def stamp(self, names: list[bytes], locations: np.ndarray) -> bytes:
-        return locations[:, 1:].tobytes()  # size and time
+        return locations[:, 1:3].tobytes()  # size and time
 
 
 def tar_entries(file: BinaryIO) -> dict[str, Location]:

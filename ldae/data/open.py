@@ -13,6 +13,7 @@ from ldae.data.containers import (
     COMPRESSED_TAR,
     Container,
     Folder,
+    Tar,
     open_container,
     visible_entries,
 )
@@ -31,10 +32,15 @@ _SHARDS = {shards.SUFFIX: shards.shard_splits, parquet.SUFFIX: parquet.parquet_s
 
 
 def image_splits(spec: str, container: Container) -> Splits:
-    """Find the image files of a folder or an archive, or else the shards of a folder.
+    """Find the image files of a folder or an archive, or the samples of its shards.
 
-    Raises: InputError when there are none, or the folder or archive must not be used.
+    A tar archive is a shard if its images have labels beside them. In a folder, shards are looked
+    for when there are no image files.
+
+    Raises: InputError when there are no images, or the folder or archive must not be used.
     """
+    if isinstance(container, Tar) and shards.is_shard(container.path):
+        return {"all": partial(shards.open_shard, spec, container.path)}
     listing = list_images(container)
     if listing.count:
         return file_splits(spec, container, listing)
@@ -93,7 +99,9 @@ def open_source(
       classes are the first-level sub-folders, sorted; with images directly inside, it is
       unlabelled. A single outer folder, as many archives have, is skipped.
     - A folder of ``.tar`` shards in webdataset's layout or of ``.parquet`` files. The names of the
-      files say their splits, see :func:`ldae.data.shards.splits_by_name`.
+      files say their splits, see :func:`ldae.data.shards.splits_by_name`. A ``.tar`` file that has
+      ``0001.cls``, or ``0001.json`` with a ``label``, beside ``0001.jpg`` is one shard, without
+      splits.
     - A list of image files: ``.txt``, ``.csv`` or ``.tsv``, see
       :class:`ldae.data.list_file.ListedFiles`. It has no splits.
     - A ``.parquet`` file without splits, see :class:`ldae.data.parquet.ParquetSource`.

@@ -1,11 +1,13 @@
-"""Folders of .tar shards in the layout of webdataset: samples of files with the same key."""
+"""The .tar shards of webdataset: samples of files with the same key."""
 
 import io
 import json
 import os
 import re
+import tarfile
 from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from ldae.console import progress
 from ldae.data.classes import ordered
-from ldae.data.containers import Location, Tar, read_at, visible_entries
+from ldae.data.containers import Location, Tar, hidden, read_at, visible_entries
 from ldae.data.image import image_extensions
 from ldae.data.image_files import EVAL_NAMES, FileSource
 from ldae.data.listing import Listing, join, keep, kept_listing, listing_of, stamp_of
@@ -24,6 +26,7 @@ SUFFIX = ".tar"
 _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension of a file, by webdataset
 _SPLIT = re.compile(rf"(?<![a-z])(train|{'|'.join(EVAL_NAMES)})(?![a-z])")
 _NO_LABEL = -1
+_EXAMINED = 100  # entries of an archive that show whether it is a shard
 
 
 class Shards:
@@ -62,7 +65,8 @@ def shard_splits(spec: str, folder: Path, shards: list[str]) -> Splits:
     for name in shards:
         if f"{SUFFIX}/" in name:
             raise InputError(f"{spec} has the shard {name} in a folder that is named like a shard")
-    listing = _list_shards(folder, shards)
+    key = folder / f"*{SUFFIX}"  # beside the listing of the folder itself
+    listing = _list_shards(key, {f"{name}/": folder / name for name in shards})
     if not listing.count:
         raise InputError(f"{spec} contains no images: its .tar shards have none")
 
@@ -74,6 +78,37 @@ def shard_splits(spec: str, folder: Path, shards: list[str]) -> Splits:
 
     splits = splits_by_name(shards)
     return {split: partial(open_split, split, names) for split, names in splits.items()}
+
+
+def is_shard(path: Path) -> bool:
+    """Return whether a tar archive is a shard: among its first images, one has a label beside it.
+
+    An archive that cannot be read is none.
+    """
+    samples: dict[str, dict[str, Location]] = {}
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in islice(archive, _EXAMINED):
+                match = _KEY.fullmatch(member.name.removeprefix("./"))
+                if match and member.isreg() and not hidden(match[0]):
+                    location = (member.offset_data, member.size)
+                    samples.setdefault(match[1], {})[match[2].lower()] = location
+            images = [parts for parts in samples.values() if _image_among(parts)]
+            if any("cls" in parts for parts in images):
+                return True
+            with_json = next((parts for parts in images if "json" in parts), {})
+            return _label(file, with_json) is not None
+    except (OSError, ValueError, RecursionError, tarfile.TarError):
+        return False
+
+
+def open_shard(spec: str, path: Path) -> FileSource:
+    """Open one shard, as ``shard_splits`` does but without splits and with the names in it.
+
+    Raises: InputError as ``shard_splits``.
+    """
+    listing = _list_shards(path / "*", {"": path})  # beside the listing as a plain archive
+    return FileSource(spec, "all", Tar(path), listing, *_classes(spec, listing))
 
 
 def _classes(spec: str, listing: Listing) -> tuple[list[str], np.ndarray] | tuple[None, None]:
@@ -111,29 +146,31 @@ def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
     return {"all": [name for names in found.values() for name in names]}
 
 
-def _list_shards(folder: Path, shards: list[str]) -> Listing:
-    """List shards; only those are read that have changed since their listing was kept."""
-    key = folder / "*.tar"  # beside the listing of the folder itself
+def _list_shards(key: Path, shards: dict[str, Path]) -> Listing:
+    """List shards; only those are read that have changed since their listing was kept for ``key``.
+
+    ``shards`` are their paths, by the beginning that the names of their images get.
+    """
     kept = kept_listing(key)
     numbers = {label: number for number, label in enumerate(kept.labels if kept else ())}
     stamps, parts = {}, []
     with progress(len(shards), "listing shards", after=1) as bar:
-        for shard in shards:
-            stamp = stamps[f"{shard}/"] = stamp_of(folder / shard)
-            if kept and stamp and kept.stamps.get(f"{shard}/") == stamp:
-                parts.append(kept.below(f"{shard}/"))
+        for start, path in shards.items():
+            stamp = stamps[start] = stamp_of(path)
+            if kept and stamp and kept.stamps.get(start) == stamp:
+                parts.append(kept.below(start))
             else:
-                parts.append(listing_of(_samples(folder / shard, shard, numbers)))
+                parts.append(listing_of(_samples(path, start, numbers)))
             bar.update()
     listing = join(parts, stamps, [*numbers])
     keep(key, listing, kept)
     return listing
 
 
-def _samples(path: Path, shard: str, numbers: dict[str, int]) -> dict[str, Location]:
+def _samples(path: Path, start: str, numbers: dict[str, int]) -> dict[str, Location]:
     """Return the location of the image of every sample in a shard, sorted by name.
 
-    Labels that ``numbers`` does not have are added to it.
+    Their names begin with ``start``. Labels that ``numbers`` does not have are added to it.
     """
     entries = visible_entries(Tar(path))
     samples: dict[str, dict[str, str]] = {}
@@ -153,7 +190,7 @@ def _samples(path: Path, shard: str, numbers: dict[str, int]) -> dict[str, Locat
                 ) from error
             number = _NO_LABEL if label is None else numbers.setdefault(label, len(numbers))
             image = names[extension]
-            images[f"{shard}/{image}"] = (*entries[image], number)
+            images[start + image] = (*entries[image], number)
     return {name: images[name] for name in sorted(images)}
 
 

@@ -14,6 +14,7 @@ FILES = ["ant/1.png", "ant/2.png", "bee/1.png", "cat/1.png", "cat/2.png", "cat/3
 DOORS = {
     "shards": lambda root: write_shards(root, root.with_name("shards")),
     "shards with json": lambda root: write_shards(root, root.with_name("shards"), label="json"),
+    "one shard": lambda root: write_shards(root, root.with_name("one"), size=9) / "shard-0000.tar",
     "list": lambda root: write_list(root, root.with_name("list.txt")),
     "parquet": lambda root: write_parquet(root, root.with_name("images.parquet")),
 }

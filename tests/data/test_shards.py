@@ -53,6 +53,29 @@ def test_samples_without_labels_are_unlabelled_but_not_half_of_them(tmp_path):
     refuse(tmp_path / "wds", r"0\.tar/a\.png has no label, and others have$")
 
 
+@pytest.mark.parametrize("label", [{"cls": b"7"}, {"json": b'{"label": "7"}'}])
+def test_an_archive_is_a_shard_if_labels_lie_beside_its_images(label, tmp_path):
+    """Whatever its name, and with the names of a plain archive."""
+    ((extension, content),) = label.items()
+    files = {"x/b.png": png(1), f"x/b.{extension}": content, "a.png": png(0)}
+    path = write_tar(tmp_path / "val-0.tar", files | {f"a.{extension}": content})
+    source = open_source(str(path), "train")
+    assert (source.classes, source.labels.tolist()) == (["7"], [0, 0])
+    assert names(path) == ["a.png", "x/b.png"]
+    write_tar(path, files)
+    refuse(path, r"val-0\.tar/a\.png has no label, and others have$")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"1.txt": b"7"}, {"1.json": b'{"url": 7}'}, {"1.json": b"{"}, {"2.cls": b"7"}],
+)
+def test_an_archive_without_labels_beside_its_images_is_a_plain_one(beside, tmp_path):
+    files = {f"{folder}/1.png": png(0) for folder in ("ant", "bee")}
+    path = write_tar(tmp_path / "0.tar", files | {f"ant/{name}": beside[name] for name in beside})
+    assert open_source(str(path), "train").classes == ["ant", "bee"]
+
+
 def test_the_names_of_shards_say_their_splits():
     train, evaluation = ["in1k-train-0.tar", "in1k-train-1.tar"], ["in1k-validation-0.tar"]
     assert splits_by_name(train + evaluation) == {"train": train, "eval": evaluation}
