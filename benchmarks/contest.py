@@ -40,6 +40,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from command import run_ldae
 from paired import bootstrap, correct
 
 from ldae.data.open import open_source
@@ -160,7 +161,7 @@ def train(args: argparse.Namespace, words: list[str], run: Path, seed: int) -> N
     words = ["pretrain", *words, "--data", args.data, "--seed", str(seed)]
     images = args.images or images_in(args.minutes, words, run)
     epochs = images / count
-    ldae(*words, *length(epochs), "--run", run)
+    run_ldae(*words, *length(epochs), "--run", run)
     write_json(run / "seconds.json", {"images": images, "seconds": seconds_of(run)})
 
 
@@ -233,7 +234,7 @@ def finetune(args: argparse.Namespace, words: list[str], run: Path, seed: int) -
     for folder, start in starts.items():
         out = folder / FINETUNED
         if not (out / layout.RESULTS).exists():
-            ldae("finetune", run, *RECIPE, *words, *data, *start, "--run", out)
+            run_ldae("finetune", run, *RECIPE, *words, *data, *start, "--run", out)
 
 
 def grade(spec: str, args: argparse.Namespace, folder: Path, *more: str) -> None:
@@ -241,18 +242,11 @@ def grade(spec: str, args: argparse.Namespace, folder: Path, *more: str) -> None
     missing = [name for name in args.graders if not (folder / name / layout.RESULTS).exists()]
     train, test = folder / "train.npy", folder / "eval.npy"
     if missing:
-        ldae("embed", spec, args.data, *more, "--out", train)
-        ldae("embed", spec, args.eval_data, *more, "--out", test)
+        run_ldae("embed", spec, args.data, *more, "--out", train)
+        run_ldae("embed", spec, args.eval_data, *more, "--out", test)
     for name in missing:
         verb, *words = GRADERS[name]
-        ldae(verb, train, "--eval-data", test, *words, "--out", folder / name)
-
-
-def ldae(*words: object) -> None:
-    """Run a command of the package, and stop when it fails."""
-    command = [str(word) for word in words]
-    print("$ ldae", *command, flush=True)
-    subprocess.run([sys.executable, "-m", "ldae", *command], check=True)
+        run_ldae(verb, train, "--eval-data", test, *words, "--out", folder / name)
 
 
 def write_table(args: argparse.Namespace, entries: Sequence[dict]) -> None:

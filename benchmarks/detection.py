@@ -10,10 +10,10 @@ detectors so far, their minutes, and the differences in AP50.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
+
+from command import run_ldae
 
 from ldae.files import write_json
 from ldae.runs.environment import environment
@@ -50,13 +50,6 @@ def main() -> None:
     for row in rows:
         print(row)
     print(record(rows)["above_the_control"])
-
-
-def run_ldae(*words: object) -> None:
-    """Run a command of the package, and stop when it fails."""
-    command = [str(word) for word in words]
-    print("\n$ ldae", *command, flush=True)
-    subprocess.run([sys.executable, "-m", "ldae", *command], check=True)
 
 
 def measured(run: Path) -> dict:

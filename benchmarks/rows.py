@@ -11,9 +11,9 @@ again to resume. The records of every row go to --out, and table.json and table.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from command import run_ldae
 
 import ldae
 from ldae import trajectory
@@ -60,13 +60,6 @@ def run_row(name: str, args: argparse.Namespace, settings: list[str]) -> None:
         run_ldae("linear", run, *splits, "--epochs", args.probe_epochs, "--out", linear)
     if not list(run.glob("samples/*.png")):
         run_ldae("sample", run)
-
-
-def run_ldae(*words: object) -> None:
-    """Run a command of the package, and stop when it fails."""
-    command = [str(word) for word in words]
-    print("\n$ ldae", *command, flush=True)
-    subprocess.run([sys.executable, "-m", "ldae", *command], check=True)
 
 
 def tokenizer_name(name: str, scale: str) -> str:

@@ -23,6 +23,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
     *(
         "agreement",
         "classifier",
+        "command",
         "contest",
         "course",
         "detection",
@@ -238,12 +239,12 @@ def contest(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = import_module("contest")
 
-    def ldae(*words):
+    def run_ldae(*words):
         module.commands.append([str(word) for word in words])
         finished(Path(words[-1]), top1=50.0, top1_k20=40.0)
 
     monkeypatch.setattr(module, "commands", [], raising=False)
-    monkeypatch.setattr(module, "ldae", ldae)
+    monkeypatch.setattr(module, "run_ldae", run_ldae)
     monkeypatch.setattr(module, "environment", dict)
     return module
 

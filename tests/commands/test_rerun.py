@@ -8,26 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from graders import GRADERS, KINDS, short
 from PIL import Image
 
 import ldae
 from ldae import cli
-from ldae.cli.protocols import graders
 from ldae.commands.rerun import rerun
 from ldae.errors import DifferentResult, InputError
 from ldae.evals.online import _Probe
-from ldae.evals.protocol import Grader
 from ldae.runs.checkpoints import Checkpoints
 
 SETUP = ldae.Setup(workers=0, device="cpu")
 DIGITS = replace(SETUP, in_chans=1)
-SHORT = {
-    "k": (1,), "epochs": 2, "warmup_epochs": 1, "total_batch": 16, "C": (0.1, 1.0), "steps": 2,
-    "learning_rates": (0.1, 1.0), "timesteps": (10,), "leading": (1,), "shots": (2,), "draws": 2,
-    "corruption": ("contrast",), "severity": (1,), "temperature": 0.2,
-}  # fmt: skip
-GRADERS = {**graders(), "grid": Grader("grid", ldae.grid)}
-KINDS = [(verb, name) for verb, grader in GRADERS.items() for name in grader.protocols]
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
@@ -89,13 +81,11 @@ def test_each_repetition_has_a_folder_of_its_own(first):
 @pytest.mark.parametrize(("verb", "name"), KINDS)
 def test_every_grader_can_be_repeated(verb, name, run, data, classifier, tmp_path):
     grader = GRADERS[verb]
-    kind = grader.protocols[name]
-    given = {key: value for key, value in SHORT.items() if key in kind.__dataclass_fields__}
     spec = classifier if grader.takes("classifier") else run()
     options = {"classes": 3} if verb == "segment" else {}
     source = data.with_name("maps") if verb == "segment" else data
     setup = replace(SETUP, out=tmp_path / "out", seed=2, batch_size=7)
-    record = grader.function(spec, source, protocol=kind(**given), **options, setup=setup)
+    record = grader.function(spec, source, protocol=short(verb, name), **options, setup=setup)
     assert rerun(tmp_path / "out")["verdict"] == "equal"
     again = json.loads((tmp_path / "out" / "rerun" / "results.json").read_text())
     for part in ("protocol", "data", "call", "results"):

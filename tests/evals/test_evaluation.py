@@ -4,27 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
+from graders import GRADERS, KINDS, short
 
 from ldae.backbones.open import load_backbone, load_classifier
-from ldae.cli.protocols import graders
 from ldae.commands.export import export
 from ldae.commands.finetune import finetune
-from ldae.commands.grid import grid
 from ldae.commands.knn import knn
 from ldae.data.label_maps import open_map_splits
 from ldae.data.open import open_splits
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
-from ldae.evals.protocol import Grader
 from ldae.files import state_hash
 
-GRADERS = {**graders(), "grid": Grader("grid", grid)}
-KINDS = [(verb, kind) for verb, grader in GRADERS.items() for kind in grader.protocols]
-SHORT = {
-    "k": (1,), "epochs": 2, "warmup_epochs": 1, "total_batch": 16, "C": (1.0,), "steps": 1,
-    "learning_rates": (0.1,), "timesteps": (10,), "leading": (1,),
-}  # fmt: skip
 SETUP = Setup(workers=0, device="cpu")
 
 
@@ -38,8 +30,6 @@ def check(record: dict, model, splits) -> None:
 @pytest.mark.parametrize(("verb", "name"), KINDS)
 def test_every_record_names_weights_and_images(verb, name, run, data, classifier, tmp_path):
     grader = GRADERS[verb]
-    kind = grader.protocols[name]
-    given = {key: value for key, value in SHORT.items() if key in kind.__dataclass_fields__}
     is_classifier = grader.takes("classifier")
     spec = str(classifier if is_classifier else run())
     splits = open_splits(str(data), None)
@@ -47,7 +37,7 @@ def test_every_record_names_weights_and_images(verb, name, run, data, classifier
         data = data.with_name("maps")
         splits = open_map_splits(str(data), None)
     setup = replace(SETUP, out=tmp_path / "out")
-    record = grader.function(spec, str(data), protocol=kind(**given), setup=setup)
+    record = grader.function(spec, str(data), protocol=short(verb, name), setup=setup)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["data"] == record["data"]
     model = (load_classifier if is_classifier else load_backbone)(spec)
     check(record, model, splits if grader.takes("eval_data") else splits[1:] * 2)

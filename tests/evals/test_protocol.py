@@ -8,21 +8,20 @@ from dataclasses import asdict, fields
 from importlib import import_module
 
 import pytest
+from graders import GRADERS
 
 from ldae import cli
 from ldae.cli.protocols import graders
-from ldae.commands.grid import GridProtocol, grid
+from ldae.commands.grid import GridProtocol
 from ldae.commands.knn import knn
 from ldae.errors import InputError
 from ldae.evals.evaluation import Evaluation, Setup
 from ldae.evals.naming import changes
 from ldae.evals.neighbours import KNNProtocol
-from ldae.evals.protocol import Grader, flags
+from ldae.evals.protocol import flags
 from ldae.evals.suite import read_suite
 
-GRADERS = graders()
-ALL = {**GRADERS, "grid": Grader("grid", grid)}  # grid takes runs only, so no suite has it
-KINDS = [(verb, kind) for verb, grader in ALL.items() for kind in grader.protocols.values()]
+KINDS = [(verb, kind) for verb, grader in GRADERS.items() for kind in grader.protocols.values()]
 
 # For every flag a value that is not its default.
 OTHER = {
@@ -38,7 +37,7 @@ NEEDS = {"severity": {"corruption": ("fog",)}, "whiten_shrinkage": {"whiten": Tr
 
 
 def named(verb: str, kind: type) -> dict[str, str]:
-    return {"protocol": kind.name} if len(ALL[verb].protocols) > 1 else {}
+    return {"protocol": kind.name} if len(GRADERS[verb].protocols) > 1 else {}
 
 
 def as_flags(given: dict) -> list[str]:
@@ -54,7 +53,7 @@ def test_flags_are_the_fields_of_the_protocol_and_of_the_setup(verb, kind, capsy
     with pytest.raises(SystemExit):
         cli.main([verb, *as_flags(named(verb, kind)), "--help"])
     found = re.findall(r"^[│ ] --([A-Za-z][\w-]*) ", capsys.readouterr().out, re.M)
-    parameters = inspect.signature(ALL[verb].function).parameters.values()
+    parameters = inspect.signature(GRADERS[verb].function).parameters.values()
     own = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY} - {"protocol", "setup"}
     setup = {part.name for part in fields(Setup)}
     wanted = [*own, *setup, *named(verb, kind), *flags(kind)]
@@ -85,14 +84,14 @@ def test_a_grader_reads_shared_features_if_its_protocol_says_so(verb, kind, monk
     setup = Setup(in_chans=1, workers=0, device="cpu", out=tmp_path)
     protocol = kind(k=(1,)) if verb == "knn" else kind()
     with pytest.raises(ReadsFeatures if kind.shares_features else OpensEncoder):
-        ALL[verb].function("pixels:8", data, protocol=protocol, setup=setup)
+        GRADERS[verb].function("pixels:8", data, protocol=protocol, setup=setup)
 
 
 @pytest.mark.parametrize(("verb", "kind"), KINDS)
 def test_command_line_suite_and_python_make_the_same_protocol(verb, kind, tmp_path, monkeypatch):
     given = {name: OTHER[name] for name in flags(kind)}
     given.pop("class_map" if "real_labels" in given else "", None)  # which exclude each other
-    called, original = [], ALL[verb].function
+    called, original = [], GRADERS[verb].function
 
     @functools.wraps(original)
     def record(*args, protocol, setup, **options):
@@ -104,7 +103,7 @@ def test_command_line_suite_and_python_make_the_same_protocol(verb, kind, tmp_pa
     wanted = asdict(kind(**given))
     assert [asdict(found) for found in called] == [wanted]
     assert set(given) <= {change.partition("=")[0] for change in changes(*called)}
-    if verb in GRADERS:
+    if verb in graders():  # those that a suite may name
         lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
         head = f"[data.d]\ntrain = 'images'\n[protocols.p]\nverb = '{verb}'\n"
         suite = tmp_path / "suite.toml"
