@@ -193,7 +193,7 @@ def calibrate(words: list[str], run: Path) -> float:
             if begun and time.monotonic() - begun > CALIBRATION and len(records_of(run)) > 2:
                 break
         else:
-            raise SystemExit(f"{words} ended in its calibration")
+            raise SystemExit(f"ldae {' '.join(words)} ended during its calibration")
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()

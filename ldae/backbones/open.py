@@ -18,8 +18,8 @@ from ldae.runs.layout import CLASSIFIER
 
 _NO_HEAD: dict[str, Any] = {"num_classes": 0}  # makes timm leave out the classifier
 
-# A network with the attributes that timm sets: pretrained_cfg, num_classes; with model_args; and,
-# when ldae pre-trained it, with images_seen.
+# A network with timm's attributes pretrained_cfg and num_classes, and with ours: model_args and,
+# when ldae pre-trained it, images_seen.
 TimmModel = Any
 
 
@@ -132,7 +132,7 @@ def finished_folder(spec: str | Path) -> Path | None:
 
 
 def has_classifier(spec: str | Path) -> bool:
-    """Return whether a spec names a folder of a classifier: of a fine-tuning or a saved probe."""
+    """Return whether a spec names the folder of a classifier: a fine-tuning or a saved probe."""
     folder = backbone_folder(spec)
     if folder is None or kind_of(folder):
         return False
@@ -240,7 +240,8 @@ def _timm_cfg(name: str) -> Any:
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         if not tag or tag in tags:
             return timm.models.get_pretrained_cfg(name)
-        raise InputError(f"timm has no weights {tag!r} of {architecture}, but {', '.join(tags)}")
+        there = ", ".join(tags) or "none"
+        raise InputError(f"timm has no weights {tag!r} of {architecture}; those it has: {there}")
     if name.endswith((".npy", ".parquet")):
         raise InputError(f"{name} holds no backbone: features of `ldae embed` only grade")
     check_no_graph(Path(name))

@@ -47,8 +47,8 @@ class Foreign(NamedTuple):
 def find_encoder(file: Path, model: nn.Module, name: str) -> Foreign:
     """Return the part of a ``.safetensors`` or PyTorch checkpoint that fits a timm model best.
 
-    Raises: InputError when the file cannot be read or holds no weights, those of no backbone, or
-        those of a ViT when the model ``name`` is none.
+    Raises: InputError when the file cannot be read or holds no weights, when its layout is known to
+        be of no backbone, and when its layout is of a ViT and the model ``name`` is no ViT.
     """
     own = model.state_dict().keys()
     candidates = [
@@ -70,8 +70,8 @@ def find_encoder(file: Path, model: nn.Module, name: str) -> Foreign:
 def load_weights(model: nn.Module, foreign: Foreign, name: str, classifier: bool = False) -> None:
     """Load the tensors of a checkpoint into a timm model, and print the names of the surplus ones.
 
-    None may be missing, since a part with random weights would be graded as trained. In a layout
-    that is known (``ldae.backbones.layouts``) none may be left over either.
+    No tensor may be missing, since a part with random weights would be graded as trained. In a
+    known layout (``ldae.backbones.layouts``) no tensor may be left over either.
 
     Args:
         model: changed in place; built with ``foreign.args``.
@@ -132,7 +132,7 @@ def _check_patch_size(foreign: Foreign, model: nn.Module, name: str) -> None:
 
 
 def _listed(title: str, names: Iterable[str]) -> list[str]:
-    """Return a line with the first of the names, or none if there are no names."""
+    """Return one line with the first of the names, or no line if there are no names."""
     names = sorted(names)
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return [f"{title} ({len(names)}): {', '.join(names[:_MAX_NAMES])}{more}"] if names else []

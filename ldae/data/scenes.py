@@ -33,7 +33,7 @@ def scene_splits(spec: str) -> Splits:
 
 
 def picture_splits(spec: str) -> Splits:
-    """Return functions that open the splits as images alone, as a pre-training takes them.
+    """Return functions that open the splits as images without instances, for a pre-training.
 
     Raises: InputError as ``scene_splits``.
     """

@@ -131,8 +131,8 @@ def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
     """Return the files of each split; the keys are as in ``Splits``.
 
     The last word of a path that is ``train`` or one of ``EVAL_NAMES`` names the split, as in
-    ``imagenet-train-0042.tar`` or ``val/0042.tar``. If both splits are there, other files are of
-    neither.
+    ``imagenet-train-0042.tar`` or ``val/0042.tar``. If both splits are there, all other files
+    belong to neither.
     """
     found: dict[str, list[str]] = {}
     for name in files:

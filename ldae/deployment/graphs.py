@@ -141,8 +141,9 @@ def add_graphs(folder: Path, model: nn.Module, graphs: Graphs) -> dict[str, dict
     Args:
         model: the folder's, as timm opens it, in eval mode on the CPU.
 
-    Raises: InputError for a model that is no graph, for a graph that differs from the model by more
-        than 1e-5, and when the folder has a graph of another input or other outputs.
+    Raises: InputError for a model that cannot be written as a graph, for a graph that differs from
+        the model by more than 1e-5, and when the folder has a graph of another input or other
+        outputs.
     """
     records = read_graphs(folder)
     if not graphs.files:
@@ -215,14 +216,19 @@ def _aside(path: Path) -> Iterator[Path]:
 
 
 def _trace(deployed: Deployed) -> torch.export.ExportedProgram:
-    """Return the program of a network, for any batch. Raises: InputError when it has none."""
+    """Return the program of a network for batches of any size.
+
+    Raises: InputError when torch cannot trace it.
+    """
     batch = {"images": {0: torch.export.Dim("batch", min=1)}}
     example = deployed.images(_EXAMPLES)
     try:
         with torch.no_grad():
             return torch.export.export(deployed, (example,), dynamic_shapes=batch)
     except Exception as error:  # of many types
-        raise InputError(f"{deployed.name} is no graph: {first_line(error)}") from error
+        raise InputError(
+            f"{deployed.name} cannot be written as a graph: {first_line(error)}"
+        ) from error
 
 
 def _write_program(
@@ -257,7 +263,9 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, deployed: Dep
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many types
-        raise InputError(f"{deployed.name} is no ONNX: {first_line(error)}") from error
+        raise InputError(
+            f"{deployed.name} cannot be written as ONNX: {first_line(error)}"
+        ) from error
     return lambda images: [
         torch.from_numpy(part) for part in session.run(None, {"images": images.numpy()})
     ]

@@ -95,7 +95,8 @@ def test_preprocessing_describes_the_model_that_was_built(name, chans):
     ("spec", "sentence"),
     [
         ("test_vitt", "the nearest is 'test_vit"),
-        (f"{VIT}.nonsense", "no weights 'nonsense'"),
+        (f"{VIT}.nonsense", f"no weights 'nonsense' of {VIT}; those it has: "),
+        ("coatnet_0_224.any", "no weights 'any' of coatnet_0_224; those it has: none"),
         ("runs/none", "no folder runs/none"),
         ("pixels:small", "pixels:SIZE"),
         ("coatnet_0_224", "timm has no weights for coatnet_0_224"),
