@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import ldae
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.commands.pretrain import pretrain
 from ldae.data.loader import eval_batches
 from ldae.data.open import open_source
@@ -87,7 +87,7 @@ def main() -> None:
 @torch.no_grad()
 def loss_of(run: Path, config: Config, device: torch.device) -> float:
     """Return the mean loss of a run's weights in float32 on evaluation images."""
-    method, _ = load_run(run)
+    method, _ = load_method(run)
     method.to(device)
     source = open_source(config.data.source, "eval")
     transform = CropTransform(config.data.img_size, config.data.in_chans)

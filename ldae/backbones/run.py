@@ -1,4 +1,4 @@
-"""Open the encoder of a run as a backbone."""
+"""Load the method of a run, and open its encoder as a backbone."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ from ldae.runs.kinds import KINDS, Exported, Opening, pretraining_in, settings_o
 from ldae.runs.layout import CONFIG
 
 
-def load_run(run: Path, kind: str = "pretraining") -> tuple[Any, dict]:
+def load_method(run: Path, kind: str = "pretraining") -> tuple[Any, dict]:
     """Load the newest checkpoint of a pre-training; return its method and the whole checkpoint.
 
     The method has the moving average of the weights if the run has one.
@@ -39,7 +39,7 @@ def load_run(run: Path, kind: str = "pretraining") -> tuple[Any, dict]:
 
 
 class TokenizerAndEncoder(nn.Module):
-    """The tokenizer and the encoder of a run, when no timm ViT computes the same.
+    """The tokenizer and the encoder of a run, for an encoder that cannot become a timm ViT.
 
     This is a backbone for evaluations, but not a timm model, and it cannot be exported.
     """
@@ -57,8 +57,9 @@ class TokenizerAndEncoder(nn.Module):
 def backbone_of(method: LDAE, verify: bool = True) -> nn.Module:
     """Return the encoder as a backbone: normalised images (B, C, H, W) -> features (B, W).
 
-    Raises: InputError when the encoder is a plain ViT, and the fold is wrong as far as ``verify``
-        looks.
+    An encoder that timm does not have stays behind its tokenizer, see ``TokenizerAndEncoder``.
+
+    Raises: InputError when ``verify`` finds that the folded encoder has other features.
     """
     try:
         return fold(method, verify=verify)
@@ -117,10 +118,10 @@ def backbone_of_run(run: str | Path) -> nn.Module:
 
     Its ``images_seen`` is the checkpoint's.
 
-    Raises: InputError as ``load_run``, and as the kind's ``Opening.backbone``.
+    Raises: InputError as ``load_method``, and as the kind's ``Opening.backbone``.
     """
     kind = pretraining_in(Path(run))
-    method, state = load_run(Path(run), kind)
+    method, state = load_method(Path(run), kind)
     backbone = KINDS[kind].opened().backbone(method, True)
     backbone.images_seen = state["images_seen"]
     return backbone
@@ -129,8 +130,8 @@ def backbone_of_run(run: str | Path) -> nn.Module:
 def control_of_run(run: str | Path) -> nn.Module:
     """Return the untrained control of a run's encoder: timm's ViT with random weights.
 
-    Raises: InputError as ``load_run``, and as the kind's ``Opening.control``.
+    Raises: InputError as ``load_method``, and as the kind's ``Opening.control``.
     """
     kind = pretraining_in(Path(run))
-    method, _ = load_run(Path(run), kind)
+    method, _ = load_method(Path(run), kind)
     return KINDS[kind].opened().control(method)

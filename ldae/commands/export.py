@@ -24,7 +24,7 @@ from ldae.backbones.open import (
     load_classifier,
 )
 from ldae.backbones.resize import resize_input
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.backbones.timm_folder import README, write_timm_folder
 from ldae.backbones.whitening import SHRINKAGE, add_whitening, is_whitened, whitening
 from ldae.data.open import open_source
@@ -212,7 +212,7 @@ def _open(
 
 def _open_run(run: Path, timestep: int | None, license: str) -> _Opened:
     kind = pretraining_in(run)
-    method, state = load_run(run, kind)
+    method, state = load_method(run, kind)
     try:
         exported = KINDS[kind].opened().export(method, timestep)
     except NoPlainViT as error:

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Fixed
 
 from ldae import noise
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec
@@ -91,7 +91,7 @@ def grid(
             f"{run} is {KINDS[kind].noun}, which has no t: ldae linear {run} --blocks 0 1 probes "
             "its blocks"
         )
-    method, _ = load_run(run)
+    method, _ = load_method(run)
     steps, blocks = len(method.sigma), method.denoiser.stages
     if protocol.timesteps == GridProtocol.timesteps:
         scaled = dict.fromkeys(noise.level_of_1000(t, steps) for t in protocol.timesteps)

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from ldae import console, files
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.distributed import (
     all_reduce_sum,
     barrier,
@@ -80,7 +80,7 @@ def sample(
     _check_request(images, batch_size, workers, out)
     torch_device = device_for(device)
     with process_group(torch_device):
-        method, state = load_run(run)
+        method, state = load_method(run)
         seen = state["images_seen"]
         _check_channels(method, out)
         generate, chosen, record = prepare_generation(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.data.image import from_array
 from ldae.data.open import open_source
 from ldae.distributed import rank, world_size
@@ -90,7 +90,7 @@ class RunImages(ImageSet):
     def __init__(
         self, run: Path, count: int, how: SamplingSettings, device: torch.device, workers: int
     ) -> None:
-        method, state = load_run(run)
+        method, state = load_method(run)
         self._generate, _, samples = prepare_generation(
             run, method, state, how, device, workers=workers
         )

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from ldae.backbones.open import load_backbone
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.backbones.weights import StateDict, read_checkpoint
 from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError
@@ -70,7 +70,7 @@ def open_start(config: MAEConfig, run: Path) -> tuple[MAEConfig, Start | None]:
     if at:
         encoder, decoder = _published(Path(file), config.data.in_chans)
     elif kind_of(Path(spec)) == "mae":
-        decoder = load_run(Path(spec), "mae")[0].decoder.state_dict()
+        decoder = load_method(Path(spec), "mae")[0].decoder.state_dict()
     _check_positions(spec, encoder.pop("pos_embed", torch.zeros(1, 1, 1)))
     try:
         shape, _ = read_vit(vit)

@@ -1,4 +1,4 @@
-"""Opens the pre-training in a folder: to look at it, to denoise and to sample."""
+"""Open the pre-training in a folder: read its metrics, denoise images, generate samples."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,7 +12,7 @@ from torch import nn
 
 from ldae import distributed
 from ldae.backbones.open import load_backbone
-from ldae.backbones.run import load_run as load_method
+from ldae.backbones.run import load_method
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.pretraining.images import sample_images
@@ -201,7 +201,7 @@ class Run:
 
 
 def load_run(folder: str | Path, device: str = "auto") -> Run:
-    """Open the pre-training in a folder: to look at it, to denoise, to sample, for its backbone.
+    """Open the pre-training in a folder: metrics, denoising, sampling and the backbone.
 
     Args:
         folder: the run folder.

@@ -270,8 +270,8 @@ def prepare_generation(
     """Prepare the generation of samples from a run.
 
     Args:
-        method: method of the run, from ``load_run``; it is moved to ``device``.
-        state: checkpoint of the run, from ``load_run``.
+        method: method of the run, from ``load_method``; it is moved to ``device``.
+        state: checkpoint of the run, from ``load_method``.
         data: source of the images for the Gaussian of latents; by default the run's source.
         workers: processes that decode these images.
 

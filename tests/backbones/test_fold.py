@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ldae.backbones.fold import fold, init_from
 from ldae.backbones.open import load_backbone
-from ldae.backbones.run import backbone_of, load_run
+from ldae.backbones.run import backbone_of, load_method
 from ldae.commands.export import export
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, extract_share
@@ -124,7 +124,7 @@ def test_encoder_that_is_not_a_vit_is_graded_but_not_exported(
 
     monkeypatch.setattr(DiT, "plain_vit", refuse)
     folder = run()
-    trained, _ = load_run(folder)
+    trained, _ = load_method(folder)
     backbone, x = load_backbone(folder), trained.tokenizer.normalize(images)
     with torch.no_grad():
         assert torch.equal(backbone(x), trained.features(x, 10))
@@ -149,7 +149,7 @@ def test_timm_opens_the_exported_folder(run, tmp_path, images):
         "README.md",
     }
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    trained, _ = load_run(tmp_path / "run-l_dae")
+    trained, _ = load_method(tmp_path / "run-l_dae")
     x = trained.tokenizer.normalize(images)
     with torch.no_grad():
         assert relative_error(model(x), trained.features(x, 10)) < 1e-5

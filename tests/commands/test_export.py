@@ -9,7 +9,7 @@ import torch
 
 from ldae.backbones.fold import init_from
 from ldae.backbones.open import load_backbone, load_classifier
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.commands.export import export
 from ldae.commands.finetune import finetune
 from ldae.commands.knn import knn
@@ -144,7 +144,7 @@ def test_a_pre_training_starts_from_the_body(exports, tiny):
     for exported in (plain, white):
         torch.manual_seed(0)
         method = build(tiny()).eval()
-        method.tokenizer.load_state_dict(load_run(folder)[0].tokenizer.state_dict())
+        method.tokenizer.load_state_dict(load_method(folder)[0].tokenizer.state_dict())
         _, start = open_start(tiny(init_from=str(exported)), exported / "new")
         init_from(method, start)
         states.append(method.state_dict())

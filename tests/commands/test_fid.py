@@ -16,7 +16,7 @@ from PIL import Image
 from ldae import cli
 from ldae.backbones.open import load_backbone
 from ldae.backbones.preprocessing import preprocessing
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.commands.fid import FIDSettings, fid
 from ldae.commands.sample import sample
 from ldae.data.open import open_source
@@ -304,7 +304,7 @@ def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
     argv += ["--images", "70", "--batch-size", "16", "--steps", "3", "--seed", "5"]
     assert cli.main(["fid", run, *argv, "--out", "cli.json"]) == 0
     assert json.loads(Path("cli.json").read_text())["results"] == record["results"]
-    method, state = load_run(Path(run))
+    method, state = load_method(Path(run))
     samples = record["images"]["samples"]
     assert samples["weights"] == state_hash(method.state_dict())
     assert samples["images_seen"] == state["images_seen"] > 0

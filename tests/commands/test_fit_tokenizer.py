@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from written import assert_equal, lines
 
 from ldae import tree
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.commands.fit_tokenizer import fit_tokenizer
 from ldae.commands.pretrain import pretrain
 from ldae.data.open import open_source
@@ -196,7 +196,7 @@ def test_a_pretraining_uses_a_fitted_tokenizer(tiny, tmp_path):
         pretrain(config, tmp_path / "other", "linear_gamma2")
     assert not (tmp_path / "other").exists()
     with pytest.raises(InputError, match="fit holds a tokenizer, not a denoising pre-training"):
-        load_run(tmp_path / "fit")
+        load_method(tmp_path / "fit")
 
 
 def test_a_finished_fit_is_not_replaced_by_another(tiny, tmp_path):

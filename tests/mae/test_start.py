@@ -7,7 +7,7 @@ from mae_layout import LIKE_PUBLISHED
 from safetensors.torch import load_file
 
 from ldae.backbones.open import load_backbone
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.commands.export import export
 from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
@@ -25,7 +25,7 @@ def trained(tiny_mae, tmp_path):
 
 
 def test_a_run_and_its_export_are_gone_on_with(trained, tiny_mae, tmp_path, images):
-    first, _ = load_run(trained, "mae")
+    first, _ = load_method(trained, "mae")
     exported = export(trained, tmp_path / "exported")
     for spec in (trained, exported):
         config = put(tiny_mae(seed=5), UNNAMED_SIZES | {"init_from": str(spec)})
@@ -41,7 +41,7 @@ def test_a_run_and_its_export_are_gone_on_with(trained, tiny_mae, tmp_path, imag
                 torch.testing.assert_close(state[name], wanted[name], rtol=1e-5, atol=1e-6)
     second = tiny_mae(init_from=str(trained), optim__epochs=0.25, optim__warmup_epochs=0)
     pretrain(second, tmp_path / "second", "mae")
-    gone_on, state = load_run(tmp_path / "second", "mae")
+    gone_on, state = load_method(tmp_path / "second", "mae")
     assert state["images_seen"] == 16
     weight = first.encoder.blocks[0].mlp.fc1.weight
     assert 0 < (gone_on.encoder.blocks[0].mlp.fc1.weight - weight).norm() < weight.norm()

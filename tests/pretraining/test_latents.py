@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldae import tokenizers
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.commands.cache import cache
 from ldae.commands.fit_tokenizer import fit_tokenizer
 from ldae.commands.pretrain import pretrain
@@ -162,7 +162,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(cached, fork, tmp_path):
     assert_equal(killed["model"], whole["model"])
     assert_equal(killed["average"], whole["average"])
     assert (tmp_path / "killed" / "denoised.png").read_bytes()
-    load_run(tmp_path / "killed")
+    load_method(tmp_path / "killed")
 
 
 def test_two_ranks_train_on_what_one_does(cached, tmp_path, on_ranks):

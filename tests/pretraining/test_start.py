@@ -7,7 +7,7 @@ import torch
 import ldae
 from ldae.backbones.fold import fold, init_from
 from ldae.backbones.open import load_backbone
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.commands.export import export
 from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
@@ -179,13 +179,13 @@ def test_a_run_needs_its_start_only_once(start, config, tmp_path, capsys):
     assert before.model.name == ARCHITECTURES["clip"][0]
     assert before.data.mean == tuple(STATISTICS["mean"])
     folder.rename(tmp_path / "gone")
-    trained, state = load_run(run)
+    trained, state = load_method(run)
     assert state["images_seen"] == 16
     opened = load_backbone(export(run, tmp_path / "exported"))
     assert opened.num_prefix_tokens == vit.num_prefix_tokens
     pretrain(config(folder), run, "l_dae")
     assert settings_of(run, "pretraining") == before
-    again, _ = load_run(run)
+    again, _ = load_method(run)
     assert all(torch.equal(a, b) for a, b in zip(
         trained.state_dict().values(), again.state_dict().values(), strict=True
     ))  # fmt: skip

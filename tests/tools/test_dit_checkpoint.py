@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ldae import cli
-from ldae.backbones.run import load_run
+from ldae.backbones.run import load_method
 from ldae.errors import InputError
 from ldae.patches import patchify, sincos_positions, unpatchify
 from ldae.runs.kinds import settings_of
@@ -139,7 +139,7 @@ def make(vae, tmp_path):
 @torch.no_grad()
 def test_the_prediction_is_that_of_dit(make):
     own = weights()
-    method, state = load_run(make(own))
+    method, state = load_method(make(own))
     x = torch.randn(3, CHANS, 2 * SIDE, 2 * SIDE, generator=torch.Generator().manual_seed(1))
     t, labels = torch.tensor([0, 517, 999]), torch.tensor([3, 9, CLASSES])  # the last is the null
     found = unpatchify(method.predict(patchify(x, 2), t, labels), 2, CHANS)
@@ -150,7 +150,7 @@ def test_the_prediction_is_that_of_dit(make):
 
 
 def test_latents_are_those_of_the_vae_times_its_factor(make, vae):
-    method, _ = load_run(make(weights()))
+    method, _ = load_method(make(weights()))
     network = diffusers.AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False).eval()
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_the_run_is_one_of_row_dit_with_dits_recipe(make):
 def test_the_average_of_a_training_checkpoint_is_graded(make):
     average, own = weights(1), weights(2)
     run = make({"model": own, "ema": average, "opt": {"state": {}}})
-    method, state = load_run(run)
+    method, state = load_method(run)
     assert torch.equal(method.denoiser.y_embed.weight, average["y_embedder.embedding_table.weight"])
     trained = state["model"]["denoiser.y_embed.weight"]
     assert torch.equal(trained, own["y_embedder.embedding_table.weight"])
@@ -179,7 +179,7 @@ def test_the_average_of_a_training_checkpoint_is_graded(make):
 
 def test_published_files_bring_their_number_of_images(make):
     run = make(weights(), name="DiT-XL-2-256x256.pt", images_seen=None)
-    assert load_run(run)[1]["images_seen"] == 1_792_000_000
+    assert load_method(run)[1]["images_seen"] == 1_792_000_000
 
 
 @pytest.fixture
