@@ -23,7 +23,7 @@ def kept_tokens(seed: int, positions: torch.Tensor, tokens: int, count: int) -> 
     Every subset of ``count`` of the ``tokens`` is equally likely. A draw depends on the seed and
     the image's position in the run (B,) alone, as in ``noise.normal``.
     """
-    order = noise.words(seed, positions, tokens, noise.MASK).argsort(dim=1, stable=True)
+    order = noise.random_words(seed, positions, tokens, noise.MASK).argsort(dim=1, stable=True)
     return order[:, :count].sort(dim=1).values
 
 

@@ -150,7 +150,7 @@ def dropped_labels(seed: int, positions: torch.Tensor, probability: float) -> to
     return _philox(seed, positions, 1, _LABEL)[:, 0, 0] < probability * 2**32
 
 
-def words(seed: int, positions: torch.Tensor, count: int, stream: int) -> torch.Tensor:
+def random_words(seed: int, positions: torch.Tensor, count: int, stream: int) -> torch.Tensor:
     """Return random 32-bit words, int64 (B, count), for positions (B,); draws as in ``normal``."""
     return _philox(seed, positions, -(-count // 4), stream).flatten(1)[:, :count]
 

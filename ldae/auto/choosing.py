@@ -128,7 +128,7 @@ class Choosing:
                 "optim.batch_size": rule.choose_batch(epochs, self.images, self.machine.ranks),
             }
         )
-        self._take({"optim.blr": rule.choose_rate(self.config.optim.batch_size)})
+        self._take({"optim.blr": rule.choose_blr(self.config.optim.batch_size)})
 
     def _choose_execution(self) -> None:
         """Choose the images in a pass of a rank, and its data workers."""

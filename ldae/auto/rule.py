@@ -230,7 +230,7 @@ def choose_batch(epochs: float, images: Images, ranks: int) -> Choice:
     return Choice(batch, why)
 
 
-def choose_rate(batch_size: int) -> Choice:
+def choose_blr(batch_size: int) -> Choice:
     """Return the base learning rate, from the peak by the linear scaling of ``peak_lr``."""
     why = f"a peak of {_PEAK:g} at this batch, as at the scales demo and small"
     return Choice(_PEAK * 256 / batch_size, why)

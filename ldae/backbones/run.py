@@ -57,7 +57,7 @@ class TokenizerAndEncoder(nn.Module):
 def backbone_of(method: LDAE, verify: bool = True) -> nn.Module:
     """Return the encoder as a backbone: normalised images (B, C, H, W) -> features (B, W).
 
-    An encoder that timm does not have stays behind its tokenizer, see ``TokenizerAndEncoder``.
+    It is a timm ViT, or a ``TokenizerAndEncoder`` when no timm ViT computes the same.
 
     Raises: InputError when ``verify`` finds that the folded encoder has other features.
     """

@@ -37,7 +37,7 @@ from ldae.evals.embedded_file import (
     IDENTITY,
     VERSION,
     blocks_of,
-    difference,
+    first_difference,
     import_parquet,
     is_embedded,
     open_embedded,
@@ -232,7 +232,7 @@ def _is_done(out: Path, record: dict, whitening: dict | None) -> bool:
         return False
     held = open_embedded(out).record
     here = _with_whitening(record, whitening)
-    if found := difference({key: held[key] for key in IDENTITY}, here):
+    if found := first_difference({key: held[key] for key in IDENTITY}, here):
         raise InputError(
             "{} holds other features: {} is {} there, {} here; delete it or name another "
             "file".format(out, *found)

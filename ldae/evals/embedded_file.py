@@ -212,7 +212,7 @@ def check_same(one: EmbeddedFile, other: EmbeddedFile) -> None:
         precision = file.record["extraction"]["precision"]
         return backbone | file.record["features"] | {"precision": precision}
 
-    if found := difference(kind(other), kind(one)):
+    if found := first_difference(kind(other), kind(one)):
         raise InputError(
             "{} holds other features than {}: {} is {} there, {} here".format(
                 other.path, one.path, *found
@@ -220,12 +220,14 @@ def check_same(one: EmbeddedFile, other: EmbeddedFile) -> None:
         )
 
 
-def difference(there: dict, here: dict, prefix: str = "") -> tuple[str, object, object] | None:
+def first_difference(
+    there: dict, here: dict, prefix: str = ""
+) -> tuple[str, object, object] | None:
     """Return the dotted name of the first leaf that differs between two trees, and both values."""
     for key in [*here, *(key for key in there if key not in here)]:
         one, other, name = there.get(key), here.get(key), f"{prefix}{key}"
         if isinstance(one, dict) and isinstance(other, dict):
-            if found := difference(one, other, f"{name}."):
+            if found := first_difference(one, other, f"{name}."):
                 return found
         elif one != other:
             return name, one, other

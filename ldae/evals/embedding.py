@@ -21,7 +21,13 @@ from ldae import files
 from ldae.backbones.whitening import whitening
 from ldae.data.source import Source
 from ldae.errors import InputError
-from ldae.evals.embedded_file import COLUMNS, FORMAT, difference, file_checksum, import_parquet
+from ldae.evals.embedded_file import (
+    COLUMNS,
+    FORMAT,
+    file_checksum,
+    first_difference,
+    import_parquet,
+)
 from ldae.runs.lock import open_partial
 from ldae.tokenizers.moments import Moments
 
@@ -64,7 +70,7 @@ class Rows:
         if not lines:
             return []
         begun, *checksums = lines
-        if found := difference(begun, record):
+        if found := first_difference(begun, record):
             raise InputError(
                 "{} was begun for other features: {} is {} there, {} here; delete it or name "
                 "another file".format(self._log.parent, *found)

@@ -13,7 +13,7 @@ _ROWS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 _LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**27}  # on a CPU as many as fit its cache
 
 
-class Classifiers:
+class LinearClassifiers:
     """H linear classifiers: (B, D) -> float64 (B, H, K), NaN for classes that were not learned."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -27,7 +27,7 @@ class Classifiers:
 class Fits(NamedTuple):
     """The classifiers that were fitted to the same images, one for each C."""
 
-    classifiers: Classifiers
+    classifiers: LinearClassifiers
     converged: torch.Tensor
     """bool (H,): False where the last allowed iteration ended the fit."""
     iterations: torch.Tensor
@@ -98,7 +98,7 @@ class LogisticRegression:
         bias[:, known] = solved[..., -1] - weight[:, known] @ self.mean + losses.offset
         parts = (weight, bias.where(bias.isfinite(), torch.nan), found.converged, found.iterations)
         return [
-            Fits(Classifiers(weight, bias), converged, iterations)
+            Fits(LinearClassifiers(weight, bias), converged, iterations)
             for weight, bias, converged, iterations in zip(*(p.split(len(C)) for p in parts))
         ]
 

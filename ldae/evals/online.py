@@ -107,7 +107,7 @@ class BatchSizes(NamedTuple):
         return math.gcd(self.groups, world_size())
 
 
-def sizes(images: int, protocol: OnlineProtocol) -> BatchSizes:
+def batch_sizes(images: int, protocol: OnlineProtocol) -> BatchSizes:
     """Return the protocol's sizes, or the largest whole groups that fit a smaller set of images.
 
     Raises: InputError when the batch is not a multiple of the group.
@@ -126,12 +126,12 @@ def sizes(images: int, protocol: OnlineProtocol) -> BatchSizes:
 def check_batch_sizes(encoder: Encoder, images: int, protocol: OnlineProtocol) -> None:
     """Report when the train images do not fill a batch.
 
-    Raises: InputError as ``sizes`` does, and for a backbone of images that are not square.
+    Raises: InputError as ``batch_sizes`` does, and for a backbone of images that are not square.
     """
     _, height, width = encoder.transform.input_size
     if height != width:
         raise InputError(f"the protocol {protocol.name} crops squares, not {width} x {height}")
-    division = sizes(images, protocol)
+    division = batch_sizes(images, protocol)
     if division.batch < protocol.total_batch:
         print_main(
             f"{protocol.name}: {images:,} train images are fewer than a batch of "
@@ -152,7 +152,7 @@ class _Probe(Heads):
     ) -> None:
         super().__init__(1, encoder.dim, classes, protocol)
         self.encoder, self.source = encoder, source
-        self.sizes = sizes(len(source), protocol)
+        self.sizes = batch_sizes(len(source), protocol)
         self.statistics: list[torch.Tensor] = []  # of this rank's groups in the current update
 
     def forward(
@@ -203,7 +203,7 @@ def train_online(
     Raises: InputError when features or the loss are not finite; Interrupted when a signal asked to
         stop.
     """
-    division, device = sizes(len(source), protocol), encoder.device
+    division, device = batch_sizes(len(source), protocol), encoder.device
     batch, micro_batches = division.batch, division.groups // division.shares
     plan = Plan(len(source), division.updates * batch, batch, micro_batches)
     optim = OptimSettings(batch, protocol.blr, protocol.epochs, protocol.warmup_epochs)

@@ -166,7 +166,7 @@ def test_a_batch_is_split_over_the_ranks_and_has_one_peak_of_the_learning_rate(r
         optim = OptimSettings(batch_size=batch_size, epochs=epochs)
         assert why.startswith(f"{plan_run(IMAGES.count, optim, SystemSettings(), DEVICE).steps:,} ")
         assert batch_size % ranks == 0 and 128 - ranks < batch_size <= 2048
-        optim = OptimSettings(batch_size=batch_size, blr=rule.choose_rate(batch_size).value)
+        optim = OptimSettings(batch_size=batch_size, blr=rule.choose_blr(batch_size).value)
         assert peak_lr(optim) == pytest.approx(1e-3)
         sizes.append(batch_size)
     assert sizes == sorted(sizes)
@@ -212,7 +212,7 @@ def test_every_choice_has_a_reason():
         rule.choose_epochs(pace, 4, IMAGES),
         rule.choose_warmup(10.0),
         rule.choose_batch(20, IMAGES, 1),
-        rule.choose_rate(128),
+        rule.choose_blr(128),
         rule.choose_axes([3.0, 2.0, 1.0]),
         rule.choose_workers(pace, IMAGES, GPU),
         rule.choose_device_batch(128, 1, CPU),

@@ -19,7 +19,7 @@ from ldae.distributed import process_group
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.heads import Heads
-from ldae.evals.online import optimizer_of, remove_training, sizes, train_online
+from ldae.evals.online import batch_sizes, optimizer_of, remove_training, train_online
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
@@ -133,15 +133,15 @@ def test_probe_follows_maes_recipe_at_any_batch_size_of_the_device(vit, pictures
 
 def test_batch_sizes_of_the_protocol_and_of_small_sets():
     mae = MAEProtocol()
-    assert sizes(1_281_167, mae)[:2] == (512, 32)
-    assert sizes(1_281_167, mae).updates == 7038  # 90 epochs
-    assert sizes(1348, mae) == (512, 2, 119)
-    assert sizes(100, mae) == (100, 1, 90)
-    assert sizes(1348, replace(mae, total_batch=128)) == (128, 1, 948)
+    assert batch_sizes(1_281_167, mae)[:2] == (512, 32)
+    assert batch_sizes(1_281_167, mae).updates == 7038  # 90 epochs
+    assert batch_sizes(1348, mae) == (512, 2, 119)
+    assert batch_sizes(100, mae) == (100, 1, 90)
+    assert batch_sizes(1348, replace(mae, total_batch=128)) == (128, 1, 948)
     with pytest.raises(
         InputError, match="total_batch 600 is not a multiple of BatchNorm's batch of 512"
     ):
-        sizes(1348, replace(mae, total_batch=600))
+        batch_sizes(1348, replace(mae, total_batch=600))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
