@@ -23,7 +23,7 @@ from ldae.train.update import on_device
 
 _SAMPLE = 256  # images
 _AT_ONCE = 16
-_SECONDS = 10.0  # after which a look at the sample ends
+_SECONDS = 10.0  # after which no further image of the sample is read
 _STEP_SECONDS = 3.0  # after which no further step of a network begins
 _STEP_IMAGES = {"cpu": 32, "cuda": 512}
 
@@ -87,7 +87,7 @@ def _sample(source: Source, transform: Transform, config: Any) -> tuple[torch.Te
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """Return what one rank has of this machine, among those that the launcher starts."""
+    """Return the part of this machine that one of the launched ranks has for itself."""
     ranks_here, gpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
     memory = parts.describe_machine(device)["memory"]
     return Machine(
@@ -143,6 +143,6 @@ def _kept_bytes(step: TrainingStep) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # No storage is used again as long as there is the result.
+        # While the result exists, no storage is freed, so no address counts for two tensors.
         _ = step.method(*on_device(step.batch, step.device))
     return sum(storages.values())

@@ -150,22 +150,22 @@ def describe_network(network: Network, own_decoder: bool) -> Choices:
     }
 
 
-def pace(step: float, images: Images, machine: Machine) -> float:
+def pace(step_pace: float, images: Images, machine: Machine) -> float:
     """Return the images a second of all ranks at which a run trains.
 
     On a GPU the slower of step and decoding decides. On a CPU the two share the cores.
 
     Args:
-        step: images a second of one rank's training step.
+        step_pace: images a second of the training step of one rank, without decoding.
     """
     decode = images.decode_seconds / machine.cores
-    seconds = max(1 / step, decode) if machine.gpu else 1 / step + decode
+    seconds = max(1 / step_pace, decode) if machine.gpu else 1 / step_pace + decode
     return machine.ranks / seconds
 
 
-def images_in(hours: float, rate: float) -> float:
-    """Return the images that a run of so many hours sees at ``rate`` images a second."""
-    return hours * 3600 * _TRAINING * rate
+def images_in(hours: float, pace: float) -> float:
+    """Return the images that a run of so many hours sees at ``pace`` images a second."""
+    return hours * 3600 * _TRAINING * pace
 
 
 def choose_network(
@@ -175,12 +175,13 @@ def choose_network(
     machine: Machine,
     hours: float,
 ) -> tuple[int, str]:
-    """Return the number of the largest network that sees enough images, and the reason.
+    """Return the index of the largest network that sees enough images, and the reason.
 
     Args:
-        parameters: of each network, in rising order.
-        pace_of: the pace of the network with this number, or 0 if it does not fit into the memory.
-            It is measured, so it is asked for only while the network before is fast enough.
+        parameters: number of parameters of each network, in rising order.
+        pace_of: returns the pace of the network with this index, or 0 if the network does not fit
+            into the memory. Each call measures, so a network is measured only if the one before it
+            is fast enough.
     """
     useful = _USEFUL_EPOCHS * images.count
     chosen, seen, larger = 0, images_in(hours, pace_of(0)), ""
@@ -202,14 +203,14 @@ def choose_network(
     return chosen, f"{_millions(parameters[chosen])} parameters{larger}"
 
 
-def too_few_hours(parameters: int, rate: float, images: Images, hours: float) -> str:
-    """Return a sentence with the hours that would be enough for a network; empty if these are.
+def too_few_hours(parameters: int, pace: float, images: Images, hours: float) -> str:
+    """Return a sentence with the hours that a network needs; "" when ``hours`` are enough.
 
     Args:
-        parameters: of the network.
-        rate: images a second at which it trains.
+        parameters: number of parameters of the network.
+        pace: images a second at which the network trains.
     """
-    needed, seen = _IMAGES_A_PARAMETER * parameters, images_in(hours, rate)
+    needed, seen = _IMAGES_A_PARAMETER * parameters, images_in(hours, pace)
     if seen >= needed or needed > MOST_EPOCHS * images.count:  # more hours would not help
         return ""
     return (
@@ -231,28 +232,28 @@ def choose_batch(epochs: float, images: Images, ranks: int) -> Choice:
 
 
 def choose_blr(batch_size: int) -> Choice:
-    """Return the base learning rate, from the peak by the linear scaling of ``peak_lr``."""
+    """Return the base learning rate ``optim.blr`` that gives the rule's peak at a batch size."""
     why = f"a peak of {_PEAK:g} at this batch, as at the scales demo and small"
     return Choice(_PEAK * 256 / batch_size, why)
 
 
-def choose_epochs(rate: float, hours: float, images: Images) -> Choice:
-    """Return the epochs that fit into the hours.
+def choose_epochs(pace: float, hours: float, images: Images) -> Choice:
+    """Return the epochs that fit into the hours at ``pace`` images a second.
 
     Raises: InputError when the hours are too few for a run.
     """
-    seen = images_in(hours, rate)
+    seen = images_in(hours, pace)
     if seen < _LEAST_STEPS * _BATCHES[0]:
         needed = hours * _LEAST_STEPS * _BATCHES[0] / seen
         raise InputError(
-            f"hours {hours:g} are too few: at {rate:.3g} images a second, the shortest run takes "
+            f"hours {hours:g} are too few: at {pace:.3g} images a second, the shortest run takes "
             f"{needed:.2g} hours"
         )
     epochs = seen / images.count
     if epochs >= MOST_EPOCHS:
         why = f"the most, as in MAE's longest run; they take {MOST_EPOCHS / epochs * hours:.2g} h"
         return Choice(float(MOST_EPOCHS), why)
-    why = f"{_TRAINING:.0%} of {hours:g} hours at {rate:,.0f} images a second"
+    why = f"{_TRAINING:.0%} of {hours:g} hours at {pace:,.0f} images a second"
     return Choice(_rounded_down(epochs), why)
 
 
@@ -274,9 +275,9 @@ def choose_axes(variances: Sequence[float]) -> Choice:
     return Choice(count, f"{why}; {bound}" if bound and count != fewest else why)
 
 
-def choose_workers(rate: float, images: Images, machine: Machine) -> Choice:
-    """Return the data workers of a rank at ``rate`` images a second of all ranks."""
-    busy = rate / machine.ranks * images.decode_seconds
+def choose_workers(pace: float, images: Images, machine: Machine) -> Choice:
+    """Return the data workers of a rank at ``pace`` images a second of all ranks."""
+    busy = pace / machine.ranks * images.decode_seconds
     why = f"decoding takes {1000 * images.decode_seconds:.2g} ms an image"
     if busy < _IDLE:
         return Choice(0, f"{why}, {busy:.1%} of a core")

@@ -19,7 +19,7 @@ from ldae.runs.kinds import settings_of
 from ldae.tokenizers import TOKENIZERS
 from ldae.tokenizers.orthonormal import OrthonormalTokenizer
 
-HOURS = 4.0  # unless the user names others
+HOURS = 4.0  # by default
 
 SETTINGS = (
     "data.img_size", "data.stats", "model.patch_size", "tokenizer.dim",
@@ -28,14 +28,14 @@ SETTINGS = (
     "optim.epochs", "optim.warmup_epochs", "optim.batch_size", "optim.blr",
     "system.device_batch", "system.workers",
 )  # fmt: skip
-"""What the scale auto decides, as far as a recipe has these settings."""
+"""The settings that the scale auto decides, as far as a recipe has them."""
 
 
 @contextmanager
 def settled(
     config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] = ()
 ) -> Iterator[Any]:
-    """Join the process group, and give the settings that ``decide`` returns for the run.
+    """Join the process group, and yield the settings that ``decide`` returns for the run.
 
     Rank 0 measures before the ranks join, so that nothing it does waits for another rank. The
     others wait for it, and get its settings or its error.
@@ -59,9 +59,9 @@ def settled(
 def decide(config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] = ()) -> Any:
     """Return the settings of the run in the folder ``run`` by the scale auto.
 
-    A run with a checkpoint has what was decided at its start. For a new one it is measured, and a
-    table with a reason for each setting is printed, with a sentence when the hours are too few for
-    the network.
+    A run with a checkpoint keeps what was decided at its start. For a new run the images and the
+    machine are measured, and a table with a reason for each setting is printed, with a sentence
+    when the hours are too few for the network.
 
     Args:
         config: the settings of the user. What differs from the recipe at the scale paper stays.
@@ -97,7 +97,7 @@ def decide(config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] 
 
 
 def _recipe(config: Any, kind: str) -> Any:
-    """Return the recipe of these settings, or the default one of their kind, at the scale paper."""
+    """Return the recipe of these settings at the scale paper; without one, their kind's default."""
     found, name = recipes_of(kind), name_of(config, kind)
     return found.config(name if name in found.SUMMARIES else found.DEFAULT, "paper")
 
