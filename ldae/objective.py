@@ -42,9 +42,10 @@ class Target(NamedTuple):
 
 
 def _of_latents(prediction: Prediction) -> Target:
+    """Return the target in the latent space that a prediction type defines."""
     return Target(
-        lambda tokenizer, x, *latents: prediction.target(*latents),
-        lambda tokenizer, *latents: prediction.clean(*latents),
+        lambda tokenizer, x, z_0, eps, gamma, sigma: prediction.target(z_0, eps, gamma, sigma),
+        lambda tokenizer, output, z_t, gamma, sigma: prediction.clean(output, z_t, gamma, sigma),
     )
 
 
@@ -77,21 +78,21 @@ TARGETS = {
         on_axes=lambda tokenizer, error: error @ tokenizer.basis[: tokenizer.dim].T,
     ),
     "whitened": Target(  # the original image on its principal axes, each with unit variance
-        lambda tokenizer, x, *latents: tokenizer.whiten(patchify(x, tokenizer.patch_size)),
-        lambda tokenizer, output, *level: tokenizer.project(tokenizer.unwhiten(output)),
+        lambda tokenizer, x, *_: tokenizer.whiten(patchify(x, tokenizer.patch_size)),
+        lambda tokenizer, output, *_: tokenizer.project(tokenizer.unwhiten(output)),
         tokenizer=PatchPCA,
         patches=lambda tokenizer, output, x: tokenizer.unwhiten(output),
         on_axes=lambda tokenizer, error: error[..., : tokenizer.dim],
     ),
     "normalized": Target(  # MAE's: each patch of the image with zero mean and unit variance
-        lambda tokenizer, x, *latents: _normalize(patchify(x, tokenizer.patch_size)),
+        lambda tokenizer, x, *_: _normalize(patchify(x, tokenizer.patch_size)),
         None,
         tokenizer=PatchTokenizer,
         patches=_denormalize,
     ),
 }
-"""The targets by name: projected, image, whitened, normalized, and the prediction types, such as
-eps (rows 1 to 8) and latent (rows 9 to 11)."""
+"""The targets by name: the prediction types, such as eps (rows 1 to 8) and latent (rows 9 to 11),
+and the patches projected, image, whitened and normalized."""
 
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uniform": lambda gamma, sigma: torch.ones_like(gamma),
@@ -136,7 +137,8 @@ class Objective(nn.Module):
         if target in PREDICTIONS:
             eps = torch.ones_like(gamma)
             defined = PREDICTIONS[target].target(0 * eps, eps, gamma, sigma).isfinite()
-            for t in (~defined).nonzero()[:1, 0].tolist():
+            if not defined.all():
+                t = int((~defined).nonzero()[0, 0])
                 raise InputError(
                     f"objective.target {target} is undefined at t = {t} of noise.schedule, where "
                     f"gamma is {gamma[t]:g} and sigma {sigma[t]:g}"

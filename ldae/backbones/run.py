@@ -28,9 +28,9 @@ def load_method(run: Path, kind: str = "pretraining") -> tuple[Any, dict]:
     state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
-    opened = KINDS[kind].opened()
+    build_method = KINDS[kind].functions().build
     with unchanged_generators():
-        method = opened.build(config, num_classes=len(state["describe"]["classes"]))
+        method = build_method(config, num_classes=len(state["describe"]["classes"]))
     try:
         method.load_state_dict(state["average"] or state["model"])
     except RuntimeError:
@@ -122,7 +122,7 @@ def backbone_of_run(run: str | Path) -> nn.Module:
     """
     kind = pretraining_in(Path(run))
     method, state = load_method(Path(run), kind)
-    backbone = KINDS[kind].opened().backbone(method, True)
+    backbone = KINDS[kind].functions().backbone(method, True)
     backbone.images_seen = state["images_seen"]
     return backbone
 
@@ -134,4 +134,4 @@ def control_of_run(run: str | Path) -> nn.Module:
     """
     kind = pretraining_in(Path(run))
     method, _ = load_method(Path(run), kind)
-    return KINDS[kind].opened().control(method)
+    return KINDS[kind].functions().control(method)

@@ -93,7 +93,9 @@ def _query_slurm(ids: list[str]) -> dict[str, tuple[str, str]]:
     answers = {}
     for command in (sacct, squeue):  # squeue is more up to date
         done = subprocess.run(command, capture_output=True, text=True)
-        for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        if done.returncode:
+            continue
+        for line in done.stdout.splitlines():
             job, word, *reason = line.split("|")
             word = word.split()[0] if word else ""  # "CANCELLED by 1000"
             state = _STATES.get(word, "cancelled" if word == "CANCELLED" else "failed")
@@ -106,11 +108,13 @@ def _query_slurm(ids: list[str]) -> dict[str, tuple[str, str]]:
 def _expand_array(job: str) -> list[str]:
     """Return the job ids in one line of sacct, where ``7_[0-2,4%3]`` stands for several tasks."""
     array, bracket, tasks = job.partition("_[")
+    if not bracket:
+        return [job]
     ids = []
-    for part in re.split(r"[,%]", tasks.rstrip("]"))[: tasks.count(",") + 1] if bracket else ():
+    for part in tasks.rstrip("]").partition("%")[0].split(","):  # behind % is the array's limit
         first, _, last = part.partition("-")
         ids += [f"{array}_{task}" for task in range(int(first), int(last or first) + 1)]
-    return ids or [job]
+    return ids
 
 
 def _last_line(job_folder: Path) -> str:

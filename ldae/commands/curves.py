@@ -53,9 +53,10 @@ def curves(
     elif names := saved.references():
         print(f"\nreference runs: {', '.join(names)} (--beside NAME)")
     continued = bool(own["settings"].get("init_from"))
-    for place, record in enumerate(records):
-        for sentence in new_symptoms(records[: place + 1], continued) if RANKME in record else ():
-            print(sentence)
+    for count, record in enumerate(records, start=1):
+        if RANKME in record:  # only a measurement shows new symptoms
+            for sentence in new_symptoms(records[:count], continued):
+                print(sentence)
     return records
 
 

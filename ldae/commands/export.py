@@ -214,7 +214,7 @@ def _open_run(run: Path, timestep: int | None, license: str) -> _Opened:
     kind = pretraining_in(run)
     method, state = load_method(run, kind)
     try:
-        exported = KINDS[kind].opened().export(method, timestep)
+        exported = KINDS[kind].functions().export(method, timestep)
     except NoPlainViT as error:
         raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
     vit = exported.vit

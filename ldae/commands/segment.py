@@ -123,7 +123,9 @@ def _labels(evaluation: Evaluation, source: MapSource, classes: int | None) -> t
     with progress(len(range(rank(), len(source), world_size())), f"labels of {source.spec}") as bar:
         maps = label_maps(source, _present, _MAPS_AT_ONCE, evaluation.setup.workers)
         for present, indices in maps:
-            for row, label in present[:, classes:].nonzero()[:1].tolist() if classes else ():
+            unknown = present[:, classes:].nonzero().tolist() if classes else []
+            if unknown:
+                row, label = unknown[0]
                 raise InputError(
                     f"the label map of {source.where(int(indices[row]))} holds {classes + label}, "
                     f"and there are the classes 0 to {classes - 1}"

@@ -136,8 +136,11 @@ class Encoder:
         Raises: InputError when a row is not finite, naming its image as ``where`` does.
         """
         rows = self(images, indices)
-        for row in (~rows.isfinite().all(1)).nonzero()[:1, 0].tolist():
-            raise InputError(f"the features of {where(row)} in {self.precision} are not finite")
+        broken = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
+        if broken:
+            raise InputError(
+                f"the features of {where(broken[0])} in {self.precision} are not finite"
+            )
         return rows
 
     @cached_property

@@ -80,7 +80,7 @@ class TrainingStep:
     def __init__(self, config: Any, device: torch.device, batch_size: int) -> None:
         self.config, self.device, self.batch_size = config, device, batch_size
         bf16 = runs_in_bf16(config.system.precision, device)
-        self.method = kind_with(config).opened().build(config, bf16=bf16)
+        self.method = kind_with(config).functions().build(config, bf16=bf16)
         side = config.data.img_size
         images = torch.randint(
             256, (batch_size, config.data.in_chans, side, side), dtype=torch.uint8

@@ -61,7 +61,7 @@ class Training:
 
         Raises: InputError as ``online_knn``.
         """
-        opening = KINDS[self.kind].opened()
+        opening = KINDS[self.kind].functions()
         return (
             *online_knn(self.config, self.plan, self.device, opening.backbone),
             *watch(self.config, self.plan, self.run, self.device, self.source, opening),

@@ -18,12 +18,12 @@ from ldae.runs.lock import locked
 from ldae.settings import ExecutionSettings
 
 NAMES_HASH = "the hash of the images' names"  # a key of checkpoints' descriptions
-RESIZED_TWICE = "resized twice"  # another key, whether the images were: those of a cache
-LATENTS_OF = "the hash of the latents' tokenizer"  # another key, empty for a training on images
-# When a run resumes.
+RESIZED_TWICE = "resized twice"  # another key: whether the images were, as from a cache
+LATENTS_OF = "the hash of the latents' tokenizer"  # another key; empty for a training on images
+# Beginnings of the names of settings that may change when a run resumes.
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source", "license")
 _NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # may lie in a folder before a run begins there
-# Written before the first checkpoint; of no use to a run with other settings.
+# Files that a run writes before its first checkpoint, and that only its settings make valid.
 _OF_THE_SETTINGS = (layout.TOKENIZER, layout.RECONSTRUCTION, layout.SKIPPED, layout.WANDB_ID)
 
 
@@ -78,8 +78,9 @@ def open_run(
             raise InputError(f"run folder {run} holds another run: {names}; name another --run")
         distributed.barrier()  # all ranks read the folder before rank 0 writes to it
         if distributed.is_main():
-            for name in _OF_THE_SETTINGS if changed else ():
-                (run / name).unlink(missing_ok=True)
+            if changed:
+                for name in _OF_THE_SETTINGS:
+                    (run / name).unlink(missing_ok=True)
             files.write(run / layout.CONFIG, kinds.to_yaml(config, kind).encode())
             record = environment(device) | {"ranks": distributed.world_size()}
             files.write_json(run / layout.ENVIRONMENT, record)

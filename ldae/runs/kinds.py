@@ -85,7 +85,7 @@ class Kind(NamedTuple):
         """Return the default settings of this kind."""
         return pkgutil.resolve_name(self.settings)()
 
-    def opened(self) -> Opening:
+    def functions(self) -> Opening:
         """Return the functions that open a pre-training of this kind."""
         return pkgutil.resolve_name(self.opening)
 

@@ -52,10 +52,11 @@ class PixelStatistics(nn.Module):
 
         Raises: InputError when a channel is constant.
         """
-        for channel in (std <= 1e-6).nonzero()[:1, 0].tolist():
+        constant = (std <= 1e-6).nonzero().flatten().tolist()
+        if constant:
             raise InputError(
-                f"channel {channel} is the same in every pixel of the images, so nothing can be "
-                "learned from it: check data.in_chans"
+                f"channel {constant[0]} is the same in every pixel of the images, so nothing can "
+                "be learned from it: check data.in_chans"
             )
         self.pixel_mean.copy_(mean)
         self.pixel_std.copy_(std)

@@ -29,22 +29,20 @@ from ldae.train.state import State
 from ldae.train.update import Update
 from ldae.train.watchdog import Agreement, Exploded, Report, Watchdog
 
-_RECORDS = 10  # of metrics that a run has at least, if it has as many steps
+_RECORDS = 10  # least number of records of metrics in a run, if it has as many steps
 
 
 @dataclass(frozen=True)
 class Hook:
-    """A function that is called every ``every`` images and returns values for the metrics.
-
-    Its argument is the model, or by default the model's moving average where the recipe has one.
-    """
+    """A function that is called every ``every`` images and returns values for the metrics."""
 
     every: int
+    """Images between two calls."""
     call: Callable[[nn.Module], dict[str, float]]
     weights_too: bool = False
     """Whether the model is evaluated beside its average; these names begin with ``weights_``."""
     averaged: bool = True
-    """Whether the model is its moving average, where the recipe has one."""
+    """Whether ``call`` gets the model's moving average, where the recipe has one."""
     judge: Callable[[], list[str]] | None = None
     """Called on rank 0 when the values are written; returns sentences to print."""
 
@@ -108,7 +106,7 @@ class Loop:
             self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
         )
         self.update = Update(self.state, self.seed, self.optim.clip_grad, self.mixing)
-        self.division: dict[str, int] | None = None  # found by a search, and its number of ranks
+        self.division: dict[str, int] | None = None  # what a search found, and for how many ranks
         self.watchdog = Watchdog(self.system.explosion)
         self.skipped: dict[str, str] = {}  # on this rank since the last checkpoint: name -> reason
         with (
@@ -205,8 +203,9 @@ class Loop:
 
     def _fetch_first(self) -> None:
         """Fetch the batches that are ahead of the first step. Raises: as ``Lookahead``."""
-        for _ in range(1 + report_lag(self.device) if self.seen < self.plan.total else 0):
-            self._fetch()
+        if self.seen < self.plan.total:
+            for _ in range(1 + report_lag(self.device)):
+                self._fetch()
         self.batches.raise_errors()
 
     def _find_division(self) -> None:
@@ -301,8 +300,9 @@ class Loop:
         self.metrics.write(record)
         print_main(progress_line(record, plan.total))
         for hook in due:
-            for sentence in hook.judge() if hook.judge and distributed.is_main() else ():
-                print_main(sentence)
+            if hook.judge and distributed.is_main():
+                for sentence in hook.judge():
+                    print_main(sentence)
         self.meter = Meter(self.seen)
 
     def _call(self, hooks: list[Hook]) -> dict[str, float]:

@@ -164,9 +164,8 @@ def _compile(module: nn.Module, name: str, cuda_graphs: bool) -> None:
     def call(self: nn.Module, *args: object) -> object:
         return (compiled if self.training else method)(self, *args)
 
-    setattr(
-        module, name, MethodType(call, module)
-    )  # bound, so that a copy of the module has its own
+    # Bound to the module, so that a copy of the module gets a method of its own.
+    setattr(module, name, MethodType(call, module))
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

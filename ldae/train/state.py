@@ -89,8 +89,9 @@ class State:
         return reserved
 
     def inference_model(self, averaged: bool = True) -> nn.Module:
-        """Return the moving average, or the model if there is none or it is not ``averaged``."""
-        return self.parallel.full_module(averaged and self.average or self.model)
+        """Return the moving average if it is wanted and there is one, else the model."""
+        model = self.average if averaged and self.average else self.model
+        return self.parallel.full_module(model)
 
     def capture(self) -> tuple[dict[str, Any] | None, torch.cuda.Event | None]:
         """Return a copy of the state on the host, and on a GPU the event that completes the copy.

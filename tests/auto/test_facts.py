@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("row, kind", [("l_dae", LDAE), ("mae", MAE)])
 def test_parameters_are_the_matrices_of_the_blocks(row, kind):
     config = ldae.config(row, scale="demo")
-    method = kind_with(config).opened().build(config)
+    method = kind_with(config).functions().build(config)
     assert isinstance(method, kind)
     counted = sum(
         part.numel()

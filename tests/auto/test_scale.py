@@ -57,7 +57,7 @@ def test_the_choice_fits_the_recipe_and_the_images(row, speed, tmp_path, capsys)
     kind, _ = recipes.find(row)
     chosen = decide(recipe, tmp_path / "run", kind, hours=1)
     tree.check(chosen)
-    KINDS[kind].opened().build(chosen)
+    KINDS[kind].functions().build(chosen)
     assert chosen.data.img_size == 32 and chosen.data.stats == "auto"
     assert getattr(chosen.model, "decoder_depth", None) == (1 if row == "mae" else None)
     assert chosen.optim.epochs == 1600 and chosen.model.depth == 2  # 200 images are few

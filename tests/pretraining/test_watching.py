@@ -94,7 +94,7 @@ def test_two_ranks_measure_what_one_does(fsdp, tiny, tmp_path, on_ranks):
 
 def test_the_values_are_those_of_the_backbone_that_graders_get(method, images):
     trained = method("l_dae")
-    opening = KINDS["pretraining"].opened()
+    opening = KINDS["pretraining"].functions()
     values = watching.measure(trained, opening, images, torch.device("cpu"))
     features = trained.features(trained.tokenizer.normalize(images), t=10)
     unit = features / features.norm(dim=1, keepdim=True)
