@@ -103,7 +103,7 @@ def _fold_embedding(method: LDAE, t: int) -> dict[str, torch.Tensor]:
 
 
 def _patch_to_token(method: LDAE, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A (in_dim, D) and a (in_dim,): the network sees a clean patch x as A x + a."""
+    """Return A (in_dim, D) and a (in_dim,): the network's token for a clean patch x is A x + a."""
     unit = torch.eye(method.tokenizer.patch_dim, dtype=method.gamma.dtype)
 
     def token(patches: torch.Tensor) -> torch.Tensor:
@@ -119,12 +119,19 @@ def _verify(exact: LDAE, vit: VisionTransformer, t: int) -> None:
     generator = torch.Generator().manual_seed(0)
     size = (4, tokenizer.in_chans, tokenizer.img_size, tokenizer.img_size)
     images = torch.randn(size, generator=generator)
-    unfolded = exact.features(images.double(), t)
-    error = (vit(images) - unfolded).norm() / unfolded.norm()
+    check_features(vit(images), exact.features(images.double(), t))
+
+
+def check_features(exported: torch.Tensor, own: torch.Tensor) -> None:
+    """Check that the features (B, W) of a timm ViT are an encoder's own features (B, W).
+
+    Raises: InputError when they differ by more than ``TOLERANCE``.
+    """
+    error = (exported - own).norm() / own.norm()
     if not error < TOLERANCE:
         raise InputError(
-            f"not exported: the folded backbone differs from the encoder by {error:.1e} on random "
-            f"images, more than {TOLERANCE:.0e}"
+            f"not exported: timm's ViT differs from the encoder by {error:.1e} on random images, "
+            f"more than {TOLERANCE:.0e}"
         )
 
 
@@ -155,9 +162,9 @@ def init_from(method: LDAE, vit: VisionTransformer) -> float:
     """Set the encoder's weights so that its tokens at every t are those of a plain ViT.
 
     The encoder must have the ViT's architecture, and the tokenizer must be fitted. The tokens are
-    equal on images without noise that have no part outside of the tokenizer's axes: those that an
-    orthonormal tokenizer gives back. Positions are interpolated for another number of patches. The
-    decoder stays as it is.
+    equal on images without noise that lie within the tokenizer's axes: for an orthonormal
+    tokenizer, images that it gives back unchanged. Positions are interpolated for another number of
+    patches. The decoder stays as it is.
 
     Returns: the share of the norm of the patch embedding that reads what the tokenizer drops.
     """
@@ -183,8 +190,9 @@ def init_from(method: LDAE, vit: VisionTransformer) -> float:
 def _embedding_of(
     vit: VisionTransformer, pixels: PixelStatistics
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a ViT's patch embedding, W (width, D) and b (width,), for patches normalised by
-    ``pixels``.
+    """Return a ViT's patch embedding, W (width, D) and b (width,).
+
+    It is that for patches normalised by ``pixels``, where the ViT has statistics of its own.
     """
     weight = vit.patch_embed.proj.weight.double()
     bias = vit.patch_embed.proj.bias

@@ -30,8 +30,8 @@ def config(name: str = DEFAULT, scale: str = "paper") -> MAEConfig:
     At the scale paper it is MAE's published pre-training of ViT-L: batch 4096, 800 epochs, the
     length of PRETRAIN.md's command and of the paper's ablations (its final models take 1600, and
     the script's own default is 400). At the other scales the image size, the encoder, the batch and
-    the epochs are those of the rows, so that the two can be compared. There is one recipe, so
-    ``name`` is not read.
+    the epochs are those of the rows of the paper, so that MAE and the rows can be compared. There
+    is one recipe, so ``name`` is not read.
 
     Raises: InputError for a scale that does not exist.
 

@@ -84,7 +84,7 @@ def open_start(config: MAEConfig, run: Path) -> tuple[MAEConfig, Start | None]:
 
 @torch.no_grad()
 def start_from(mae: MAE, start: Start) -> None:
-    """Set the weights of the encoder, of the decoder if the start has one, and the statistics.
+    """Set the encoder's weights, the pixel statistics, and the decoder's weights if there are any.
 
     Raises: InputError when the network has other shapes.
     """
@@ -126,7 +126,10 @@ def _published(file: Path, chans: int) -> tuple[StateDict, StateDict]:
 
 
 def _check_shapes(spec: str, what: str, found: StateDict, wanted: StateDict) -> None:
-    """Raises: InputError naming the first weight that differs."""
+    """Check that two state dicts have the same names and shapes; ``what`` names the network.
+
+    Raises: InputError naming the first weight that differs.
+    """
     for name in sorted(found.keys() | wanted.keys()):
         shapes = [tuple(state[name].shape) if name in state else None for state in (found, wanted)]
         if shapes[0] != shapes[1]:
