@@ -32,9 +32,9 @@ class Denoiser(nn.Module):
     A subclass sets ``width``, ``depth`` and ``stages``, and defines ``forward``, ``condition``,
     ``encode``, ``taps`` and ``encoder_size``. A network that can be trained on a part of the tokens
     also defines ``add_mask_token``, and an encoder with one feature for each token
-    ``encoder_copy``. An encoder that is a plain ViT at a fixed condition can be
-    exported to timm, and can start from a plain ViT. Its class also defines ``embed``,
-    ``plain_vit``, ``plain_settings``, ``plain_state`` and ``load_plain_state``.
+    ``encoder_copy``. An encoder that is a plain ViT at a fixed condition can be exported to timm,
+    and can start from a plain ViT. Its class also defines ``embed``, ``plain_vit``,
+    ``plain_settings``, ``plain_state`` and ``load_plain_state``.
 
     Args:
         side: number of tokens along an edge of the image.

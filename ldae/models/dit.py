@@ -25,6 +25,8 @@ from ldae.models.vit import (
 )
 from ldae.patches import sincos_positions
 
+_FREQUENCIES, _MAX_PERIOD = 256, 10_000.0  # of the embedding of t
+
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Scale and shift x (B, N, W) by vectors (B, W)."""
@@ -34,12 +36,12 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 class TimestepEmbedding(nn.Module):
     """The embedding of t: 256 sinusoids and a small MLP (DiT)."""
 
-    def __init__(self, dim: int, frequencies: int = 256, max_period: float = 10_000.0) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        half = frequencies // 2
-        omega = torch.exp(-math.log(max_period) * torch.arange(half) / half)
+        half = _FREQUENCIES // 2
+        omega = torch.exp(-math.log(_MAX_PERIOD) * torch.arange(half) / half)
         self.register_buffer("omega", omega, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         angles = t[:, None].to(self.omega.dtype) * self.omega
@@ -164,14 +166,14 @@ class DiT(Denoiser):
         check_width(decoder_width, decoder_heads, "model.decoder_")
         cond_dim = int(self.width * cond_ratio)
 
-        more = (shape.mlp_ratio, cond_dim, parts.act_layer, parts.norm_eps)
+        shared = (shape.mlp_ratio, cond_dim, parts.act_layer, parts.norm_eps)  # by all blocks
         self.embed = nn.Linear(in_dim, self.width)
         pos_embed = sincos_positions(self.width, side)
         if parts.pos_embed == "learn":
             self.pos_embed = nn.Parameter(pos_embed)
         else:
             self.register_buffer("pos_embed", pos_embed, persistent=False)
-        # The P prefix tokens with their positions.
+        # The P prefix tokens (P, W), to which their positions are already added.
         self.num_prefix = parts.class_token + parts.reg_tokens
         tokens = nn.Parameter(torch.empty(self.num_prefix, self.width))
         self.prefix = tokens if self.num_prefix else None
@@ -182,10 +184,11 @@ class DiT(Denoiser):
         self.t_embed = TimestepEmbedding(cond_dim)
         self.y_embed = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
         self.encoder = nn.ModuleList(
-            Block(self.width, shape.num_heads, *more) for _ in range(shape.depth)
+            Block(self.width, shape.num_heads, *shared) for _ in range(shape.depth)
         )
         self.decoder = nn.ModuleList(
-            Block(decoder_width, decoder_heads, *more) for _ in range(decoder_depth or shape.depth)
+            Block(decoder_width, decoder_heads, *shared)
+            for _ in range(decoder_depth or shape.depth)
         )
         self.stages = len(self.encoder) + len(self.decoder)
         self.final = FinalLayer(decoder_width, out_dim, cond_dim)

@@ -13,6 +13,7 @@ from torch import nn
 from ldae.errors import InputError, unknown
 from ldae.models.activations import ACTIVATIONS, name_of
 
+# Classes of the parts of a plain ViT.
 _KINDS = {"patch_embed": PatchEmbed, "blocks.0": Block, "blocks.0.attn": Attention,
           "blocks.0.mlp": Mlp}  # fmt: skip
 
@@ -55,7 +56,7 @@ def vit_shape(
     Raises: InputError when timm has no such model, when it is not a plain ViT, or when the width is
         not a multiple of the heads and of 4.
     """
-    own = _named(name)[0]
+    own = _read_named(name)[0]
     given = {"depth": depth, "embed_dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
     shape = replace(own, **{size: value for size, value in given.items() if value})
     check_width(shape.embed_dim, shape.num_heads)
@@ -64,11 +65,15 @@ def vit_shape(
 
 def norm_eps_of(name: str) -> float:
     """Return the eps of the norms in timm's model ``name``. Raises: InputError as ``vit_shape``."""
-    return _named(name)[1].norm_eps
+    return _read_named(name)[1].norm_eps
 
 
 @cache
-def _named(name: str) -> tuple[ViTShape, ViTParts]:
+def _read_named(name: str) -> tuple[ViTShape, ViTParts]:
+    """Return the shape and the parts of timm's model ``name``.
+
+    Raises: InputError as ``vit_shape``.
+    """
     if not timm.is_model(name):
         raise unknown("model.name: timm has no model", name, timm.list_models("vit_*"))
     with torch.device("meta"):  # no memory and no initialisation, for only the shape is needed
@@ -84,11 +89,11 @@ def _named(name: str) -> tuple[ViTShape, ViTParts]:
 def read_vit(vit: nn.Module) -> tuple[ViTShape, ViTParts]:
     """Return the shape and the parts of a model of timm that is a plain ViT.
 
-    What follows the pooling is not looked at, nor are LayerScale, which is a factor of weights, and
-    the values of the positions, which here count as constants.
+    Three things are not read: what follows the pooling; LayerScale, which is a factor of weights;
+    and the values of the positions, which count as constants here.
 
-    Raises: InputError when the model has anything else that these do not describe; the message
-        continues a sentence about the model.
+    Raises: InputError when the shape and the parts do not describe all other layers of the model;
+        the message continues a sentence about the model.
     """
     if type(vit) is not VisionTransformer:
         raise InputError(f"it is a {type(vit).__name__}")
@@ -97,7 +102,7 @@ def read_vit(vit: nn.Module) -> tuple[ViTShape, ViTParts]:
             raise InputError(f"its {name} is a {found.__name__}")
     if vit.pos_embed is None:
         raise InputError("it has no table of positions")
-    block, patch = vit.blocks[0], vit.patch_embed
+    block = vit.blocks[0]
     activation = name_of(block.mlp.act)
     if activation is None:
         raise InputError(
@@ -105,7 +110,7 @@ def read_vit(vit: nn.Module) -> tuple[ViTShape, ViTParts]:
         )
     shape = ViTShape(
         name=vit.pretrained_cfg["architecture"],
-        patch_size=patch.patch_size[0],
+        patch_size=vit.patch_embed.patch_size[0],
         embed_dim=vit.embed_dim,
         depth=len(vit.blocks),
         num_heads=block.attn.num_heads,
@@ -119,11 +124,20 @@ def read_vit(vit: nn.Module) -> tuple[ViTShape, ViTParts]:
         pre_norm=not isinstance(vit.norm_pre, nn.Identity),
         final_norm=not isinstance(vit.norm, nn.Identity),
     )
+    _check_layers(vit, shape, parts)
+    return shape, parts
+
+
+def _check_layers(vit: VisionTransformer, shape: ViTShape, parts: ViTParts) -> None:
+    """Check that a ViT has the layers of a plain ViT of this shape with these parts.
+
+    Raises: InputError naming the first layer that differs.
+    """
     with torch.device("meta"):
         described = VisionTransformer(
             img_size=shape.patch_size,
             patch_size=shape.patch_size,
-            in_chans=patch.proj.in_channels,
+            in_chans=vit.patch_embed.proj.in_channels,
             num_classes=0,
             norm_layer=partial(LayerNorm, eps=parts.norm_eps),
             **timm_args(shape, parts),
@@ -133,14 +147,13 @@ def read_vit(vit: nn.Module) -> tuple[ViTShape, ViTParts]:
         if layers.get(name) != wanted.get(name):
             plain = f"not {wanted[name]}" if name in wanted else "which a plain ViT does not have"
             raise InputError(f"its {name} is {layers.get(name, 'missing')}, {plain}")
-    return shape, parts
 
 
 def timm_args(shape: ViTShape, parts: ViTParts) -> dict[str, Any]:
     """Return the arguments of timm's VisionTransformer for a ViT of this shape and these parts.
 
-    Its features are the mean of the patch tokens. Left out are the sizes of images and patches, the
-    positions, and ``norm_layer``, which a model that is opened by name has of its own.
+    Its features are the mean of the patch tokens. The sizes of images and patches and the positions
+    are left out, and so is ``norm_layer``, which timm chooses by the name of a model.
     """
     sizes = asdict(shape)
     del sizes["name"], sizes["patch_size"]
@@ -149,7 +162,7 @@ def timm_args(shape: ViTShape, parts: ViTParts) -> dict[str, Any]:
         "reg_tokens": parts.reg_tokens,
         "no_embed_class": False,
         "global_pool": "avg",
-        "init_values": 0.0,  # no LayerScale; timm takes None for what the name has
+        "init_values": 0.0,  # no LayerScale; None would leave that of timm's model
         "pre_norm": parts.pre_norm,
         "final_norm": parts.final_norm,
         "fc_norm": False,
