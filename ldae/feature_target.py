@@ -45,7 +45,7 @@ class FeatureTarget(nn.Module):
         prediction: torch.Tensor,
         kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the mix of a loss with that of the second target, and both, detached, by name.
+        """Return a loss mixed with that of the second target, and both by name, detached.
 
         The second loss is the mean square error of the prediction (B, N, W) of features (B, N, W),
         whose tokens are first given zero mean and unit variance.

@@ -204,7 +204,7 @@ class LDAE(nn.Module):
             return self.denoiser(tokens, t, labels, kept)
 
     def network_input(self, z_t: torch.Tensor) -> torch.Tensor:
-        """Return the denoiser's tokens for z_t: itself (B, N, d), or projected back (B, N, D)."""
+        """Return the denoiser's tokens: z_t (B, N, d), or its inverse projection (B, N, D)."""
         if not self.image_input:
             return z_t
         assert isinstance(self.tokenizer, PatchTokenizer)  # as ``build`` checks
@@ -225,7 +225,10 @@ class LDAE(nn.Module):
 
     @torch.no_grad()
     def features(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the encoder's features of clean normalised images at t, token means (B, W)."""
+        """Return the encoder's features (B, W) of clean normalised images at t.
+
+        They are the mean over the tokens.
+        """
         return self.denoiser.encode(*self.input_at(x, t)).mean(1)
 
     def denoise(
@@ -233,8 +236,8 @@ class LDAE(nn.Module):
     ) -> torch.Tensor:
         """Return the predicted z_0 (B, N, d) of z_t at t (B,), for samplers.
 
-        A network that predicts the noise or the score needs gamma_t above 0. Of targets without a
-        ``clean``, no z_0 follows.
+        A network that predicts the noise or the score needs gamma_t above 0. A run whose target has
+        no ``clean`` cannot be sampled.
         """
         output = self.predict(z_t, t, labels)
         assert self.objective.clean is not None  # else samplers refuse the run
@@ -270,7 +273,10 @@ class LDAE(nn.Module):
     def drop_labels(
         self, labels: torch.Tensor | None, positions: torch.Tensor
     ) -> torch.Tensor | None:
-        """Return labels (B,), a share of them dropped; None for an unconditional denoiser."""
+        """Return labels (B,), a share of them replaced by the null label.
+
+        The result is None for an unconditional denoiser.
+        """
         null = self.denoiser.num_classes
         if not null:
             return None
@@ -297,7 +303,9 @@ class LDAE(nn.Module):
 
 
 def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
-    """Return the method of a configuration, with weights drawn from its seed and no fit.
+    """Return the method of a configuration, with weights drawn from its seed.
+
+    The tokenizer is not fitted yet.
 
     Raises: InputError when settings do not fit together.
     """

@@ -95,6 +95,7 @@ def _preserving(gamma2: torch.Tensor) -> Levels:
 
 
 def _unscaled(sigma: torch.Tensor) -> Levels:
+    """Return gamma = 1 and ``sigma``."""
     return torch.ones_like(sigma), sigma
 
 
@@ -132,9 +133,9 @@ def normal(
 def timesteps(
     seed: int, positions: torch.Tensor, steps: int, clean_share: float = 0.0
 ) -> torch.Tensor:
-    """Return t, int64 (B,), for positions (B,): 0 for a share of the images, else uniform.
+    """Return t, int64 (B,), for positions (B,): uniform in 0 .. steps - 1.
 
-    The others are uniform in 0 .. steps - 1.
+    A share ``clean_share`` of the images has t = 0 instead.
     """
     level, coin = _philox(seed, positions, 1, _TIMESTEP)[:, 0, :2].unbind(1)
     return (level * steps >> 32).masked_fill(coin < clean_share * 2**32, 0)
@@ -151,12 +152,15 @@ def dropped_labels(seed: int, positions: torch.Tensor, probability: float) -> to
 
 
 def random_words(seed: int, positions: torch.Tensor, count: int, stream: int) -> torch.Tensor:
-    """Return random 32-bit words, int64 (B, count), for positions (B,); draws as in ``normal``."""
+    """Return random 32-bit words, int64 (B, count), for positions (B,).
+
+    A draw depends on the seed, the stream and its position alone, as in ``normal``.
+    """
     return _philox(seed, positions, -(-count // 4), stream).flatten(1)[:, :count]
 
 
 def _philox(seed: int, positions: torch.Tensor, blocks: int, stream: int) -> torch.Tensor:
-    """Return random 32-bit words, int64 (B, blocks, 4)."""
+    """Return random 32-bit words, int64 (B, blocks, 4), for positions (B,)."""
     block = torch.arange(blocks, device=positions.device)
     position = positions[:, None].expand(-1, blocks)
     counter = (block.expand_as(position), position & _WORD, position >> 32, stream)

@@ -161,7 +161,8 @@ def row(name: str | int) -> Row:
 def row_of(settings: Config) -> Row | None:
     """Return the row whose settings a run has, sizes aside, or None.
 
-    A run names the latent scale that ``auto`` stands for.
+    The settings of a run name the latent scale that ``auto`` stands for, and those of a row may
+    have ``auto``.
     """
     from ldae.tokenizers import TOKENIZERS  # imports torch
 
@@ -180,7 +181,9 @@ def row_of(settings: Config) -> Row | None:
 
 
 def at_scale(settings: Any, name: str) -> Any:
-    """Return the settings of any kind of pre-training at a scale: those that it has are changed.
+    """Return settings of any kind of pre-training, changed to those of a scale.
+
+    Changes of settings that this kind does not have are left out.
 
     Raises: InputError with the nearest name when there is no such scale.
     """
@@ -201,6 +204,6 @@ def config(name: str | int = DEFAULT, scale: str = "paper") -> Config:
     """
     last = row(name)
     changes: dict[str, Any] = {}
-    for step in ROWS[: row(last.base or name).number]:
+    for step in ROWS[: row(last.base or name).number]:  # up to the row, or up to its base
         changes |= step.changes
     return at_scale(put(Config(), changes | last.changes | last.recipe), scale)

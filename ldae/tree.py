@@ -20,8 +20,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 from ldae.errors import InputError, first_line, quoted, unknown
 
 Settings = TypeVar("Settings")
-_MOST_VALUES = 10_000  # of a file of settings
-_DEEP = re.compile(r"([\[{]\s*){33}")  # no settings are; YAML takes seconds for a thousand brackets
+_MOST_VALUES = 10_000  # in a file of settings
+# No settings are nested so deeply, and YAML takes seconds for a thousand brackets.
+_DEEP = re.compile(r"([\[{]\s*){33}")
 
 
 class Range(NamedTuple):
@@ -124,6 +125,7 @@ def check(settings: Any, prefix: str = "") -> None:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
+    """Raise InputError when the setting ``name``, annotated as ``hint``, does not take a value."""
     for allowed in getattr(hint, "__metadata__", ()):
         # A setting with a range may also take a word or None.
         checked = {Range: int | float, Choice: str}.get(type(allowed), ())
@@ -186,7 +188,7 @@ def taken_by(function: Callable, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as(hint: Any, value: Any) -> Any:
-    """Raises: TypeError."""
+    """Return a value as the type ``hint``. Raises: TypeError when it cannot be that."""
     kind, options = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
         return _as(options[0], value)
@@ -297,13 +299,17 @@ def read_yaml(path: Path) -> dict:
 
 
 def _is_larger(value: Any, most: int) -> bool:
-    """Return whether a tree has more values; aliases in YAML can make it endless."""
+    """Return whether a tree has more than ``most`` values.
+
+    The count ends there, because aliases in YAML can make a tree endless.
+    """
     waiting = [value]
     while waiting and most >= 0:
         part, most = waiting.pop(), most - 1
-        waiting += (
-            part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        )
+        if isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
     return bool(waiting)
 
 

@@ -1,4 +1,4 @@
-"""The command that shows the state of the jobs below a folder."""
+"""``ldae jobs``: list the jobs that were sent from run folders, with their states."""
 
 from collections import Counter
 from pathlib import Path

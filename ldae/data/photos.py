@@ -6,13 +6,14 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 500, 375  # of most photographs in ImageNet
+_CLASSES = 10
 
 
-def write_photos(folder: Path, count: int, classes: int = 10) -> float:
+def write_photos(folder: Path, count: int) -> float:
     """Write JPEGs into a sub-folder for each class; return their average size in bytes."""
     rng, total = np.random.default_rng(0), 0
     for number in range(count):
-        path = folder / str(number % classes) / f"{number:05d}.jpg"
+        path = folder / str(number % _CLASSES) / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_photo(rng).save(path, quality=90)
         total += path.stat().st_size

@@ -36,7 +36,7 @@ from ldae.tokenizers.losses import LossWeights, TokenizerLoss
 from ldae.train.plan import Plan, plan_run
 from ldae.train.run import check_warmup, train_in, transform_of
 
-_UNKNOWN_BATCH = 32  # where the training searches for the size of its micro batches
+_UNKNOWN_BATCH = 32  # images at a time, where the training searches for the size of micro batches
 _MEASURED_IMAGES = 5_000
 
 # Settings of a pre-training that its tokenizer does not depend on. It depends on model.patch_size.
@@ -151,7 +151,10 @@ def fit_or_load(fit: Fit, run: Path, row: str) -> None:
         tokenizers.load(fit.tokenizer, path)
         fit.tokenizer.to(fit.device)
     else:
-        _train(fit, run, row) if fit.tokenizer.trained else _fit_statistics(fit)
+        if fit.tokenizer.trained:
+            _train(fit, run, row)
+        else:
+            _fit_in_one_pass(fit)
         record_skipped(run, fit.skipped)
         if distributed.is_main():
             tokenizers.save(fit.tokenizer, path)
@@ -162,7 +165,7 @@ def fit_or_load(fit: Fit, run: Path, row: str) -> None:
     fit.tokenizer.cpu()
 
 
-def _fit_statistics(fit: Fit) -> None:
+def _fit_in_one_pass(fit: Fit) -> None:
     tokenizer = fit.tokenizer.to(fit.device)
     tokenizer.fit(_first_images(fit), *fit.stats)
     if summary := tokenizer.summary():
@@ -170,7 +173,10 @@ def _fit_statistics(fit: Fit) -> None:
 
 
 def _train(fit: Fit, run: Path, row: str) -> None:
-    """Fit pixel statistics, train, and fit latent statistics; published weights need only these."""
+    """Fit pixel statistics, train, and fit latent statistics.
+
+    Published weights need the latent statistics only.
+    """
     tokenizer, config = fit.tokenizer.to(fit.device), fit.config
     if fit.plan:
         mean, std = fit.stats
@@ -216,6 +222,7 @@ def tokenizer_loss(fit: Fit) -> TokenizerLoss:
 
 
 def _report(fit: Fit, run: Path, row: str) -> None:
+    """Measure the reconstruction; write reconstructed.png and reconstruction.json, print a line."""
     config, tokenizer, source = fit.config, fit.tokenizer, fit.evaluation
     center = CropTransform(config.data.img_size, config.data.in_chans)
     count = min(config.tokenizer.fit_images or _MEASURED_IMAGES, _MEASURED_IMAGES)
@@ -255,9 +262,9 @@ def _first_images(fit: Fit) -> FitImages:
 def _fit_images(
     fit: Fit, source: Source, transform: CropTransform, count: int, seed: int
 ) -> FitImages:
-    """Return images for a fit or its report, at most as many at a time as a network can take.
+    """Return images for a fit or its report, in batches that the memory of the device can take.
 
-    These are no more than in training, or few where the training searches for the number.
+    A batch is no larger than in training, and small where the training searches for its size.
     """
     config, plan, at_once = fit.config, fit.plan, FIT_BATCH
     if plan:
