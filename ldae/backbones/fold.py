@@ -114,7 +114,7 @@ def _patch_to_token(method: LDAE, t: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _verify(exact: LDAE, vit: VisionTransformer, t: int) -> None:
-    """Raises: InputError when the features of random images differ."""
+    """Compare the features of random images. Raises: InputError when they differ."""
     tokenizer = exact.tokenizer
     generator = torch.Generator().manual_seed(0)
     size = (4, tokenizer.in_chans, tokenizer.img_size, tokenizer.img_size)

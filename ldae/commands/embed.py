@@ -145,14 +145,17 @@ def embed(
 def _encoder(
     backbone: str, setup: EncoderSetup, taps: tuple[Tap, ...], tokens: bool, device: torch.device
 ) -> Encoder:
-    """Raises: InputError when the backbone lacks a tap or a token map."""
+    """Open the backbone, and return it with the reader of its taps or of its token map.
+
+    Raises: InputError when the backbone lacks a tap or a token map.
+    """
     model = open_backbone(backbone, setup)
     reader = (
         TokenMapReader(model, SegmentProtocol.pixel_patch) if tokens else TapReader(model, taps)
     )
     how = (setup.batch_size, setup.workers)
     encoder = Encoder(model, device, setup.precision, None, reader, *how)
-    _ = encoder.columns  # checks them
+    _ = encoder.columns  # checks the taps, or the token map
     return encoder
 
 
@@ -226,9 +229,10 @@ def _is_done(out: Path, record: dict, whitening: dict | None) -> bool:
     """
     begun = parts_of(out).exists()
     if not out.exists():
-        for beside in (".csv", ".json") if out.suffix == ".npy" and not begun else ():
-            if (path := out.with_suffix(beside)).exists():
-                raise InputError(f"{path} exists and would be overwritten: name another --out")
+        if out.suffix == ".npy" and not begun:
+            for beside in (".csv", ".json"):
+                if (path := out.with_suffix(beside)).exists():
+                    raise InputError(f"{path} exists and would be overwritten: name another --out")
         return False
     held = open_embedded(out).record
     here = _with_whitening(record, whitening)

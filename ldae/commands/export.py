@@ -283,7 +283,10 @@ def _holds(
 
 
 def _verify_file(model: nn.Module, opened: nn.Module) -> None:
-    """Raises: InputError when the opened file and the model differ on random images."""
+    """Compare what timm opens with the model, on random images.
+
+    Raises: InputError when the features differ in a bit.
+    """
     images = torch.randn(2, *model.pretrained_cfg["input_size"])
     with torch.no_grad():
         if not torch.equal(opened(images), model(images)):

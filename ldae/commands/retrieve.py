@@ -98,7 +98,10 @@ def retrieval(
 
 
 def _check_findable(train: Source, test: Source, others: bool) -> None:
-    """Raises: InputError, naming the class, when a query has no image of its class to find."""
+    """Check that each query has an image of its class to find.
+
+    Raises: InputError naming the class that has none.
+    """
     queries = known_labels(test)
     counts = torch.bincount(known_labels(train), minlength=int(queries.max()) + 1)
     for label in queries.unique().tolist():

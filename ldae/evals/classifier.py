@@ -70,6 +70,10 @@ def check_savable(backbone: nn.Module, folder: Path) -> None:
 
 
 def _with_head(backbone: nn.Module, heads: Heads) -> nn.Module:
+    """Return a copy of ``backbone`` whose classifier is the first of ``heads`` and its BatchNorm.
+
+    Raises: InputError when the backbone takes no plain linear head.
+    """
     weight, bias = fold_batchnorm(heads.norm, heads.weight[0], heads.bias[0])
     if is_whitened(backbone.pretrained_cfg):  # by its head, in whose place the classifier comes
         whitening = copy.deepcopy(backbone.get_classifier()).double()
@@ -97,6 +101,10 @@ def _with_head(backbone: nn.Module, heads: Heads) -> nn.Module:
 def _verify(
     folder: Path, backbone: nn.Module, heads: Heads, source: Source, opened: nn.Module
 ) -> None:
+    """Compare the logits of the classifier that timm opened with those of backbone and head.
+
+    Raises: InputError when they differ on the first images of ``source``.
+    """
     indices = range(min(_IMAGES_VERIFIED, len(source)))
     transform = preprocessing(opened)
     pixels, _, _ = next(iter(eval_batches(source, transform, indices, len(indices), workers=0)))

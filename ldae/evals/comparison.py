@@ -37,22 +37,7 @@ def compare(then: dict, now: dict, headlines: Sequence[str], tolerance: float) -
     others = [n for n in names if n not in numbers and first.get(n) != second.get(n)]
     changed, explained = changed_origins(then, now), [*_changed_environment(then, now)]
     close = all(_is_close(number, then, tolerance) for number in numbers.values())
-    if first == second:
-        verdict = "equal"
-        sentence = "the same to the bit" + (f", although {'; '.join(changed)}" if changed else "")
-    elif changed:
-        verdict, sentence = "different", f"different: {'; '.join(changed)}"
-    elif explained and close:
-        verdict = "close"
-        sentence = "the same within what a change of device or version explains: "
-        sentence += "; ".join(explained)
-    elif explained:
-        verdict = "different"
-        sentence = "different, by more than a change of device or version explains: "
-        sentence += "; ".join(explained)
-    else:
-        verdict = "different"
-        sentence = "different, and neither device, versions, weights nor images have changed"
+    verdict, sentence = _judge(first == second, close, changed, explained)
     return {
         "verdict": verdict,
         "sentence": sentence,
@@ -63,11 +48,36 @@ def compare(then: dict, now: dict, headlines: Sequence[str], tolerance: float) -
     }
 
 
+def _judge(equal: bool, close: bool, changed: list[str], explained: list[str]) -> tuple[str, str]:
+    """Return the verdict (equal, close or different), and a sentence about it.
+
+    Args:
+        equal: whether all results are the same to the bit.
+        close: whether the headlines are within the tolerance.
+        changed: as ``compare`` returns it.
+        explained: as ``compare`` returns it.
+    """
+    changes, reasons = "; ".join(changed), "; ".join(explained)
+    if equal:
+        return "equal", "the same to the bit" + (f", although {changes}" if changed else "")
+    if changed:
+        return "different", f"different: {changes}"
+    if not explained:
+        return (
+            "different",
+            "different, and neither device, versions, weights nor images have changed",
+        )
+    if close:
+        return "close", f"the same within what a change of device or version explains: {reasons}"
+    return "different", f"different, by more than a change of device or version explains: {reasons}"
+
+
 def _difference(then: float, now: float | None) -> dict[str, float | None]:
     return {"then": then, "now": now, "difference": None if now is None else now - then}
 
 
 def _is_close(number: dict[str, Any], record: dict, tolerance: float) -> bool:
+    """Return whether a number of two records differs by no more than ``compare`` allows."""
     if number["difference"] is None or not math.isfinite(number["difference"]):
         return False
     images = record.get("data", {}).get("eval_images")
@@ -95,6 +105,7 @@ def _origins(record: dict) -> dict[str, Any]:
 
 
 def _in_words(name: str, before: Any, after: Any, record: dict) -> str:
+    """Return a change of an entry of the record in words; ``name`` is the dotted name."""
     if name in ("backbone.sha256", "protocol.starts_from"):
         return f"the weights of {record['backbone']['spec']} have changed"
     part, _, key = name.rpartition(".")

@@ -140,20 +140,7 @@ class Evaluation:
             "protocol": constants,
             "backbone": describe_backbone(self.spec, self.model, self.setup, self.transform)
             | {"dim": dim},
-            "data": {
-                "spec": (self.train or self.eval).spec,
-                "eval_spec": self.eval.spec,
-                "fingerprint": (self.train or self.eval).fingerprint(),
-                "eval_fingerprint": self.eval.fingerprint(),
-                "resized_twice": any(
-                    source.resizes_twice(self.transform)
-                    for source in (self.train, self.eval)
-                    if source
-                ),
-                "train_images": len(self.train) if self.train else None,
-                "eval_images": len(self.eval),
-                "classes": classes,
-            },
+            "data": self._describe_data() | {"classes": classes},
             "results": results,
             "environment": environment(self.device) | {"ranks": world_size()},
             "call": self.call,
@@ -165,6 +152,21 @@ class Evaluation:
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
             print(f"{subject}: {', '.join(numbers)}; {path}")
         return as_json(record)
+
+    def _describe_data(self) -> dict:
+        """Return what a record says about the images of both splits."""
+        learned = self.train or self.eval
+        return {
+            "spec": learned.spec,
+            "eval_spec": self.eval.spec,
+            "fingerprint": learned.fingerprint(),
+            "eval_fingerprint": self.eval.fingerprint(),
+            "resized_twice": any(
+                source.resizes_twice(self.transform) for source in (learned, self.eval)
+            ),
+            "train_images": len(self.train) if self.train else None,
+            "eval_images": len(self.eval),
+        }
 
     def origins(self) -> dict:
         """Return the hashes of the weights and of the images, as parts of the record."""

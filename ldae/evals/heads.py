@@ -107,7 +107,7 @@ class Heads(nn.Module):
         return F.linear(normed, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
 
     def blocks(self, rows: int) -> Iterator[slice]:
-        """Divide the heads into blocks, to bound the number of logits for so many rows."""
+        """Divide the heads into blocks, to bound the number of logits of ``rows`` rows."""
         heads, classes = self.bias.shape
         at_once = max(_LOGITS_AT_ONCE[self.bias.device.type] // (rows * classes), 1)
         return (slice(first, first + at_once) for first in range(0, heads, at_once))
@@ -150,7 +150,7 @@ class Heads(nn.Module):
 
 
 class _TapTraining:
-    """The training of the heads of one tap by SGD with momentum, each at its own rate."""
+    """The training of the heads of one tap by SGD with momentum, each at its own learning rate."""
 
     def __init__(self, settings: Sequence[Head], heads: Heads, protocol: SweepProtocol) -> None:
         self.heads, self.momentum = heads, protocol.momentum
@@ -163,7 +163,10 @@ class _TapTraining:
     def update(
         self, features: torch.Tensor, labels: torch.Tensor, count: int, lr_factor: float
     ) -> None:
-        """Take one step on a batch of ``count`` images, with this rank's rows of it."""
+        """Take one step on a batch of ``count`` images, with this rank's rows of the batch.
+
+        ``lr_factor`` is the share of the peak learning rates in this step.
+        """
         heads = self.heads
         normed = heads.normalise_batch(features, count)
         for some in heads.blocks(count):

@@ -175,7 +175,13 @@ class Bank:
 
 
 def check_enough(k: int, images: int, others: bool = False) -> None:
-    """Raises: InputError for more neighbours than images, or than other images."""
+    """Check that ``images`` are enough for ``k`` neighbours.
+
+    Args:
+        others: the query is one of the images, and does not count.
+
+    Raises: InputError when they are too few.
+    """
     if k > images - others:
         query = ", one of which is the query" if others else ""
         raise InputError(f"k = {k} is more neighbours than images: there are {images:,}{query}")

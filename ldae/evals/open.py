@@ -78,6 +78,7 @@ def watch_openings(watch: Callable[[Evaluation], None]) -> Iterator[None]:
 
 
 def _open_once(load: Callable[..., nn.Module], spec: str, **settings: Any) -> nn.Module:
+    """Return ``load(spec, **settings)``, or the network that ``keep_network`` has kept of it."""
     kept = _kept.get({})
     key = (load, str(spec), *settings.values())
     if key not in kept:

@@ -35,6 +35,7 @@ def score_table(run: Path, params: int, images_seen: int | None) -> str:
 
 
 def _row(record: dict, images_seen: int | None) -> tuple[str, str, str, str]:
+    """Return the cells of a record's row: the evaluation, the data, the scores, the images seen."""
     data, results = record["data"], record["results"].items()
     # The names alone, since a card is public and paths are of this machine.
     names = dict.fromkeys(Path(data[key]).name for key in ("spec", "eval_spec"))

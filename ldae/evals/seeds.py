@@ -35,7 +35,8 @@ def summarise(numbers: Mapping[int, Mapping[str, float]]) -> dict:
     Args:
         numbers: the numbers by each seed, with the same names.
     """
-    columns = {name: [one[name] for one in numbers.values()] for name in [*numbers.values()][0]}
+    names = next(iter(numbers.values()))
+    columns = {name: [one[name] for one in numbers.values()] for name in names}
     spread = {
         name: statistics.stdev(values) if len(values) > 1 else 0.0
         for name, values in columns.items()

@@ -95,7 +95,10 @@ def _digest(name: str) -> bytes:
 
 
 def check_shots(protocol: FewShotProtocol, labels: torch.Tensor, classes: list[str] | None) -> None:
-    """Raises: InputError, naming the class, when a class has too few train images for the draws."""
+    """Check that each class has enough train images for the draws.
+
+    Raises: InputError naming the class that has too few.
+    """
     for label, count in enumerate(torch.bincount(labels).tolist()):
         if 0 < count < max(protocol.shots, default=0):
             name = repr(classes[label]) if classes else label

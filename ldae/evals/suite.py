@@ -61,6 +61,7 @@ def _place(where: str) -> Iterator[None]:
 def _cells(
     suite: dict, specs: tuple[str, ...], setup: Setup, graders: dict[str, Grader]
 ) -> list[Cell]:
+    """Return the cells of the tables of a suite, see ``read_suite``."""
     check_known("the suite", suite, ("backbones", "data", "protocols"))
     data = {name: _data(name, table) for name, table in _tables(suite, "data").items()}
     columns = [
@@ -102,6 +103,7 @@ def _default_name(spec: str, setup: Setup) -> str:
 def _backbones(
     suite: dict, setup: Setup, data: Iterable[str], columns: list[Column]
 ) -> list[Backbone]:
+    """Return the backbones of [[backbones]]."""
     entries = suite.get("backbones", [])
     if not isinstance(entries, list):
         raise InputError("backbones are a list of tables, each under [[backbones]]")
@@ -139,6 +141,7 @@ def _published(
 
 
 def _data(name: str, table: object) -> tuple[str, str | None]:
+    """Return the sources train and eval of a table [data.NAME]; eval may be left out."""
     given = _values(f"[data.{name}]", table, {"train": str, "eval": str})
     if "train" not in given:
         raise InputError(f"[data.{name}] has no train")
@@ -146,6 +149,7 @@ def _data(name: str, table: object) -> tuple[str, str | None]:
 
 
 def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, Grader]) -> Column:
+    """Return the column of a table [protocols.NAME]; ``data`` are all names of data sets."""
     where = f"[protocols.{name}]"
     _check_table(where, table)
     verb = table.get("verb", name)
@@ -172,6 +176,7 @@ def _column(name: str, table: object, data: tuple[str, ...], graders: dict[str, 
 
 
 def _tables(suite: dict, key: str) -> dict[str, object]:
+    """Return the tables [KEY.NAME] of a suite by name. Raises: InputError when there is none."""
     tables = suite.get(key)
     if not isinstance(tables, dict) or not tables:
         raise InputError(f"there is no table [{key}.NAME]")

@@ -288,7 +288,7 @@ def backbone_of(mae: MAE, verify: bool = True) -> VisionTransformer:
 
 
 def _verify(mae: MAE, vit: VisionTransformer) -> None:
-    """Raises: InputError when the features of random images differ."""
+    """Compare the class tokens of random images. Raises: InputError when they differ."""
     size = (2, mae.pixels.in_chans, mae.pixels.img_size, mae.pixels.img_size)
     images = torch.randn(size, generator=torch.Generator().manual_seed(0))
     patches = patchify(images, mae.patch_size).to(vit.cls_token)

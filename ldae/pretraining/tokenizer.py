@@ -282,7 +282,7 @@ def _fit_images(
 
 
 def _check_settings(config: Config) -> None:
-    """Raises: InputError for settings that contradict each other."""
+    """Check the settings of a fit. Raises: InputError when they contradict each other."""
     settings, data = config.tokenizer, config.data
     takers = {name: kind.settings() for name, kind in TOKENIZERS.items()}
     tree.check_used(settings, settings.name, takers, "tokenizer.")

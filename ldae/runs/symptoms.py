@@ -61,6 +61,7 @@ def new_symptoms(records: Sequence[Record], continued: bool = False) -> list[str
 
 
 def _collapse(watched: list[Record]) -> str:
+    """Return a sentence when the last measurement shows a collapse, otherwise ""."""
     *earlier, now = watched
     for name, least in ((SPREAD, _NO_SPREAD), (RANKME, _NO_RANK)):
         largest = max((record[name] for record in earlier), default=0.0)
@@ -75,6 +76,7 @@ def _collapse(watched: list[Record]) -> str:
 
 
 def _standstill(records: Sequence[Record], watched: list[Record], continued: bool) -> str:
+    """Return a sentence when the last measurements show a standstill, otherwise ""."""
     first, now, last = records[0], watched[-1], watched[-_MEASUREMENTS:]
     highest = max(record["lr"] for record in watched)
     if now["lr"] >= _LOW_RATE * highest and all(_is_still(name, last) for name in _values(now)):
@@ -101,6 +103,7 @@ def _values(record: Record) -> list[str]:
 
 
 def _is_still(name: str, records: list[Record]) -> bool:
+    """Return whether a value hardly differs between measurements, see ``symptoms``."""
     values = [record[name] for record in records]
     if name in (RANKME, SPREAD):
         return max(values) <= (1 + _STILL) * min(values)
