@@ -240,7 +240,7 @@ class LDAE(nn.Module):
         no ``clean`` cannot be sampled.
         """
         output = self.predict(z_t, t, labels)
-        assert self.objective.clean is not None  # else samplers refuse the run
+        assert self.objective.clean is not None  # samplers refuse other runs
         return self.objective.clean(self.tokenizer, output, z_t, *self.level(t))
 
     def predict_image(

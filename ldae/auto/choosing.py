@@ -114,7 +114,7 @@ class Choosing:
 
     def _choose_length(self) -> None:
         """Choose the epochs that fit into the hours, and the batch and its learning rate."""
-        if compiles(self.config.system.compile, self.device):  # so far, none was
+        if compiles(self.config.system.compile, self.device):  # the steps so far were not compiled
             compiled = facts.measure_step(self.config, self.device, self.speed.batch_size)
             self.speed = self.speed._replace(images_per_second=compiled.images_per_second)
         if "optim.epochs" not in self.given:

@@ -29,11 +29,12 @@ _STEP_IMAGES = {"cpu": 32, "cuda": 512}
 
 
 class Speed(NamedTuple):
-    """What a training step takes on one rank."""
+    """The speed and the memory of a training step on one rank."""
 
     images_per_second: float
     bytes_an_image: int
-    """What the forward pass keeps of an image for the backward pass; 0 for a compiled network."""
+    """Bytes that the forward pass keeps of an image for the backward pass; 0 for a compiled
+    network, where they are not measured."""
     batch_size: int
 
 
@@ -107,7 +108,7 @@ def parameters_of(config: Any) -> int:
     ratio = getattr(model, "mlp_ratio", None)
     shape = vit_shape(model.name, model.depth, model.embed_dim, model.num_heads, ratio)
     depth, width = (getattr(model, f"decoder_{size}", 0) for size in ("depth", "embed_dim"))
-    depth = shape.depth if depth is None else depth  # as large as the encoder
+    depth = shape.depth if depth is None else depth  # None: as large as the encoder
     width = shape.embed_dim if width is None else width
     # Four matrices of attention, and two of the MLP.
     area = shape.depth * shape.embed_dim**2 + depth * width**2

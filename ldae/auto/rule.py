@@ -22,14 +22,16 @@ _USEFUL_EPOCHS = 400  # the paper's length: further epochs do not justify a larg
 _IMAGES_A_PARAMETER = 0.3
 _BYTES_A_PARAMETER = 16  # the weight, its gradient and AdamW's two moments, in float32
 _MEMORY = 0.5  # share of the memory that weights, and on a CPU activations, may fill
-_STEPS = 20_000  # of a run, from which on a larger batch is taken
-_BATCHES = (128, 2048)  # of the scales demo and paper
-_LEAST_STEPS = 10
+_STEPS = 20_000  # a run of more steps gets a larger batch
+_BATCHES = (128, 2048)  # the smallest and the largest: those of the scales demo and paper
+_LEAST_STEPS = 10  # of the shortest run, at the smallest batch
 _PEAK = 1e-3  # learning rate of the scales demo and small, with these batches; 0.8e-3 in the paper
-_WARMUP = 0.1  # of the epochs; 5 % at the scale small, 12.5 % at demo, 25 % in the paper
-_VARIANCE = 0.95
-_AXES = (8, 32)  # fewer cost accuracy (benchmarks/results/cifar10-latents.json); 32 in the paper
-_IDLE = 0.05  # of a core: less decoding than this needs no worker
+_WARMUP = 0.1  # share of the epochs; 5 % at the scale small, 12.5 % at demo, 25 % in the paper
+_VARIANCE = 0.95  # share of the variance of patches that the axes keep
+# The fewest and the most axes. Fewer cost accuracy (benchmarks/results/cifar10-latents.json); the
+# paper has 32.
+_AXES = (8, 32)
+_IDLE = 0.05  # share of a core; less decoding than this needs no worker
 _SPARE = 1.2  # workers for each one that decoding keeps busy
 
 
@@ -76,7 +78,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Images:
-    """What a run needs to know about its training images."""
+    """Facts about the training images of a run."""
 
     count: int
     side: int
@@ -87,7 +89,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank has of the machine."""
+    """The part of the machine that one rank has."""
 
     gpu: bool
     cores: int

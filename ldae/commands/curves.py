@@ -13,8 +13,8 @@ from ldae.runs.metrics import read_records
 from ldae.runs.symptoms import RANKME, Record, new_symptoms
 from ldae.tree import AnyPath
 
-_ROWS = 16
-_SETTINGS = 12  # of a list of those that differ
+_ROWS = 16  # of the table, at most
+_SETTINGS = 12  # that differ and are listed, at most
 
 
 def curves(

@@ -148,7 +148,7 @@ def _place(command: str, bound: BoundArguments, folder: Path) -> None:
 
 def _announce_changes(then: dict) -> Callable[[Evaluation], None]:
     """Return a function that prints which weights and images of an evaluation have changed."""
-    seen = []  # of several seeds, the record has the weights and images of the first
+    seen = []  # with several seeds, the record has the weights and images of the first alone
 
     def watch(evaluation: Evaluation) -> None:
         if seen:

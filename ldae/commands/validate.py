@@ -70,7 +70,7 @@ class ValidationProtocol(Protocol):
 
     @property
     def depends_on_seed(self) -> bool:
-        return bool(self.corruption)  # which are drawn
+        return bool(self.corruption)  # the seed draws them
 
 
 @over_seeds

@@ -75,7 +75,7 @@ def _with_head(backbone: nn.Module, heads: Heads) -> nn.Module:
     Raises: InputError when the backbone takes no plain linear head.
     """
     weight, bias = fold_batchnorm(heads.norm, heads.weight[0], heads.bias[0])
-    if is_whitened(backbone.pretrained_cfg):  # by its head, in whose place the classifier comes
+    if is_whitened(backbone.pretrained_cfg):  # by its head, which the classifier replaces
         whitening = copy.deepcopy(backbone.get_classifier()).double()
         bias = (bias.double() + weight.double() @ whitening.bias).to(bias.dtype)
         weight = (weight.double() @ whitening.weight).to(weight.dtype)

@@ -82,7 +82,7 @@ def _is_close(number: dict[str, Any], record: dict, tolerance: float) -> bool:
         return False
     images = record.get("data", {}).get("eval_images")
     allowed = max(tolerance, 100 / images) if images else number["then"] * tolerance / 100
-    return abs(number["difference"]) <= allowed * (1 + 1e-9)  # of one image, by rounding
+    return abs(number["difference"]) <= allowed * (1 + 1e-9)  # one image's share may be rounded
 
 
 def changed_origins(then: dict, now: dict) -> list[str]:

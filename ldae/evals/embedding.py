@@ -64,7 +64,7 @@ class Rows:
     def _whole_blocks(self, record: dict) -> list[int]:
         """Return the checksums of the blocks that an earlier start has written."""
         lines: list = []
-        with suppress(FileNotFoundError, ValueError):  # of a line that a power cut has damaged
+        with suppress(FileNotFoundError, ValueError):  # a power cut may have damaged a line
             with open(self._log, encoding="utf-8") as log:
                 lines += (json.loads(line) for line in log if line.endswith("\n"))
         if not lines:

@@ -82,7 +82,7 @@ def _open_once(load: Callable[..., nn.Module], spec: str, **settings: Any) -> nn
     kept = _kept.get({})
     key = (load, str(spec), *settings.values())
     if key not in kept:
-        kept.clear()  # before the next one takes memory
+        kept.clear()  # the last network leaves before the next one takes memory
         kept[key] = load(spec, **settings)
     return kept[key]
 

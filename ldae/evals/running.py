@@ -171,7 +171,7 @@ class Keys:
         key = _key_of_results(cell)  # before images and weights are read
         try:
             return key is not None and key == self.of(cell)
-        except (OSError, ValueError):  # which running the cell will report
+        except (OSError, ValueError):  # the run of the cell reports it
             return False
 
 

@@ -51,7 +51,7 @@ class FewShotProtocol(Protocol):
 
     @property
     def depends_on_seed(self) -> bool:
-        return bool(self.shots)  # which are drawn
+        return bool(self.shots)  # the seed draws them
 
 
 def draw_images(

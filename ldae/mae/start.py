@@ -33,11 +33,11 @@ class Start(NamedTuple):
     """The weights to start from."""
 
     spec: str
-    """What ``init_from`` names."""
+    """The value of ``init_from``."""
     encoder: StateDict
-    """Without the positions, which are constants."""
+    """The encoder's weights, without the positions, which are constants."""
     decoder: StateDict
-    """Empty when the start has no decoder."""
+    """The decoder's weights; empty when the start has no decoder."""
     mean: torch.Tensor
     """Mean (C,) of the pixels, in [0, 1]."""
     std: torch.Tensor

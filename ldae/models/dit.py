@@ -273,7 +273,7 @@ class DiT(Denoiser):
             tokens = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, self.in_dim))
             pos_embed = pos_embed[kept]
         x = self.embed(tokens)
-        x = x + pos_embed.to(x)  # in the precision of the layers, which the residual stream has
+        x = x + pos_embed.to(x)  # the residual stream has the layers' precision
         if self.prefix is not None:
             x = torch.cat([self.prefix.to(x).expand(len(x), -1, -1), x], dim=1)
         return self.norm_pre(x).to(x)
@@ -334,7 +334,7 @@ class DiT(Denoiser):
     @classmethod
     def plain_settings(cls, vit: nn.Module) -> dict[str, Any]:
         shape, parts = read_vit(vit)
-        assert isinstance(vit, VisionTransformer)  # or it was refused
+        assert isinstance(vit, VisionTransformer)  # ``read_vit`` refuses others
         rows, columns = vit.patch_embed.grid_size
         found = vit.pos_embed[0, -rows * columns :]
         constant = rows == columns and torch.allclose(

@@ -78,7 +78,7 @@ class UNet(Denoiser):
         )
         if checkpoint_activations:
             self.network.enable_gradient_checkpointing()
-        up_stages = max(1, levels // 2)  # of the encoder
+        up_stages = max(1, levels // 2)  # those that belong to the encoder
         self.depth, self.stages = levels + 1 + up_stages, 2 * levels + 1
         self.width = channels[-up_stages]
         self.initialize()

@@ -35,7 +35,7 @@ class FitImages:
     workers: int = 0
     """Data workers of each rank."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """As ``train_batches`` takes it."""
+    """Stop at an image that cannot be decoded, or skip it, as in ``train_batches``."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Gets the images that this rank could not decode and skipped: name -> reason."""
 

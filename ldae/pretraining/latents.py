@@ -15,7 +15,7 @@ from ldae.precision import float32_products
 from ldae.settings import Config
 from ldae.tokenizers import ConvTokenizer, Tokenizer, check_kind
 
-_AT_ONCE = 8  # of 256 x 256, each takes 34 MB in every activation at LDM's full resolution
+_AT_ONCE = 8  # images; one of 256 x 256 takes 34 MB in each activation of full resolution
 
 
 class LatentEncoder:

@@ -37,7 +37,7 @@ from ldae.train.plan import Plan, plan_run
 from ldae.train.run import check_warmup, train_in, transform_of
 
 _UNKNOWN_BATCH = 32  # images at a time, where the training searches for the size of micro batches
-_MEASURED_IMAGES = 5_000
+_MEASURED_IMAGES = 5_000  # at most, for the reconstruction
 
 # Settings of a pre-training that its tokenizer does not depend on. It depends on model.patch_size.
 _IGNORED = (
@@ -104,7 +104,7 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     evaluation = open_source(config.data.eval_source or config.data.source, "eval")
     fit = Fit(config, source, evaluation, device, tokenizer, pixel_stats(config.data), plan)
     if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
-        inner = run / layout.TOKENIZER_RUN  # of a pre-training
+        inner = run / layout.TOKENIZER_RUN  # the tokenizer's own run in a pre-training
         check_warmup(inner if inner.exists() else run, config.tokenizer.optim, "tokenizer.optim")
         start = config.tokenizer.adversarial_start
         if config.tokenizer.adversarial_weight and start >= plan.steps:
@@ -182,7 +182,7 @@ def _train(fit: Fit, run: Path, row: str) -> None:
         mean, std = fit.stats
         if mean:
             tokenizer.set_pixel_stats(torch.tensor(mean), torch.tensor(std))
-        elif not Checkpoints(run).paths():  # else they are in there
+        elif not Checkpoints(run).paths():  # a checkpoint has them
             tokenizer.fit_pixels(_first_images(fit))
         # Not compiled, since the adversary's adaptive weight takes gradients in the forward pass.
         trained = train_in(
@@ -196,7 +196,7 @@ def _train(fit: Fit, run: Path, row: str) -> None:
             transform=transform_of(config),
             device=fit.device,
         )
-        fit.tokenizer = trained.tokenizer  # that of the moving average, where the recipe has one
+        fit.tokenizer = trained.tokenizer  # or its moving average, where the recipe has one
     fit.tokenizer.fit_latents(_first_images(fit))
 
 

@@ -20,9 +20,9 @@ from ldae.runs.symptoms import LEVELS, RANKME, SPREAD, new_symptoms, psnr
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan
 
-_IMAGES = 256  # by which features are measured
-_RECONSTRUCTED = 32
-_AT_ONCE = 8  # while the weights and the optimizer fill most of a GPU's memory
+_IMAGES = 256  # whose features are measured
+_RECONSTRUCTED = 32  # of these images
+_AT_ONCE = 8  # images, since the weights and the optimizer fill most of a GPU's memory
 _LEAST_IMAGES = 4096  # between two measurements, which then cost about 1 % of the training
 _LEAST_ERROR = 1e-10  # 100 dB
 

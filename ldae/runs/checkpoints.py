@@ -13,7 +13,7 @@ from ldae.files import PARTIAL, open_atomic, report_write_errors
 from ldae.runs import layout
 
 _KEYS = ("images_seen", "model", "average", "optimizer", "describe")
-_NEWER_KEYS = ("watchdog", "division")  # which older checkpoints do not have
+_NEWER_KEYS = ("watchdog", "division")  # older checkpoints do not have these
 
 
 class Checkpoints:

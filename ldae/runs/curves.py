@@ -17,7 +17,7 @@ from ldae.runs.symptoms import LEVELS, RANKME, SPREAD, Record, psnr
 
 FOLDER = Path(ldae.__file__).parent / "reference_curves"
 VALUES = ("loss", RANKME, SPREAD, *map(psnr, LEVELS))
-_POINTS = 64  # of a reference curve
+_POINTS = 64  # records of a reference curve
 
 
 def references() -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import nn
 
-_KEY = "kind"  # of the first line of config.yaml
+_KEY = "kind"  # the key in the first line of config.yaml
 
 
 class Exported(NamedTuple):

@@ -33,7 +33,7 @@ CLASSIFIER = "classifier"
 # Evaluations, each in a folder of EVALS
 EVALS = "evals"
 RESULTS = "results.json"
-FAILURE = "failure.txt"  # of a cell of a suite, until it is run again
+FAILURE = "failure.txt"  # why a cell of a suite failed, until the cell is run again
 RERUN = "rerun.json"  # a repeated evaluation beside the first one
 PREDICTIONS = "predictions.npz"
 DETECTIONS = "predictions.json"  # in COCO's format of results

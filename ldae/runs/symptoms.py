@@ -8,14 +8,16 @@ Record = dict[str, Any]
 RANKME, SPREAD = "rankme", "spread"
 LEVELS = (25, 50, 75)  # of the noise schedule, or of the patches that are masked, in percent
 
-_NO_SPREAD = 0.01  # features of two images differ by about 1 % of their norm
+# A spread or a RankMe of at most this much is a collapse, and so is a fall to less than a fifth. At
+# a spread of 0.01, the features of two images differ by about 1 % of their norm.
+_NO_SPREAD = 0.01
 _NO_RANK = 1.5
-_FALL = 5.0  # how many times smaller than the largest value of the run
+_FALL = 5.0
 _STILL = 1e-3  # relative change of a value that stands still, for a PSNR that of the squared error
 _STILL_DB = 0.005  # 10 log10(1 + _STILL), rounded up
-_MEASUREMENTS = 3  # that a standstill lasts
-_LEAST_FALL = 0.01  # of the loss of a run that learns, since its first record
-_LOW_RATE = 0.1  # of the highest learning rate so far, below which nothing has to move
+_MEASUREMENTS = 3  # in a row that stand still
+_LEAST_FALL = 0.01  # share by which the loss of a run that learns has fallen since its first record
+_LOW_RATE = 0.1  # share of the highest learning rate so far; below it nothing has to move
 
 
 def psnr(level: int) -> str:

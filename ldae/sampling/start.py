@@ -138,7 +138,7 @@ def fit_gaussian(
                 bar.update(len(pixels))
 
     axes = torch.eye(tokenizer.dim, dtype=torch.float64, device=device)
-    if not isinstance(tokenizer, PatchPCA):  # its latents are on principal axes already
+    if not isinstance(tokenizer, PatchPCA):  # the latents of PatchPCA are on their principal axes
         axes = principal_axes(latents(min(count, _AXES_IMAGES)), tokenizer.dim, device)
     moments = [Moments(tokenizer.num_tokens, device) for _ in axes]
     for z_0 in latents(count):

@@ -35,7 +35,7 @@ class State:
             module: _plain(module, bool | int | float) for module in model.modules()
         }
         self._host = HostCopy(device)
-        if self.cuda_graphs:  # else the gradients of the first step would lie in a graph's memory
+        if self.cuda_graphs:  # the first gradients would otherwise lie in a graph's memory
             for parameter in self._trained():
                 parameter.grad = torch.zeros_like(parameter)
 
