@@ -1,6 +1,5 @@
 """``ldae embed``: write the features of a backbone to a file that numpy or parquet opens."""
 
-import json
 import math
 import shutil
 import signal
@@ -209,7 +208,7 @@ def _record(
             "device": encoder.device.type,
         },
     }
-    return json.loads(json.dumps(record))
+    return files.as_json(record)
 
 
 def _whitening_record(sources: Mapping[str, Source], shrinkage: float) -> dict:

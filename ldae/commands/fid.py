@@ -1,6 +1,5 @@
 """``ldae fid``: measure the distance of images to a reference set: FID, or in other features."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -215,7 +214,7 @@ def _open_features(
             "sha256_of": "state dict",
             "preprocessing": asdict(encoder.transform),
         }
-    return encoder, json.loads(json.dumps(claim))  # with lists, as in a file of statistics
+    return encoder, as_json(claim)  # as in a file of statistics
 
 
 def _folder(record: dict, setup: FIDSettings, how: SamplingSettings) -> Path:
@@ -277,7 +276,7 @@ def _sampling(samples: dict | None) -> str:
     if not samples or "sampler" not in samples:
         return ""
     words = [f", {samples['sampler']} in {samples['steps']} steps"]
-    for name, default in json.loads(json.dumps(asdict(SamplingSettings()))).items():
+    for name, default in as_json(asdict(SamplingSettings())).items():
         if name not in ("sampler", "steps", "seed") and samples.get(name, default) != default:
             words.append(f"{name} {samples[name]}")
     return ", ".join(words)

@@ -1,8 +1,8 @@
 """FID-50K as DiT reports it: its settings, and what differs from them in a measured distance."""
 
-import json
 from dataclasses import asdict, replace
 
+from ldae.files import as_json
 from ldae.sampling.settings import SamplingSettings
 from ldae.tree import difference
 
@@ -56,7 +56,7 @@ def differences_of_samples(images: dict) -> list[str]:
     del wanted["seed"]
     return [
         f"{name} is {found.get(name)}, not {value}"
-        for name, value in json.loads(json.dumps(wanted)).items()
+        for name, value in as_json(wanted).items()
         if found.get(name) != value
     ]
 

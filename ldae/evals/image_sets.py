@@ -1,6 +1,5 @@
 """Sets of images for the Frechet distance: a source, samples of a run, or a file of statistics."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from ldae.distributed import rank, world_size
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.frechet import Statistics, load_statistics, statistics_of
-from ldae.files import file_hash
+from ldae.files import as_json, file_hash
 from ldae.sampling.album import read_record
 from ldae.sampling.generation import generate_batches, prepare_generation
 from ldae.sampling.settings import SamplingSettings
@@ -30,7 +29,7 @@ class ImageSet:
     """
 
     def __init__(self, record: dict) -> None:
-        self.record = json.loads(json.dumps(record))  # with lists, as in a file
+        self.record = as_json(record)
         self.spec, self.count = record["spec"], record["images"]
 
     def check_enough(self, dim: int) -> None:

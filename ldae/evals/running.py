@@ -21,7 +21,7 @@ from ldae.evals.evaluation import Setup
 from ldae.evals.features import cache_features
 from ldae.evals.naming import changes
 from ldae.evals.open import keep_network, open_backbone, open_classifier
-from ldae.files import state_hash, write, write_json
+from ldae.files import as_json, state_hash, write, write_json
 from ldae.runs import layout
 from ldae.train.interrupt import Interrupted
 
@@ -187,7 +187,7 @@ def _settings(cell: Cell) -> dict:
         "settings": asdict(column.protocol) | column.options,
         "setup": changes(replace(cell.setup, random_init=False)),
     }
-    return json.loads(json.dumps(settings))
+    return as_json(settings)
 
 
 def _images(spec: str, split: Literal["train", "eval"]) -> str:

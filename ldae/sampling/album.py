@@ -106,9 +106,9 @@ def check_same_record(images: Path, record: dict) -> None:
     written = read_record(images)
     if written is None:
         raise InputError(f"{images} holds other images, without their settings; name another --out")
-    requested = json.loads(json.dumps(record))  # JSON turns tuples into lists
+    requested = files.as_json(record)
     written = asdict(SamplingSettings()) | written
-    for name, value in json.loads(json.dumps(written)).items():
+    for name, value in files.as_json(written).items():
         if value != requested.get(name):
             raise InputError(
                 f"{images} holds other samples: {name} is {value!r} there, "
