@@ -44,6 +44,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def share_of(count: int) -> range:
+    """Return this rank's numbers among 0 .. count - 1: rank, rank + world size, and so on."""
+    return range(rank(), count, world_size())
+
+
 def barrier() -> None:
     """Wait until all ranks have called this function."""
     if dist.is_initialized():

@@ -25,6 +25,19 @@ def test_without_a_launcher_there_is_one_rank():
         assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_the_ranks_share_all_numbers_and_none_twice(ranks, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    for count in (0, 1, 4, 13):
+        shares = []
+        for number in range(ranks):
+            monkeypatch.setattr(distributed, "rank", lambda: number)
+            shares.append(list(distributed.share_of(count)))
+        assert sorted(sum(shares, [])) == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert all(part % ranks == number for number, share in enumerate(shares) for part in share)
+
+
 def test_device_names():
     assert distributed.device_for("cpu") == torch.device("cpu")
     expected = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,8 +18,7 @@ from ldae.distributed import (
     device_for,
     is_main,
     process_group,
-    rank,
-    world_size,
+    share_of,
 )
 from ldae.errors import InputError
 from ldae.method import LDAE
@@ -102,7 +101,7 @@ def sample(
 
 def _fill(album: Album, draw: Draw, images: int) -> None:
     """Generate this rank's share of the first ``images`` images that the album lacks."""
-    missing = [n for n in range(rank(), images, world_size()) if not album.path(n).exists()]
+    missing = [n for n in share_of(images) if not album.path(n).exists()]
     for batch, pictures in draw(missing):
         for number, picture in zip(batch.tolist(), pictures, strict=True):
             album.save(number, picture)
@@ -134,7 +133,7 @@ def _write_grid(draw: Draw, chosen: ResolvedSettings, grid: torch.Tensor, out: P
 
     It has a column for each of a few classes in turn, otherwise eight columns.
     """
-    for batch, pictures in draw(range(rank(), len(grid), world_size())):
+    for batch, pictures in draw(share_of(len(grid))):
         grid[batch.to(grid.device)] = pictures.to(grid.device).float() / 255
     all_reduce_sum(grid)
     if is_main():

@@ -9,7 +9,7 @@ import torch
 from ldae.console import progress
 from ldae.data.label_maps import open_map_splits
 from ldae.data.source import IGNORED, MapSource
-from ldae.distributed import all_reduce_sum, rank, world_size
+from ldae.distributed import all_reduce_sum, share_of
 from ldae.errors import InputError
 from ldae.evals.dense import (
     SegmentProtocol,
@@ -120,7 +120,7 @@ def _labels(evaluation: Evaluation, source: MapSource, classes: int | None) -> t
     Raises: InputError, naming the image, for a label that is no class.
     """
     counts = torch.zeros(IGNORED, dtype=torch.int64)
-    with progress(len(range(rank(), len(source), world_size())), f"labels of {source.spec}") as bar:
+    with progress(len(share_of(len(source))), f"labels of {source.spec}") as bar:
         maps = label_maps(source, _present, _MAPS_AT_ONCE, evaluation.setup.workers)
         for present, indices in maps:
             unknown = present[:, classes:].nonzero().tolist() if classes else []

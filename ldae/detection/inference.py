@@ -2,7 +2,6 @@
 
 from itertools import chain
 
-import numpy as np
 import torch
 
 from ldae.console import progress
@@ -11,7 +10,7 @@ from ldae.data.loader import eval_batches
 from ldae.detection.jitter import ScaleJitter
 from ldae.detection.network import Detector
 from ldae.detection.scoring import Result
-from ldae.distributed import gather_values, rank, world_size
+from ldae.distributed import gather_values, share_of
 from ldae.precision import float32_products
 
 
@@ -36,7 +35,7 @@ def find_instances(
     """
     training = detector.training
     detector.eval()
-    share = np.arange(rank(), len(source), world_size())
+    share = share_of(len(source))
     found: list[tuple[int, list[Result]]] = []
     with progress(len(share), "detection") as bar, float32_products():
         batches = eval_batches(Pictures(source), transform, share, batch_size, workers)

@@ -14,7 +14,7 @@ from tyro.conf import Fixed
 from ldae.console import progress
 from ldae.data.loader import Transform, eval_batches
 from ldae.data.source import IGNORED, MapSource, Source
-from ldae.distributed import all_reduce_sum, rank, world_size
+from ldae.distributed import all_reduce_sum, rank, share_of, world_size
 from ldae.evals.features import Encoder, allocate_rows
 from ldae.evals.heads import Heads
 from ldae.evals.protocol import Protocol
@@ -144,7 +144,7 @@ def label_maps(
     source: MapSource, transform: Transform, batch_size: int, workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield this rank's label maps, transformed from (H, W), and their indices, in batches."""
-    share = np.arange(rank(), len(source), world_size())
+    share = share_of(len(source))
     for maps, _, indices in eval_batches(_Maps(source), transform, share, batch_size, workers):
         yield maps, indices
 
@@ -153,7 +153,7 @@ def load_label_share(
     source: MapSource, size: tuple[int, int], batch_size: int, workers: int
 ) -> torch.Tensor:
     """Return this rank's label maps at H x W pixels, uint8 (N, H * W)."""
-    count = len(range(rank(), len(source), world_size()))
+    count = len(share_of(len(source)))
     rows = allocate_rows(count, size[0] * size[1], torch.uint8)
     for maps, indices in label_maps(source, ResizeNearest(size), batch_size, workers):
         rows[indices // world_size()] = maps

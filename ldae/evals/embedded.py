@@ -11,7 +11,7 @@ from torch import nn
 
 from ldae.data.open import source_splits
 from ldae.data.source import Source, Splits
-from ldae.distributed import rank, world_size
+from ldae.distributed import rank, share_of, world_size
 from ldae.errors import InputError
 from ldae.evals.embedded_file import (
     IDENTITY,
@@ -103,7 +103,7 @@ class EmbeddedBackbone(nn.Module):
         """
         columns = {tap: self._columns(tap) for tap in taps}
         file, split = self.place(source)
-        count = len(range(rank(), len(source), world_size()))
+        count = len(share_of(len(source)))
         features = allocate_rows(count, self.file.shape[0])
         for first, rows in file.blocks(split):
             skipped = (rank() - first) % world_size()

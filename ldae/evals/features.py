@@ -16,7 +16,7 @@ from ldae.backbones.preprocessing import EvalTransform, preprocessing
 from ldae.console import progress
 from ldae.data.loader import eval_batches
 from ldae.data.source import Source
-from ldae.distributed import all_reduce_sum, rank, world_size
+from ldae.distributed import all_reduce_sum, rank, share_of, world_size
 from ldae.errors import InputError
 from ldae.evals.taps import Reader, Tap, TapReader
 from ldae.precision import float32_products
@@ -211,7 +211,7 @@ def extract_share(encoder: Encoder, source: Source) -> Features:
 
 def encode_share(encoder: Encoder, source: Source) -> torch.Tensor:
     """Return this rank's share of the features, float32 (N, D); the source needs no labels."""
-    features = allocate_rows(len(range(rank(), len(source), world_size())), encoder.dim)
+    features = allocate_rows(len(share_of(len(source))), encoder.dim)
     for rows, indices in encoder.share(source):
         features[indices // world_size()] = rows
     return features
@@ -228,7 +228,7 @@ def gather_rows(share: torch.Tensor, count: int, device: torch.device) -> torch.
     # In blocks, because the device may be small. A sum with the other ranks' zeros is exact.
     for first in range(0, count, _ROWS_PER_EXCHANGE * world_size()):
         block = joined[first : first + _ROWS_PER_EXCHANGE * world_size()]
-        rows = share[first // world_size() :][: len(range(rank(), len(block), world_size()))]
+        rows = share[first // world_size() :][: len(share_of(len(block)))]
         sent = torch.zeros_like(block, device=device)
         sent[rank() :: world_size()] = rows.to(device)
         block.copy_(all_reduce_sum(sent))

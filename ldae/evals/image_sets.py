@@ -11,7 +11,7 @@ from PIL import Image
 from ldae.backbones.run import load_method
 from ldae.data.image import from_array
 from ldae.data.open import open_source
-from ldae.distributed import rank, world_size
+from ldae.distributed import share_of
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.frechet import Statistics, load_statistics, statistics_of
@@ -99,7 +99,7 @@ class RunImages(ImageSet):
         )
 
     def features(self, encoder: Encoder) -> Iterator[torch.Tensor]:
-        share = range(rank(), self.count, world_size())
+        share = share_of(self.count)
         rng = np.random.default_rng(0)  # transforms for evaluation draw nothing from it
         batches = generate_batches(self._generate, share, encoder.batch_size, self._device)
         for numbers, images in batches:

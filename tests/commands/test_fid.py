@@ -317,8 +317,8 @@ def test_ranks_draw_each_sample_once(run, monkeypatch):
     samples = RunImages(Path(run), 11, SamplingSettings(steps=2), encoder.device, workers=0)
     parts = []
     for world_size, rank in ((1, 0), (2, 0), (2, 1)):
-        monkeypatch.setattr("ldae.evals.image_sets.world_size", lambda: world_size)
-        monkeypatch.setattr("ldae.evals.image_sets.rank", lambda: rank)
+        monkeypatch.setattr("ldae.distributed.world_size", lambda: world_size)
+        monkeypatch.setattr("ldae.distributed.rank", lambda: rank)
         parts.append(torch.cat(list(samples.features(encoder))))
     whole, even, odd = parts
     assert torch.equal(whole[::2], even) and torch.equal(whole[1::2], odd)
