@@ -61,6 +61,32 @@ def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> Res
 
     Raises: InputError naming the setting that does not fit the run.
     """
+    _check_fits(method, settings)
+    conditional = bool(method.denoiser.num_classes)
+    top = highest_level(method)
+    levels = samplers.sub_sequence(top, settings.steps or min(_STEPS, top + 1), settings.spacing)
+    labels = None
+    if conditional:
+        labels = torch.tensor(_class_indices(settings.labels, classes, "this run"))
+    if not settings.classifier:
+        return ResolvedSettings(settings, levels, labels)
+    in_chans = method.tokenizer.in_chans
+    classifier = load_classifier(settings.classifier, 3 if in_chans == 1 else in_chans)
+    transform = preprocessing(classifier)
+    if in_chans not in (1, transform.input_size[0]):
+        raise InputError(
+            f"classifier {settings.classifier} takes {transform.input_size[0]} channels, but this "
+            f"run generates {in_chans}"
+        )
+    targets = torch.tensor(_targets(settings, classifier, classes, labels))
+    return ResolvedSettings(settings, levels, labels, classifier, targets, transform)
+
+
+def _check_fits(method: LDAE, settings: SamplingSettings) -> None:
+    """Check that a run can be sampled with these settings.
+
+    Raises: InputError naming the setting that does not fit the run.
+    """
     conditional = bool(method.denoiser.num_classes)
     if method.objective.clean is None:
         raise InputError(
@@ -80,37 +106,33 @@ def resolve(method: LDAE, classes: list[str], settings: SamplingSettings) -> Res
         )
     if settings.clip:
         check_kind(OrthonormalTokenizer, method.tokenizer, "clip")
-    top = highest_level(method)
-    levels = samplers.sub_sequence(top, settings.steps or min(_STEPS, top + 1), settings.spacing)
-    labels = None
-    if conditional:
-        labels = torch.tensor(_class_indices(settings.labels, classes, "this run"))
-    if not settings.classifier:
-        return ResolvedSettings(settings, levels, labels)
 
-    in_chans = method.tokenizer.in_chans
-    classifier = load_classifier(settings.classifier, 3 if in_chans == 1 else in_chans)
-    transform = preprocessing(classifier)
-    if in_chans not in (1, transform.input_size[0]):
-        raise InputError(
-            f"classifier {settings.classifier} takes {transform.input_size[0]} channels, but this "
-            f"run generates {in_chans}"
-        )
+
+def _targets(
+    settings: SamplingSettings,
+    classifier: nn.Module,
+    classes: list[str],
+    labels: torch.Tensor | None,
+) -> list[int]:
+    """Return the classes of the classifier to guide to.
+
+    Those of a class-conditional run, which has ``labels`` (L,), are the classes of the same names.
+
+    Raises: InputError when a class does not exist, or classes cannot be matched.
+    """
     names = label_names(classifier)
-    if not conditional:
+    if labels is None:
         numbers = [str(number) for number in range(classifier.num_classes)]
-        targets = _class_indices(settings.labels, names or numbers, settings.classifier)
-    elif names:
+        return _class_indices(settings.labels, names or numbers, settings.classifier)
+    if names:
         requested = [classes[label] for label in labels]
-        targets = _class_indices(requested, names, settings.classifier, by_number=False)
-    elif classifier.num_classes == len(classes):
-        targets = labels.tolist()
-    else:
-        raise InputError(
-            f"classifier {settings.classifier} has {classifier.num_classes} classes without names, "
-            f"but this run has {len(classes)}: they cannot be matched"
-        )
-    return ResolvedSettings(settings, levels, labels, classifier, torch.tensor(targets), transform)
+        return _class_indices(requested, names, settings.classifier, by_number=False)
+    if classifier.num_classes == len(classes):
+        return labels.tolist()
+    raise InputError(
+        f"classifier {settings.classifier} has {classifier.num_classes} classes without names, "
+        f"but this run has {len(classes)}: they cannot be matched"
+    )
 
 
 def highest_level(method: LDAE) -> int:
