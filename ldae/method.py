@@ -48,7 +48,7 @@ class LDAE(nn.Module):
         samples_posterior: train on draws from the tokenizer's posterior instead of its mean.
         clean_share: share of the images that training noises at the lowest level, t = 0.
         label_dropout: share of the labels that training replaces by the null label.
-        kept: number of tokens that the encoder gets in training; by default all.
+        num_kept: number of tokens that the encoder gets in training; by default all.
         feature_target: a second target, for which the denoiser's output has W further numbers.
         seed: determines every draw, together with the image's position in the run.
         bf16: run the networks under autocast; the rest keeps the precision of the parameters.
@@ -71,7 +71,7 @@ class LDAE(nn.Module):
         samples_posterior: bool = False,
         clean_share: float = 0.0,
         label_dropout: float = 0.0,
-        kept: int | None = None,
+        num_kept: int | None = None,
         feature_target: FeatureTarget | None = None,
         seed: int = 0,
         bf16: bool = False,
@@ -84,7 +84,7 @@ class LDAE(nn.Module):
         self.register_buffer("sigma", sigma.float(), persistent=False)
         self.image_input, self.samples_posterior = image_input, samples_posterior
         self.clean_share, self.label_dropout = clean_share, label_dropout
-        self.kept, self.seed, self.bf16 = kept, seed, bf16
+        self.num_kept, self.seed, self.bf16 = num_kept, seed, bf16
 
     def forward(
         self, images: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor | None = None
@@ -171,9 +171,23 @@ class LDAE(nn.Module):
 
     def keep(self, positions: torch.Tensor) -> torch.Tensor | None:
         """Return the indices of the kept tokens, int64 (B, n), of images at ``positions`` (B,)."""
-        if self.kept is None:
+        if self.num_kept is None:
             return None
-        return masking.kept_tokens(self.seed, positions, self.tokenizer.num_tokens, self.kept)
+        return masking.kept_tokens(self.seed, positions, self.tokenizer.num_tokens, self.num_kept)
+
+    def drop_labels(
+        self, labels: torch.Tensor | None, positions: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return labels (B,), a share of them replaced by the null label.
+
+        The result is None for an unconditional denoiser.
+        """
+        null = self.denoiser.num_classes
+        if not null:
+            return None
+        assert labels is not None, "a class-conditional denoiser is trained with labels"
+        dropped = noise.dropped_labels(self.seed, positions, self.label_dropout)
+        return labels.masked_fill(dropped, null)
 
     def level(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gamma_t and sigma_t, (B, 1, 1) each, at t (B,)."""
@@ -266,24 +280,6 @@ class LDAE(nn.Module):
         with self._autocast(self.tokenizer.trained):
             return self.tokenizer.decode(z_0).to(z_0)
 
-    def _autocast(self, enabled: bool = True) -> torch.autocast:
-        device = self.gamma.device.type.replace("meta", "cpu")  # meta tensors have no autocast
-        return torch.autocast(device, torch.bfloat16, enabled=self.bf16 and enabled)
-
-    def drop_labels(
-        self, labels: torch.Tensor | None, positions: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Return labels (B,), a share of them replaced by the null label.
-
-        The result is None for an unconditional denoiser.
-        """
-        null = self.denoiser.num_classes
-        if not null:
-            return None
-        assert labels is not None, "a class-conditional denoiser is trained with labels"
-        dropped = noise.dropped_labels(self.seed, positions, self.label_dropout)
-        return labels.masked_fill(dropped, null)
-
     @torch.no_grad()
     def denoise_images(
         self, images: torch.Tensor, positions: torch.Tensor, t: int
@@ -300,6 +296,11 @@ class LDAE(nn.Module):
         pictures = (x, self.decode(z_t), self.predict_image(z_t, steps, x=x))
         clean, noised, denoised = (self.tokenizer.denormalize(p).clamp(0, 1) for p in pictures)
         return clean, noised, denoised
+
+    def _autocast(self, enabled: bool = True) -> torch.autocast:
+        """Return the context in which the networks run, in bfloat16 if ``bf16`` is set."""
+        device = self.gamma.device.type.replace("meta", "cpu")  # meta tensors have no autocast
+        return torch.autocast(device, torch.bfloat16, enabled=self.bf16 and enabled)
 
 
 def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
@@ -329,8 +330,8 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
     )
     denoiser = _build_denoiser(config, tokenizer, objective, num_classes)
     tokens = tokenizer.num_tokens
-    kept = masking.number_kept(config.masking.ratio, tokens, "masking.ratio")
-    if kept < tokens:
+    num_kept = masking.number_kept(config.masking.ratio, tokens, "masking.ratio")
+    if num_kept < tokens:
         denoiser.add_mask_token()  # drawn last, so that the other weights are those without masking
     second, features = None, config.features
     if features.share:
@@ -345,7 +346,7 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         samples_posterior=tokenizer.stochastic and config.tokenizer.posterior == "sample",
         clean_share=config.noise.clean_share,
         label_dropout=config.model.label_dropout,
-        kept=kept if kept < tokens else None,
+        num_kept=num_kept if num_kept < tokens else None,
         feature_target=second,
         seed=config.seed,
         bf16=bf16,

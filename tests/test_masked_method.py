@@ -84,7 +84,7 @@ def reference_loss(method, target, images, positions, kept_weight) -> float:
     """Compute the loss of l_dae with another target by loops over images, tokens and axes."""
     tokenizer, d = method.tokenizer, method.tokenizer.dim
     steps = noise.timesteps(method.seed, positions, 1000)
-    all_kept = masking.kept_tokens(method.seed, positions, N, method.kept).tolist()
+    all_kept = masking.kept_tokens(method.seed, positions, N, method.num_kept).tolist()
     total = 0.0
     for image, t, position, kept in zip(images, steps, positions, all_kept, strict=True):
         sigma = 2**0.5 * int(t) / 999
@@ -114,7 +114,7 @@ def test_the_loss_of_a_masked_row_is_its_equation(target, kept_weight, tiny, ima
     method = build(tiny("l_dae", objective__target=target, **changes)).double()
     fitted(method.tokenizer)
     awake(method.denoiser)
-    assert method.kept == 4
+    assert method.num_kept == 4
     positions = torch.tensor([0, 2**33 + 1])
     with torch.no_grad():
         actual = method(images[:2], positions).item()
