@@ -28,7 +28,7 @@ def describe_call(command: str, arguments: Sequence[Any], **settings: Any) -> di
 
 
 def _plain(value: Any) -> Any:
-    """Return a value for JSON: dataclasses as tables without the files that they name to write."""
+    """Return a value for JSON. A dataclass becomes a table, without the fields in ``_WRITTEN``."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return str(value) if isinstance(value, Path) else value
     parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}

@@ -45,10 +45,10 @@ def default_folder(
 def unshared_folder(
     folder: Path, specs: tuple[str, ...], specs_of: Callable[[dict], tuple[str, ...]]
 ) -> Path:
-    """Return ``folder``, or one with a digest in its name when it has results of other specs.
+    """Return ``folder``, or a folder with a digest in its name when ``folder`` has other results.
 
-    Data of the same name from elsewhere may have its results there. ``specs_of`` returns the specs
-    in the content of a results.json.
+    Data of the same name in another place may have its results there. ``specs_of`` returns the
+    specs in the content of a results.json, which are compared with ``specs``.
     """
     with suppress(OSError, ValueError, TypeError, KeyError):
         record = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))

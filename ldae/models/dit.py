@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,10 +178,9 @@ class DiT(Denoiser):
         self.num_prefix = parts.class_token + parts.reg_tokens
         tokens = nn.Parameter(torch.empty(self.num_prefix, self.width))
         self.prefix = tokens if self.num_prefix else None
-        self.norm_pre, self.norm = (
-            nn.LayerNorm(self.width, eps=parts.norm_eps) if has_norm else nn.Identity()
-            for has_norm in (parts.pre_norm, parts.final_norm)
-        )
+        layer_norm = partial(nn.LayerNorm, self.width, eps=parts.norm_eps)
+        self.norm_pre = layer_norm() if parts.pre_norm else nn.Identity()
+        self.norm = layer_norm() if parts.final_norm else nn.Identity()
         self.t_embed = TimestepEmbedding(cond_dim)
         self.y_embed = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
         self.encoder = nn.ModuleList(

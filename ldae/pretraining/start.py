@@ -58,7 +58,7 @@ def open_start(config: Config, run: Path) -> tuple[Config, VisionTransformer | N
 def decided_before(config: Any, run: Path, kind: str) -> Any | None:
     """Return the settings with what a start decided for the run in the folder ``run``.
 
-    Without a checkpoint there, the result is None.
+    The result is None when the run has no checkpoint yet.
 
     Raises: InputError as ``decide``, and when the folder holds a run of another kind.
     """
@@ -93,7 +93,10 @@ def _named(config: Any) -> dict[str, Any]:
 
 
 def _sizes(config: Any) -> dict[str, Any]:
-    """Return the sizes that the settings name, or ``model.name`` for them, without that name."""
+    """Return the sizes of the network by dotted name, as far as the settings decide them.
+
+    A ViT that ``model.name`` names gives the sizes that the settings leave open.
+    """
     sizes = {
         name.removeprefix("model."): value
         for name, value in tree.flatten(config).items()

@@ -175,7 +175,7 @@ def map_tensors(tree: Any, change: Callable, name: tuple = ()) -> Any:
 
 
 def _plain(module: nn.Module, kind: Any) -> dict[str, Any]:
-    """Return copies of the attributes of a kind, without the mode of the module."""
+    """Return copies of a module's attributes of the types ``kind``, except for ``training``."""
     values = {name: value for name, value in vars(module).items() if isinstance(value, kind)}
     values.pop("training")
     return {name: copy.copy(value) for name, value in values.items()}
