@@ -43,9 +43,10 @@ def knn(
     data, others = data_of(backbone, data), protocol.leave_one_out
     if others and eval_data:
         raise InputError("leave-one-out classifies the train split: leave --eval-data out")
-    opened = ("knn", backbone, data, eval_data, protocol, setup)
     splits = _queries_from_train if others else labelled_splits
-    with open_evaluation(*opened, splits, predictions=predictions) as evaluation:
+    with open_evaluation(
+        "knn", backbone, data, eval_data, protocol, setup, splits, predictions=predictions
+    ) as evaluation:
         protocol, labels = evaluation.protocol, known_labels(evaluation.train)
         check_shots(protocol, labels, evaluation.train.classes)  # before features are extracted
         fewest = min(protocol.shots) * len(labels.unique()) if protocol.shots else len(labels)

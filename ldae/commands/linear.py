@@ -116,8 +116,9 @@ def linear(
     save = Path(save) if save else None
     data, cached = data_of(backbone, data), isinstance(protocol, CachedProtocol)
     task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_online)
-    opened = (task, backbone, data, eval_data, protocol, setup)
-    with open_evaluation(*opened, predictions=predictions) as evaluation:
+    with open_evaluation(
+        task, backbone, data, eval_data, protocol, setup, predictions=predictions
+    ) as evaluation:
         if save:  # checked before the training
             if protocol.taps != (Tap(),):
                 raise InputError("--save needs the model's own output, not blocks or other pools")

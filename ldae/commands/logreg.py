@@ -79,8 +79,9 @@ def logreg(
         >>> ldae.logreg("runs/l_dae", "/data/imagenet", protocol=protocol)["results"]["top1"]
     """
     data = data_of(backbone, data)
-    opened = ("logreg", backbone, data, eval_data, protocol, setup)
-    with open_evaluation(*opened, predictions=predictions) as evaluation:
+    with open_evaluation(
+        "logreg", backbone, data, eval_data, protocol, setup, predictions=predictions
+    ) as evaluation:
         protocol, device = evaluation.protocol, evaluation.device
         labels, names = known_labels(evaluation.train), image_names(evaluation.train)
         held = held_out(names, labels, protocol.held_out)

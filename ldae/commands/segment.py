@@ -63,8 +63,9 @@ def segment(
     """
     if classes is not None and not 2 <= classes <= IGNORED:
         raise InputError(f"classes must be 2 to {IGNORED}, not {classes}")
-    opened = ("segment", backbone, data, eval_data, protocol, setup, open_map_splits)
-    with open_evaluation(*opened, classes=classes) as evaluation:
+    with open_evaluation(
+        "segment", backbone, data, eval_data, protocol, setup, open_map_splits, classes=classes
+    ) as evaluation:
         squashed = replace(evaluation.transform, crop_pct=1.0, crop_mode="squash")
         evaluation, protocol = replace(evaluation, transform=squashed), evaluation.protocol
         reader = TokenMapReader(evaluation.model, protocol.pixel_patch)

@@ -105,8 +105,9 @@ def validate(
     classifier = str(classifier)
     if setup.random_init:
         raise InputError("a classifier with random weights has learned no classes to validate")
-    opened = (classifier, data, None, protocol, setup, _evaluation_split, open_classifier)
-    with open_evaluation("validate", *opened) as evaluation:
+    with open_evaluation(
+        "validate", classifier, data, None, protocol, setup, _evaluation_split, open_classifier
+    ) as evaluation:
         protocol, model = evaluation.protocol, evaluation.model
         if protocol.real_labels:
             targets = real_label_targets(evaluation.eval, model, classifier)

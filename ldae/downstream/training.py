@@ -154,8 +154,13 @@ def prepare_training(
         device=config.system.device,
     )
     data = (config.data.source, config.data.eval_source or None)
-    opened = (config.backbone, *data, protocol(*chosen, *settings, modified), setup, splits)
-    with unchanged_generators(), open_evaluation(command, *opened, in_run=True) as evaluation:
+    constants = protocol(*chosen, *settings, modified)
+    with (
+        unchanged_generators(),
+        open_evaluation(
+            command, config.backbone, *data, constants, setup, splits, in_run=True
+        ) as evaluation,
+    ):
         evaluation = replace(evaluation, call=describe_call(command, [config]))
         images, device = len(evaluation.train), evaluation.device
         plan = plan_run(images, config.optim, config.system, device, multiple)
