@@ -76,6 +76,10 @@ def detect(
 
 
 def _with_detector(training: Training) -> Training:
+    """Return the training of the detector on the backbone, with the crop that the detector takes.
+
+    Raises: InputError for settings that contradict each other, and for annotations without masks.
+    """
     config, evaluation = training.config, training.evaluation
     low, high = config.augment.scale
     if low > high:
@@ -99,6 +103,7 @@ def _with_detector(training: Training) -> Training:
 
 
 def _train_and_grade(training: Training) -> dict:
+    """Train to the end of the plan, grade, write results.json, and return its content."""
     config, run, evaluation = training.config, training.run, training.evaluation
     start = "the untrained " if config.model.random_init else ""
     side, jitter = evaluation.model.side, (config.augment.scale, config.augment.flip)

@@ -152,8 +152,14 @@ def _encoder(
     reader = (
         TokenMapReader(model, SegmentProtocol.pixel_patch) if tokens else TapReader(model, taps)
     )
-    how = (setup.batch_size, setup.workers)
-    encoder = Encoder(model, device, setup.precision, None, reader, *how)
+    encoder = Encoder(
+        model,
+        device,
+        setup.precision,
+        reader=reader,
+        batch_size=setup.batch_size,
+        workers=setup.workers,
+    )
     _ = encoder.columns  # checks the taps, or the token map
     return encoder
 

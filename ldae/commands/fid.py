@@ -158,6 +158,10 @@ def _check_files(images: str, setup: FIDSettings) -> None:
 def _open_images(
     spec: str, setup: FIDSettings, how: SamplingSettings, device: torch.device
 ) -> ImageSet:
+    """Open the samples of a run, or a source of images.
+
+    Raises: InputError for settings of samples when ``spec`` is no run.
+    """
     if kind_of(Path(spec)):
         if setup.protocol:
             conditional = settings_of(Path(spec), "pretraining").model.class_conditional
@@ -172,6 +176,7 @@ def _open_images(
 
 
 def _source_of_run(spec: str) -> str:
+    """Return the source of a run's training images. Raises: InputError for another spec."""
     if not kind_of(Path(spec)):
         raise InputError(f"say what to compare {spec} with: ldae fid {spec} REFERENCE")
     return settings_of(Path(spec), "pretraining").data.source

@@ -102,6 +102,7 @@ def _over_seeds(config: FinetuneConfig, run: Path, dry_run: bool, seeds: tuple[i
 
 
 def _with_classifier(training: Training) -> Training:
+    """Return the training of the network: the backbone with a new classifier."""
     evaluation = training.evaluation
     network = build_network(evaluation.model, training.config, len(evaluation.train.classes))
     transform = preprocessing(network)
@@ -128,6 +129,7 @@ def _mixing(training: Training) -> Mixing:
 
 
 def _train_and_grade(training: Training, augmentation: Augmentation, mixing: Mixing) -> dict:
+    """Train to the end of the plan, grade, write the classifier and results.json, and return it."""
     config, run = training.config, training.run
     start = " from scratch" if config.model.random_init else ""
     row = f"{config.recipe} fine-tuning of {config.backbone}{start}"

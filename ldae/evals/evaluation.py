@@ -102,8 +102,16 @@ class Evaluation:
         """
         if isinstance(self.model, EmbeddedBackbone):
             raise InputError(f"{self.spec} holds features, and {self.task} needs the backbone")
-        how = (self.setup.batch_size, self.setup.workers)
-        return Encoder(self.model, self.device, self.setup.precision, self.transform, reader, *how)
+        setup = self.setup
+        return Encoder(
+            self.model,
+            self.device,
+            setup.precision,
+            self.transform,
+            reader,
+            batch_size=setup.batch_size,
+            workers=setup.workers,
+        )
 
     def features(self, taps: tuple[Tap, ...] = (Tap(),)) -> tuple[Features, Features]:
         """Return this rank's share of the features of the train and the evaluation split.
