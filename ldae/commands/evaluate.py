@@ -189,7 +189,7 @@ def _share_features(cells: list[Cell]) -> list[list[Cell]]:
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
         shared = cell.column.protocol.shares_features
-        groups.setdefault((cell.opened, cell.data) if shared else cell.name, []).append(cell)
+        groups.setdefault((cell.network, cell.data) if shared else cell.name, []).append(cell)
     return list(groups.values())
 
 

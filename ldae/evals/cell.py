@@ -62,7 +62,7 @@ class Cell:
         return Path(self.setup.out) / layout.RESULTS
 
     @property
-    def opened(self) -> tuple[str, Setup]:
+    def network(self) -> tuple[str, Setup]:
         """The spec and the settings that decide the weights, with defaults for the others."""
         setup = self.setup
         names = ("random_init", "in_chans", "img_size", *(["seed"] if setup.random_init else []))

@@ -55,7 +55,7 @@ def run_cells(
         finished = gather_values([keys.is_finished(cell) for cell in cells])[0]
         progress.done += itertools.compress(cells, finished)
         numbered = enumerate(cells, 1)
-        for _, group in itertools.groupby(numbered, lambda pair: (pair[1].opened, pair[1].data)):
+        for _, group in itertools.groupby(numbered, lambda pair: (pair[1].network, pair[1].data)):
             with cache_features():
                 for number, cell in group:
                     state = ", finished before" if cell in progress.done else ""
@@ -163,7 +163,7 @@ class Keys:
         return _settings(cell) | {
             "fingerprint": self._images(learned, split),
             "eval_fingerprint": self._images(graded, "eval"),
-            "weights": self._weights(*cell.opened, cell.takes_classifier),
+            "weights": self._weights(*cell.network, cell.takes_classifier),
         }
 
     def is_finished(self, cell: Cell) -> bool:

@@ -92,7 +92,7 @@ def _cells(
                 places.add(place)
                 repeats += cell.repeats()
             # Cells with the same random weights follow each other.
-            cells += sorted(repeats, key=lambda cell: cell.opened[1].seed)
+            cells += sorted(repeats, key=lambda cell: cell.network[1].seed)
     return cells
 
 
