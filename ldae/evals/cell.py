@@ -63,7 +63,7 @@ class Cell:
 
     @property
     def network(self) -> tuple[str, Setup]:
-        """The spec and the settings that decide the weights, with defaults for the others."""
+        """The spec and the settings that decide the weights; the other settings have defaults."""
         setup = self.setup
         names = ("random_init", "in_chans", "img_size", *(["seed"] if setup.random_init else []))
         return self.spec, Setup(**{name: getattr(setup, name) for name in names})
