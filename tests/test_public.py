@@ -333,10 +333,10 @@ def test_wrong_input_is_a_sentence(tiny, tmp_path):
     for call, message in (
         (lambda: ldae.load_run(tmp_path), "is not a run folder"),
         (lambda: ldae.pretrain(tmp_path), "is not a run folder"),
-        (lambda: ldae.pretrain("l_dae", tmp_path), "'l_dae' is no settings"),
-        (lambda: ldae.pretrain(tiny()), "name the run folder"),
-        (lambda: ldae.pretrain(3, tmp_path), "int has not the settings of a denoising"),
-        (lambda: ldae.finetune(tiny(), tmp_path), "Config has not the settings of a fine-tuning"),
+        (lambda: ldae.pretrain("l_dae", tmp_path), "'l_dae' is not settings"),
+        (lambda: ldae.pretrain(tiny()), "need a run folder"),
+        (lambda: ldae.pretrain(3, tmp_path), "settings of a denoising .* not int"),
+        (lambda: ldae.finetune(tiny(), tmp_path), "settings of a fine-tuning, not Config"),
         (lambda: ldae.config(changes={"optim.epoch": 3}), "the nearest is 'optim.epochs'"),
         (lambda: ldae.knn("pixels:4"), "no images"),
     ):

@@ -89,8 +89,8 @@ def open_latents(config: Config, tokenizer: Tokenizer, source: Source) -> Cached
     latents = CachedLatents(source.spec, next(iter(file.splits)), file)
     if latents.facts["img_size"] != data.img_size:
         raise InputError(
-            f"{data.latents} has latents of images of data.img_size {latents.facts['img_size']}, "
-            f"not {data.img_size}"
+            f"{data.latents} has latents for data.img_size {latents.facts['img_size']}, not "
+            f"{data.img_size}"
         )
     if latents.latents_of != files.state_hash(tokenizer.state_dict()):
         raise InputError(

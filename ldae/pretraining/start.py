@@ -39,7 +39,7 @@ def open_start(config: Config, run: Path) -> tuple[Config, VisionTransformer | N
         return resumed, None
     tokenizer = TOKENIZERS[config.tokenizer.name]
     if not issubclass(tokenizer, PatchTokenizer):
-        raise InputError(f"init_from needs a patch-wise tokenizer, not {tokenizer.__name__}")
+        raise InputError(f"init_from needs a patch-wise tokenizer, not {config.tokenizer.name}")
     vit = load_backbone(config.init_from, in_chans=config.data.in_chans)
     try:
         found = DENOISERS[config.model.denoiser].plain_settings(vit)

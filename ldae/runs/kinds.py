@@ -172,13 +172,13 @@ def settings_and_folder(
         run: the run folder, unless ``config`` is one.
         kinds: one kind, or those that pre-train.
 
-    Raises: InputError when one of both is missing, or is of another kind.
+    Raises: InputError when the settings or the folder are missing, or are of another kind.
     """
     if isinstance(config, str | Path):
         if run is not None:
             raise InputError(
-                f"{str(config)!r} is no settings: name those of ldae.config and a "
-                "run folder; or only the folder of a run to resume"
+                f"{str(config)!r} is not settings: pass those of ldae.config with a run folder, or "
+                "only the folder of a run to resume"
             )
         run = Path(config)
         kind = kinds[0] if len(kinds) == 1 else pretraining_in(run)
@@ -186,9 +186,9 @@ def settings_and_folder(
     nouns = " or ".join(KINDS[kind].noun for kind in kinds)
     fitting = [kind for kind in kinds if type(config) is type(KINDS[kind].defaults())]
     if not fitting:
-        raise InputError(f"{type(config).__name__} has not the settings of {nouns}")
+        raise InputError(f"config must be the settings of {nouns}, not {type(config).__name__}")
     if run is None:
-        raise InputError("name the run folder, new or to resume, beside its settings")
+        raise InputError("settings need a run folder, new or to resume: pass run too")
     return fitting[0], config, Path(run)
 
 

@@ -263,7 +263,7 @@ def test_latents_of_another_size_are_refused(cached, fitted, tmp_path):
     source = open_source(config.data.source, "train")
     tokenizer = build_tokenizer(larger)
     tokenizer.load_state_dict(tokenizers.open_fitted(config.tokenizer.path).state_dict())
-    with pytest.raises(InputError, match="latents of images of data.img_size 32, not 64"):
+    with pytest.raises(InputError, match="latents for data.img_size 32, not 64"):
         open_latents(larger, tokenizer, source)
 
 

@@ -225,7 +225,7 @@ def test_a_timm_name_is_a_start(config, tmp_path, monkeypatch, awake):
         ({"model.name": "vit_tiny_patch16_224"}, "model.depth is 12, and init_from .*start has 2"),
         ({"model.vit.reg_tokens": 1}, "model.vit.reg_tokens is 1, and init_from .*start has 0"),
         ({"data.in_chans": 4}, "in_chans is for timm names"),
-        ({"tokenizer.name": "conv_vae"}, "init_from needs a patch-wise tokenizer, not ConvTok"),
+        ({"tokenizer.name": "conv_vae"}, "init_from needs a patch-wise tokenizer, not conv_vae"),
         ({"model.denoiser": "unet"}, "UNet is not a plain ViT, which init_from needs"),
         ({"init_from": "nothing"}, "there is no folder nothing and no timm model"),
         ({"init_from": "pixels"}, "init_from pixels is not a plain ViT: it is a Flatten"),
