@@ -93,7 +93,8 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
         model = _from_timm_folder(folder, False, head=True)
     elif folder or spec.partition(":")[0] == "pixels":
         raise InputError(
-            f"{spec} has no classifier: name a folder of `ldae linear --save`, or a timm model"
+            f"{spec} has no classifier: name a folder of `ldae linear --save` or `ldae finetune`, "
+            "or a timm model"
         )
     else:
         model = _from_timm_name(spec, False, in_chans, img_size, head=True)
