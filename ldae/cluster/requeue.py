@@ -24,7 +24,10 @@ LOCAL_REQUEUE = 144  # exit status that makes submitit's local cluster start the
 # Seconds between requests. A batch script has at least SLURM's KillWait, 30 s by default: the time
 # from SIGTERM to SIGKILL.
 _PAUSES = (1, 2, 4, 8)
-_NO_PROGRESS = "nothing new was saved since the last requeue, so the job is not requeued again"
+_NO_PROGRESS = (
+    "nothing new was saved since the last requeue, so the job is not requeued again; if it reached "
+    "its time limit, send it with a longer slurm.time"
+)
 
 
 def record_start(folder: Path, rank: int) -> None:
