@@ -13,6 +13,7 @@ from tyro.conf import Fixed
 
 from ldae import noise
 from ldae.backbones.run import load_method
+from ldae.console import print_main
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec
@@ -51,6 +52,8 @@ class GridProtocol(SweepProtocol):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("leading", tuple(sorted(set(self.leading))))
+        for name in ("timesteps", "inputs"):  # named twice, a pass would be done twice
+            self._set(name, tuple(dict.fromkeys(getattr(self, name))))
 
 
 @over_seeds
@@ -108,7 +111,13 @@ def grid(
             write(folder / layout.GRID_TABLE, table(cells, best, seed).encode())
             save_heat_maps(heat_maps(cells, best), folder / layout.GRID_PICTURE)
         draw = {"draws_per_image": 1, "seed": seed} if "noisy" in protocol.inputs else None
-        return evaluation.write({**best, "cells": cells}, method.denoiser.width, noise=draw)
+        record = evaluation.write({**best, "cells": cells}, method.denoiser.width, noise=draw)
+        print_main(
+            f"the best cell on the held-out tenth of train is {best['input']} input, t = "
+            f"{best['t']}, leading blocks {best['leading']}; every cell is in "
+            f"{folder / layout.GRID_TABLE}"
+        )
+        return record
 
 
 class BlockReader:
@@ -153,7 +162,9 @@ def _cells(evaluation: Evaluation, method: LDAE) -> Iterator[dict]:
     classes = int(labels.max()) + 1
     leading = protocol.leading or tuple(range(1, method.denoiser.stages + 1))
     evaluation = replace(evaluation, model=method)
-    for kind, t in itertools.product(protocol.inputs, protocol.timesteps):
+    passes = [*itertools.product(protocol.inputs, protocol.timesteps)]
+    for number, (kind, t) in enumerate(passes, 1):
+        print_main(f"pass {number} of {len(passes)}: {kind} input, t = {t}")
         read = partial(BlockReader, method, t, leading, kind == "noisy", protocol.seed)
         train = extract_share(evaluation.encoder(read(first=0)), evaluation.train)
         after_train = evaluation.encoder(read(first=len(evaluation.train)))

@@ -90,6 +90,13 @@ def test_the_command_writes_a_table_a_picture_and_every_cell(run, tmp_path, caps
     ]
     best = max(cell["held_out_top1"] for cell in cells)
     assert results["held_out_top1"] == best and results["top1"] in [c["top1"] for c in cells]
+    printed = capsys.readouterr().out
+    places = [f"{given} input, t = {t}" for given in ("clean", "noisy") for t in (0, 40)]
+    assert [line for line in printed.splitlines() if line.startswith("pass ")] == [
+        f"pass {number} of 4: {place}" for number, place in enumerate(places, 1)
+    ]
+    place = f"{results['input']} input, t = {results['t']}, leading blocks {results['leading']}; "
+    assert place in printed.splitlines()[-1] and "grid.md" in printed.splitlines()[-1]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
     written = (tmp_path / "out" / "grid.md").read_text()
     assert written.count("**") == 2 and f"**{results['top1']:.2f}**" in written
@@ -166,6 +173,11 @@ def test_what_a_run_lacks_is_refused_before_the_work(run, given, message, monkey
         grid(folder, "digits", protocol=GridProtocol(**given))
     with pytest.raises(InputError, match="an untrained network has no t"):
         grid(folder, "digits", setup=Setup(random_init=True))
+
+
+def test_what_is_named_twice_is_probed_once():
+    given = GridProtocol(timesteps=(40, 0, 40), leading=(2, 1, 2), inputs=("noisy", "noisy"))
+    assert given == GridProtocol(timesteps=(40, 0), leading=(1, 2), inputs=("noisy",))
 
 
 def test_inputs_must_not_be_empty():
