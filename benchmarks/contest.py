@@ -321,13 +321,14 @@ def markdown(args: argparse.Namespace, rows: Sequence[dict], against: dict[str, 
     graders = [*args.graders]
     if any(FINETUNED in row["accuracies"] for row in rows):
         graders.append(FINETUNED)
-    lines = [f"| | {' | '.join(graders)} | images | seconds |", "|---" * (len(graders) + 3) + "|"]
+    # Leads see equal images, and may share the machine with other work.
+    costs = ["images"] if args.phase == "leads" else ["images", "seconds"]
+    lines = [f"| | {' | '.join(graders + costs)} |", "|---" * (1 + len(graders + costs)) + "|"]
     for row in rows:
         found = row["accuracies"]
         cells = [mean_and_deviation(found[name]) if name in found else "" for name in graders]
-        images = f"{statistics.mean(row['images']):,.0f}" if "images" in row else ""
-        seconds = f"{statistics.mean(row['seconds']):,.0f}" if "seconds" in row else ""
-        lines.append(f"| {row['name']} | {' | '.join(cells)} | {images} | {seconds} |")
+        cells += [f"{statistics.mean(row[cost]):,.0f}" if cost in row else "" for cost in costs]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     for name, graders in against.items():
         for grader, found in graders.items():
             low, high = found["interval"]
