@@ -199,7 +199,7 @@ def calibrate(words: list[str], run: Path) -> float:
         process.wait()
     records = records_of(run)
     shutil.rmtree(run)
-    return statistics.median(record["images_per_second"] for record in records[1:])
+    return statistics.harmonic_mean(record["images_per_second"] for record in records[1:])
 
 
 def records_of(run: Path) -> list[dict]:
