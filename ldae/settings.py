@@ -15,8 +15,8 @@ class DataSettings:
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"], metavar="SOURCE")] = ""
     """A folder, its .zip or .tar; a folder of .tar shards or .parquet files; a list (.txt, .csv,
-    .tsv); torch/NAME@DIR (torchvision); hfds/NAME (Hugging Face datasets); scattered-digits[:N] or
-    digits (built in)."""
+    .tsv); a file of `ldae cache`; torch/NAME@DIR (torchvision); hfds/NAME (Hugging Face datasets);
+    scattered-digits[:N], digits or digit-scenes[:N] (built in)."""
     latents: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """conv_vae: the latents of the training images, which `ldae cache --latents` wrote; the
     tokenizer, named by tokenizer.path, then encodes no image in training."""

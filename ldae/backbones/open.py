@@ -75,8 +75,8 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
     Its ``pretrained_cfg`` describes the preprocessing.
 
     Args:
-        spec: a folder written by timm or by ``ldae linear --save``, a timm name, or ``NAME@FILE``,
-            which has as many classes as the file.
+        spec: a folder of ``ldae finetune``, of ``ldae linear --save`` or of timm, a timm name, or
+            ``NAME@FILE``, which has as many classes as the file.
         in_chans, img_size: as in ``load_backbone``, for timm names.
 
     Raises: InputError naming ``spec`` when it cannot be opened or has no classifier.
