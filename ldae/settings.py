@@ -21,8 +21,8 @@ class DataSettings:
     """conv_vae: the latents of the training images, which `ldae cache --latents` wrote; the
     tokenizer, named by tokenizer.path, then encodes no image in training."""
     eval_source: Annotated[str, tyro.conf.arg(aliases=["--eval-data"], metavar="SOURCE")] = ""
-    """Evaluation images of the tokenizer and of the online k-NN; empty: the evaluation split of the
-    images, if they have one."""
+    """Evaluation images of the tokenizer, the online k-NN and the pictures; empty: the evaluation
+    split of the images, if they have one."""
     img_size: Annotated[int, COUNT] = 256  # 16 x 16 tokens of 16 x 16 pixels
     """Side of the square image, in pixels."""
     in_chans: Annotated[int, COUNT] = 3

@@ -31,7 +31,7 @@ COMMANDS = {
     "cache": "decode images once, into one file that any command reads fast; resumes too",
     "export": "write a backbone or classifier for timm and the hub, and as ONNX",
     "submit": "send a pre-training and the jobs that follow it to a cluster",
-    "jobs": "list the running, waiting and failed jobs",
+    "jobs": "list the jobs of a folder, and their states",
     "curves": "print the loss and the features of a run, beside a reference run",
     "show": "show the rows of the paper and their rivals, or the settings of one",
     "diff": "show the settings that differ between two rows",

@@ -81,11 +81,11 @@ def pixel_stats(data: DataSettings) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def sample_images(data: DataSettings, device: torch.device, count: int = 12) -> torch.Tensor:
-    """Return images for a run's pictures, uint8 (n, C, H, W), of the evaluation split if any.
+    """Return images for a run's pictures, uint8 (n, C, H, W), of the evaluation images if any.
 
     Images that cannot be decoded are left out, because pictures measure nothing.
     """
-    source = open_source(data.source, "eval")
+    source = open_source(data.eval_source or data.source, "eval")
     center = CropTransform(data.img_size, data.in_chans)
     count = min(count, len(source))
     batches = train_batches(
