@@ -157,10 +157,7 @@ def _imagenette_latents() -> str:
         found.setdefault(row["scale"], []).append(row)
     rows = []
     for scale, runs in found.items():
-        accuracies = [[run[name] for run in runs] for name in ("linear", "knn")]
-        cells = [
-            f"{statistics.mean(some):.1f} ± {statistics.stdev(some):.1f}" for some in accuracies
-        ]
+        cells = [_over_seeds([run[name] for run in runs]) for name in ("linear", "knn")]
         rows.append([scale, f"{len(runs)}", *cells])
     return markdown(["`tokenizer.scale`", "seeds", "linear probe", "k-NN, k = 20"], rows)
 
@@ -184,6 +181,25 @@ def _leads() -> str:
     return markdown(
         header, [[name, *(f"{value:.1f}" for value in values)] for name, values in rows.items()]
     )
+
+
+def _contest() -> str:
+    """The contestants of the final on CIFAR-10, at equal wall clock."""
+    rows = []
+    for row in _read("contest", "cifar10", "table.json")["rows"]:
+        cells = [_over_seeds(values) for values in row["accuracies"].values()]
+        costs = ["", ""]
+        if "seconds" in row:
+            costs = [f"{statistics.mean(row[cost]):,.0f}" for cost in ("images", "seconds")]
+        rows.append([row["name"], *cells, *costs])
+    graders = ["linear probe", "k-NN, k = 20", "whitened", "10 labels a class"]
+    return markdown(["in percent", *graders, "images", "seconds"], rows)
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """The mean over seeds, and their deviation where there are several."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def _soak() -> str:
@@ -235,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latents": _latents,
     "imagenette-latents": _imagenette_latents,
     "leads": _leads,
+    "contest": _contest,
     "guidance": _guidance,
     "soak": _soak,
     "speed": machines.table,
