@@ -136,6 +136,15 @@ def write_json(path: Path, value: object) -> None:
     write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_object(path: Path) -> dict:
+    """Return the object in a JSON file, or {} for a missing or damaged file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def as_json(value: Any) -> Any:
     """Return ``value`` as JSON reads it back: tuples become lists, and keys strings."""
     return json.loads(json.dumps(value))

@@ -36,3 +36,13 @@ def test_a_partial_folder_is_empty_and_does_not_stay(tmp_path):
         (folder / "file").write_text("other")
         raise KeyboardInterrupt
     assert [*path.parent.iterdir()] == [path] and (path / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"a": 1', b"[1]", b"null", b'{"a": "\xff"}'])
+def test_a_missing_or_damaged_object_reads_as_an_empty_one(content, tmp_path):
+    path = tmp_path / "object.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert files.read_object(path) == {}
+    files.write_json(path, {"a": [1]})
+    assert files.read_object(path) == {"a": [1]}

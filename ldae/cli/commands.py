@@ -24,7 +24,7 @@ COMMANDS = {
     **GRADERS,
     "evaluate": "run many gradings of a suite file into one table; resumes too",
     "rerun": "repeat an evaluation, and say whether its numbers are the same",
-    "grid": "probe the encoder of a run at many noise levels and after every block",
+    "grid": "probe the encoder of a run at many noise levels and after every block; resumes too",
     "fid": "measure the FID of generated images to reference images",
     "sample": "generate images from a run: a grid, a folder or a file.npz",
     "embed": "write the features of a backbone as .npy or .parquet; resumes too",

@@ -4,7 +4,6 @@
 outlives all ranks, and needs nothing but SLURM's own commands.
 """
 
-import json
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ldae import files
@@ -159,9 +158,10 @@ def measure_progress(folder: Path) -> int:
 
     With --run, it counts the images that the newest checkpoints of the run have seen. With --out,
     it counts the files there, of the parts that --only names, and the images that a probe there has
-    seen. Otherwise it counts the images that the probes of the backbone have seen.
+    seen. Otherwise it counts the images that the probes of the backbone have seen, and the passes
+    of its grids.
     """
-    record = read_object(folder / layout.JOB_RECORD)
+    record = files.read_object(folder / layout.JOB_RECORD)
     if not record:  # the job ended before its sender wrote it
         return 0
     here, words = Path(record["directory"]), record["command"]
@@ -171,10 +171,17 @@ def measure_progress(folder: Path) -> int:
         parts = [f"{out}/{part}" for part in option_values(words, "--only")] or [out]
         places = [here / name for part in parts for name in (part, f"{part}{files.PARTS}")]
         saved = (path for place in places for path in place.rglob("*"))
-        return sum(map(_images_seen, places)) + sum(path.suffix != files.PARTIAL for path in saved)
+        return sum(map(_images_seen, places)) + _count_whole(saved)
     named = here.joinpath(*words[1:2])  # a backbone, or the results that `ldae rerun` repeats
     folder = named.parent if named.name == layout.RESULTS else named
-    return _images_seen(folder if folder.is_dir() else here / layout.EVALS)
+    place = folder if folder.is_dir() else here / layout.EVALS
+    passes = place.glob(f"**/{layout.GRID_PASSES}/*")
+    return _images_seen(place) + _count_whole(passes)
+
+
+def _count_whole(paths: Iterable[Path]) -> int:
+    """Count the files that are not being written."""
+    return sum(path.suffix != files.PARTIAL for path in paths)
 
 
 def _images_seen(folder: Path) -> int:
@@ -229,16 +236,7 @@ def _signal_name(status: int) -> str:
 
 def read_state(folder: Path) -> dict:
     """Return the recorded state of a job, or {} before its first start."""
-    return read_object(folder / layout.JOB_STATE)
-
-
-def read_object(path: Path) -> dict:
-    """Return the object in a JSON file, or {} for a missing or damaged file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return files.read_object(folder / layout.JOB_STATE)
 
 
 def _update_state(folder: Path, **changes: object) -> None:

@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from ldae.cluster.requeue import read_object, read_state
+from ldae.cluster.requeue import read_state
+from ldae.files import read_object
 from ldae.runs.layout import JOB_RECORD, JOBS
 
 _DEPTH = 3  # levels between the given folder and a run folder, such as runs/paper/l_dae

@@ -2,10 +2,10 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
@@ -14,16 +14,16 @@ from tyro.conf import Fixed
 from ldae import noise
 from ldae.backbones.run import load_method
 from ldae.console import print_main
-from ldae.distributed import is_main
+from ldae.distributed import gather_values, is_main
 from ldae.errors import InputError
 from ldae.evals.evaluation import EvalSourceSpec, Evaluation, Setup, SourceSpec
 from ldae.evals.features import extract_share, image_names, known_labels
-from ldae.evals.heads import SweepProtocol, grade_heads, sweep, train_heads
+from ldae.evals.heads import SweepProtocol, grade_heads, report_few_updates, sweep, train_heads
 from ldae.evals.open import open_evaluation
 from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Tap
-from ldae.files import write
+from ldae.files import as_json, read_object, report_write_errors, write, write_json
 from ldae.method import LDAE
 from ldae.plots.heat_maps import HeatMap, save_heat_maps
 from ldae.runs import layout
@@ -31,6 +31,8 @@ from ldae.runs.kinds import KINDS, pretraining_in
 from ldae.tree import AnyPath
 
 Input = Literal["clean", "noisy"]
+
+_CELLS = "cells"  # the key of the cells, among results and in the file of a pass
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def grid(
 
     One pass of the network for each t gives the features of all blocks. In each cell the learning
     rate is chosen on a held-out tenth of train, and a head of that rate, trained on all of train,
-    is graded. results.json, grid.md and grid.png hold the accuracy of every cell.
+    is graded. results.json, grid.md and grid.png hold the accuracy of every cell. Each finished
+    pass is kept beside them, and the same command goes on with the first one that is missing.
 
     Args:
         run: a run folder.
@@ -111,7 +114,7 @@ def grid(
             write(folder / layout.GRID_TABLE, table(cells, best, seed).encode())
             save_heat_maps(heat_maps(cells, best), folder / layout.GRID_PICTURE)
         draw = {"draws_per_image": 1, "seed": seed} if "noisy" in protocol.inputs else None
-        record = evaluation.write({**best, "cells": cells}, method.denoiser.width, noise=draw)
+        record = evaluation.write({**best, _CELLS: cells}, method.denoiser.width, noise=draw)
         print_main(
             f"the best cell on the held-out tenth of train is {best['input']} input, t = "
             f"{best['t']}, leading blocks {best['leading']}; every cell is in "
@@ -154,29 +157,81 @@ class BlockReader:
         return columns
 
 
+class Pass(NamedTuple):
+    """A pass over all images: one kind of input at one t, and the file that keeps its cells."""
+
+    kind: Input
+    t: int
+    key: dict
+    """Everything that decides the cells, in JSON's types."""
+    path: Path
+
+    def kept_cells(self) -> list[dict] | None:
+        """Return the cells of an earlier start. A file with another key or damage is removed."""
+        held = read_object(self.path)
+        cells = held.pop(_CELLS, None)
+        if held == self.key:
+            return cells
+        with report_write_errors(self.path):
+            self.path.unlink(missing_ok=True)
+        return None
+
+    def keep(self, cells: list[dict]) -> None:
+        """Write the cells. Raises: InputError when they cannot be written."""
+        write_json(self.path, self.key | {_CELLS: cells})
+
+
+def _passes(evaluation: Evaluation) -> list[Pass]:
+    """Return the passes of a grid, whose model is the whole method."""
+    protocol, origins, passes = evaluation.protocol, evaluation.origins(), []
+    for kind, t in itertools.product(protocol.inputs, protocol.timesteps):
+        alone = asdict(replace(protocol, inputs=(kind,), timesteps=(t,)))
+        key = {"protocol": alone | {"precision": evaluation.setup.precision}, **origins}
+        path = evaluation.folder / layout.GRID_PASSES / f"{kind}-t={t}.json"
+        passes.append(Pass(kind, t, as_json(key), path))
+    return passes
+
+
 def _cells(evaluation: Evaluation, method: LDAE) -> Iterator[dict]:
-    """Yield the cells by input, t and block."""
-    protocol, device = evaluation.protocol, evaluation.device
-    labels = known_labels(evaluation.train)
+    """Yield the cells by input, t and block. The passes of an earlier start are not done again."""
+    protocol, labels = evaluation.protocol, known_labels(evaluation.train)
     held = held_out(image_names(evaluation.train), labels, protocol.held_out)
-    classes = int(labels.max()) + 1
-    leading = protocol.leading or tuple(range(1, method.denoiser.stages + 1))
+    report_few_updates(held, protocol)
     evaluation = replace(evaluation, model=method)
-    passes = [*itertools.product(protocol.inputs, protocol.timesteps)]
-    for number, (kind, t) in enumerate(passes, 1):
-        print_main(f"pass {number} of {len(passes)}: {kind} input, t = {t}")
-        read = partial(BlockReader, method, t, leading, kind == "noisy", protocol.seed)
-        train = extract_share(evaluation.encoder(read(first=0)), evaluation.train)
-        after_train = evaluation.encoder(read(first=len(evaluation.train)))
-        test = extract_share(after_train, evaluation.eval)
-        taps = tuple(train.columns)
-        swept = sweep(train, held, classes, protocol.heads_of(taps), protocol, device)
-        best = {tap: max((h for h in swept if h.tap == tap), key=swept.get) for tap in taps}
-        trained = train_heads(train, list(best.values()), classes, protocol, device)
-        graded = grade_heads(trained, test, device)
-        for tap, head in best.items():
-            top1, top5 = graded[tap][0].tolist()
-            yield {
+    passes = _passes(evaluation)
+    # Rank 0 alone may see the files.
+    kept = gather_values([one.kept_cells() for one in passes] if is_main() else [])[0]
+    for number, (one, cells) in enumerate(zip(passes, kept, strict=True), 1):
+        state = "" if cells is None else ", finished before"
+        print_main(f"pass {number} of {len(passes)}: {one.kind} input, t = {one.t}{state}")
+        if cells is None:
+            cells = _probe(evaluation, method, one.kind, one.t, held)
+            if is_main():
+                one.keep(cells)
+        yield from cells
+
+
+def _probe(
+    evaluation: Evaluation, method: LDAE, kind: Input, t: int, held: torch.Tensor
+) -> list[dict]:
+    """Return the cells of one pass; ``held`` (N,) marks the train images that choose the heads."""
+    protocol, device = evaluation.protocol, evaluation.device
+    classes = int(known_labels(evaluation.train).max()) + 1
+    leading = protocol.leading or tuple(range(1, method.denoiser.stages + 1))
+    read = partial(BlockReader, method, t, leading, kind == "noisy", protocol.seed)
+    train = extract_share(evaluation.encoder(read(first=0)), evaluation.train)
+    after_train = evaluation.encoder(read(first=len(evaluation.train)))
+    test = extract_share(after_train, evaluation.eval)
+    taps = tuple(train.columns)
+    swept = sweep(train, held, classes, protocol.heads_of(taps), protocol, device)
+    best = {tap: max((h for h in swept if h.tap == tap), key=swept.get) for tap in taps}
+    trained = train_heads(train, list(best.values()), classes, protocol, device)
+    graded = grade_heads(trained, test, device)
+    cells = []
+    for tap, head in best.items():
+        top1, top5 = graded[tap][0].tolist()
+        cells.append(
+            {
                 "input": kind,
                 "t": t,
                 "leading": tap.block + 1,
@@ -185,6 +240,8 @@ def _cells(evaluation: Evaluation, method: LDAE) -> Iterator[dict]:
                 "top1": top1,
                 "top5": top5,
             }
+        )
+    return cells
 
 
 def table(cells: list[dict], best: dict, seed: int) -> str:

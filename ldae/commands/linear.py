@@ -18,7 +18,15 @@ from ldae.evals.evaluation import (
     Setup,
 )
 from ldae.evals.features import Features, extract_share, image_names, known_labels
-from ldae.evals.heads import Head, Heads, SweepProtocol, grade_heads, sweep, train_heads
+from ldae.evals.heads import (
+    Head,
+    Heads,
+    SweepProtocol,
+    grade_heads,
+    report_few_updates,
+    sweep,
+    train_heads,
+)
 from ldae.evals.online import OnlineProtocol, check_batch_sizes, remove_training, train_online
 from ldae.evals.open import data_of, open_evaluation
 from ldae.evals.predictions import Predictions
@@ -174,6 +182,7 @@ def linear_probe(
     Both are this rank's share. ``held`` (N,) marks which of all train images choose the head, and
     ``predicted`` gets the classes that it predicts.
     """
+    report_few_updates(held, protocol)
     swept = sweep(train, held, classes, protocol.heads, protocol, device)
     best = max(swept, key=swept.get)
     trained = train_heads(train, [best], classes, protocol, device)

@@ -275,6 +275,16 @@ def count_hits(
     return {tap: all_reduce_sum(counts.to(device)).cpu() for tap, counts in hits.items()}, images
 
 
+def report_few_updates(held: torch.Tensor, protocol: SweepProtocol) -> None:
+    """Report a sweep of few updates, whose held-out images are marked in ``held`` (N,)."""
+    updates = protocol.epochs * max(int((~held).sum()) // protocol.total_batch, 1)
+    if updates < _FEW_UPDATES:
+        print_main(
+            f"{updates} updates are few: BatchNorm's running statistics still hold a part of their "
+            "initial values; ask for more epochs"
+        )
+
+
 def sweep(
     train: Features,
     held: torch.Tensor,
@@ -287,12 +297,6 @@ def sweep(
 
     ``train`` is this rank's share; ``held`` (N,) marks which of all train images are held out.
     """
-    updates = protocol.epochs * max(int((~held).sum()) // protocol.total_batch, 1)
-    if updates < _FEW_UPDATES:
-        print_main(
-            f"{updates} updates are few: BatchNorm's running statistics still hold a part of their "
-            "initial values; ask for more epochs"
-        )
     trained = train_heads(train, heads, classes, protocol, device, chosen=~held)
     graded = grade_heads(trained, train, device, chosen=held)
     top1 = {tap: iter(accuracies[:, 0].tolist()) for tap, accuracies in graded.items()}

@@ -38,6 +38,7 @@ RERUN = "rerun.json"  # a repeated evaluation beside the first one
 PREDICTIONS = "predictions.npz"
 DETECTIONS = "predictions.json"  # in COCO's format of results
 GRID_TABLE, GRID_PICTURE = "grid.md", "grid.png"
+GRID_PASSES = "passes"  # a folder with the cells of each finished pass of a grid
 CORRUPTIONS_TABLE, CORRUPTIONS_PICTURE = "corruptions.md", "corruptions.png"
 
 # Jobs sent to a cluster, each in a folder of JOBS, and the code that they run

@@ -163,6 +163,8 @@ def test_progress_counts_images_of_a_run_and_its_tokenizer(job, tmp_path):
         ("linear x --protocol mae", "x/evals/linear-imagenet/checkpoints/images-000000016384.pt"),
         ("linear timm --protocol mae", "evals/timm/linear/checkpoints/images-000000016384.pt"),
         ("linear x --protocol mae --out y", "y/checkpoints/images-000000016384.pt"),
+        ("grid x", "x/evals/grid-imagenet/passes/clean-t=10.json"),
+        ("grid x --out y", "y/passes/clean-t=10.json"),
         ("evaluate --suite s --out y --only a/b/c", "y/a/b/c/results.json"),
         ("evaluate --only a/b/c a/b/d --suite s --out y", "y/a/b/d/results.json"),
         ("rerun x/l/results.json", "x/l/rerun/checkpoints/images-000000016384.pt"),

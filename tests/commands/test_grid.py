@@ -1,13 +1,15 @@
 """The cells of a grid are the run's blocks at each t."""
 
 import json
+import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from ldae import cli, noise
+from ldae import cli, distributed, noise
 from ldae.backbones.fold import fold
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.grid import BlockReader, GridProtocol, grid, table
@@ -15,8 +17,41 @@ from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import Encoder, extract_share
 from ldae.evals.taps import Tap
+from ldae.files import read_object
+from ldae.runs.checkpoints import Checkpoints
 
 CPU = torch.device("cpu")
+SHORT = GridProtocol(timesteps=(0, 40), leading=(1, 3), learning_rates=(0.1, 1.0), epochs=1)
+
+
+@pytest.fixture
+def probe(run, data, tmp_path):
+    """probe(out, **changes): the cells of a short grid of the run ``probe.run``."""
+
+    def make(out: str = "out", seed: int = 0, precision: str = "fp32", **changes) -> list[dict]:
+        setup = Setup(workers=0, device="cpu", out=tmp_path / out, seed=seed, precision=precision)
+        record = grid(make.run, data, protocol=replace(SHORT, **changes), setup=setup)
+        return record["results"]["cells"]
+
+    make.run = run()
+    return make
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The timesteps that are computed; after ``limit`` of them, Ctrl-C comes within the next."""
+    steps: list[int] = []
+
+    def extract(encoder, source):
+        if source.split == "eval":  # after train, so it is the middle of a pass
+            if len(steps) == found.limit:
+                raise KeyboardInterrupt
+            steps.append(encoder.reader.t)
+        return extract_share(encoder, source)
+
+    monkeypatch.setattr("ldae.commands.grid.extract_share", extract)
+    found = SimpleNamespace(steps=steps, limit=None)
+    return found
 
 
 @pytest.mark.parametrize("row", ["l_dae", "patch_pca", "dit"])
@@ -111,6 +146,99 @@ def test_the_command_writes_a_table_a_picture_and_every_cell(run, tmp_path, caps
     record = grid(folder, "digits", protocol=clean, setup=setup)
     assert record["protocol"]["noise"] is None
     assert "draw of noise" not in (tmp_path / "out" / "grid.md").read_text()
+
+
+def test_a_killed_grid_goes_on_with_the_pass_that_was_stopped(probe, computed, tmp_path, capsys):
+    undisturbed = probe("whole")
+    computed.steps.clear()
+    computed.limit = 1
+    with pytest.raises(KeyboardInterrupt):
+        probe()
+    assert computed.steps == [0] and not (tmp_path / "out" / "results.json").exists()
+    computed.limit = None
+    capsys.readouterr()
+    assert probe() == undisturbed and computed.steps == [0, 40]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("pass ")] == [
+        "pass 1 of 2: clean input, t = 0, finished before",
+        "pass 2 of 2: clean input, t = 40",
+    ]
+    assert sum("updates are few" in line for line in lines) == 1
+    for name in ("grid.md", "grid.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_finished_grid_computes_only_the_passes_that_are_new(probe, computed):
+    first = probe()
+    assert probe() == first and computed.steps == [0, 40]
+    more = probe(timesteps=(0, 20, 40))
+    assert computed.steps == [0, 40, 20]
+    assert [cell for cell in more if cell["t"] != 20] == first
+    both = probe(inputs=("clean", "noisy"))
+    assert computed.steps == [0, 40, 20, 0, 40]
+    assert [cell for cell in both if cell["input"] == "clean"] == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"precision": "bf16"}, {"learning_rates": (0.1,)}, {"leading": (1, 2)}],
+)
+def test_passes_with_other_settings_do_not_count(changes, probe, computed):
+    probe()
+    assert probe(**changes) == probe("other", **changes)
+    assert computed.steps == [0, 40] * 3
+
+
+def test_passes_of_other_weights_do_not_count(probe, computed):
+    """The last block of the decoder, which no backbone has."""
+    probe()
+    saved = Checkpoints(probe.run).load()
+    name = [name for name in saved["model"] if name.startswith("denoiser.decoder.")][-1]
+    saved["model"][name] += 1
+    Checkpoints(probe.run).save(saved | {"images_seen": 16})
+    probe()
+    assert computed.steps == [0, 40] * 2
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_passes_of_other_images_do_not_count(split, probe, computed, data):
+    probe()
+    path = next((data / split / "0").iterdir())
+    status = path.stat()
+    os.utime(path, (status.st_atime, status.st_mtime + 5))  # as of a replaced file
+    probe()
+    assert computed.steps == [0, 40] * 2
+
+
+def test_a_torn_file_is_no_pass(probe, computed, tmp_path):
+    first = probe()
+    kept = sorted((tmp_path / "out" / "passes").iterdir())
+    assert len(kept) == 2
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-9])
+    computed.limit = 2
+    with pytest.raises(KeyboardInterrupt):
+        probe()
+    assert not any(path.exists() for path in kept)  # so that a new one is progress of a job
+    computed.limit = None
+    assert probe() == first and computed.steps == [0, 40] * 2
+
+
+def test_ranks_agree_on_the_passes_that_only_rank_0_sees(probe, computed, on_ranks, monkeypatch):
+    computed.limit = 1
+    with pytest.raises(KeyboardInterrupt):
+        probe()
+    computed.limit = None
+
+    def read(path):
+        return {} if distributed.rank() else read_object(path)
+
+    def both():
+        probe()
+        assert computed.steps == [0, 40]
+
+    monkeypatch.setattr("ldae.commands.grid.read_object", read)
+    assert on_ranks(both) == ["", ""]
 
 
 def test_help_says_that_each_image_has_one_draw_of_noise(capsys):
