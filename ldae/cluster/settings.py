@@ -94,7 +94,8 @@ def parse_flags(
         settings,
         prog=f"{prog} {FLAG}",
         description="Send the command to a cluster as a job. When the job is preempted or reaches "
-        "its time limit, it is requeued and resumes; `ldae jobs` shows its state.",
+        "its time limit, it is requeued and goes on from what it has saved. A command that keeps "
+        "nothing before its end, such as knn, begins anew. `ldae jobs` shows the state of the job.",
         args=[flag for flag in flags if flag != FLAG],
     )
 
