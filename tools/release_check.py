@@ -120,7 +120,7 @@ def offline_commands(text: str) -> list[list[str]]:
     """Return the shell examples that can run on the demo's run, with made images for real ones."""
     commands = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", "").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] != ["ldae"]:
                 continue
