@@ -42,6 +42,7 @@ from typing import Any
 
 from command import run_ldae
 from paired import bootstrap, correct
+from seeds import mean_and_deviation
 
 from ldae.data.open import open_source
 from ldae.evals.features import image_names, known_labels
@@ -339,11 +340,6 @@ def markdown(args: argparse.Namespace, rows: Sequence[dict], against: dict[str, 
                 f"over images {low:+.2f} to {high:+.2f}; pooled deviation of seeds {deviation}."
             )
     return "\n".join(lines) + "\n"
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machines
+from benchmarks.seeds import mean_and_deviation
 from ldae.errors import InputError, unknown
 from ldae.files import write
 
@@ -157,7 +158,7 @@ def _imagenette_latents() -> str:
         found.setdefault(row["scale"], []).append(row)
     rows = []
     for scale, runs in found.items():
-        cells = [_over_seeds([run[name] for run in runs]) for name in ("linear", "knn")]
+        cells = [mean_and_deviation([run[name] for run in runs]) for name in ("linear", "knn")]
         rows.append([scale, f"{len(runs)}", *cells])
     return markdown(["`tokenizer.scale`", "seeds", "linear probe", "k-NN, k = 20"], rows)
 
@@ -184,22 +185,16 @@ def _leads() -> str:
 
 
 def _contest() -> str:
-    """The contestants of the final on CIFAR-10, at equal wall clock."""
+    """The contestants of the final on CIFAR-10, after about equal wall clock."""
     rows = []
     for row in _read("contest", "cifar10", "table.json")["rows"]:
-        cells = [_over_seeds(values) for values in row["accuracies"].values()]
+        cells = [mean_and_deviation(values) for values in row["accuracies"].values()]
         costs = ["", ""]
         if "seconds" in row:
             costs = [f"{statistics.mean(row[cost]):,.0f}" for cost in ("images", "seconds")]
         rows.append([row["name"], *cells, *costs])
     graders = ["linear probe", "k-NN, k = 20", "whitened", "10 labels a class"]
     return markdown(["in percent", *graders, "images", "seconds"], rows)
-
-
-def _over_seeds(values: Sequence[float]) -> str:
-    """The mean over seeds, and their deviation where there are several."""
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def _soak() -> str:

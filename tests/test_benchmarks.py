@@ -41,6 +41,7 @@ NO_SPEED = {  # studies of accuracy, soak tests, and what other benchmarks impor
         "paired",
         "recipe",
         "rows",
+        "seeds",
         "soak",
         "watching",
     ),
