@@ -48,7 +48,8 @@ def knn(
         "knn", backbone, data, eval_data, protocol, setup, splits, predictions=predictions
     ) as evaluation:
         protocol, labels = evaluation.protocol, known_labels(evaluation.train)
-        check_shots(protocol, labels, evaluation.train.classes)  # before features are extracted
+        classes = evaluation.train.classes
+        check_shots(protocol, labels, classes, predictions)  # before features are extracted
         fewest = min(protocol.shots) * len(labels.unique()) if protocol.shots else len(labels)
         protocol = limit_k(protocol, fewest)
         evaluation = replace(evaluation, protocol=protocol)
@@ -56,7 +57,7 @@ def knn(
         whitening = whitening_of(train, protocol, evaluation.device)
         grade = partial(knn_accuracy, train, test, protocol, evaluation.device, whitening=whitening)
         predicted = Predictions(evaluation.eval, evaluation.device) if predictions else None
-        results = grade(predictions=predicted)
+        results = grade(predictions=predicted) if protocol.all_labels else {}
         results |= grade_draws(protocol, image_names(evaluation.train), labels, grade)
         if predicted:
             predicted.save(evaluation.folder)

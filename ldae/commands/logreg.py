@@ -1,6 +1,7 @@
 """``ldae logreg``: grade a backbone by logistic regression on its frozen features."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -84,18 +85,19 @@ def logreg(
     ) as evaluation:
         protocol, device = evaluation.protocol, evaluation.device
         labels, names = known_labels(evaluation.train), image_names(evaluation.train)
-        held = held_out(names, labels, protocol.held_out)
-        check_shots(protocol, labels, evaluation.train.classes)  # before features are extracted
+        held = held_out(names, labels, protocol.held_out) if protocol.all_labels else None
+        classes = evaluation.train.classes
+        check_shots(protocol, labels, classes, predictions)  # before features are extracted
         train, test = evaluation.features()
-        everything = torch.ones_like(held)
+        fit = partial(logistic_regression, train, test, protocol=protocol, device=device)
         predicted = Predictions(evaluation.eval, device) if predictions else None
-        results = logistic_regression(
-            train, test, everything, [(~held, held)], protocol, device, predicted
-        )
+        results = {}
+        if held is not None:
+            everything = torch.ones_like(held)
+            results = fit(everything, [(~held, held)], predicted=predicted)
 
         def grade(chosen: torch.Tensor) -> dict[str, float]:
-            folds = fold_splits(names, labels, chosen, protocol.folds)
-            graded = logistic_regression(train, test, chosen, folds, protocol, device)
+            graded = fit(chosen, fold_splits(names, labels, chosen, protocol.folds))
             return {key: graded[key] for key in (*protocol.accuracies, "C")}
 
         results |= grade_draws(protocol, names, labels, grade)

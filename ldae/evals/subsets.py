@@ -35,19 +35,28 @@ class FewShotProtocol(Protocol):
 
     shots: Annotated[tuple[int, ...], COUNT] = ()
     """Numbers of train images a class; each is graded in addition to all train images."""
+    all_labels: bool = True
+    """Whether all train images are graded too, and not the draws of ``shots`` alone."""
     draws: Annotated[int, COUNT] = 5
     """Draws of each number of shots, by --seed; their mean and standard deviation are reported."""
     seed: Fixed[int] = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.all_labels or self.shots):
+            raise InputError("--no-all-labels needs --shots")
+
     @property
     def accuracies(self) -> tuple[str, ...]:
-        """Names of the accuracies that are reported for all train images and for each draw."""
+        """Names of the accuracies of all train images, and of each draw."""
         return ("top1", "top5")
 
     @property
     def headlines(self) -> tuple[str, ...]:
-        few = (f"{name}_{shots}shot" for shots in self.shots for name in self.accuracies)
-        return (*self.accuracies, *(f"{name}{end}" for name in few for end in ("", "_std")))
+        names = self.accuracies
+        few = (f"{name}_{shots}shot" for shots in self.shots for name in names)
+        with_spread = (f"{name}{end}" for name in few for end in ("", "_std"))
+        return (*(names if self.all_labels else ()), *with_spread)
 
     @property
     def depends_on_seed(self) -> bool:
@@ -94,11 +103,21 @@ def _digest(name: str) -> bytes:
     return blake2b(os.fsencode(name), digest_size=8).digest()
 
 
-def check_shots(protocol: FewShotProtocol, labels: torch.Tensor, classes: list[str] | None) -> None:
+def check_shots(
+    protocol: FewShotProtocol,
+    labels: torch.Tensor,
+    classes: list[str] | None,
+    predictions: bool = False,
+) -> None:
     """Check that each class has enough train images for the draws.
 
-    Raises: InputError naming the class that has too few.
+    Raises: InputError naming the class that has too few, and for ``predictions``, which come from
+        all train images, where the protocol leaves these out.
     """
+    if predictions and not protocol.all_labels:
+        raise InputError(
+            "predictions are those by all train images: leave out --predictions or --no-all-labels"
+        )
     for label, count in enumerate(torch.bincount(labels).tolist()):
         if 0 < count < max(protocol.shots, default=0):
             name = repr(classes[label]) if classes else label

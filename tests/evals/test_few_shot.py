@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from ldae.commands.knn import knn
+from ldae.commands.logreg import LogregProtocol, logreg
 from ldae.errors import InputError
+from ldae.evals.evaluation import Setup
+from ldae.evals.neighbours import KNNProtocol
 from ldae.evals.subsets import FewShotProtocol, check_shots, draw_images, fold_splits, grade_draws
 
 NAMES = [f"{i}.jpg" for i in range(300)]
@@ -53,3 +57,32 @@ def test_one_draw_has_no_spread():
 def test_class_with_too_few_images_is_named():
     with pytest.raises(InputError, match="class 'b' has 2 train images, fewer than 3 shots"):
         check_shots(FewShotProtocol((1, 3)), torch.tensor([0, 0, 0, 1, 1, 3, 3, 3]), [*"abcd"])
+
+
+@pytest.mark.parametrize(
+    ("grade", "protocol", "settings"),
+    [(knn, KNNProtocol, {"k": (5,)}), (logreg, LogregProtocol, {"C": (1e-3, 1.0)})],
+)
+def test_draws_alone_are_those_beside_all_labels(grade, protocol, settings, tmp_path):
+    settings |= {"shots": (5,), "draws": 2}
+    both, alone = (
+        grade(
+            "pixels:4",
+            "digits",
+            protocol=protocol(all_labels=all_labels, **settings),
+            setup=Setup(device="cpu", out=tmp_path),
+        )["results"]
+        for all_labels in (True, False)
+    )
+    assert alone == {name: value for name, value in both.items() if name in alone}
+    assert alone["draws"] and all("_5shot" in name for name in alone.keys() - {"draws"})
+    assert {name for name in both if name.startswith("top") and "shot" not in name}
+
+
+def test_draws_alone_need_shots_and_have_no_predictions(monkeypatch):
+    with pytest.raises(InputError, match="--no-all-labels needs --shots"):
+        KNNProtocol(all_labels=False)
+    monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
+    protocol = LogregProtocol(all_labels=False, shots=(5,))
+    with pytest.raises(InputError, match="leave out --predictions or --no-all-labels"):
+        logreg("pixels:4", "digits", protocol=protocol, predictions=True)
