@@ -75,7 +75,11 @@ def open_run(
             names = ", ".join(
                 f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
             )
-            raise InputError(f"run folder {run} holds another run: {names}; name another --run")
+            longer = "optim.epochs" in changed and hasattr(config, "init_from")
+            go_on = f", and --init-from {run} to go on from this one" if longer else ""
+            raise InputError(
+                f"run folder {run} holds another run: {names}; name another --run{go_on}"
+            )
         distributed.barrier()  # all ranks read the folder before rank 0 writes to it
         if distributed.is_main():
             if changed:
