@@ -11,10 +11,11 @@ python benchmarks/contest.py finetune ... --only NAME ...
 leads: each lead is trained for the same number of images on nine tenths of TRAIN and graded on the
 other tenth, by one seed. The test split decides nothing.
 
-final: each contestant is trained for the same wall clock. One minute of its training gives the
-number of images, and the seconds that the run really took are in the table. With --images each one
-sees that number of images instead. Then it is graded on TEST once, beside raw pixels and its own
-architecture with random weights. Use a machine that does nothing else.
+final: each contestant is trained for the same wall clock: MAE for as many images as it sees in
+--minutes, the others for as many as they see meanwhile. For this they train in turns, a little at
+a time, on a machine that should do nothing else; images.json in --runs keeps the numbers, so that
+later seeds see as many on any machine. With --images each one sees that number of images instead.
+Then it is graded on TEST once, beside raw pixels and its own architecture with random weights.
 
 finetune: the runs of the final, which are trained by then, are fine-tuned for five epochs by the
 recipe of MAE, beside the architecture of each with random weights. The table of the final gets
@@ -52,14 +53,16 @@ from ldae.runs import layout
 from ldae.runs.environment import environment
 
 CONTEST = Path(__file__).with_suffix(".toml")
-CALIBRATION = 60  # seconds
+# The speed of a machine drifts by more than contestants should differ, which turns even out.
+TURNS = 6
+SECONDS_OF_A_TURN = 30
 RIVAL = "mae"
 WARMUP = 0.1  # of the epochs
 GRADERS = {
     "linear": ("linear", "--epochs", "20", "--predictions"),
     "knn": ("knn", "--k", "20", "--predictions"),
     "knn-whitened": ("knn", "--k", "20", "--whiten", "--predictions"),
-    "ten-a-class": ("logreg", "--shots", "10"),
+    "ten-a-class": ("logreg", "--shots", "10", "--no-all-labels"),
 }
 HEADLINES = {
     "linear": "top1",
@@ -94,14 +97,22 @@ def main() -> None:
         args.seeds, args.eval_data = 1, None
         args.data, args.eval_data = hold_out(args.data, args.runs)
     everyone = contest["leads" if args.phase == "leads" else "contestants"]
+    words = {
+        entry["name"]: [entry["row"], *settings, *flags(entry.get("settings", {}))]
+        for entry in everyone
+    }
+    chosen = named(everyone, args.only)
+    if args.phase == "final" and not args.images:
+        images = images_in(args, {name: words[name] for name in (RIVAL, *chosen)})
+    else:
+        images = dict.fromkeys(chosen, args.images)
     for seed in range(args.seeds):
-        for entry in named(everyone, args.only):
-            run = run_of(args, entry["name"], seed)
+        for name in chosen:
+            run = run_of(args, name, seed)
             if args.phase == "finetune":
                 finetune(args, more, run, seed)
             else:
-                words = [entry["row"], *settings, *flags(entry.get("settings", {}))]
-                train(args, words, run, seed)
+                train(args.data, words[name], run, seed, images[name])
                 grade(str(run), args, run / layout.EVALS)
                 if args.phase == "final" and not seed:
                     grade(str(run), args, run / "untrained", "--random-init")
@@ -111,12 +122,12 @@ def main() -> None:
         write_table(args, everyone)
 
 
-def named(entries: Sequence[dict], names: Sequence[str] | None) -> list[dict]:
-    """Return the contestants or leads of these names, by default all."""
-    known = {entry["name"]: entry for entry in entries}
+def named(entries: Sequence[dict], names: Sequence[str] | None) -> list[str]:
+    """Return the names of contestants or leads, by default of all, and check that there are such."""
+    known = [entry["name"] for entry in entries]
     if unknown := [name for name in names or () if name not in known]:
         raise SystemExit(f"there is no {unknown[0]!r}, but {', '.join(known)}")
-    return [known[name] for name in names or known]
+    return [*(names or known)]
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -154,53 +165,68 @@ def hold_out(data: str, folder: Path) -> tuple[str, str]:
     return str(paths[0]), str(paths[1])
 
 
-def train(args: argparse.Namespace, words: list[str], run: Path, seed: int) -> None:
-    """Train a contestant, unless it is trained."""
-    if (run / "seconds.json").exists():
-        return
-    count = len(open_source(args.data, "train"))
-    words = ["pretrain", *words, "--data", args.data, "--seed", str(seed)]
-    images = args.images or images_in(args.minutes, words, run)
-    epochs = images / count
-    run_ldae(*words, *length(epochs), "--run", run)
-    write_json(run / "seconds.json", {"images": images, "seconds": seconds_of(run)})
+def train(data: str, words: list[str], run: Path, seed: int, images: int) -> None:
+    """Train a contestant for so many images, unless it is trained."""
+    if not (run / "seconds.json").exists():
+        epochs = images / len(open_source(data, "train"))
+        common = ("--data", data, "--seed", seed, "--run", run)
+        run_ldae("pretrain", *words, *length(epochs), *common)
+        write_json(run / "seconds.json", {"images": images, "seconds": seconds_of(run)})
 
 
-def images_in(minutes: float, words: list[str], run: Path) -> int:
-    """Return the images that a contestant sees in ``minutes``, measured once so that it resumes."""
-    measured = run.with_name(f"{run.name}-images.json")
-    if not measured.exists():
-        rate = calibrate(words, run.with_name(f"{run.name}-calibration"))
-        write_json(measured, {"images": round(60 * minutes * rate), "minutes": minutes})
-    return json.loads(measured.read_text())["images"]
+def images_in(args: argparse.Namespace, words: dict[str, list[str]]) -> dict[str, int]:
+    """Return the images that each contestant sees while the rival trains for ``args.minutes``."""
+    path = args.runs / "images.json"
+    images: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+    if missing := [name for name in words if name not in images]:
+        rates = calibrate(args, {name: words[name] for name in dict.fromkeys([RIVAL, *missing])})
+        images.setdefault(RIVAL, round(60 * args.minutes * rates[RIVAL]))
+        for name in missing:
+            images[name] = round(images[RIVAL] * rates[name] / rates[RIVAL])
+        write_json(path, images)
+    return images
 
 
 def length(epochs: float) -> list[str]:
     return ["--optim.epochs", f"{epochs:.4f}", "--optim.warmup-epochs", f"{WARMUP * epochs:.4f}"]
 
 
-def calibrate(words: list[str], run: Path) -> float:
-    """Return the images a second of about one minute of training, after its first record."""
-    shutil.rmtree(run, ignore_errors=True)
-    command = [sys.executable, "-m", "ldae", *words, *length(1000), "--run", str(run)]
-    print("$", *command[2:], "# for a minute", flush=True)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def calibrate(args: argparse.Namespace, words: dict[str, list[str]]) -> dict[str, float]:
+    """Return the images a second of each contestant. They train in turns, so that each resumes."""
+    folder = args.runs / "calibration"
+    shutil.rmtree(folder, ignore_errors=True)
+    rates: dict[str, list[float]] = {name: [] for name in words}
+    for turn in range(TURNS):
+        for name, settings in words.items():
+            common = ("--data", args.data, "--run", str(folder / name))
+            command = ["pretrain", *settings, *length(1000), *common]
+            print(f"$ ldae {' '.join(command)}  # turn {turn + 1} of {TURNS}", flush=True)
+            rates[name] += take_turn(command, folder / name)
+    shutil.rmtree(folder)
+    return {name: statistics.harmonic_mean(found) for name, found in rates.items()}
+
+
+def take_turn(command: list[str], run: Path) -> list[float]:
+    """Let a contestant train for a while, and return the images a second of each new record.
+
+    The first record does not count, because the step is compiled meanwhile.
+    """
+    before, begun = len(records_of(run)), None
+    process = subprocess.Popen([sys.executable, "-m", "ldae", *command], stdout=subprocess.DEVNULL)
     try:
-        begun = None
         while process.poll() is None:
-            time.sleep(1)
-            if begun is None and records_of(run):
+            time.sleep(0.2)
+            new = records_of(run)[before:]
+            if begun is None and new:
                 begun = time.monotonic()
-            if begun and time.monotonic() - begun > CALIBRATION and len(records_of(run)) > 2:
+            if begun and time.monotonic() - begun > SECONDS_OF_A_TURN and len(new) > 2:
                 break
         else:
-            raise SystemExit(f"ldae {' '.join(words)} ended during its calibration")
+            raise SystemExit(f"ldae {' '.join(command)} ended during its calibration")
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()
-    records = records_of(run)
-    shutil.rmtree(run)
-    return statistics.harmonic_mean(record["images_per_second"] for record in records[1:])
+    return [record["images_per_second"] for record in new[1:]]
 
 
 def records_of(run: Path) -> list[dict]:

@@ -15,7 +15,8 @@ import argparse
 import json
 from pathlib import Path
 
-from contest import GRADERS, HEADLINES, flags, grade, ldae
+from command import run_ldae
+from contest import GRADERS, HEADLINES, flags, grade
 
 from ldae.files import write_json
 from ldae.runs import layout
@@ -55,7 +56,7 @@ def main() -> None:
 def pretrain(row: str, data: str, epochs: float, run: Path, more: dict | None = None) -> None:
     settings = SETTINGS | (DENOISING if row == "l_dae" else {}) | (more or {})
     settings |= {"optim.epochs": epochs, "optim.warmup_epochs": epochs / 10}
-    ldae("pretrain", row, *flags(settings), "--data", data, "--run", run)
+    run_ldae("pretrain", row, *flags(settings), "--data", data, "--run", run)
 
 
 def train_supervised(args: argparse.Namespace, mae: Path, run: Path) -> None:
@@ -64,7 +65,7 @@ def train_supervised(args: argparse.Namespace, mae: Path, run: Path) -> None:
         return
     exported = args.runs / "mae-exported"
     if not exported.exists():
-        ldae("export", mae, exported)
+        run_ldae("export", mae, exported)
     recipe = {
         "model.random_init": True,
         "model.drop_path": 0.0,
@@ -79,7 +80,7 @@ def train_supervised(args: argparse.Namespace, mae: Path, run: Path) -> None:
         "optim.warmup_epochs": args.first_epochs / 10,
     }
     words = ("--recipe", "mae", *flags(recipe), "--data", args.first)
-    ldae("finetune", exported, *words, "--run", run)
+    run_ldae("finetune", exported, *words, "--run", run)
 
 
 def grades(args: argparse.Namespace, name: str, backbone: Path) -> dict:

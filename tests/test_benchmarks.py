@@ -73,6 +73,12 @@ def test_every_benchmark_of_speed_is_listed():
         assert '"--out"' in code and part.takes_device == ('"--device"' in code)
 
 
+def test_every_benchmark_finds_what_it_imports(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for path in (ROOT / "benchmarks").glob("[a-z]*.py"):
+        import_module(path.stem)
+
+
 def test_the_parts_of_a_gpu_take_at_most_ten_minutes():
     assert sum(part.seconds for part in GPU.values()) <= 600
 
@@ -274,11 +280,43 @@ def test_the_seconds_of_a_run_add_up(contest, tmp_path):
     assert contest.seconds_of(tmp_path / "run") == seconds[-1]
 
 
-def test_a_measured_length_is_kept_so_that_a_stopped_run_goes_on(contest, tmp_path, monkeypatch):
-    speeds = iter([100.0, 90.0])
-    monkeypatch.setattr(contest, "calibrate", lambda words, run: next(speeds))
-    run = tmp_path / "mae-seed0"
-    assert contest.images_in(2, [], run) == contest.images_in(2, [], run) == 12_000
+def test_contestants_see_as_many_images_as_in_the_time_of_the_rival(contest, tmp_path, monkeypatch):
+    """The numbers are kept; who comes later, on a slower machine, is measured beside the rival."""
+    rates = iter([{"mae": 100.0, "l_dae": 50.0}, {"mae": 20.0, "masked": 15.0}])
+    measured = []
+    monkeypatch.setattr(
+        contest, "calibrate", lambda args, words: measured.append([*words]) or next(rates)
+    )
+    args = Namespace(runs=tmp_path, minutes=2)
+    both = {"mae": 12_000, "l_dae": 6_000}
+    assert contest.images_in(args, {"mae": [], "l_dae": []}) == both
+    assert contest.images_in(args, {"mae": []}) == both
+    assert contest.images_in(args, {"mae": [], "masked": []}) == both | {"masked": 9_000}
+    assert measured == [["mae", "l_dae"], ["mae", "masked"]]
+
+
+def test_turns_of_a_calibration_count_what_is_new_and_compiled(contest, tmp_path, monkeypatch):
+    """Each turn resumes, and its first record does not count."""
+    monkeypatch.setattr(contest, "SECONDS_OF_A_TURN", 0)
+    program = (
+        "import json, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "run = pathlib.Path(sys.argv[-1])\n"
+        "run.mkdir(parents=True, exist_ok=True)\n"
+        "for speed in (1.0, 40.0, 60.0):\n"
+        "    with open(run / 'metrics.jsonl', 'a') as file:\n"
+        "        print(json.dumps({'images': 1, 'images_per_second': speed}), file=file)\n"
+        "time.sleep(60)\n"
+    )
+    start = contest.subprocess.Popen
+
+    def popen(command, **how):
+        return start([command[0], "-c", program, *command[3:]], **how)
+
+    monkeypatch.setattr(contest.subprocess, "Popen", popen)
+    run = tmp_path / "run"
+    turns = [contest.take_turn(["pretrain", "--run", str(run)], run) for _ in range(2)]
+    assert turns == [[40.0, 60.0]] * 2
 
 
 def test_finished_runs_are_fine_tuned_once_and_have_a_column(contest, tmp_path, monkeypatch):
