@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -88,6 +88,27 @@ class Loop:
     optimizer: Callable[[nn.Module, OptimSettings], torch.optim.Optimizer] = adamw
     """Creates the optimizer; the loop sets the learning rate before each step."""
 
+    # What changes while the loop trains.
+    state: State = field(init=False)
+    update: Update = field(init=False)
+    seen: int = field(init=False)
+    """Images seen, the position in the plan."""
+    lr: float = field(init=False)
+    """The learning rate of the last step."""
+    batches: Lookahead = field(init=False)
+    division: dict[str, int] | None = field(init=False, default=None)
+    """The number of micro batches that a search found, and for how many ranks."""
+    report: Report | None = field(init=False)
+    """The report of the last step."""
+    skipped: dict[str, str] = field(init=False, default_factory=dict)
+    """Images that this rank has skipped since the last checkpoint: name -> reason."""
+    watchdog: Watchdog = field(init=False)
+    metrics: Metrics = field(init=False)
+    meter: Meter = field(init=False)
+    """Counts since the last record of metrics."""
+    stop: StopRequest = field(init=False)
+    saver: Saver = field(init=False)
+
     @property
     def log_every(self) -> int:
         """Steps between two records of metrics."""
@@ -106,9 +127,7 @@ class Loop:
             self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
         )
         self.update = Update(self.state, self.seed, self.optim.clip_grad, self.mixing)
-        self.division: dict[str, int] | None = None  # what a search found, and for how many ranks
         self.watchdog = Watchdog(self.system.explosion)
-        self.skipped: dict[str, str] = {}  # on this rank since the last checkpoint: name -> reason
         with (
             float32_products(tf32=self.system.precision == "tf32"),
             deterministic_algorithms(self.system.deterministic),
@@ -142,7 +161,7 @@ class Loop:
             self.state.restore(checkpoint)
             self._use_division(checkpoint["division"])
         self.seen = checkpoint["images_seen"] if checkpoint else 0
-        self.report: Report | None = None  # of the last step
+        self.report = None
         self.watchdog.restore(checkpoint and checkpoint["watchdog"])
         if self.system.explosion and not checkpoint:
             self._save()  # so that there is a checkpoint to go back to
