@@ -11,11 +11,11 @@ python benchmarks/contest.py finetune ... --only NAME ...
 leads: each lead is trained for the same number of images on nine tenths of TRAIN and graded on the
 other tenth, by one seed. The test split decides nothing.
 
-final: each contestant is trained for the same wall clock: MAE for as many images as it sees in
---minutes, the others for as many as they see meanwhile. For this they train in turns, a little at
-a time, on a machine that should do nothing else; images.json in --runs keeps the numbers, so that
-later seeds see as many on any machine. With --images each one sees that number of images instead.
-Then it is graded on TEST once, beside raw pixels and its own architecture with random weights.
+final: each contestant is trained for the same wall clock, for as many images as it sees in
+--minutes. Their speeds are measured first, on a machine that should do nothing else: they train in
+turns, a little at a time. rates.json in --runs keeps the speeds, so that later seeds see as many
+images on any machine. With --images each one sees that number of images instead. Then it is graded
+on TEST once, beside raw pixels and its own architecture with random weights.
 
 finetune: the runs of the final, which are trained by then, are fine-tuned for five epochs by the
 recipe of MAE, beside the architecture of each with random weights. The table of the final gets
@@ -97,15 +97,11 @@ def main() -> None:
         args.seeds, args.eval_data = 1, None
         args.data, args.eval_data = hold_out(args.data, args.runs)
     everyone = contest["leads" if args.phase == "leads" else "contestants"]
-    words = {
-        entry["name"]: [entry["row"], *settings, *flags(entry.get("settings", {}))]
-        for entry in everyone
-    }
+    words = words_of(everyone, settings)
     chosen = named(everyone, args.only)
+    images = dict.fromkeys(chosen, args.images)
     if args.phase == "final" and not args.images:
-        images = images_in(args, {name: words[name] for name in (RIVAL, *chosen)})
-    else:
-        images = dict.fromkeys(chosen, args.images)
+        images = images_in_the_time(args, words, chosen)
     for seed in range(args.seeds):
         for name in chosen:
             run = run_of(args, name, seed)
@@ -123,11 +119,20 @@ def main() -> None:
 
 
 def named(entries: Sequence[dict], names: Sequence[str] | None) -> list[str]:
-    """Return the names of contestants or leads, by default of all, and check that there are such."""
+    """Return the names of contestants or leads, by default of all, and check that they exist."""
     known = [entry["name"] for entry in entries]
     if unknown := [name for name in names or () if name not in known]:
         raise SystemExit(f"there is no {unknown[0]!r}, but {', '.join(known)}")
     return [*(names or known)]
+
+
+def words_of(entries: Sequence[dict], common: Sequence[str]) -> dict[str, list[str]]:
+    """Return the row and the settings of each contestant or lead, as arguments of ldae pretrain."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for entry in entries:
+        row, settings = found[entry["of"]] if "of" in entry else (entry["row"], {})
+        found[entry["name"]] = row, settings | entry.get("settings", {})
+    return {name: [row, *common, *flags(settings)] for name, (row, settings) in found.items()}
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -174,17 +179,19 @@ def train(data: str, words: list[str], run: Path, seed: int, images: int) -> Non
         write_json(run / "seconds.json", {"images": images, "seconds": seconds_of(run)})
 
 
-def images_in(args: argparse.Namespace, words: dict[str, list[str]]) -> dict[str, int]:
-    """Return the images that each contestant sees while the rival trains for ``args.minutes``."""
-    path = args.runs / "images.json"
-    images: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
-    if missing := [name for name in words if name not in images]:
-        rates = calibrate(args, {name: words[name] for name in dict.fromkeys([RIVAL, *missing])})
-        images.setdefault(RIVAL, round(60 * args.minutes * rates[RIVAL]))
-        for name in missing:
-            images[name] = round(images[RIVAL] * rates[name] / rates[RIVAL])
-        write_json(path, images)
-    return images
+def images_in_the_time(
+    args: argparse.Namespace, words: dict[str, list[str]], names: Sequence[str]
+) -> dict[str, int]:
+    """Return the images that each contestant sees in ``args.minutes``."""
+    path = args.runs / "rates.json"
+    rates: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    if missing := [name for name in dict.fromkeys([RIVAL, *names]) if name not in rates]:
+        measured = calibrate(args, {name: words[name] for name in dict.fromkeys([RIVAL, *missing])})
+        # Who comes later is measured beside the rival, maybe when the machine is slower.
+        drift = rates.get(RIVAL, measured[RIVAL]) / measured[RIVAL]
+        rates |= {name: round(measured[name] * drift, 2) for name in missing}
+        write_json(path, rates)
+    return {name: round(60 * args.minutes * rates[name]) for name in names}
 
 
 def length(epochs: float) -> list[str]:
@@ -234,18 +241,14 @@ def records_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def seconds_of(run: Path, images: int | None = None) -> float:
-    """Return the seconds that the loop took for so many images, by default for all of the run.
-
-    The first record, which compiles, counts at the median speed.
-    """
+def seconds_of(run: Path) -> float:
+    """Return the seconds of the loop. The first record, which compiles, counts at median speed."""
     records = records_of(run)
     usual = statistics.median(record["images_per_second"] for record in records[1:] or records)
     speeds = [usual, *(record["images_per_second"] for record in records[1:])]
     seen, total = 0, 0.0
     for record, speed in zip(records, speeds):
-        until = record["images"] if images is None else min(record["images"], images)
-        total += max(until - seen, 0) / speed
+        total += (record["images"] - seen) / speed
         seen = record["images"]
     return round(total, 1)
 

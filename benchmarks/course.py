@@ -3,11 +3,11 @@ r"""Follow the accuracy of contestants over a long training.
 python benchmarks/course.py NAME ... --data TRAIN --eval-data TEST --runs runs/course \
     [--minutes 60] [settings of ldae pretrain]
 
-Each contestant of ``contest.toml`` that is named is trained for --minutes of wall clock, as in the
-final of contest.py, and keeps about ten checkpoints. Then each checkpoint is graded on TEST by a
-linear probe and k-NN, beside raw pixels. course.json in --runs has the seconds of the training
-loop, the images and the accuracies of each; ``python tools/course_picture.py`` draws them. Use a
-machine that does nothing else.
+Each contestant of ``contest.toml`` that is named is trained for as many images as it sees in
+--minutes, measured as in the final of contest.py, whose rates.json may lie in --runs already. It
+keeps about ten checkpoints. Then each checkpoint is graded on TEST by a linear probe and k-NN,
+beside raw pixels. course.json in --runs has the seconds, the images and the accuracies of each;
+``python tools/course_picture.py`` draws them.
 
 Finished runs and gradings are kept: run the same command again to resume.
 """
@@ -17,7 +17,18 @@ import shutil
 import tomllib
 from pathlib import Path
 
-from contest import CONTEST, GRADERS, accuracy, flags, grade, named, run_of, seconds_of, train
+from contest import (
+    CONTEST,
+    GRADERS,
+    accuracy,
+    flags,
+    grade,
+    images_in_the_time,
+    named,
+    run_of,
+    train,
+    words_of,
+)
 
 from ldae.files import write_json
 from ldae.runs import layout
@@ -35,34 +46,35 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--contest", type=Path, default=CONTEST)
     parser.add_argument("--graders", nargs="+", choices=GRADERS, default=["linear", "knn"])
-    parser.add_argument("--images", type=int, help="by default what --minutes allow")
     parser.add_argument("--minutes", type=float, default=60)
     args, more = parser.parse_known_args()
     contest = tomllib.loads(args.contest.read_text())
-    entries = named(contest["contestants"], args.names)
+    names = named(contest["contestants"], args.names)
     kept = {"system.keep": 0, "system.save_minutes": args.minutes / CHECKPOINTS}
     settings = [*flags(contest["settings"] | kept), *more]
-    for entry in entries:
-        words = [entry["row"], *settings, *flags(entry.get("settings", {}))]
-        train(args, words, run_of(args, entry["name"], 0), seed=0)
+    words = words_of(contest["contestants"], settings)
+    images = images_in_the_time(args, words, names)
+    for name in names:
+        train(args.data, words[name], run_of(args, name, 0), 0, images[name])
     grade("pixels:32", args, args.runs / "pixels")
     courses = []
-    for entry in entries:
-        courses.append({**entry, "checkpoints": []})
-        run = run_of(args, entry["name"], 0)
+    for name in names:
+        courses.append({"name": name, "checkpoints": []})
+        run, seconds_an_image = run_of(args, name, 0), 60 * args.minutes / images[name]
         for checkpoint in Checkpoints(run).paths():
-            courses[-1]["checkpoints"].append(graded(args, run, checkpoint))
+            courses[-1]["checkpoints"].append(graded(args, run, checkpoint, seconds_an_image))
             write_course(args, courses)
 
 
-def graded(args: argparse.Namespace, run: Path, checkpoint: Path) -> dict:
-    """Grade a checkpoint; return its images, its seconds of the loop, and its accuracies."""
+def graded(args: argparse.Namespace, run: Path, checkpoint: Path, seconds_an_image: float) -> dict:
+    """Grade a checkpoint; return its images, its seconds of training, and its accuracies."""
     folder = args.runs / "graded" / run.name / checkpoint.stem
     gradings = folder / layout.EVALS
     grade(str(run_with(run, checkpoint, folder)), args, gradings)
     images = layout.images_seen(checkpoint)
     accuracies = {grader: accuracy(gradings, grader) for grader in args.graders}
-    return {"images": images, "seconds": seconds_of(run, images), "accuracies": accuracies}
+    seconds = round(seconds_an_image * images, 1)
+    return {"images": images, "seconds": seconds, "accuracies": accuracies}
 
 
 def run_with(run: Path, checkpoint: Path, folder: Path) -> Path:

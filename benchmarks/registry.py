@@ -100,7 +100,7 @@ BENCHMARKS = {
             Number("training loop, share of the speed of a step alone", "loop_over_step", "{:.1%}"),
             *_methods("MAE", "l-DAE"),
             *_methods(
-                *(f"l-DAE, {share} of the tokens dropped" for share in ("25%", "50%", "75%"))
+                *(f"l_dae_masked, {share} of the tokens dropped" for share in ("25%", "50%", "75%"))
             ),
         ),
     ),

@@ -2,8 +2,8 @@
 
 python benchmarks/step.py [--data SOURCE] [--out FILE]
 
-In every round of one process: a step of each method (MAE, l-DAE, and l-DAE with three shares of the
-tokens dropped) with the same encoder and batch; the network on fixed tokens (bare), the step
+In every round of one process: a step of each method (MAE, l-DAE, and l_dae_masked with three shares
+of the tokens dropped) with the same encoder and batch; the network on fixed tokens (bare), the step
 (tokenizer, noise, loss, AdamW) on a fixed batch, and the step with the other implementation of
 attention. Then the loop with its data and logging runs, and a step on the fixed batch is timed
 after each of its steps, so that a drift of the machine's speed affects both.
@@ -43,7 +43,7 @@ METHODS = {
     "MAE": ("mae", {}),
     "l-DAE": ("l_dae", {}),
 } | {
-    f"l-DAE, {ratio:.0%} of the tokens dropped": ("l_dae_masked", {"masking.ratio": ratio})
+    f"l_dae_masked, {ratio:.0%} of the tokens dropped": ("l_dae_masked", {"masking.ratio": ratio})
     for ratio in (0.25, 0.5, 0.75)
 }
 

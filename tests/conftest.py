@@ -77,6 +77,8 @@ PARTS = {
 
 # tokenizer.dim for tokenizers that cannot have 6 numbers a token.
 _DIMS = {"conv_vae": 8, "pixel": 192}
+# Of a row with a decoder of its own.
+_DECODER = {"model.decoder_depth": 1, "model.decoder_embed_dim": 16, "model.decoder_num_heads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +98,7 @@ def tiny():
         kind = given.get("tokenizer.name", config.tokenizer.name)
         sizes = {"tokenizer.dim": _DIMS.get(kind, TINY["tokenizer.dim"])}
         sizes["tokenizer.codes"] = min(config.tokenizer.codes, 16)
+        sizes |= _DECODER if config.model.decoder_depth else {}
         return replace(config, TINY | sizes | given)
 
     return make

@@ -100,7 +100,7 @@ def test_the_average_follows_the_encoder_without_gradients(second, images):
 
 def test_the_average_starts_as_the_encoder(tiny, method, images, fitted):
     """Also as the encoder of the backbone from which a run starts."""
-    start = build(tiny("l_dae_masked"))
+    start = build(tiny("l_dae_masked", features__share=0.5))
     fitted(start.tokenizer)
     for backbone in (None, fold(method())):
         if backbone:

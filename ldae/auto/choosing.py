@@ -156,7 +156,8 @@ def candidates_for(config: Any, side: int, given: dict[str, Any]) -> list[Candid
     """
     found: list[Candidate] = []
     refused = None
-    own_decoder = tree.flatten(type(config)()).get("model.decoder_depth") is not None
+    sizes = tree.flatten(config)
+    own_decoder = any(sizes.get(name) is not None for name in rule.DECODER if name not in given)
     for network in rule.NETWORKS:
         choices = rule.choose_sizes(network, side, given)
         if "model.name" not in given:

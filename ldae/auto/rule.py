@@ -13,6 +13,7 @@ from ldae.errors import InputError
 from ldae.train.plan import steps_of
 
 LEAST_IMAGES = 128  # a batch of the least size
+DECODER = ("model.decoder_depth", "model.decoder_embed_dim", "model.decoder_num_heads")
 MOST_EPOCHS = 1600  # of MAE's longest pre-training (He et al. 2022, figure 7)
 
 _TRAINING = 0.9  # share of the hours; the start, the tokenizer, measurements and saves get the rest
@@ -134,7 +135,7 @@ def describe_network(network: Network, own_decoder: bool) -> Choices:
     Args:
         own_decoder: whether the recipe has a decoder with sizes of its own, as MAE has. It then has
             half of the width, as with MAE's ViT-L, and half of the blocks, as at the scales demo
-            and small. The decoder of a row is as large as its encoder.
+            and small. Without, the decoder is as large as the encoder.
     """
     name, depth, embed_dim, num_heads, _ = network
     encoder = {
@@ -145,11 +146,12 @@ def describe_network(network: Network, own_decoder: bool) -> Choices:
     }
     if not own_decoder:
         return encoder
-    return encoder | {
-        "model.decoder_depth": Choice(depth // 2, "half of the encoder's blocks"),
-        "model.decoder_embed_dim": Choice(embed_dim // 2, "half of its width, as in MAE's ViT-L"),
-        "model.decoder_num_heads": Choice(num_heads, ""),
-    }
+    decoder = (
+        Choice(depth // 2, "half of the encoder's blocks"),
+        Choice(embed_dim // 2, "half of its width, as in MAE's ViT-L"),
+        Choice(num_heads, ""),
+    )
+    return encoder | dict(zip(DECODER, decoder, strict=True))
 
 
 def pace(step_pace: float, images: Images, machine: Machine) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ldae import tree
 from ldae.auto.choosing import Choosing
-from ldae.auto.rule import LEAST_IMAGES, Choices
+from ldae.auto.rule import DECODER, LEAST_IMAGES, Choices
 from ldae.data.open import open_source
 from ldae.distributed import device_for, gather_values, process_group
 from ldae.errors import InputError, unknown
@@ -24,7 +24,7 @@ HOURS = 4.0  # by default
 SETTINGS = (
     "data.img_size", "data.stats", "model.patch_size", "tokenizer.dim",
     "model.name", "model.depth", "model.embed_dim", "model.num_heads",
-    "model.decoder_depth", "model.decoder_embed_dim", "model.decoder_num_heads",
+    *DECODER,
     "optim.epochs", "optim.warmup_epochs", "optim.batch_size", "optim.blr",
     "system.device_batch", "system.workers",
 )  # fmt: skip
@@ -33,7 +33,7 @@ SETTINGS = (
 
 @contextmanager
 def settled(
-    config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] = ()
+    config: Any, run: Path, kind: str, row: str, hours: float, keep: Iterable[str] = ()
 ) -> Iterator[Any]:
     """Join the process group, and yield the settings that ``decide`` returns for the run.
 
@@ -45,7 +45,7 @@ def settled(
     decided: Any = config
     if os.environ.get("RANK", "0") == "0":
         try:
-            decided = decide(config, run, kind, hours, keep)
+            decided = decide(config, run, kind, row, hours, keep)
         except InputError as error:
             decided = error
     device = device_for(config.system.device)
@@ -56,7 +56,9 @@ def settled(
         yield decided
 
 
-def decide(config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] = ()) -> Any:
+def decide(
+    config: Any, run: Path, kind: str, row: str, hours: float, keep: Iterable[str] = ()
+) -> Any:
     """Return the settings of the run in the folder ``run`` by the scale auto.
 
     A run with a checkpoint keeps what was decided at its start. For a new run the images and the
@@ -65,13 +67,14 @@ def decide(config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] 
 
     Args:
         config: the settings of the user. What differs from the recipe at the scale paper stays.
+        row: the name of the recipe; for another name, the recipe whose settings these are.
         keep: dotted names of further settings that stay.
 
     Raises: InputError when there is nothing to choose for these settings, hours or images.
     """
     check(config, hours)
     known = tree.flatten(config)
-    named = {*tree.difference(_recipe(config, kind), config), *keep}
+    named = {*tree.difference(_recipe(config, kind, row), config), *keep}
     for name in named - known.keys():
         raise unknown("keep: there is no setting", name, known)
     given = {name: known[name] for name in SETTINGS if name in named}
@@ -96,10 +99,11 @@ def decide(config: Any, run: Path, kind: str, hours: float, keep: Iterable[str] 
     return tree.put(config, {name: choice.value for name, choice in choices.items()})
 
 
-def _recipe(config: Any, kind: str) -> Any:
+def _recipe(config: Any, kind: str, row: str) -> Any:
     """Return the recipe of these settings at the scale paper; without one, their kind's default."""
-    found, name = recipes_of(kind), name_of(config, kind)
-    return found.config(name if name in found.SUMMARIES else found.DEFAULT, "paper")
+    found = recipes_of(kind)
+    names = [name for name in (row, name_of(config, kind)) if name in found.SUMMARIES]
+    return found.config(names[0] if names else found.DEFAULT, "paper")
 
 
 def check(config: Any, hours: float) -> None:

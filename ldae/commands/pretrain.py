@@ -66,7 +66,7 @@ def pretrain(
     row = row or before.get("row") or name_of(config, kind)
     if scale:
         given = HOURS if hours is None else hours
-        with settled(config, run, kind, given, keep) as config:
+        with settled(config, run, kind, row, given, keep) as config:
             KINDS[kind].pretrain(config, run, row, dry_run)
     else:
         KINDS[kind].pretrain(config, run, row, dry_run)

@@ -55,11 +55,13 @@ def test_the_choice_fits_the_recipe_and_the_images(row, speed, tmp_path, capsys)
     speed(1000.0)
     recipe = ldae.config(row, changes={"data.source": DATA, "system.device": "cpu"})
     kind, _ = recipes.find(row)
-    chosen = decide(recipe, tmp_path / "run", kind, hours=1)
+    chosen = decide(recipe, tmp_path / "run", kind, row, hours=1)
     tree.check(chosen)
     KINDS[kind].functions().build(chosen)
     assert chosen.data.img_size == 32 and chosen.data.stats == "auto"
-    assert getattr(chosen.model, "decoder_depth", None) == (1 if row == "mae" else None)
+    assert getattr(chosen.model, "decoder_depth", None) == (
+        1 if row in ("mae", "l_dae_masked") else None
+    )
     assert chosen.optim.epochs == 1600 and chosen.model.depth == 2  # 200 images are few
     assert tree.difference(recipe, chosen).keys() <= {*SETTINGS}
     lines = capsys.readouterr().out.splitlines()
@@ -80,7 +82,7 @@ def test_a_short_run_has_the_steps_that_were_planned_and_ten_records(speed, tmp_
     assert f" in {planned} steps, from 0" in out
     assert 10 <= len(read_records(tmp_path / "run")) <= int(planned)
     (enough,) = re.findall(r"^hours 0.00012 are too few .*; (\S+) hours are enough$", out, re.M)
-    decide(config, tmp_path / "longer", "pretraining", float(enough))
+    decide(config, tmp_path / "longer", "pretraining", "l_dae", float(enough))
     assert "too few" not in capsys.readouterr().out
 
 
@@ -89,7 +91,7 @@ def test_what_the_user_names_stays_and_is_said(speed, tmp_path, capsys):
     speed(1000.0)
     changes = {"data.source": DATA, "optim.epochs": 7.0, "model.embed_dim": 64, "seed": 3}
     config = ldae.config("l_dae", changes=changes)
-    chosen = decide(config, tmp_path / "run", "pretraining", 1, keep=("optim.batch_size",))
+    chosen = decide(config, tmp_path / "run", "pretraining", "l_dae", 1, keep=("optim.batch_size",))
     assert chosen.optim.epochs == 7 and chosen.model.embed_dim == 64 and chosen.seed == 3
     assert chosen.optim.batch_size == 2048 and chosen.optim.warmup_epochs == 0.7
     out = capsys.readouterr().out
@@ -97,14 +99,14 @@ def test_what_the_user_names_stays_and_is_said(speed, tmp_path, capsys):
     assert re.search(r"model.embed_dim +64 +yours \(auto: 128\)", out)
     assert re.search(r"optim.batch_size +2048 +yours \(auto: 128\)", out)
     with pytest.raises(InputError, match="no setting 'optim.epoch'.*'optim.epochs'"):
-        decide(config, tmp_path / "run", "pretraining", 1, keep=("optim.epoch",))
+        decide(config, tmp_path / "run", "pretraining", "l_dae", 1, keep=("optim.epoch",))
 
 
 def test_a_timm_name_of_the_user_keeps_its_sizes(speed, tmp_path):
     speed(1000.0)
     changes = {"data.source": DATA, "model.name": "vit_tiny_patch16_224"}
     config = ldae.config("l_dae", changes=changes)
-    model = decide(config, tmp_path / "run", "pretraining", 1).model
+    model = decide(config, tmp_path / "run", "pretraining", "l_dae", 1).model
     assert (model.name, model.depth, model.embed_dim) == ("vit_tiny_patch16_224", 12, None)
 
 
@@ -124,7 +126,9 @@ def test_a_run_has_plain_settings_and_resumes_by_the_same_call_without_measuring
     ldae.pretrain(plain, tmp_path / "plain")
     assert_equal(weights(tmp_path / "auto"), weights(tmp_path / "plain"))
     other = tree.replace(config, {"optim.epochs": 99})
-    longer = "optim.epochs is .* there, 99.0 here; name another --run, and --init-from .*auto to go on"
+    longer = (
+        "optim.epochs is .* there, 99.0 here; name another --run, and --init-from .*auto to go on"
+    )
     with pytest.raises(InputError, match=longer):
         ldae.pretrain(other, tmp_path / "auto", **auto)
 
@@ -198,9 +202,9 @@ def test_a_bad_image_of_the_sample_is_named_or_skipped(speed, tmp_path):
     (tmp_path / "007.png").write_bytes(b"no image")
     config = ldae.config("l_dae", changes=SMALL | {"data.source": str(tmp_path)})
     with pytest.raises(InputError, match="007.png"):
-        decide(config, tmp_path / "run", "pretraining", 1)
+        decide(config, tmp_path / "run", "pretraining", "l_dae", 1)
     skipping = tree.replace(config, {"data.bad_images": "skip"})
-    assert decide(skipping, tmp_path / "run", "pretraining", 1).optim.epochs == 1600
+    assert decide(skipping, tmp_path / "run", "pretraining", "l_dae", 1).optim.epochs == 1600
 
 
 def test_ranks_share_one_choice_and_one_error(tiny, tmp_path, on_ranks, monkeypatch):
@@ -215,7 +219,7 @@ def test_ranks_share_one_choice_and_one_error(tiny, tmp_path, on_ranks, monkeypa
     config = ldae.config("l_dae", changes=changes)
 
     def check() -> None:
-        with settled(config, tmp_path / "run", "pretraining", 0.01) as chosen:
+        with settled(config, tmp_path / "run", "pretraining", "l_dae", 0.01) as chosen:
             assert len({tree.to_yaml(found) for found in distributed.gather_values(chosen)}) == 1
             assert chosen.optim.epochs != config.optim.epochs
 
@@ -223,7 +227,7 @@ def test_ranks_share_one_choice_and_one_error(tiny, tmp_path, on_ranks, monkeypa
     few = tree.replace(config, {"data.source": "scattered-digits:20"})
 
     def refused() -> None:
-        with settled(few, tmp_path / "run", "pretraining", 0.01):
+        with settled(few, tmp_path / "run", "pretraining", "l_dae", 0.01):
             pass
 
     errors = on_ranks(refused)

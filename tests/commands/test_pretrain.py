@@ -78,10 +78,18 @@ def test_a_flat_folder_without_labels_trains(folder, tiny, tmp_path):
     assert lines(tmp_path / "run")[-1]["images"] == 24
 
 
-@pytest.mark.parametrize("row", ["l_dae", "l_dae_masked", "ddpm"])
-def test_interrupted_equals_uninterrupted(row, tiny, tmp_path, interrupts):
-    """The run gets Ctrl-C after a few steps, twice. The U-Net of ddpm has dropout."""
-    config = tiny(row, optim__epochs=2, system__log_every=3, optim__ema=0.9, unet__dropout=0.1)
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        ("l_dae", {}),
+        ("l_dae_masked", {}),
+        ("l_dae_masked", {"features__share": 0.5}),
+        ("ddpm", {"unet__dropout": 0.1}),
+    ],
+)
+def test_interrupted_equals_uninterrupted(row, changes, tiny, tmp_path, interrupts):
+    """The run gets Ctrl-C after a few steps, twice."""
+    config = tiny(row, optim__epochs=2, system__log_every=3, optim__ema=0.9, **changes)
     pretrain(config, tmp_path / "whole", row)
     run = tmp_path / "parts"
     interrupts(LDAE, 4, 9)
@@ -205,8 +213,9 @@ def test_ctrl_c_stops_two_ranks_as_it_stops_one(tmp_path):
 
 def test_two_ranks_equal_one_with_a_second_target(tiny, tmp_path, on_ranks):
     """As replicas, then as shards with accumulation, which resume the run of one rank."""
-    config = tiny("l_dae_masked", optim__blr=1e-3, tokenizer__fit_images=32, system__keep=0)
-    config = tree.replace(config, {"system.save_minutes": 0, "system.log_every": 1})
+    config = tiny("l_dae_masked", features__share=0.5, optim__blr=1e-3, system__keep=0)
+    changes = {"tokenizer.fit_images": 32, "system.save_minutes": 0, "system.log_every": 1}
+    config = tree.replace(config, changes)
     one, two = tmp_path / "one", tmp_path / "two"
     pretrain(config, one, "l_dae_masked")
     assert on_ranks(lambda: pretrain(config, two, "l_dae_masked")) == ["", ""]

@@ -33,12 +33,17 @@ def test_a_run_measures_its_features_and_reconstructions(tiny, tmp_path, capsys)
     assert not any(symptom in capsys.readouterr().out for symptom in SYMPTOMS)
 
 
-@pytest.mark.parametrize("row", ["l_dae_masked", "ddpm", "l_dae_single", "normalized"])
-def test_measurements_change_no_weight(row, tiny, tmp_path):
-    """The second target follows the weights, and the U-Net of ddpm has dropout."""
-    changes = {"objective__target": "normalized"} if row == "normalized" else {}
-    row = "l_dae" if row == "normalized" else row
-    config = tiny(row, **WATCHED, **changes, unet__dropout=0.1, optim__ema=0.9)
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        ("l_dae_masked", {}),
+        ("l_dae_masked", {"features__share": 0.5}),
+        ("ddpm", {"unet__dropout": 0.1}),
+        ("l_dae_single", {}),
+    ],
+)
+def test_measurements_change_no_weight(row, changes, tiny, tmp_path):
+    config = tiny(row, **WATCHED, **changes, optim__ema=0.9)
     pretrain(config, tmp_path / "watched", row)
     pretrain(tree.replace(config, {"system.watch_every": 0}), tmp_path / "plain", row)
     assert len(measured(tmp_path / "watched")) == 8 and measured(tmp_path / "plain") == []
