@@ -183,15 +183,20 @@ def images_in_the_time(
     args: argparse.Namespace, words: dict[str, list[str]], names: Sequence[str]
 ) -> dict[str, int]:
     """Return the images that each contestant sees in ``args.minutes``."""
-    path = args.runs / "rates.json"
-    rates: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    rates = kept_rates(args.runs)
     if missing := [name for name in dict.fromkeys([RIVAL, *names]) if name not in rates]:
         measured = calibrate(args, {name: words[name] for name in dict.fromkeys([RIVAL, *missing])})
         # Who comes later is measured beside the rival, maybe when the machine is slower.
         drift = rates.get(RIVAL, measured[RIVAL]) / measured[RIVAL]
         rates |= {name: round(measured[name] * drift, 2) for name in missing}
-        write_json(path, rates)
+        write_json(args.runs / "rates.json", rates)
     return {name: round(60 * args.minutes * rates[name]) for name in names}
+
+
+def kept_rates(runs: Path) -> dict[str, float]:
+    """Return the images a second of each contestant that has been measured, by name."""
+    path = runs / "rates.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def length(epochs: float) -> list[str]:
@@ -281,7 +286,7 @@ def grade(spec: str, args: argparse.Namespace, folder: Path, *more: str) -> None
 
 def write_table(args: argparse.Namespace, entries: Sequence[dict]) -> None:
     """Write the accuracies so far, and the differences to the rival where there are two seeds."""
-    rows = []
+    rows, rates = [], {} if args.phase == "leads" else kept_rates(args.runs)
     for entry in entries:
         runs = [run_of(args, entry["name"], seed) for seed in range(args.seeds)]
         runs = [run for run in runs if all_graded(args, run / layout.EVALS)]
@@ -289,6 +294,8 @@ def write_table(args: argparse.Namespace, entries: Sequence[dict]) -> None:
             rows.append(row_of(args, entry["name"], [run / layout.EVALS for run in runs]))
             times = [json.loads((run / "seconds.json").read_text()) for run in runs]
             rows[-1] |= {key: [part[key] for part in times] for key in ("images", "seconds")}
+            if entry["name"] in rates:
+                rows[-1]["images_per_second"] = rates[entry["name"]]
         untrained = run_of(args, entry["name"], 0) / "untrained"
         if all_graded(args, untrained):
             rows.append(row_of(args, f"{entry['name']}, untrained", [untrained]))
@@ -351,13 +358,13 @@ def markdown(args: argparse.Namespace, rows: Sequence[dict], against: dict[str, 
     graders = [*args.graders]
     if any(FINETUNED in row["accuracies"] for row in rows):
         graders.append(FINETUNED)
-    # Leads see equal images, and may share the machine with other work.
-    costs = ["images"] if args.phase == "leads" else ["images", "seconds"]
+    costs = ["images", "images/s in turns"]
     lines = [f"| | {' | '.join(graders + costs)} |", "|---" * (1 + len(graders + costs)) + "|"]
     for row in rows:
         found = row["accuracies"]
         cells = [mean_and_deviation(found[name]) if name in found else "" for name in graders]
-        cells += [f"{statistics.mean(row[cost]):,.0f}" if cost in row else "" for cost in costs]
+        cells.append(f"{statistics.mean(row['images']):,.0f}" if "images" in row else "")
+        cells.append(f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "")
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     for name, graders in against.items():
         for grader, found in graders.items():

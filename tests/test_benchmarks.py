@@ -353,6 +353,7 @@ def test_finished_runs_are_fine_tuned_once_and_have_a_column(contest, tmp_path, 
         finished(run / "evals" / "knn", top1_k20=40.0)
     finished(runs[2] / "untrained" / "knn", top1_k20=30.0)
     monkeypatch.setattr(contest, "differences", lambda args, name: {})
+    (tmp_path / "rates.json").write_text('{"mae": 9.0}')
     contest.main()
     contest.main()
     assert [command[0] for command in contest.commands] == ["finetune"] * 3
@@ -360,10 +361,10 @@ def test_finished_runs_are_fine_tuned_once_and_have_a_column(contest, tmp_path, 
     assert [command[-1] for command in scratch] == [str(runs[2] / "untrained" / "finetuned")]
     assert all(command[1] in map(str, runs[2:]) for command in contest.commands)
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0] == "| | knn | finetuned | images | seconds |"
-    assert "| mae | 40.0 ± 0.0 | 50.0 ± 0.0 | 300 | 1 |" in lines
+    assert lines[0] == "| | knn | finetuned | images | images/s in turns |"
+    assert "| mae | 40.0 ± 0.0 | 50.0 ± 0.0 | 300 | 9 |" in lines
     assert "| mae, untrained | 30.0 | 50.0 |  |  |" in lines
-    assert "| l_dae | 40.0 ± 0.0 |  | 300 | 1 |" in lines  # which --only left out
+    assert "| l_dae | 40.0 ± 0.0 |  | 300 |  |" in lines  # which --only left out
 
 
 def test_each_checkpoint_of_a_course_is_graded_once(contest, tmp_path, monkeypatch):
