@@ -35,10 +35,10 @@ class FewShotProtocol(Protocol):
 
     shots: Annotated[tuple[int, ...], COUNT] = ()
     """Numbers of train images a class; each is graded in addition to all train images."""
-    all_labels: bool = True
-    """Whether all train images are graded too, and not the draws of ``shots`` alone."""
     draws: Annotated[int, COUNT] = 5
     """Draws of each number of shots, by --seed; their mean and standard deviation are reported."""
+    all_labels: bool = True
+    """Whether all train images are graded too, and not the draws of ``shots`` alone."""
     seed: Fixed[int] = 0
 
     def __post_init__(self) -> None:

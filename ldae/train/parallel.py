@@ -161,17 +161,26 @@ def _compile(module: nn.Module, name: str, cuda_graphs: bool) -> None:
     options = {"triton.cudagraphs": True} if cuda_graphs else None
     compiled = torch.compile(method, fullgraph=True, dynamic=False, options=options)
 
-    def call(self: nn.Module, *args: object) -> object:
-        return (compiled if self.training else method)(self, *args)
+    def call(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return (compiled if self.training else method)(self, *args, **kwargs)
 
     # Bound to the module, so that a copy of the module gets a method of its own.
     setattr(module, name, MethodType(call, module))
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers of every stack of layers of one type, the innermost stacks first."""
-    for stack in reversed(list(model.modules())):
-        if isinstance(stack, nn.ModuleList | nn.Sequential) and len(stack) > 1:
-            first, *others = stack
-            if all(type(other) is type(first) for other in others) and any(first.children()):
-                yield from stack
+    """Yield the layers of every stack of layers of one type, the innermost stacks first.
+
+    A stack of a single layer, such as the decoder of a small MAE, counts beside a longer one of the
+    same type.
+    """
+    stacks = [
+        stack
+        for stack in reversed(list(model.modules()))
+        if isinstance(stack, nn.ModuleList | nn.Sequential)
+        if len({type(layer) for layer in stack}) == 1 and any(stack[0].children())
+    ]
+    repeated = {type(stack[0]) for stack in stacks if len(stack) > 1}
+    for stack in stacks:
+        if type(stack[0]) in repeated:
+            yield from stack
