@@ -53,7 +53,8 @@ def _usage() -> str:
         "to a cluster.\n"
         f"{launch.HELP}\n"
         f"`ldae COMMAND ... {RELIST}` lists the files of large data sets anew.\n"
-        "Start with: ldae demo, or ldae pretrain l_dae --scale auto --data DIR --run runs/first"
+        "Start with: ldae demo, or "
+        "ldae pretrain l_dae_masked --scale auto --data DIR --run runs/first"
     )
 
 
