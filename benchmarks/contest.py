@@ -299,8 +299,9 @@ def write_table(args: argparse.Namespace, entries: Sequence[dict]) -> None:
         untrained = run_of(args, entry["name"], 0) / "untrained"
         if all_graded(args, untrained):
             rows.append(row_of(args, f"{entry['name']}, untrained", [untrained]))
-    if all_graded(args, args.runs / "pixels"):
-        rows.append(row_of(args, "raw pixels", [args.runs / "pixels"]))
+    pixels = row_of(args, "raw pixels", [args.runs / "pixels"])
+    if pixels["accuracies"]:  # ten a class take long, with thousands of features
+        rows.append(pixels)
     against = {
         row["name"]: differences(args, row["name"])
         for row in rows
@@ -319,10 +320,12 @@ def all_graded(args: argparse.Namespace, folder: Path) -> bool:
 
 
 def row_of(args: argparse.Namespace, name: str, folders: Sequence[Path]) -> dict:
-    graders = [*args.graders]
-    if all((folder / FINETUNED / layout.RESULTS).exists() for folder in folders):
-        graders.append(FINETUNED)
-    accuracies = {name: [accuracy(folder, name) for folder in folders] for name in graders}
+    """Return a row of the table, with the graders that have graded in all of its folders."""
+    accuracies = {
+        name: [accuracy(folder, name) for folder in folders]
+        for name in (*args.graders, FINETUNED)
+        if all((folder / name / layout.RESULTS).exists() for folder in folders)
+    }
     return {"name": name, "accuracies": accuracies}
 
 
