@@ -62,7 +62,7 @@ GRADERS = {
     "linear": ("linear", "--epochs", "20", "--predictions"),
     "knn": ("knn", "--k", "20", "--predictions"),
     "knn-whitened": ("knn", "--k", "20", "--whiten", "--predictions"),
-    "ten-a-class": ("logreg", "--shots", "10", "--no-all-labels"),
+    "ten-a-class": ("logreg", "--shots", "10", "--only-shots"),
 }
 HEADLINES = {
     "linear": "top1",

@@ -57,7 +57,7 @@ def knn(
         whitening = whitening_of(train, protocol, evaluation.device)
         grade = partial(knn_accuracy, train, test, protocol, evaluation.device, whitening=whitening)
         predicted = Predictions(evaluation.eval, evaluation.device) if predictions else None
-        results = grade(predictions=predicted) if protocol.all_labels else {}
+        results = {} if protocol.only_shots else grade(predictions=predicted)
         results |= grade_draws(protocol, image_names(evaluation.train), labels, grade)
         if predicted:
             predicted.save(evaluation.folder)

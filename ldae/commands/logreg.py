@@ -85,7 +85,7 @@ def logreg(
     ) as evaluation:
         protocol, device = evaluation.protocol, evaluation.device
         labels, names = known_labels(evaluation.train), image_names(evaluation.train)
-        held = held_out(names, labels, protocol.held_out) if protocol.all_labels else None
+        held = None if protocol.only_shots else held_out(names, labels, protocol.held_out)
         classes = evaluation.train.classes
         check_shots(protocol, labels, classes, predictions)  # before features are extracted
         train, test = evaluation.features()

@@ -37,14 +37,14 @@ class FewShotProtocol(Protocol):
     """Numbers of train images a class; each is graded in addition to all train images."""
     draws: Annotated[int, COUNT] = 5
     """Draws of each number of shots, by --seed; their mean and standard deviation are reported."""
-    all_labels: bool = True
-    """Whether all train images are graded too, and not the draws of ``shots`` alone."""
+    only_shots: bool = False
+    """Grade the draws of ``shots`` alone, without all train images."""
     seed: Fixed[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.all_labels or self.shots):
-            raise InputError("--no-all-labels needs --shots")
+        if self.only_shots and not self.shots:
+            raise InputError("--only-shots needs --shots")
 
     @property
     def accuracies(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class FewShotProtocol(Protocol):
         names = self.accuracies
         few = (f"{name}_{shots}shot" for shots in self.shots for name in names)
         with_spread = (f"{name}{end}" for name in few for end in ("", "_std"))
-        return (*(names if self.all_labels else ()), *with_spread)
+        return (*(() if self.only_shots else names), *with_spread)
 
     @property
     def depends_on_seed(self) -> bool:
@@ -114,9 +114,9 @@ def check_shots(
     Raises: InputError naming the class that has too few, and for ``predictions``, which come from
         all train images, where the protocol leaves these out.
     """
-    if predictions and not protocol.all_labels:
+    if predictions and protocol.only_shots:
         raise InputError(
-            "predictions are those by all train images: leave out --predictions or --no-all-labels"
+            "predictions are those by all train images: leave out --predictions or --only-shots"
         )
     for label, count in enumerate(torch.bincount(labels).tolist()):
         if 0 < count < max(protocol.shots, default=0):

@@ -69,10 +69,10 @@ def test_draws_alone_are_those_beside_all_labels(grade, protocol, settings, tmp_
         grade(
             "pixels:4",
             "digits",
-            protocol=protocol(all_labels=all_labels, **settings),
+            protocol=protocol(only_shots=only_shots, **settings),
             setup=Setup(device="cpu", out=tmp_path),
         )["results"]
-        for all_labels in (True, False)
+        for only_shots in (False, True)
     )
     assert alone == {name: value for name, value in both.items() if name in alone}
     assert alone["draws"] and all("_5shot" in name for name in alone.keys() - {"draws"})
@@ -80,9 +80,9 @@ def test_draws_alone_are_those_beside_all_labels(grade, protocol, settings, tmp_
 
 
 def test_draws_alone_need_shots_and_have_no_predictions(monkeypatch):
-    with pytest.raises(InputError, match="--no-all-labels needs --shots"):
-        KNNProtocol(all_labels=False)
+    with pytest.raises(InputError, match="^--only-shots needs --shots$"):
+        KNNProtocol(only_shots=True)
     monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
-    protocol = LogregProtocol(all_labels=False, shots=(5,))
-    with pytest.raises(InputError, match="leave out --predictions or --no-all-labels"):
+    protocol = LogregProtocol(only_shots=True, shots=(5,))
+    with pytest.raises(InputError, match="leave out --predictions or --only-shots"):
         logreg("pixels:4", "digits", protocol=protocol, predictions=True)

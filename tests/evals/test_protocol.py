@@ -26,6 +26,7 @@ KINDS = [(verb, kind) for verb, grader in GRADERS.items() for kind in grader.pro
 # For every flag a value that is not its default.
 OTHER = {
     "k": (3, 7), "temperature": 0.5, "leave_one_out": True, "shots": (2,), "draws": 3,
+    "only_shots": True,
     "C": (0.5, 2.0),
     "learning_rates": (0.3, 3.0), "weight_decays": (0.1,), "epochs": 70, "total_batch": 1024,
     "blocks": (0, -1), "pools": ("cls",), "blr": 0.25, "warmup_epochs": 2, "optimizer": "adamw",
@@ -33,7 +34,11 @@ OTHER = {
     "corruption": ("fog", "snow"), "severity": (2, 4), "timesteps": (1, 3), "leading": (1, 2),
     "inputs": ("clean", "noisy"), "whiten": True, "whiten_shrinkage": 0.5,
 }  # fmt: skip
-NEEDS = {"severity": {"corruption": ("fog",)}, "whiten_shrinkage": {"whiten": True}}
+NEEDS = {
+    "severity": {"corruption": ("fog",)},
+    "whiten_shrinkage": {"whiten": True},
+    "only_shots": {"shots": (2,)},
+}
 
 
 def named(verb: str, kind: type) -> dict[str, str]:
