@@ -34,8 +34,9 @@ def pretrain(
         config: the settings, such as ``ldae.config`` returns; or a run folder, and no ``run``, to
             resume it by its own settings.
         run: the run folder, new or to resume.
-        row: the name of the recipe in the records; by default the one that the run has there
-            already, or else the row whose settings these are.
+        row: the name of the recipe in the records, which is also what the scale auto begins with;
+            by default the one that the run has there already, or else the row whose settings these
+            are.
         dry_run: print the settings and the plan, and stop.
         scale: ``auto`` chooses the sizes of images, patches and network, the length, the batch and
             the workers of a new run by its images, this machine and ``hours``, and prints why.

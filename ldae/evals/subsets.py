@@ -34,7 +34,7 @@ class FewShotProtocol(Protocol):
     """The constants of few-shot grading."""
 
     shots: Annotated[tuple[int, ...], COUNT] = ()
-    """Numbers of train images a class; each is graded in addition to all train images."""
+    """Numbers of train images a class; each is graded beside all train images."""
     draws: Annotated[int, COUNT] = 5
     """Draws of each number of shots, by --seed; their mean and standard deviation are reported."""
     only_shots: bool = False
