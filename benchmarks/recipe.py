@@ -1,22 +1,22 @@
 r"""Compare the scale auto with the fixed scales: a linear probe after so many minutes a run.
 
-python benchmarks/recipe.py --runs runs/recipe --set NAME TRAIN EVAL [--set ...] \
-    [--minutes 20] [--seeds 3] [--scales auto demo small] [--row l_dae] [--out FILE]
+python benchmarks/recipe.py --runs runs/recipe --set NAME TRAIN EVAL [--set ...] [--plans-only] \
+    [--minutes 20] [--seeds 3] [--scales auto demo small] [--row l_dae_masked] [--out FILE]
 
-A run of a fixed scale sees the images that fit into the minutes at its own pace, measured and
-computed as the scale auto does it, with the same share of warm-up. So the two differ in nothing but
-the choice. Each run is graded once on EVAL by a linear probe on all labels of TRAIN. The seconds
-that a pre-training really took, with all that belongs to it, are in the table. Use a machine that
-does nothing else.
+At first a plan is made for each set: the scale auto chooses its settings, and the speeds of all
+scales are measured, in turns, because the speed of a machine drifts. From its speed each scale gets
+its length, as the scale auto computes it. So the scales differ in nothing but the choice. Make the
+plans, --plans-only, on a machine that does nothing else. They are kept in --runs, and decide how
+many images a run sees, at any later speed.
 
-Finished runs and gradings are kept: run the same command again to resume. --out has a row for each
-run, and for each set the mean of auto less that of the best fixed scale.
+Each run is graded once on EVAL by a linear probe on all labels of TRAIN. Finished runs and gradings
+are kept: run the same command again to resume. --out has the plans, a row for each run, and for
+each set the mean of auto less that of the best fixed scale.
 """
 
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,17 @@ import ldae
 from ldae import tree
 from ldae.auto import facts, rule
 from ldae.auto.rule import Images
+from ldae.auto.scale import SETTINGS, decide
 from ldae.data.open import open_source
 from ldae.distributed import device_for
 from ldae.evals.evaluation import Setup
 from ldae.files import write_json
+from ldae.pretraining.recipes import find
 from ldae.runs import layout
 from ldae.runs.environment import environment
 
 AUTO = "auto"
-CHOSEN = (
-    "data.img_size",
-    "model.patch_size",
-    "model.depth",
-    "model.embed_dim",
-    "optim.batch_size",
-    "optim.epochs",
-)
+TURNS = 4
 
 
 def main() -> None:
@@ -48,83 +43,94 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs=3, action="append", required=True, metavar=("NAME", "TRAIN", "EVAL")
     )
+    parser.add_argument("--plans-only", action="store_true")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scales", nargs="+", default=[AUTO, "demo", "small"])
-    parser.add_argument("--row", default="l_dae")
+    parser.add_argument("--row", default="l_dae_masked")
     parser.add_argument("--probe-epochs", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recipe.json"))
     args = parser.parse_args()
 
+    plans = {name: kept_plan(args, name, train) for name, train, _ in args.set}
     rows: list[dict] = []
-    for seed in range(args.seeds):
+    for seed in range(0 if args.plans_only else args.seeds):
         for name, train, evaluation in args.set:
             for scale in args.scales:
                 run = args.runs / f"{name}-{scale}-seed{seed}"
-                found = measure(args, scale, run, train, evaluation, seed)
+                config = configured(args, scale, train, plans[name][scale]["settings"], seed)
+                found = measure(args, config, run, evaluation)
                 rows.append({"set": name, "scale": scale, "seed": seed} | found)
                 print(rows[-1], flush=True)
-                write_json(args.out, record(args, rows))
+                write_json(args.out, record(args, plans, rows))
 
 
-def measure(
-    args: argparse.Namespace, scale: str, run: Path, train: str, evaluation: str, seed: int
-) -> dict:
-    """Return the accuracy of a run at a scale, its seconds and what it is like."""
-    timed, graded = run / "seconds.json", run / layout.EVALS / "linear"
-    if not timed.exists():
-        begun = time.monotonic()
-        pretrain(args, scale, run, train, seed)
-        write_json(timed, {"seconds": round(time.monotonic() - begun, 1)})
+def configured(
+    args: argparse.Namespace, scale: str, train: str, settings: dict[str, Any], seed: int = 0
+) -> Any:
+    """Return the recipe at a scale with the settings of its plan."""
+    changes = {"data.source": train, "system.device": args.device, "seed": seed, **settings}
+    return ldae.config(args.row, "paper" if scale == AUTO else scale, changes=changes)
+
+
+def kept_plan(args: argparse.Namespace, name: str, train: str) -> dict[str, dict[str, Any]]:
+    """Return for each scale its settings on a set and its images a second; made once, then kept."""
+    path = args.runs / f"{name}-plan.json"
+    if not path.exists():
+        write_json(path, plan(args, train))
+    return json.loads(path.read_text())
+
+
+def plan(args: argparse.Namespace, train: str) -> dict[str, dict[str, Any]]:
+    """Return for each scale its settings on the train images and its images a second."""
+    hours, device = args.minutes / 60, device_for(args.device)
+    settings: dict[str, dict[str, Any]] = {scale: {} for scale in args.scales}
+    if AUTO in args.scales:
+        kind, _ = find(args.row)
+        before = configured(args, AUTO, train, {})
+        decided = tree.flatten(decide(before, args.runs / "undecided", kind, args.row, hours))
+        settings[AUTO] = {name: decided[name] for name in SETTINGS if name in decided}
+    configs = {scale: configured(args, scale, train, settings[scale]) for scale in args.scales}
+    steps: dict[str, list[float]] = {scale: [] for scale in args.scales}
+    for turn in range(TURNS):
+        for scale, config in configs.items():
+            steps[scale].append(facts.measure_step(config, device).images_per_second)
+            print(f"turn {turn + 1}, {scale}: {steps[scale][-1]:,.0f} images/s", flush=True)
+    source = open_source(train, "train")
+    found = {}
+    for scale, config in configs.items():
+        side, decode = facts.median_side(source, config), facts.decode_seconds(source, config)
+        images = Images(len(source), side, decode)
+        step = statistics.median(steps[scale])
+        pace = rule.pace(step, images, facts.describe_machine(device))
+        epochs = rule.choose_epochs(pace, hours, images).value
+        length = {"optim.epochs": epochs, "optim.warmup_epochs": rule.choose_warmup(epochs).value}
+        found[scale] = {"settings": settings[scale] | length, "images_per_second": round(pace, 1)}
+    return found
+
+
+def measure(args: argparse.Namespace, config: Any, run: Path, evaluation: str) -> dict[str, Any]:
+    """Return the accuracy of a run, after its training and grading, and the images that it saw."""
+    opened = ldae.pretrain(config, run, args.row)
+    graded = run / layout.EVALS / "linear"
     if not (graded / layout.RESULTS).exists():
         ldae.linear(
             run,
-            train,
+            config.data.source,
             evaluation,
             protocol=ldae.CachedProtocol(epochs=args.probe_epochs),
             setup=Setup(out=graded, device=args.device),
         )
-    opened = ldae.load_run(run, args.device)
-    settings = tree.flatten(opened.config)
-    return {
-        "linear": round(json.loads((graded / layout.RESULTS).read_text())["results"]["top1"], 2),
-        **json.loads(timed.read_text()),
-        "images": opened.images_seen,
-        "settings": {name: settings[name] for name in CHOSEN},
-    }
+    results = json.loads((graded / layout.RESULTS).read_text())["results"]
+    return {"linear": round(results["top1"], 2), "images": opened.images_seen}
 
 
-def pretrain(args: argparse.Namespace, scale: str, run: Path, train: str, seed: int) -> None:
-    """Pre-train in the folder ``run`` for the minutes, by the scale auto or a fixed one."""
-    hours = args.minutes / 60
-    changes = {"data.source": train, "system.device": args.device, "seed": seed}
-    if scale == AUTO:
-        config = ldae.config(args.row, changes=changes)
-        ldae.pretrain(config, run, scale=AUTO, hours=hours)
-        return
-    config = ldae.config(args.row, scale, changes=changes)
-    path = run.with_name(f"{run.name}.json")  # beside the folder, for a run that resumes
-    if not path.exists():
-        write_json(path, length(config, hours))
-    ldae.pretrain(tree.replace(config, json.loads(path.read_text())), run)
-
-
-def length(config: Any, hours: float) -> dict[str, float]:
-    """Return the epochs of a fixed scale that fit into the hours, and those of warm-up."""
-    source, device = open_source(config.data.source, "train"), device_for(config.system.device)
-    side = facts.median_side(source, config)
-    images = Images(len(source), side, facts.decode_seconds(source, config))
-    step = facts.measure_step(config, device).images_per_second
-    pace = rule.pace(step, images, facts.describe_machine(device))
-    epochs = rule.choose_epochs(pace, hours, images).value
-    return {"optim.epochs": epochs, "optim.warmup_epochs": rule.choose_warmup(epochs).value}
-
-
-def record(args: argparse.Namespace, rows: list[dict]) -> dict:
+def record(args: argparse.Namespace, plans: dict[str, Any], rows: list[dict]) -> dict:
     return {
         "what": f"{args.row}, {args.minutes:g} minutes a run; top-1 of a linear probe in percent",
         "minutes": args.minutes,
+        "plans": plans,
         "rows": rows,
         "auto_less_best_fixed": differences(rows),
         "environment": environment(device_for(args.device)),
