@@ -9,6 +9,7 @@ from ldae.auto import facts, rule
 from ldae.auto.rule import Choice, Choices, Images
 from ldae.data.source import Source
 from ldae.errors import InputError
+from ldae.machine.parts import find_other_load
 from ldae.train.run import compiles
 
 
@@ -48,7 +49,7 @@ class Choosing:
         self.hours, self.given = hours, given
         self.machine = facts.describe_machine(device)
         self.choices: Choices = {}
-        self.warning = ""  # or a sentence, when the hours are too few for the network
+        self.warnings = find_other_load(self.machine.busy, self.machine.cores)
 
     def choose(self) -> Choices:
         """Return the choices by the names of the settings, with the user's among them.
@@ -120,7 +121,8 @@ class Choosing:
         if "optim.epochs" not in self.given:
             pace = self._pace(self.speed)
             self._take({"optim.epochs": rule.choose_epochs(pace, self.hours, self.images)})
-            self.warning = rule.too_few_hours(self.parameters, pace, self.images, self.hours)
+            few = rule.too_few_hours(self.parameters, pace, self.images, self.hours)
+            self.warnings += [few] if few else []
         epochs = self.config.optim.epochs
         self._take(
             {

@@ -90,12 +90,13 @@ def _sample(source: Source, transform: Transform, config: Any) -> tuple[torch.Te
 def describe_machine(device: torch.device) -> Machine:
     """Return the part of this machine that one of the launched ranks has for itself."""
     ranks_here, gpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
-    memory = parts.describe_machine(device)["memory"]
+    found = parts.describe_machine(device)
     return Machine(
         gpu=gpu,
         cores=max(available_cpus() // ranks_here, 1),
-        memory=memory if gpu else memory // ranks_here,
+        memory=found["memory"] if gpu else found["memory"] // ranks_here,
         ranks=int(os.environ.get("WORLD_SIZE", 1)),
+        busy=found["busy"] if ranks_here == 1 else 0.0,
     )
 
 

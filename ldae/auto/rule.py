@@ -97,6 +97,8 @@ class Machine:
     memory: int
     """Bytes, of the GPU or for the process."""
     ranks: int = 1
+    busy: float = 0.0
+    """Cores that other processes keep busy, but not the other ranks."""
 
 
 def choose_sizes(network: Network, side: int, given: Mapping[str, Any]) -> Choices:

@@ -63,7 +63,7 @@ def decide(
 
     A run with a checkpoint keeps what was decided at its start. For a new run the images and the
     machine are measured, and a table with a reason for each setting is printed, with a sentence
-    when the hours are too few for the network.
+    when other processes slow the measurement down or the hours are too few for the network.
 
     Args:
         config: the settings of the user. What differs from the recipe at the scale paper stays.
@@ -94,8 +94,8 @@ def decide(
     with unchanged_generators():
         choices = choosing.choose()
     print(table(choices), flush=True)
-    if choosing.warning:
-        print(choosing.warning, flush=True)
+    for warning in choosing.warnings:
+        print(warning, flush=True)
     return tree.put(config, {name: choice.value for name, choice in choices.items()})
 
 

@@ -71,10 +71,10 @@ def doctor(
     check_writable(run)
     if json:
         check_writable(json.parent)
+    machine = describe_machine(found)  # before this process keeps the cores busy itself
     with _images(data) as source:
         rates = decoding_rates(source, config)
     rates |= copying_rate(config, found) | training_rates(config, found, batch_size, run)
-    machine = describe_machine(found)
     imagenet = extrapolate(rates, machine["gpus"])
     problems, optional = check_packages(metadata.requires("ldae") or [], installed_version)
     problems += find_problems(machine)

@@ -1,6 +1,7 @@
 """The parts of the machine that bound a run, and their problems."""
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -11,13 +12,20 @@ from ldae.files import format_size
 from ldae.precision import runs_in_bf16
 
 _SHARED_FOLDER = Path("/dev/shm")
+_CPU_TIMES = Path("/proc/stat")
+_WORK = slice(0, 3)  # the times in user, nice and system mode, before the idle ones
+_BUSY = 0.5  # cores of other processes from which on they are a problem
 
 
 def describe_machine(device: torch.device) -> dict:
-    """Return the cores, the shared memory and the memory of the device, in bytes."""
+    """Return the cores, those that others keep busy, and the memory, shared and of the device.
+
+    The memory is in bytes. Nothing else may run in this process meanwhile.
+    """
     gpu = device.type == "cuda"
     machine = {
         "cores": available_cpus(),
+        "busy": round(busy_cores(), 2),
         "gpus": torch.cuda.device_count() if gpu else 0,
         "fast_bf16": runs_in_bf16("auto", device),
         "memory": torch.cuda.get_device_properties(device).total_memory
@@ -33,13 +41,49 @@ def describe_machine(device: torch.device) -> dict:
     return machine
 
 
+def busy_cores(seconds: float = 0.5) -> float:
+    """Return how many of the cores of this process other ones keep busy; 0 where no one knows.
+
+    This process sleeps for so many seconds and counts the time that its cores work.
+    """
+    before = _cpu_times()
+    time.sleep(seconds)
+    shares = []
+    for old, new in zip(before, _cpu_times()):
+        passed = [end - begin for begin, end in zip(old, new)]
+        shares.append(sum(passed[_WORK]) / max(sum(passed), 1))
+    return sum(shares)
+
+
+def _cpu_times() -> list[list[int]]:
+    """Return for each core of this process the times that Linux counts; elsewhere nothing."""
+    if not _CPU_TIMES.exists():
+        return []
+    own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = [line.split() for line in _CPU_TIMES.read_text().splitlines()]
+    return [list(map(int, times)) for name, *times in lines if name in own]
+
+
+def find_other_load(busy: float, cores: int) -> list[str]:
+    """Return a sentence when other processes keep ``busy`` of the cores busy, which slow all down.
+
+    Threads of two processes that wait for each other on one core take many times as long.
+    """
+    if busy <= _BUSY:
+        return []
+    return [
+        f"other processes keep {busy:.1f} of {cores} cores busy, and what is measured beside them "
+        "is far too slow: wait for them, or give each process cores of its own with taskset"
+    ]
+
+
 def find_problems(machine: dict) -> list[str]:
     """Return a sentence for each problem of a machine, with the setting or command that mends it.
 
     Args:
         machine: as ``describe_machine`` returns it.
     """
-    problems = []
+    problems = find_other_load(machine["busy"], machine["cores"])
     if machine["shared"] is not None and machine["shared_free"] < SHARED_BYTES:
         problems.append(
             f"{_SHARED_FOLDER} has {format_size(machine['shared_free'])} left, and the data "

@@ -12,6 +12,7 @@ from ldae import cli, distributed, tree
 from ldae.auto import facts
 from ldae.auto.scale import SETTINGS, decide, settled
 from ldae.errors import InputError
+from ldae.machine import parts
 from ldae.method import LDAE
 from ldae.pretraining import recipes
 from ldae.runs.checkpoints import Checkpoints
@@ -31,12 +32,13 @@ FLAGS = [f"--{name}={value}" for name, value in SMALL.items() if name != "data.s
 
 @pytest.fixture
 def speed(monkeypatch):
-    """speed(images): steps of this many images a second; neither these nor decoding is measured."""
+    """speed(images): steps of this many images a second, and idle cores; nothing is measured."""
 
     def fix(images: float) -> None:
         found = facts.Speed(images, 10_000, 32)
         monkeypatch.setattr(facts, "measure_step", lambda config, device, size=0: found)
         monkeypatch.setattr(facts, "decode_seconds", lambda source, config: 1e-5)
+        monkeypatch.setattr(parts, "busy_cores", lambda: 0.0)
 
     return fix
 
