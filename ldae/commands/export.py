@@ -1,10 +1,8 @@
 """``ldae export``: write a network as a folder for timm and the hub, and as ONNX or a program."""
 
-import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import timm
 import torch
@@ -16,42 +14,20 @@ from torch import nn
 
 from ldae import files
 from ldae.backbones.card import with_graphs
-from ldae.backbones.open import (
-    finished_folder,
-    has_classifier,
-    label_names,
-    load_backbone,
-    load_classifier,
-)
 from ldae.backbones.resize import resize_input
-from ldae.backbones.run import load_method
 from ldae.backbones.timm_folder import README, write_timm_folder
-from ldae.backbones.whitening import SHRINKAGE, add_whitening, is_whitened, whitening
+from ldae.backbones.whitening import SHRINKAGE, add_whitening, whitening
 from ldae.data.open import open_source
 from ldae.data.source import Source
-from ldae.deployment.cards import card_of_network, card_of_run, public_name
+from ldae.deployment.cards import public_name
 from ldae.deployment.graphs import Graphs, add_graphs, graph_table
+from ldae.deployment.open import Opened, open_network, read_config
 from ldae.distributed import device_for
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.whitening import WhiteningProtocol
-from ldae.models.contract import NoPlainViT
-from ldae.runs.kinds import KINDS, kind_of, pretraining_in, settings_of
 from ldae.tokenizers.moments import Moments
 from ldae.tree import COUNT, AnyPath
-
-
-class _Opened(NamedTuple):
-    """A network, and what its folder says about it."""
-
-    model: Any
-    """In eval mode, with ``model_args`` and ``pretrained_cfg``."""
-    card: Callable[[dict | None], str]
-    """The record of a whitening, if any -> the model card."""
-    classes: list[str]
-    """Names of the outputs of a classifier."""
-    whitening: dict | None
-    """The record of the whitening that the model has."""
 
 
 def export(
@@ -133,7 +109,7 @@ def export(
         raise InputError("--private is of a repository: name it with --push USER/NAME")
     if not out.exists():
         files.check_writable(out.parent)
-    opened = _open(spec, timestep, classifier, in_chans, license)
+    opened = open_network(spec, timestep, classifier, in_chans, license)
     model = opened.model
     if img_size is not None:
         COUNT.check("img_size", img_size)
@@ -151,20 +127,11 @@ def export(
             reopened = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
             _extend(out, reopened, graphs)
     else:
-        card = opened.card(record)
+        card = opened.card(record)  # of the network without the whitening
         if source:
             moments = _moments(model, source, workers, device_for(device))
             add_whitening(model, whitening(moments, whiten_shrinkage))
-        write_timm_folder(
-            out,
-            model,
-            model.model_args,
-            partial(_verify_file, model),
-            card=card,
-            classes=opened.classes or None,
-            whitening=record,
-            extend=lambda folder, reopened: _extend(folder, reopened, graphs),
-        )
+        _write(out, opened, card, record, graphs)
         seen = getattr(model, "images_seen", None)
         print(f"exported {spec}{'' if seen is None else f' at {seen:,} images'} to {out}")
     if push:
@@ -174,53 +141,22 @@ def export(
     return out
 
 
-def _open(
-    spec: str, timestep: int | None, classifier: bool | None, in_chans: int, license: str
-) -> _Opened:
-    """Open what is exported.
+def _write(out: Path, opened: Opened, card: str, whitened: dict | None, graphs: Graphs) -> None:
+    """Write a network and its graphs as a new folder, which appears when it has been verified.
 
-    Raises: InputError when it cannot be opened, and for settings of another kind of network.
+    Raises: InputError when timm does not read back what was written, and as ``add_graphs``.
     """
-    folder, path = finished_folder(spec), Path(spec)
-    is_run = folder is not None and kind_of(folder) is not None
-    if is_run or (path.is_dir() and folder is None):
-        if classifier:
-            raise InputError(f"{spec} is a run, which has no classifier")
-        return _open_run(path, timestep, license)
-    if timestep is not None:
-        raise InputError(f"timestep {timestep} is for a run, and {spec} is none")
-    if has_classifier(spec) if classifier is None else classifier:
-        model = load_classifier(spec, in_chans)
-    else:
-        model = load_backbone(spec, in_chans=in_chans)
-    if not hasattr(model, "model_args"):
-        raise InputError(f"{spec} is no timm model, which alone can be exported")
-    model.model_args = model.model_args | {"num_classes": model.num_classes}  # without a cut head
-    classes = label_names(model) if model.num_classes else []
-    # timm writes the names of classes beside the configuration.
-    names = ("label_names", "label_descriptions")
-    cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in names}
-    model.pretrained_cfg = cfg | {
-        "license": license or cfg.get("license"),
-        "num_classes": model.num_classes,
-        "custom_load": False,
-    }
-    whitened = _config(folder).get("whitening") if folder and is_whitened(cfg) else None
-    card = partial(card_of_network, spec, folder, model, license)
-    return _Opened(model, card, classes, whitened)
-
-
-def _open_run(run: Path, timestep: int | None, license: str) -> _Opened:
-    kind = pretraining_in(run)
-    method, state = load_method(run, kind)
-    try:
-        exported = KINDS[kind].functions().export(method, timestep)
-    except NoPlainViT as error:
-        raise InputError(f"{error}: ldae knn and linear grade the run itself") from None
-    vit = exported.vit
-    vit.images_seen, vit.pretrained_cfg["license"] = state["images_seen"], license or None
-    card = partial(card_of_run, run, exported, state, settings_of(run, kind), license)
-    return _Opened(vit, card, [], None)
+    model = opened.model
+    write_timm_folder(
+        out,
+        model,
+        model.model_args,
+        partial(_verify_file, model),
+        card=card,
+        classes=opened.classes or None,
+        whitening=whitened,
+        extend=lambda folder, reopened: _extend(folder, reopened, graphs),
+    )
 
 
 def _extend(folder: Path, model: nn.Module, graphs: Graphs) -> None:
@@ -254,10 +190,6 @@ def _moments(vit: VisionTransformer, source: Source, workers: int, device: torch
     return moments
 
 
-def _config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
 def _holds(
     out: Path, model: nn.Module, head: set[str], license: str, whitened: dict | None
 ) -> bool:
@@ -267,7 +199,7 @@ def _holds(
     """
     try:
         written = load_file(out / "model.safetensors")
-        config = _config(out)
+        config = read_config(out)
         cfg = config["pretrained_cfg"]
         claimed, size = cfg.get("license"), tuple(cfg["input_size"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
