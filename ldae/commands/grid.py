@@ -205,7 +205,12 @@ def _cells(evaluation: Evaluation, method: LDAE) -> Iterator[dict]:
         state = "" if cells is None else ", finished before"
         print_main(f"pass {number} of {len(passes)}: {one.kind} input, t = {one.t}{state}")
         if cells is None:
-            cells = _probe(evaluation, method, one.kind, one.t, held)
+            try:
+                cells = _probe(evaluation, method, one.kind, one.t, held)
+            except KeyboardInterrupt:
+                done = number - 1
+                print_main(f"passes kept: {done} of {len(passes)}; the same command goes on")
+                raise
             if is_main():
                 one.keep(cells)
         yield from cells

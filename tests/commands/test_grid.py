@@ -155,8 +155,8 @@ def test_a_killed_grid_goes_on_with_the_pass_that_was_stopped(probe, computed, t
     with pytest.raises(KeyboardInterrupt):
         probe()
     assert computed.steps == [0] and not (tmp_path / "out" / "results.json").exists()
+    assert "passes kept: 1 of 2; the same command goes on" in capsys.readouterr().out
     computed.limit = None
-    capsys.readouterr()
     assert probe() == undisturbed and computed.steps == [0, 40]
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("pass ")] == [
