@@ -67,7 +67,8 @@ def _send(command: str, argv: Sequence[str], flags: Sequence[str], devices: int)
         return
     check_arguments(command, argv)  # refuse wrong arguments before the job waits for hours
     (job,) = send([[command, *argv]], settings, folder_of(settings, argv))
-    print(f"job {job.job_id}: ldae {command}; its log is {log_path(job)}", flush=True)
+    what = f"ldae {command} ({settings.resources})"
+    print(f"job {job.job_id}: {what}; its log is {log_path(job)}", flush=True)
     if settings.cluster == "debug":
         job.results()
 

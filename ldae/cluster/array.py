@@ -24,7 +24,8 @@ def send_array(
     """
     jobs = send(list(commands.values()), settings, folder, after)
     for job, name in zip(jobs, commands):
-        print(f"job {job.job_id}: {name}; its log is {log_path(job)}", flush=True)
+        what = f"{name} ({settings.resources})"
+        print(f"job {job.job_id}: {what}; its log is {log_path(job)}", flush=True)
     return jobs
 
 

@@ -61,6 +61,13 @@ class SlurmSettings:
         """The number of processes per machine."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
+    @property
+    def resources(self) -> str:
+        """The machines, the GPUs and the time of a job in words."""
+        machines = f"{self.nodes} machines, each with" if self.nodes > 1 else "1 machine with"
+        gpus = f"{self.gpus_per_node or 'no'} GPU{'s' if self.gpus_per_node > 1 else ''}"
+        return f"{machines} {gpus}, {self.time}"
+
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split a command line into the command, and the --slurm flags with their values."""

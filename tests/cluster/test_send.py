@@ -200,7 +200,10 @@ def test_the_debug_cluster_runs_the_job_in_this_process(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*argv, "--slurm.folder", str(tmp_path)])
     assert end.value.code == 0
-    assert "job DEBUG_" in capsys.readouterr().out
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("job ")]
+    assert re.match(
+        r"job DEBUG_\w+: ldae knn \(1 machine with no GPU, 1:00:00\); its log is /", line
+    )
     assert (tmp_path / "out" / "results.json").exists()
 
 

@@ -90,3 +90,9 @@ def test_jobs_go_to_the_run_folder_of_the_command(tmp_path):
     assert folder_of(SlurmSettings(), [str(tmp_path), "--data", "x"]) == tmp_path
     assert folder_of(SlurmSettings(), ["pixels"]) == Path()
     assert folder_of(SlurmSettings(folder="f"), ["x", "--run", "r"]) == Path("f")
+
+
+def test_the_resources_are_said_in_words():
+    many = SlurmSettings(nodes=2, gpus_per_node=8, time="2-0")
+    assert many.resources == "2 machines, each with 8 GPUs, 2-0"
+    assert SlurmSettings(gpus_per_node=1).resources == "1 machine with 1 GPU, 1:00:00"
