@@ -30,5 +30,6 @@ def jobs(folder: AnyPath = Path(), /) -> list[Status]:
         if status.message:
             print(f"{'':9}  {'':{width}}    {status.message}")
     counts = Counter(status.state for status in statuses)
-    print(f"{len(statuses)} jobs: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+    counted = "1 job" if len(statuses) == 1 else f"{len(statuses)} jobs"
+    print(f"{counted}: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     return statuses
