@@ -4,6 +4,7 @@
 outlives all ranks, and needs nothing but SLURM's own commands.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -157,26 +158,31 @@ def measure_progress(folder: Path) -> int:
     """Return a number that changes whenever the command of a job saves something.
 
     With --run, it counts the images that the newest checkpoints of the run have seen. With --out,
-    it counts the files there, of the parts that --only names, and the images that a probe there has
-    seen. Otherwise it counts the images that the probes of the backbone have seen, and the passes
-    of its grids.
+    it counts the files there, of the parts that --only names, the images that a probe there has
+    seen, and the bytes in which embed logs its blocks. Of a cache it counts the space on the disk.
+    Otherwise it counts what lies beside the backbone: the images that probes have seen, results,
+    such as of single seeds, and the passes of grids.
     """
     record = files.read_object(folder / layout.JOB_RECORD)
     if not record:  # the job ended before its sender wrote it
         return 0
     here, words = Path(record["directory"]), record["command"]
+    if words[0] == "cache":
+        written = (here / f"{word}{files.PARTIAL}" for word in words[1:])
+        return sum(path.stat().st_blocks for path in written if path.is_file())
     if run := option(words, "--run"):
         return _images_seen(here / run)
     if out := option(words, "--out"):
         parts = [f"{out}/{part}" for part in option_values(words, "--only")] or [out]
         places = [here / name for part in parts for name in (part, f"{part}{files.PARTS}")]
-        saved = (path for place in places for path in place.rglob("*"))
-        return sum(map(_images_seen, places)) + _count_whole(saved)
+        saved = [path for place in places for path in place.rglob("*")]
+        logged = sum(path.stat().st_size for path in saved if path.name == layout.EMBEDDED)
+        return sum(map(_images_seen, places)) + _count_whole(saved) + logged
     named = here.joinpath(*words[1:2])  # a backbone, or the results that `ldae rerun` repeats
     folder = named.parent if named.name == layout.RESULTS else named
     place = folder if folder.is_dir() else here / layout.EVALS
-    passes = place.glob(f"**/{layout.GRID_PASSES}/*")
-    return _images_seen(place) + _count_whole(passes)
+    kept = (place.glob(f"**/{name}") for name in (f"{layout.GRID_PASSES}/*", layout.RESULTS))
+    return _images_seen(place) + _count_whole(itertools.chain.from_iterable(kept))
 
 
 def _count_whole(paths: Iterable[Path]) -> int:

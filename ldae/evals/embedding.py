@@ -28,11 +28,12 @@ from ldae.evals.embedded_file import (
     first_difference,
     import_parquet,
 )
+from ldae.runs import layout
 from ldae.runs.lock import open_partial
 from ldae.tokenizers.moments import Moments
 
 _BYTES_AT_ONCE = 2**24  # of rows in memory
-_ROWS, _PROGRESS = "rows", "progress.jsonl"
+_ROWS = "rows"
 
 
 class Rows:
@@ -50,7 +51,7 @@ class Rows:
         self, file: BinaryIO, record: dict, blocks: list[range], shape: tuple[int, ...]
     ) -> None:
         self.file, self.blocks, self.shape = file, blocks, shape
-        self._log = Path(file.name).with_name(_PROGRESS)
+        self._log = Path(file.name).with_name(layout.EMBEDDED)
         self._row_size = 4 * math.prod(shape)
         header = npy_header(blocks[-1].stop, shape)
         self._start = len(header)

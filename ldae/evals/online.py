@@ -1,8 +1,8 @@
 """A linear head trained on frozen features of images that are augmented anew in every epoch."""
 
 import math
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -24,6 +24,7 @@ from ldae.evals.heads import Heads
 from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Tap
 from ldae.files import state_hash
+from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import names_hash
 from ldae.runs.lock import locked
@@ -262,9 +263,17 @@ def train_online(
 
 
 def remove_training(folder: Path) -> None:
-    """Remove a training's checkpoints and metrics from ``folder``, once the result is written."""
+    """Remove a training's checkpoints and metrics from ``folder``, once the result is written.
+
+    Other files stay, as in a folder checkpoints/ that was there before.
+    """
     if is_main():
-        shutil.rmtree(Checkpoints(folder).folder, ignore_errors=True)
+        checkpoints = Checkpoints(folder)
+        saved = checkpoints.folder.glob(f"{layout.CHECKPOINT}*.pt*")  # partial ones too
+        for path in (*saved, checkpoints.folder / layout.METRICS):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or not empty
+            checkpoints.folder.rmdir()
 
 
 def optimizer_of(heads: Heads, protocol: OnlineProtocol) -> torch.optim.Optimizer:

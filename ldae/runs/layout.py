@@ -8,6 +8,7 @@ CONFIG = "config.yaml"  # the kind of the run and its settings
 ENVIRONMENT = "environment.json"  # versions, device, git state
 LOCK = "running.json"  # exists while a process uses the folder
 CHECKPOINTS = "checkpoints"
+CHECKPOINT = "images-"  # the number of images seen follows
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.json"  # images that could not be decoded: name -> reason
 TENSORBOARD = "tensorboard"
@@ -39,6 +40,7 @@ PREDICTIONS = "predictions.npz"
 DETECTIONS = "predictions.json"  # in COCO's format of results
 GRID_TABLE, GRID_PICTURE = "grid.md", "grid.png"
 GRID_PASSES = "passes"  # a folder with the cells of each finished pass of a grid
+EMBEDDED = "progress.jsonl"  # the blocks of rows that embed has written
 CORRUPTIONS_TABLE, CORRUPTIONS_PICTURE = "corruptions.md", "corruptions.png"
 
 # Jobs sent to a cluster, each in a folder of JOBS, and the code that they run
@@ -52,10 +54,10 @@ GIT = "git.json"  # the git state of the checkout that was copied
 
 def checkpoint(images_seen: int) -> str:
     """Return the file name of the checkpoint after ``images_seen`` images."""
-    return f"images-{images_seen:012d}.pt"
+    return f"{CHECKPOINT}{images_seen:012d}.pt"
 
 
 def images_seen(path: Path) -> int | None:
     """Return the number of images in a checkpoint's file name, or None for another file."""
-    match = re.fullmatch(r"images-(\d{12})\.pt", path.name)
+    match = re.fullmatch(rf"{CHECKPOINT}(\d{{12}})\.pt", path.name)
     return int(match[1]) if match else None

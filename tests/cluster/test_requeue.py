@@ -167,6 +167,7 @@ def test_progress_counts_images_of_a_run_and_its_tokenizer(job, tmp_path):
         ("grid x --out y", "y/passes/clean-t=10.json"),
         ("evaluate --suite s --out y --only a/b/c", "y/a/b/c/results.json"),
         ("evaluate --only a/b/c a/b/d --suite s --out y", "y/a/b/d/results.json"),
+        ("linear x --seeds 0 1 2", "x/evals/linear-imagenet/seed=0/results.json"),
         ("rerun x/l/results.json", "x/l/rerun/checkpoints/images-000000016384.pt"),
     ],
 )
@@ -186,6 +187,29 @@ def test_progress_counts_the_files_of_a_command_without_a_run(command, saved, jo
         first = requeue.measure_progress(folder)
         path.rename(path.with_name("images-000000032768.pt"))
         assert requeue.measure_progress(folder) > first
+
+
+@pytest.mark.parametrize(
+    "command, growing",
+    [
+        ("embed x images --out f.npy", "f.npy.parts/progress.jsonl"),
+        ("cache images f.safetensors", "f.safetensors.partial"),
+        ("cache --side 64 images f.safetensors --workers 2", "f.safetensors.partial"),
+    ],
+)
+def test_progress_counts_the_growth_of_one_file(command, growing, job, tmp_path):
+    folder, path = job(""), tmp_path / growing
+    record = {"command": command.split(), "directory": str(tmp_path)}
+    requeue.files.write_json(folder / "job.json", record)
+    assert requeue.measure_progress(folder) == 0
+    path.parent.mkdir(exist_ok=True)
+    seen = []
+    for size in (2**16, 2**16, 2**17):
+        with path.open("wb") as file:
+            file.write(bytes([1]) * size)
+            os.fsync(file.fileno())
+        seen.append(requeue.measure_progress(folder))
+    assert 0 < seen[0] == seen[1] < seen[2]
 
 
 def test_progress_of_a_cell_is_not_that_of_others(job, tmp_path):

@@ -204,6 +204,11 @@ def test_a_stopped_or_killed_probe_resumes_to_the_same_bits(
     assert [path.name for path in folder.iterdir()] == ["checkpoints"]
     kept = Checkpoints(folder).load()["model"]
     assert kept.keys() == whole.state_dict().keys()  # without the encoder
+    theirs = folder / "checkpoints" / "theirs.pth"
+    theirs.touch()
+    remove_training(folder)
+    assert list(theirs.parent.iterdir()) == [theirs]
+    theirs.unlink()
     remove_training(folder)
     assert list(folder.iterdir()) == []
 
