@@ -200,7 +200,7 @@ def _queued(folder: Path, out: Path) -> dict[str, str]:
     return {
         cell: job
         for job, command in words.items()
-        if option(command, "--out") == str(out)
+        if Path(option(command, "--out")) == out
         for cell in option_values(command, _ONLY)
     }
 

@@ -152,7 +152,7 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def test_slurm_gets_one_array_and_no_cell_twice(suite, setup, sbatch, capsys):
-    words = ["evaluate", "pixels:8", "pixels:4", "--suite", str(suite), "--out", str(setup.out)]
+    words = ["evaluate", "pixels:8", "pixels:4", "--suite", str(suite), "--out", f"{setup.out}/"]
     words += ["--in-chans", "1", "--workers", "0", "--device", "cpu"]
     flags = ["--slurm", "--slurm.array-parallelism", "1"]
     assert cli.main([*words, *flags]) == 0
