@@ -50,15 +50,18 @@ def knn(
         protocol, labels = evaluation.protocol, known_labels(evaluation.train)
         classes = evaluation.train.classes
         check_shots(protocol, labels, classes, predictions)  # before features are extracted
-        fewest = min(protocol.shots) * len(labels.unique()) if protocol.shots else len(labels)
-        protocol = limit_k(protocol, fewest)
-        evaluation = replace(evaluation, protocol=protocol)
+        whole, few = limit_k(protocol, len(labels)), protocol
+        if protocol.shots:
+            fewest = min(protocol.shots) * len(labels.unique())
+            few = limit_k(protocol, fewest, " of the draws")
+        evaluation = replace(evaluation, protocol=few if protocol.only_shots else whole)
         train, test = evaluation.features()
         whitening = whitening_of(train, protocol, evaluation.device)
-        grade = partial(knn_accuracy, train, test, protocol, evaluation.device, whitening=whitening)
+        grade = partial(knn_accuracy, train, test, device=evaluation.device, whitening=whitening)
         predicted = Predictions(evaluation.eval, evaluation.device) if predictions else None
-        results = {} if protocol.only_shots else grade(predictions=predicted)
-        results |= grade_draws(protocol, image_names(evaluation.train), labels, grade)
+        results = {} if protocol.only_shots else grade(whole, predictions=predicted)
+        names = image_names(evaluation.train)
+        results |= grade_draws(few, names, labels, lambda chosen: grade(few, chosen=chosen))
         if predicted:
             predicted.save(evaluation.folder)
         return evaluation.write(results, train.features.shape[1])

@@ -156,7 +156,9 @@ class Evaluation:
         if is_main():
             write_json(path, record)
             control = " (random init)" if self.setup.random_init else ""
-            numbers = [f"{name} {results[name]:.2f}" for name in self.protocol.headlines]
+            numbers = [
+                f"{name} {results[name]:.2f}" for name in self.protocol.headlines if name in results
+            ]
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
             print(f"{subject}: {', '.join(numbers)}; {path}")
         return as_json(record)

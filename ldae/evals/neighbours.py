@@ -209,8 +209,10 @@ class KNNProtocol(WhiteningProtocol, FewShotProtocol):
         return tuple(f"top{n}_k{k}" for k in self.k for n in (1, 5))
 
 
-def limit_k(protocol: KNNProtocol, images: int) -> KNNProtocol:
+def limit_k(protocol: KNNProtocol, images: int, of: str = "") -> KNNProtocol:
     """Return ``protocol`` without the default k that so few images do not allow; print a note.
+
+    ``of`` says in the note what these k are left out of.
 
     Raises: InputError when a k that was asked for, or every default k, is too large.
     """
@@ -219,7 +221,7 @@ def limit_k(protocol: KNNProtocol, images: int) -> KNNProtocol:
     check_enough(max(protocol.k) if asked else min(protocol.k), images, others)
     left_out = [k for k in protocol.k if k > images - others]
     if left_out:
-        print_main(f"k = {', '.join(map(str, left_out))} left out: there are {images:,} images")
+        print_main(f"k = {', '.join(map(str, left_out))} left out{of}: there are {images:,} images")
     return replace(protocol, k=tuple(k for k in protocol.k if k not in left_out))
 
 

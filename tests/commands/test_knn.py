@@ -223,6 +223,17 @@ def test_default_k_that_the_images_do_not_allow_are_left_out(tmp_path, capsys):
         graded(67, k=(10, 100))
 
 
+def test_few_shots_leave_no_k_out_of_the_grade_by_all_images(tmp_path, capsys):
+    setup = Setup(out=tmp_path / "out", workers=0, device="cpu")
+    protocol = KNNProtocol(shots=(1,), draws=2)
+    record = knn("pixels:32", "scattered-digits:300", protocol=protocol, setup=setup)
+    assert {"top1_k20", "top1_k200", "top1_k10_1shot"} <= record["results"].keys()
+    assert "top1_k20_1shot" not in record["results"]
+    out = capsys.readouterr().out
+    assert "k = 20, 100, 200 left out of the draws: there are 10 images" in out
+    assert "top1_k20 " in out and "top1_k10_1shot " in out
+
+
 def test_leave_one_out_takes_no_other_images():
     with pytest.raises(InputError, match="leave --eval-data out"):
         knn("pixels:8", "digits", "digits", protocol=KNNProtocol(leave_one_out=True), setup=SETUP)
