@@ -19,12 +19,12 @@ from ldae.backbones.timm_folder import README, write_timm_folder
 from ldae.backbones.whitening import SHRINKAGE, add_whitening, whitening
 from ldae.data.open import open_source
 from ldae.data.source import Source
-from ldae.deployment.cards import public_name
 from ldae.deployment.graphs import Graphs, add_graphs, graph_table
 from ldae.deployment.open import Opened, open_network, read_config
 from ldae.distributed import device_for
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
+from ldae.evals.scores import public_name
 from ldae.evals.whitening import WhiteningProtocol
 from ldae.tokenizers.moments import Moments
 from ldae.tree import COUNT, AnyPath

@@ -11,7 +11,7 @@ from ldae.backbones.open import has_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import README
 from ldae.backbones.whitening import is_whitened
-from ldae.evals.scores import score_table
+from ldae.evals.scores import public_name, score_table
 from ldae.runs.kinds import Exported
 
 _LICENSE = "license of the weights"
@@ -19,11 +19,6 @@ _WHITENED_BY = (
     "`head`, from {images:,} images of {data} ({split}), shrinkage {shrinkage:g}; "
     "`num_classes=0` leaves it out"
 )
-
-
-def public_name(source: str) -> str:
-    """Return the name alone of a source of images: exports are public, and paths of one machine."""
-    return Path(source.partition("@")[0]).name
 
 
 def card_of_run(
@@ -49,7 +44,7 @@ def card_of_run(
         ["image-feature-extraction", "timm", "self-supervised-learning", exported.tag],
         exported.description,
         {
-            "row": describe["row"],
+            "row": Path(describe["row"]).name,  # it may be a .yaml file of settings
             "architecture": f"{name}: {len(vit.blocks)} blocks, width {vit.embed_dim}, "
             f"{heads} heads",
             **input_facts(vit),

@@ -34,11 +34,15 @@ def score_table(run: Path, params: int, images_seen: int | None) -> str:
     return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def public_name(source: str) -> str:
+    """Return the name alone of a source of images: cards are public, and paths private."""
+    return Path(source.partition("@")[0]).name
+
+
 def _row(record: dict, images_seen: int | None) -> tuple[str, str, str, str]:
     """Return the cells of a record's row: the evaluation, the data, the scores, the images seen."""
     data, results = record["data"], record["results"].items()
-    # The names alone, since a card is public and paths are of this machine.
-    names = dict.fromkeys(Path(data[key]).name for key in ("spec", "eval_spec"))
+    names = dict.fromkeys(public_name(data[key]) for key in ("spec", "eval_spec"))
     scores = [f"{name} {value:.2f}" for name, value in results if name.startswith(_SCORES)]
     precision = record["protocol"].get("precision", "fp32")
     lower = [] if precision == "fp32" else [precision]

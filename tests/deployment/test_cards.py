@@ -4,6 +4,8 @@ import numpy as np
 from PIL import Image
 
 from ldae.commands.export import export
+from ldae.evals.scores import public_name
+from ldae.runs.checkpoints import Checkpoints
 
 WHITEN = {"whiten": "scattered-digits:64", "whiten_shrinkage": 0.01, "workers": 0}
 
@@ -38,3 +40,18 @@ def test_an_export_does_not_publish_paths(run, tmp_path):
     for name in ("README.md", "config.json"):
         text = (out / name).read_text()
         assert "images" in text and "private" not in text
+
+
+def test_a_row_of_a_file_is_published_by_its_name(run, tmp_path):
+    folder = run()
+    state = Checkpoints(folder).load()
+    state["describe"]["row"] = "/private/of-mine.yaml"
+    Checkpoints(folder).save(state | {"images_seen": 16})
+    card = (export(folder, tmp_path / "out") / "README.md").read_text()
+    assert "| row | of-mine.yaml |" in card and "private" not in card
+
+
+def test_the_public_name_of_a_source_has_no_folders():
+    assert public_name("torch/cifar10@/private/tv") == "cifar10"
+    assert public_name("/private/images.zip") == "images.zip"
+    assert public_name("scattered-digits:64") == "scattered-digits:64"
