@@ -11,7 +11,7 @@ from ldae.mae.network import MAE, build
 from ldae.mae.settings import MAEConfig
 from ldae.mae.start import open_start, start_from
 from ldae.plots.pictures import save_grid
-from ldae.pretraining.images import sample_images
+from ldae.pretraining.images import evaluation_images, sample_images
 from ldae.pretraining.training import Training, prepare_training
 from ldae.runs import layout
 
@@ -32,6 +32,7 @@ def pretrain(config: MAEConfig, run: Path, row: str, dry_run: bool = False) -> N
         if start:
             start_from(mae, start)
         hooks = training.hooks()
+        evaluation_images(config.data)  # of the pictures at the end
         if dry_run:
             print(describe(config, _facts(training, mae)))
             return

@@ -80,12 +80,17 @@ def pixel_stats(data: DataSettings) -> tuple[tuple[float, ...], tuple[float, ...
     return mean, std
 
 
+def evaluation_images(data: DataSettings) -> Source:
+    """Open the evaluation images of a pre-training. Raises: InputError when there are none."""
+    return open_source(data.eval_source or data.source, "eval")
+
+
 def sample_images(data: DataSettings, device: torch.device, count: int = 12) -> torch.Tensor:
     """Return images for a run's pictures, uint8 (n, C, H, W), of the evaluation images if any.
 
     Images that cannot be decoded are left out, because pictures measure nothing.
     """
-    source = open_source(data.eval_source or data.source, "eval")
+    source = evaluation_images(data)
     center = CropTransform(data.img_size, data.in_chans)
     count = min(count, len(source))
     batches = train_batches(

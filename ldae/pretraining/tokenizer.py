@@ -15,7 +15,6 @@ from ldae.backbones.perceptual import (
     open_perceptual,
 )
 from ldae.console import print_main
-from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
@@ -23,7 +22,13 @@ from ldae.method import build_tokenizer
 from ldae.models import DENOISERS
 from ldae.plots.pictures import save_reconstruction
 from ldae.precision import runs_in_bf16
-from ldae.pretraining.images import FIT_BATCH, FitImages, pixel_stats, sample_images
+from ldae.pretraining.images import (
+    FIT_BATCH,
+    FitImages,
+    evaluation_images,
+    pixel_stats,
+    sample_images,
+)
 from ldae.pretraining.reconstruction import measure_reconstruction
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
@@ -44,6 +49,7 @@ _IGNORED = (
     "noise.", "objective.", "masking.", "features.", "optim.", "init_from",
     "tokenizer.posterior", "tokenizer.path",
     "model.denoiser", "model.name", "model.depth", "model.embed_dim", "model.num_heads",
+    "model.decoder_depth", "model.decoder_embed_dim", "model.decoder_num_heads",
     "model.mlp_ratio", "model.vit.", "model.cond_ratio", "model.class_conditional",
     "model.label_dropout",
     *(f"{denoiser}." for denoiser in DENOISERS),
@@ -101,7 +107,7 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     plan = None
     if tokenizer.trained and not config.tokenizer.pretrained:
         plan = plan_run(len(source), config.tokenizer.optim, config.system, device)
-    evaluation = open_source(config.data.eval_source or config.data.source, "eval")
+    evaluation = evaluation_images(config.data)
     fit = Fit(config, source, evaluation, device, tokenizer, pixel_stats(config.data), plan)
     if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
         inner = run / layout.TOKENIZER_RUN  # the tokenizer's own run in a pre-training

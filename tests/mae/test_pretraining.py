@@ -23,6 +23,13 @@ def assert_close(one, other):
         torch.testing.assert_close(weights(other)[name], wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_images_of_the_pictures_are_opened_before_the_training(tiny_mae, tmp_path):
+    config = tiny_mae(data__eval_source=str(tmp_path / "missing"))
+    with pytest.raises(InputError, match="missing"):
+        pretrain(config, tmp_path / "run", "mae")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_writes_its_files(tiny_mae, tmp_path):
     run = tmp_path / "run"
     config = tiny_mae(system__log_every=4, optim__epochs=3, system__knn_every=3)
