@@ -23,7 +23,7 @@ from ldae.machine.parts import describe_machine, find_problems
 from ldae.machine.rates import copying_rate, decoding_rates, training_rates
 from ldae.runs.environment import environment
 from ldae.settings import Config
-from ldae.tree import AnyPath, replace
+from ldae.tree import COUNT, AnyPath, replace
 
 _PHOTOS = 64
 _CURES = {
@@ -36,6 +36,7 @@ _CURES = {
 def doctor(
     *,
     data: Annotated[AnyPath, tyro.conf.arg(metavar="SOURCE")] = "",
+    in_chans: Annotated[int, COUNT] = 3,
     run: AnyPath = Path(),
     device: str = "auto",
     scale: str = "",
@@ -49,7 +50,9 @@ def doctor(
     the command that mends them. Nothing is left behind.
 
     Args:
-        data: the images to decode; by default drawn JPEGs of the size of ImageNet's.
+        data: the images to decode; by default drawn JPEGs of the size of ImageNet's. Those that
+            cannot be decoded are left out.
+        in_chans: channels of these images.
         run: a checkpoint is saved in this folder, or in its closest parent that exists.
         device: auto, cpu, cuda or cuda:N.
         scale: the scale of the step (paper, small or demo); by default the paper's, with one block
@@ -67,13 +70,15 @@ def doctor(
     """
     data, run, json = str(data), Path(run), Path(json) if json else None
     found = device_for(device)
+    COUNT.check("in_chans", in_chans)
     config, batch_size = _size(scale, found)
     check_writable(run)
     if json:
         check_writable(json.parent)
     machine = describe_machine(found)  # before this process keeps the cores busy itself
     with _images(data) as source:
-        rates = decoding_rates(source, config)
+        of_images = {"data.in_chans": in_chans, "data.bad_images": "skip"}
+        rates = decoding_rates(source, replace(config, of_images))
     rates |= copying_rate(config, found) | training_rates(config, found, batch_size, run)
     imagenet = extrapolate(rates, machine["gpus"])
     problems, optional = check_packages(metadata.requires("ldae") or [], installed_version)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ldae.files import format_size
 from ldae.precision import runs_in_bf16
 
 _SHARED_FOLDER = Path("/dev/shm")
+_OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _CPU_TIMES = Path("/proc/stat")
 _WORK = slice(0, 3)  # the times in user, nice and system mode, before the idle ones
 _BUSY = 0.5  # cores of other processes from which on they are a problem
@@ -30,7 +32,7 @@ def describe_machine(device: torch.device) -> dict:
         "fast_bf16": runs_in_bf16("auto", device),
         "memory": torch.cuda.get_device_properties(device).total_memory
         if gpu
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        else memory_of_process(),
         "shared": None,
         "shared_free": None,
     }
@@ -39,6 +41,20 @@ def describe_machine(device: torch.device) -> dict:
         machine["shared"] = disk.f_frsize * disk.f_blocks
         machine["shared_free"] = disk.f_frsize * disk.f_bavail
     return machine
+
+
+def memory_of_process() -> int:
+    """Return the bytes of memory that this process may fill: of the machine, or of its container.
+
+    Containers and schedulers such as SLURM set the limit of a control group (version 2) of Linux.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        group = _OWN_GROUP.read_text().rpartition("0::/")[2].strip()
+        for folder in (_GROUPS / group, *(_GROUPS / group).parents):
+            with suppress(OSError, ValueError):  # no file at the root, and "max" without a limit
+                limits.append(int((folder / "memory.max").read_text()))
+    return min(limits)
 
 
 def busy_cores(seconds: float = 0.5) -> float:

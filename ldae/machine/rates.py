@@ -23,7 +23,13 @@ def decoding_rates(source: Source, config: Config) -> dict:
     rates = {}
     for name, workers in (("decode_one_worker", 1), ("decode", available_cpus())):
         batches = train_batches(
-            source, transform_of(config), seed=0, start=0, batch_size=16, workers=workers
+            source,
+            transform_of(config),
+            seed=0,
+            start=0,
+            batch_size=16,
+            workers=workers,
+            bad_images=config.data.bad_images,
         )
         with closing(batches):
             for _ in range(2 * workers):  # the workers start

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from ldae import cli
@@ -20,6 +21,16 @@ def test_the_table_has_a_line_for_each_part(tmp_path, capsys, monkeypatch):
     assert all(
         record["rates"][name] > 0 for name in ("decode_one_worker", "decode", "step", "save")
     )
+
+
+def test_images_of_any_channels_are_decoded_and_bad_ones_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rates, "_SECONDS", 0.01)
+    for number in range(20):
+        np.save(tmp_path / f"{number}.npy", np.full((40, 40, 5), number, np.uint8))
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    argv = ["doctor", "--data", str(tmp_path), "--scale", "demo", "--device", "cpu"]
+    assert cli.main([*argv, "--in-chans", "5"]) == 0
+    assert cli.main(argv) == 2  # of five channels none are readable as three
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,18 @@ def test_a_problem_names_its_cure(change, cure):
     assert cure in problem
 
 
+def test_the_memory_is_the_least_limit_of_the_groups_of_a_process(tmp_path, monkeypatch):
+    group = tmp_path / "groups" / "job_7" / "step_0"
+    group.mkdir(parents=True)
+    (tmp_path / "own").write_text("1:name=systemd:/\n0::/job_7/step_0\n")
+    (group / "memory.max").write_text("max\n")
+    monkeypatch.setattr(parts, "_OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(parts, "_GROUPS", tmp_path / "groups")
+    whole = parts.memory_of_process()
+    (group.parent / "memory.max").write_text("4194304\n")
+    assert parts.memory_of_process() == 4_194_304 < whole
+
+
 def test_the_busy_cores_are_those_that_work_meanwhile(monkeypatch):
     """The times of a core: in user, nice and system mode, idle, waiting for disks, and others."""
     half, idle = [[70, 5, 25, 200, 100, 0], [0, 0, 0, 400, 0, 0]], [[0] * 6, [0] * 6]
