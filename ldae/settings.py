@@ -147,7 +147,7 @@ class ObjectiveSettings:
     """Weight lambda_t of a noise level: 1, gamma_t^2, sigma_t^2 or 1 / (1 + sigma_t^2)."""
     residual_weight: Annotated[float, NOT_NEGATIVE] = 0.1
     """Weight of the error outside the first d principal axes, for the targets image and whitened.
-    With target whitened, 1 weights all axes alike, and 0 leaves the first d."""
+    With target whitened, 1 weights all axes alike, and with 0 only the first d axes count."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ class ModelSettings:
     denoiser: Annotated[str, Choice("ldae.models:DENOISERS")] = "dit"
     """The kind of denoiser."""
     name: str = "vit_large_patch16_224"
-    """A timm ViT, which gives patch_size, depth, embed_dim, num_heads and mlp_ratio unless they are
-    set."""
+    """A timm ViT. It gives those of patch_size, depth, embed_dim, num_heads and mlp_ratio that are
+    null. depth is not, but has the paper's 12 blocks: set half of the blocks of another ViT."""
     patch_size: Annotated[int | None, COUNT] = None
     """Side of a patch, in pixels."""
     depth: Annotated[int | None, COUNT] = 12  # "ViT-1/2L": DiT-L's 24 blocks are 12 + 12

@@ -89,8 +89,8 @@ def embed(
         out: the file to write, which ends in .npy or .parquet.
         split: embed only this split; by default all splits of SOURCE, one after another.
         tokens: write the token map of each image, (h, w, D), in place of a vector.
-        blocks: numbers of blocks or stages, from the end if negative; their features come side by
-            side in place of the model's own output.
+        blocks: blocks or stages, counted from 0, or from the end if negative; their features come
+            side by side in place of the model's own output.
         pools: poolings at each block; by default the model's own, or avg if blocks are given.
         whiten: whiten features by the mean and covariance of the images: of the train split if
             there is one.

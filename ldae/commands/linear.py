@@ -49,7 +49,8 @@ class CachedProtocol(SweepProtocol):
     version: Fixed[int] = 2
     """Version 1 had no weight decays, blocks and pools; without these, 2 gives the same numbers."""
     blocks: tuple[int, ...] = ()
-    """Numbers of blocks or stages, from the end if negative, instead of the model's own output."""
+    """Blocks or stages, counted from 0, or from the end if negative, instead of the model's own
+    output. Block 11 is the last of 12, behind what ldae grid calls 12 leading blocks."""
     pools: tuple[Pool, ...] | None = None
     """Poolings, tried at each block; by default the model's own, or avg if blocks are given."""
 

@@ -49,7 +49,7 @@ class EncoderSetup:
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the random weights, and of the protocol of an evaluation."""
     batch_size: Annotated[int, COUNT] = 256
-    """Images per forward pass of the backbone; the numbers do not depend on it."""
+    """Images per forward pass of the backbone. It changes features by rounding alone."""
     workers: Annotated[int, NOT_NEGATIVE] = 4
     """Processes that decode images."""
     precision: Precision = "fp32"

@@ -1,4 +1,7 @@
-"""The folder of an evaluation's results, named by all that decides the numbers: none is lost."""
+"""The folder of an evaluation's results, named by the task, the images and the changed settings.
+
+The weights are not in the name: the results of a newer checkpoint replace those of an older one.
+"""
 
 import hashlib
 import json

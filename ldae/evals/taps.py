@@ -20,7 +20,7 @@ class Tap:
     """The features after one block, pooled to one vector an image."""
 
     block: int | None = None
-    """Number of a transformer block or a stage, from the end if negative; None: the last."""
+    """Number of a block or a stage, from 0, or from the end if negative; None: the last."""
     pool: Pool = "default"
     """avg: the mean of the patch tokens; cls: the class token; cls+avg: both, side by side.
 
