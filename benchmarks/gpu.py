@@ -54,7 +54,9 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
+from ldae.train import loop
 from ldae.train.loop import Loop
+from ldae.train.memory import release_memory
 from ldae.train.plan import Plan
 from ldae.train.run import compiles, fuses_attention
 from ldae.tree import replace
@@ -116,6 +118,7 @@ def waits(args: argparse.Namespace, device: torch.device) -> dict:
     config = config_of("loop", args, log_every=10**6, save_minutes=1e9)
     ahead = 2 if device.type == "cuda" else 1  # batches fetched before the first step
     first = WARM_UP + ahead
+    loop._RECORDS = 1  # a record of metrics waits for the GPU: the only one is at the end
 
     def watched(start: int, micro_batches: int) -> Generator[Batch]:
         for number, batch in enumerate(random_batches(config, batch_of("loop", args), start)):
@@ -278,9 +281,8 @@ def measure_step(
 
 
 def free_memory(device: torch.device) -> None:
-    torch._dynamo.reset()
+    release_memory(device, compiled=True)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -384,7 +386,7 @@ def ranks(args: argparse.Namespace, device: torch.device) -> dict:
 def fail_on_rank_1(device: torch.device) -> None:
     """Join the other rank, and raise on rank 1 while rank 0 waits for it."""
     try:
-        with distributed.process_group(device, rank_timeout=1):
+        with distributed.process_group(device, rank_timeout=0.3):
             distributed.all_reduce_sum(torch.ones(1, device=device)).item()
             if distributed.rank() == 1:
                 print(time.time(), flush=True)

@@ -73,6 +73,11 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def of_main(tensor: torch.Tensor) -> torch.Tensor:
+    """Return on every rank the finite values that ``tensor`` has on rank 0."""
+    return all_reduce_sum((tensor * is_main()).contiguous())  # NCCL takes no other layout
+
+
 def gather_values(value: Any) -> list[Any]:
     """Return the values of all ranks, in the order of the ranks, on every rank."""
     if not dist.is_initialized():
@@ -157,7 +162,8 @@ def process_group(device: torch.device, rank_timeout: float = 30) -> Iterator[No
         rank_timeout: minutes that the ranks wait for each other.
 
     Raises: InputError when torchrun's variables are incomplete or invalid. LostRank when a rank
-        does not join. LostRank on all other ranks, with the rank named, when one ends or hangs.
+        does not join. LostRank on all other ranks, with the rank named, when one ends or hangs; but
+        a rank that waits in NCCL is ended by its watchdog after ``rank_timeout``, without an error.
     """
     if dist.is_initialized() or not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & os.environ.keys():
         yield

@@ -257,5 +257,16 @@ def test_ranks_agree_when_all_of_them_say_the_same(texts, agreed, on_ranks, monk
     assert on_ranks(work) == ["", ""]
 
 
+def test_all_ranks_get_the_values_of_the_first_in_the_layout_that_nccl_takes(on_ranks):
+    def work():
+        with distributed.process_group(torch.device("cpu")):
+            ours = (torch.arange(6.0) + 10 * distributed.rank()).view(2, 3).T
+            of_first = distributed.of_main(ours)
+            assert of_first.is_contiguous() and not ours.is_contiguous()
+            assert of_first.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+    assert on_ranks(work) == ["", ""]
+
+
 def test_one_rank_agrees_with_itself():
     assert distributed.agree("topic", "text")

@@ -1,6 +1,5 @@
 """The facts for the rule of the scale auto: a sample of the images, and steps of training."""
 
-import gc
 import os
 import time
 from contextlib import closing
@@ -18,6 +17,7 @@ from ldae.machine import parts
 from ldae.models.vit import vit_shape
 from ldae.pretraining.timing import TrainingStep, fitting_step
 from ldae.tokenizers.orthonormal import PatchPCA
+from ldae.train.memory import release_memory
 from ldae.train.run import transform_of
 from ldae.train.update import on_device
 
@@ -128,10 +128,9 @@ def measure_step(config: Any, device: torch.device, batch_size: int = 0) -> Spee
     rate = step.rate(at_most=_STEP_SECONDS)
     kept = 0 if step.state.compiled else _kept_bytes(step)
     speed = Speed(rate, kept // step.batch_size, step.batch_size)
+    compiled = step.state.compiled
     del step
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(device, compiled)
     return speed
 
 

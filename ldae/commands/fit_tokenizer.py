@@ -7,7 +7,7 @@ from ldae import distributed, tree
 from ldae.console import describe, print_main
 from ldae.data.open import open_source
 from ldae.errors import InputError
-from ldae.precision import runs_in_bf16, unchanged_generators
+from ldae.precision import float32_products, runs_in_bf16, unchanged_generators
 from ldae.pretraining.recipes import name_of
 from ldae.pretraining.tokenizer import Fit, fit_or_load, open_fit, prepare
 from ldae.runs import layout
@@ -47,7 +47,11 @@ def fit_tokenizer(
     tree.check(config)
     row = row or name_of(config, "tokenizer")
     device = distributed.device_for(config.system.device)
-    with unchanged_generators(), distributed.process_group(device, config.system.rank_timeout):
+    with (
+        float32_products(),
+        unchanged_generators(),
+        distributed.process_group(device, config.system.rank_timeout),
+    ):
         if config.tokenizer.path:
             raise InputError("tokenizer.path names a fitted tokenizer, but this command fits one")
         if config.data.latents:

@@ -23,6 +23,7 @@ from ldae.evals.features import known_labels
 from ldae.evals.naming import results_home
 from ldae.evals.protocol import Protocol
 from ldae.files import check_writable
+from ldae.precision import float32_products
 from ldae.runs import layout
 from ldae.runs.kinds import kind_of
 from ldae.tree import check
@@ -164,7 +165,7 @@ def open_evaluation(
     else:
         check_out(out, task)
     device = device_for(setup.device)
-    with process_group(device):
+    with float32_products(), process_group(device):
         train, test = splits(data, eval_data)
         model = load(spec, setup)
         transform = preprocessing(model)

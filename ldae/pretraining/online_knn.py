@@ -8,6 +8,7 @@ from torch import nn
 
 from ldae.data.open import open_splits
 from ldae.errors import InputError
+from ldae.precision import float32_products
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan
 
@@ -43,6 +44,7 @@ def online_knn(
         backbone = backbone_of(method, False)
         encoder = Encoder(backbone, device, precision, workers=config.system.workers)
         train_set, test_set = (extract_share(encoder, split) for split in splits)
-        return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
+        with float32_products():  # also in a run that is trained in TF32
+            return knn_accuracy(train_set, test_set, KNNProtocol(k=(_ONLINE_K,)), device)
 
     return (Hook(config.system.knn_every * plan.epoch, measure),)

@@ -15,6 +15,7 @@ from ldae.backbones.open import load_backbone
 from ldae.backbones.run import load_method
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
+from ldae.precision import float32_products
 from ldae.pretraining.images import sample_images
 from ldae.runs.kinds import pretraining_in, settings_of
 from ldae.runs.metrics import read_records
@@ -142,7 +143,8 @@ class Run:
             )
         pixels = self._pixels(images).to(method.sigma.device)
         positions = torch.arange(len(pixels), device=pixels.device)
-        return Denoised(*(part.cpu() for part in method.denoise_images(pixels, positions, t)))
+        with float32_products():
+            return Denoised(*(part.cpu() for part in method.denoise_images(pixels, positions, t)))
 
     def sample(
         self,

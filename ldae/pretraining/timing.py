@@ -4,6 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ldae.method import LDAE
 from ldae.models.vit import fuse_attention
 from ldae.precision import float32_products, runs_in_bf16
 from ldae.runs.kinds import kind_with
+from ldae.train.memory import release_memory
 from ldae.train.optim import adamw
 from ldae.train.run import compiles, fuses_attention
 from ldae.train.state import State
@@ -119,8 +121,8 @@ def fitting_step(config: Any, device: torch.device, batch_size: int) -> Training
     Raises: InputError when one image does not fit.
     """
     while batch_size:
-        try:
+        with suppress(torch.OutOfMemoryError):
             return TrainingStep(config, device, batch_size)
-        except torch.OutOfMemoryError:
-            batch_size //= 2
+        release_memory(device, compiles(config.system.compile, device))
+        batch_size //= 2
     raise InputError(f"{device} has too little memory for a training step of one image")

@@ -130,14 +130,15 @@ def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
     A tokenizer that is trained has a run of its own, in the sub-folder tokenizer.
     """
     path, given = run / layout.TOKENIZER, fit.config.tokenizer.path
-    if path.exists() and (given or fit.plan):
+    exists = distributed.gather_values(path.exists())[0]  # before rank 0 writes it
+    if exists and (given or fit.plan):
         tokenizers.load(fit.tokenizer, path)
         return fit.tokenizer
     if not given:  # else prepare() has loaded it
         folder = run / layout.TOKENIZER_RUN if fit.plan else run
         with open_fit(fit, folder) if fit.plan else nullcontext():
             fit_or_load(fit, folder, row)
-    if distributed.is_main() and not path.exists():
+    if distributed.is_main() and not exists:
         tokenizers.save(fit.tokenizer, path)
     distributed.barrier()
     return fit.tokenizer

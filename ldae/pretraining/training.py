@@ -15,7 +15,7 @@ from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.models.vit import fuse_attention
-from ldae.precision import runs_in_bf16, unchanged_generators
+from ldae.precision import float32_products, runs_in_bf16, unchanged_generators
 from ldae.pretraining.images import FitImages, pixel_stats
 from ldae.pretraining.online_knn import online_knn
 from ldae.pretraining.watching import watch
@@ -136,7 +136,11 @@ def prepare_training(kind: str, config: Any, run: Path, row: str) -> Iterator[Tr
     Raises: InputError for wrong settings or data.
     """
     device = distributed.device_for(config.system.device)
-    with unchanged_generators(), distributed.process_group(device, config.system.rank_timeout):
+    with (
+        float32_products(),  # of all but the training, which has a precision
+        unchanged_generators(),
+        distributed.process_group(device, config.system.rank_timeout),
+    ):
         tree.check(config)
         check_warmup(run, config.optim)
         if config.data.latents and not hasattr(config, "tokenizer"):

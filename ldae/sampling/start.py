@@ -15,6 +15,7 @@ from ldae.data.open import open_source
 from ldae.distributed import barrier, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.method import LDAE
+from ldae.precision import float32_products
 from ldae.runs import layout
 from ldae.settings import Config
 from ldae.tokenizers import PatchPCA
@@ -112,7 +113,8 @@ def load_or_fit_gaussian(
     if stored and (stored.record["tokenizer"], stored.record["source"]) == (tokenizer, spec):
         return stored
     console.print_main(f"fitting a Gaussian to the latents of {spec}")
-    fitted = fit_gaussian(spec, config, method, device, workers)
+    with float32_products():
+        fitted = fit_gaussian(spec, config, method, device, workers)
     fitted.record["tokenizer"] = tokenizer
     if is_main():
         fitted.save(path)

@@ -29,7 +29,7 @@ def fewest_micro_batches(update: Update, whole: Batch, plan: Plan) -> int:
         fits = _fits(update, whole, tried)
         if all(distributed.gather_values(fits)):
             return micro_batches
-        _release(update)
+        release_memory(update.state.device, update.state.compiled)
     raise too_little_memory(tried, update.state.device)
 
 
@@ -64,10 +64,10 @@ def _fits(update: Update, whole: Batch, plan: Plan) -> bool:
     return True
 
 
-def _release(update: Update) -> None:
-    """Free the memory of a trial, and forget what was compiled for its size."""
-    gc.collect()
-    if update.state.compiled:
+def release_memory(device: torch.device, compiled: bool) -> None:
+    """Free the memory of what is not used any more, and forget what was compiled for its size."""
+    gc.collect()  # a compiled network refers to itself
+    if compiled:
         torch.compiler.reset()
-    if update.state.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
