@@ -256,7 +256,8 @@ class ExecutionSettings:
     """On a GPU, use only algorithms that give the same bits each time; they are slower. A resumed
     run equals an undisturbed one bit for bit on a CPU; no GPU has shown this yet."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, which compiles a block once for all blocks; auto: on GPUs."""
+    """torch.compile, which compiles a block once for all blocks; auto: on GPUs, if there are the C
+    compiler and Python's headers by which their kernels are built."""
     cuda_graphs: bool = False
     """With compile, on a single GPU: replay the kernels of a block as a CUDA graph, for steps of
     less than about 20 ms, in which launching kernels takes long. No GPU has run this yet."""

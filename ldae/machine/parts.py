@@ -11,6 +11,7 @@ from ldae import trajectory
 from ldae.data.workers import SHARED_BYTES, available_cpus
 from ldae.files import format_size
 from ldae.precision import runs_in_bf16
+from ldae.train.run import builds_kernels
 
 _SHARED_FOLDER = Path("/dev/shm")
 _OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -30,6 +31,7 @@ def describe_machine(device: torch.device) -> dict:
         "busy": round(busy_cores(), 2),
         "gpus": torch.cuda.device_count() if gpu else 0,
         "fast_bf16": runs_in_bf16("auto", device),
+        "builds_kernels": builds_kernels(),
         "memory": torch.cuda.get_device_properties(device).total_memory
         if gpu
         else memory_of_process(),
@@ -111,6 +113,11 @@ def find_problems(machine: dict) -> list[str]:
             "this device has no fast bfloat16 arithmetic, so --system.precision auto computes in "
             "float32: use a GPU of compute capability 8 or newer, or a CPU with AMX or AMD's "
             "AVX-512 BF16"
+        )
+    if machine["gpus"] and not machine["builds_kernels"]:
+        problems.append(
+            "there is no C compiler with Python's headers, so --system.compile auto does not "
+            "compile, which makes a step slower: install gcc and python3-dev"
         )
     cores = max(machine["cores"] // max(machine["gpus"], 1), 1)  # of a process
     workers = trajectory.config("l_dae").system.workers

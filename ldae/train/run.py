@@ -1,5 +1,8 @@
 """Training in a run folder, on a source of images."""
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -127,8 +130,14 @@ def transform_of(config: Settings) -> CropTransform:
 
 
 def compiles(mode: str, device: torch.device) -> bool:
-    """Return whether the network is compiled; ``auto``: on GPUs."""
-    return device.type == "cuda" if mode == "auto" else mode == "on"
+    """Return whether the network is compiled; ``auto``: on GPUs, if kernels can be built."""
+    return device.type == "cuda" and builds_kernels() if mode == "auto" else mode == "on"
+
+
+def builds_kernels() -> bool:
+    """Return whether Triton, which torch.compile needs on GPUs, finds a C compiler and headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def fuses_attention(bf16: bool, device: torch.device) -> bool:

@@ -7,7 +7,8 @@ from ldae.machine import parts
 from ldae.machine.parts import busy_cores, find_problems
 
 MACHINE = {
-    "cores": 16, "busy": 0.1, "gpus": 1, "fast_bf16": True, "shared": 10**9, "shared_free": 10**9
+    "cores": 16, "busy": 0.1, "gpus": 1, "fast_bf16": True, "builds_kernels": True,
+    "shared": 10**9, "shared_free": 10**9,
 }  # fmt: skip
 
 
@@ -19,6 +20,7 @@ MACHINE = {
         ({"cores": 4}, "--system.workers 4"),
         ({"gpus": 4}, "--system.workers 4"),
         ({"busy": 1.9}, "1.9 of 16 cores busy"),
+        ({"builds_kernels": False}, "install gcc"),
     ],
 )
 def test_a_problem_names_its_cure(change, cure):

@@ -15,6 +15,7 @@ from ldae.errors import InputError
 from ldae.models.dit import Block
 from ldae.pretraining.latents import LatentEncoder
 from ldae.settings import OptimSettings, SystemSettings
+from ldae.train import run
 from ldae.train.optim import adamw
 from ldae.train.parallel import _blocks, compile_parts, parallelize, uses_cuda_graphs
 from ldae.train.state import State
@@ -236,3 +237,15 @@ def test_a_block_keeps_fewer_bytes_than_eager_code(budget, most):
     while not isinstance(error, Captured):
         error = error.__cause__ or error.inner_exception
     assert error.args[0] / (images * tokens * width) == pytest.approx(most, abs=0.3)
+
+
+@pytest.mark.parametrize("found", [None, "/usr/bin/gcc"])
+def test_auto_compiles_on_gpus_where_kernels_can_be_built(found, monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(run.shutil, "which", lambda name: found)
+    monkeypatch.setattr(run.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    assert run.compiles("auto", torch.device("cuda")) == bool(found)
+    assert run.compiles("on", torch.device("cuda")) and not run.compiles("auto", CPU)
+    (tmp_path / "Python.h").unlink()
+    assert not run.compiles("auto", torch.device("cuda"))
