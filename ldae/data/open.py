@@ -67,8 +67,7 @@ def source_splits(spec: str, splits_of_files: SplitsOfFiles = image_splits) -> S
     if name == SCENES:
         return picture_splits(spec)
     if rest and kind in timm_datasets.SOURCES:
-        source = timm_datasets.SOURCES[kind]
-        return {split: partial(source, spec, split) for split in ("train", "eval")}
+        return timm_datasets.timm_splits(spec)
     if not spec:
         raise InputError("no images: name their source with --data SOURCE")
     path = Path(os.path.expanduser(spec))

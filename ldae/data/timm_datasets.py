@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,26 @@ class HfdsSource(Source):
 
 
 SOURCES = {"torch": TorchSource, "hfds": HfdsSource}
+
+
+def timm_splits(spec: str) -> dict[str, Callable[[], Source]]:
+    """Return functions that open the splits of a spec that begins with a name in ``SOURCES``.
+
+    A set of the hub that has a train split alone has no splits, but is ``all``.
+    """
+    kind = spec.partition("/")[0]
+    if kind == "hfds" and _split_names(spec) == ["train"]:
+        return {"all": partial(HfdsSource, spec, "train")}
+    return {split: partial(SOURCES[kind], spec, split) for split in ("train", "eval")}
+
+
+def _split_names(spec: str) -> list[str]:
+    """Return the hub's names of the splits of a set; none when it cannot be asked."""
+    name = spec.removeprefix("hfds/").partition("@")[0]
+    try:
+        return list(import_module("datasets").get_dataset_split_names(name))
+    except Exception:  # without the package or a network; opening a split says what is wrong
+        return []
 
 
 def _create_dataset(name: str, root: str | None, split: str):

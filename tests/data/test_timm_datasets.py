@@ -77,6 +77,19 @@ def test_files_of_torchvision_have_a_fingerprint(make_tree, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.parametrize(
+    "splits, opened",
+    [(["train"], {"all": "train"}), (["train", "validation"], {"train": "train", "eval": "eval"})],
+)
+def test_a_set_of_the_hub_with_a_train_split_alone_has_no_splits(splits, opened, monkeypatch):
+    hub = SimpleNamespace(get_dataset_split_names={"some/data": splits}.__getitem__)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    monkeypatch.setattr(timm_datasets, "HfdsSource", lambda spec, split: split)
+    monkeypatch.setitem(timm_datasets.SOURCES, "hfds", lambda spec, split: split)
+    found = timm_datasets.timm_splits("hfds/some/data@cache")
+    assert {name: open_split() for name, open_split in found.items()} == opened
+
+
 def test_hfds_has_the_fingerprint_of_its_package(monkeypatch):
     class Table:
         column_names = ()
