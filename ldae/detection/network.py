@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import LayerNorm2d
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.models.detection import MaskRCNN
@@ -19,6 +19,7 @@ from ldae.detection.jitter import fitted_size
 from ldae.detection.pyramid import SCALES, SimpleFeaturePyramid
 from ldae.detection.settings import DetectConfig, DetectModelSettings
 from ldae.errors import InputError, first_line
+from ldae.models.drop_path import DropPath
 
 _PATCHES = 64  # a side, ViTDet's: 1024 pixels for patches of 16
 _ANCHOR = 8  # side of a map's anchors in strides of the map: 32 pixels at stride 4

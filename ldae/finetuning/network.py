@@ -13,6 +13,7 @@ from ldae.backbones.resize import resize_input
 from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError, first_line
 from ldae.finetuning.settings import FinetuneConfig
+from ldae.models.drop_path import set_drop_path
 
 
 class ClassificationLoss(nn.Module):
@@ -87,6 +88,7 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
                 f"{name} does not take model.drop_path {config.model.drop_path}: "
                 f"{first_line(error)}"
             ) from None
+        set_drop_path(network)
         _init_head(network, config.model.head_std)
     if not config.model.random_init:
         _load_backbone_weights(network, backbone)

@@ -117,7 +117,7 @@ def test_the_rate_falls_from_block_to_block(detector):
 
 def test_drop_path_rises_from_block_to_block(detector):
     blocks = detector(drop_path=0.4).backbone.vit.blocks
-    rates = [getattr(block.drop_path1, "drop_prob", 0) for block in blocks]
+    rates = [getattr(block.drop_path1, "rate", 0) for block in blocks]
     assert rates == pytest.approx([0, 0.2, 0.4])
 
 

@@ -72,7 +72,7 @@ def test_network_is_the_backbone_with_maes_new_head():
     assert network.global_pool == "avg" and isinstance(network.fc_norm, torch.nn.LayerNorm)
     assert isinstance(network.norm, torch.nn.Identity) and torch.all(network.head.bias == 0)
     assert network.head.weight.std().item() == pytest.approx(2e-5, rel=0.2)
-    rates = [block.drop_path1.drop_prob for block in list(network.blocks)[1:]]
+    rates = [block.drop_path1.rate for block in list(network.blocks)[1:]]
     assert rates == pytest.approx([0.05, 0.1])
     assert "drop_path_rate" not in network.model_args
 

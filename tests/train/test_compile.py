@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from conftest import PARTS
+from timm.models.vision_transformer import VisionTransformer
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -13,6 +14,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from ldae import distributed, trajectory
 from ldae.errors import InputError
 from ldae.models.dit import Block
+from ldae.models.drop_path import set_drop_path
 from ldae.pretraining.latents import LatentEncoder
 from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import run
@@ -75,6 +77,18 @@ def test_the_parts_of_other_vits_take_no_more_graphs(method, images, compiled_by
     compile_parts(one)
     torch.testing.assert_close(losses(one, one, images), eager)
     assert counter.frame_count == GRAPHS["l_dae_masked"] + 1
+
+
+def test_blocks_of_all_drop_path_rates_share_a_graph(compiled_by):
+    def graphs(rate: float) -> int:
+        vit = VisionTransformer(16, 8, embed_dim=16, depth=5, num_heads=2, drop_path_rate=rate)
+        set_drop_path(vit.train())
+        counter = compiled_by("eager")
+        compile_parts(vit)
+        vit(torch.rand(2, 3, 16, 16)).sum().backward()
+        return counter.frame_count
+
+    assert graphs(0.4) == graphs(0.0) + 1  # the first block has no drop path
 
 
 def test_a_u_net_has_a_graph_for_each_shape_of_its_blocks(method, images, compiled_by):
