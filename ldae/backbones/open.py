@@ -91,6 +91,7 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
         if img_size is not None:
             raise InputError(f"img_size is for timm names: {spec} has its own")
         model = _from_timm_folder(folder, False, head=True)
+        check_chans(model, spec, in_chans)
     elif folder or spec.partition(":")[0] == "pixels":
         raise InputError(
             f"{spec} has no classifier: name a folder of `ldae linear --save` or `ldae finetune`, "
@@ -103,6 +104,16 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
     if not model.num_classes:
         raise InputError(f"{spec} has no classifier: it gives features")
     return model.eval().requires_grad_(False)
+
+
+def check_chans(model: nn.Module, spec: str, in_chans: int) -> None:
+    """Check that channels that are asked for are those of a model, which has its own.
+
+    Raises: InputError.
+    """
+    own = model.pretrained_cfg["input_size"][0]
+    if in_chans not in (3, own):  # 3 is the default
+        raise InputError(f"in_chans is for timm names: {spec} takes {own} channels")
 
 
 def label_names(classifier: TimmModel) -> list[str]:
@@ -151,9 +162,7 @@ def _open(spec: str, random_init: bool, in_chans: int, img_size: int | None) -> 
         raise InputError(f"img_size is for timm names: {spec} has its own")
     if folder:
         model = (_from_run if kind_of(folder) else _from_timm_folder)(folder, random_init)
-        own_chans = model.pretrained_cfg["input_size"][0]
-        if in_chans not in (3, own_chans):  # 3 is the default
-            raise InputError(f"in_chans is for timm names: {spec} takes {own_chans} channels")
+        check_chans(model, spec, in_chans)
         return model
     if is_pixels:
         return _pixels(spec, random_init, in_chans)
@@ -219,13 +228,15 @@ def _from_timm_name(
             f"the weights of {name} cannot be downloaded ({type(error).__name__}); "
             "open a checkpoint on this machine by NAME@FILE, with its timm name"
         ) from error
-    foreign = find_encoder(Path(file), model, name) if at and not random_init else None
+    # The control of a file that is there has its architecture too, such as other heads.
+    is_read = at and (not random_init or Path(file).is_file())
+    foreign = find_encoder(Path(file), model, name) if is_read else None
     if foreign and foreign.args:
         args |= foreign.args
         model = timm.create_model(name, **({} if head else _NO_HEAD), **args)
     model.model_args = args
     adapt_cfg(model, in_chans, img_size)
-    if foreign:
+    if foreign and not random_init:
         load_weights(model, foreign, name, classifier=head)
     return model
 

@@ -22,7 +22,7 @@ from ldae.evals.image_sets import (
     open_reference,
 )
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
-from ldae.evals.naming import changes, file_name, results_home, unshared_folder
+from ldae.evals.naming import changes, file_name, results_home, shortened, unshared_folder
 from ldae.files import as_json, check_writable, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
@@ -227,7 +227,7 @@ def _folder(record: dict, setup: FIDSettings, how: SamplingSettings) -> Path:
     images, reference = record["images"]["spec"], record["reference"]["spec"]
     random = ["random-init"] if setup.random_init else []
     name = "-".join(["fid", file_name(reference), *random, *changes(setup, how)])
-    return unshared_folder(results_home(images) / name, _specs(record), _specs)
+    return unshared_folder(results_home(images) / shortened(name), _specs(record), _specs)
 
 
 def _specs(record: dict) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def finetune(
 
 def _over_seeds(config: FinetuneConfig, run: Path, dry_run: bool, seeds: tuple[int, ...]) -> dict:
     """Fine-tune by each seed in a folder of its own, and return the content of results.json."""
-    Setup(seeds=seeds)  # refuses a single one
+    Setup(seed=config.seed, seeds=seeds)  # refuses a single one, and another seed beside them
     if kind_of(run):
         raise InputError(f"run folder {run} holds one run, not several seeds: name another --run")
     runs = {seed: replace(config, seed=seed) for seed in seeds}

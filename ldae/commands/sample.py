@@ -58,8 +58,8 @@ def sample(
         images: number of images.
         out: a folder for 000000.png and so on, or a file.npz in the format of the ADM suite (arr_0
             images, arr_1 labels); by default a grid below samples/ in the run folder.
-        data: for rows that do not end in pure noise, the images to fit the Gaussian of latents to,
-            the first time; by default the training images of the run.
+        data: for rows that do not end in pure noise, the images to fit the Gaussian of latents to;
+            by default the training images of the run. The fit is kept until other images are named.
         batch_size: images at a time on each device.
         workers: processes that decode images for that Gaussian.
         device: auto, cpu, cuda or cuda:N.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldae.backbones.open import (
+    check_chans,
     finished_folder,
     has_classifier,
     label_names,
@@ -46,7 +47,9 @@ def open_network(
     if is_run or (path.is_dir() and folder is None):
         if classifier:
             raise InputError(f"{spec} is a run, which has no classifier")
-        return _open_run(path, timestep, license)
+        opened = _open_run(path, timestep, license)
+        check_chans(opened.model, spec, in_chans)
+        return opened
     if timestep is not None:
         raise InputError(f"timestep {timestep} is for a run, and {spec} is none")
     if has_classifier(spec) if classifier is None else classifier:

@@ -93,18 +93,33 @@ def _moved(
     (width, height), (w, h), (left, top, right, bottom) = found.size, size, crop
     boxes = found.boxes * np.float32([w / width, h / height] * 2) - np.float32([left, top] * 2)
     boxes = boxes.clip(0, np.float32([right - left, bottom - top] * 2))
+    shown = None
+    if found.masks is not None:
+        rows = ((np.arange(top, bottom) + 0.5) * height / h).astype(np.int64)
+        columns = ((np.arange(left, right) + 0.5) * width / w).astype(np.int64)
+        shown = found.masks[:, rows[:, None], columns]
+        if (right - left, bottom - top) != (w, h):  # what a crop leaves may be smaller than its box
+            boxes = _boxes_of(shown)
     kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
     boxes = boxes[kept]
     if mirrored:
         boxes[:, [0, 2]] = side - boxes[:, [2, 0]]
     target = {"boxes": boxes, "labels": found.labels[kept]}
-    if found.masks is not None:
-        rows = ((np.arange(top, bottom) + 0.5) * height / h).astype(np.int64)
-        columns = ((np.arange(left, right) + 0.5) * width / w).astype(np.int64)
+    if shown is not None:
         masks = np.zeros((int(kept.sum()), side, side), bool)
-        masks[:, : len(rows), : len(columns)] = found.masks[kept][:, rows[:, None], columns]
+        masks[:, : shown.shape[1], : shown.shape[2]] = shown[kept]
         target["masks"] = np.packbits(masks[:, :, ::-1] if mirrored else masks, axis=2)
     return target
+
+
+def _boxes_of(masks: np.ndarray) -> np.ndarray:
+    """Return the smallest boxes, float32 (N, 4), around masks (N, H, W); of an empty one zeros."""
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks):
+        rows, columns = (mask.any(axis).nonzero()[0] for axis in (1, 0))
+        if len(rows):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldae.backbones.open import load_backbone
 from ldae.backbones.preprocessing import preprocessing
@@ -43,10 +43,11 @@ class TrainedDetector:
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[Found]:
-        """Return the instances in each picture; all pictures are one batch.
+        """Return the instances in each picture, upright by its EXIF; all pictures are one batch.
 
         Raises: InputError for a picture that cannot have the channels of the network.
         """
+        pictures = [ImageOps.exif_transpose(picture) for picture in pictures]
         rng = np.random.default_rng(0)  # not drawn from without a jitter
         pixels = torch.stack([self._transform(picture, rng) for picture in pictures])
         device = next(self.network.parameters()).device

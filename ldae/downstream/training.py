@@ -20,11 +20,14 @@ from ldae.evals.open import Splits, labelled_splits, open_evaluation
 from ldae.evals.protocol import Protocol
 from ldae.files import state_hash
 from ldae.precision import runs_in_bf16, unchanged_generators
+from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan, plan_run
 from ldae.train.run import check_warmup, compiles, describe_training, train_in
+
+_STARTS_FROM, _IMAGES_SEEN = "starts_from", "start_images_seen"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Training:
     evaluation: Evaluation
     """The images, the device, and the backbone or the network that stands on it."""
     starts_from: str
-    """Hash of the backbone's weights before the training."""
+    """Hash of the backbone's weights before the training, also of one that resumes."""
     plan: Plan
     bf16: bool
     """Whether the network is trained in bfloat16."""
@@ -110,12 +113,18 @@ class Training:
             self.plan,
             self.evaluation.train,
             row=row,
+            start=_start(self.starts_from, self.evaluation.model),
             transform=transform,
             mixing=mixing,
             device=device,
             compiled=compiles(config.system.compile, device),
             hooks=(Hook(every, grade, weights_too),) if every else (),
         )
+
+
+def _start(weights: str, backbone: nn.Module) -> dict[str, Any]:
+    """Return the entries of a checkpoint's description that tell the start of the training."""
+    return {_STARTS_FROM: weights, _IMAGES_SEEN: getattr(backbone, "images_seen", None)}
 
 
 @contextmanager
@@ -164,5 +173,8 @@ def prepare_training(
         evaluation = replace(evaluation, call=describe_call(command, [config]))
         images, device = len(evaluation.train), evaluation.device
         plan = plan_run(images, config.optim, config.system, device, multiple)
+        begun = Checkpoints(run).describe() or {}
         starts_from = state_hash(evaluation.model.state_dict())
+        if _STARTS_FROM in begun:  # the backbone may have changed since then
+            starts_from, evaluation.model.images_seen = begun[_STARTS_FROM], begun[_IMAGES_SEEN]
         yield Training(recipes.kind, config, run, evaluation, starts_from, plan, bf16)

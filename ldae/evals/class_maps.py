@@ -137,7 +137,8 @@ def _match_names(names: Iterable[str], model: nn.Module) -> tuple[dict[str, int]
         namings.append((ImageNetInfo(subset).label_names(), "names"))
     namings.append(([str(number) for number in range(model.num_classes)], "numbers"))
     names, matches = list(names), []
-    for naming, kind in namings:
+    for given, kind in namings:
+        naming = [_plain(name) for name in given]
         count = Counter(naming)  # a name of two outputs, as ImageNet's crane, matches none
         outputs = {name: i for i, name in enumerate(naming) if count[name] == 1}
         matches.append(({name: outputs[name] for name in names if name in outputs}, kind))

@@ -93,7 +93,7 @@ def changed_origins(then: dict, now: dict) -> list[str]:
         now: another one, or a part of it. Only entries that both have are compared.
     """
     before, after = (_origins(record) for record in (then, now))
-    if then["task"] == "finetune":  # the weights in its record are trained
+    if then["task"] in ("finetune", "detect"):  # the weights in their records are trained
         before.pop("backbone.sha256", None)
     changed = (name for name in before if name in after and before[name] != after[name])
     return [_in_words(name, before[name], after[name], then) for name in changed]

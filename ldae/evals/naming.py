@@ -15,6 +15,7 @@ from ldae.backbones.open import backbone_folder
 from ldae.runs import layout
 from ldae.tree import difference
 
+_LONGEST = 200  # bytes of a name; file systems allow 255, and suffixes follow
 # Settings that do not change the numbers, or that a folder's name has in words.
 _NOT_IN_NAMES = ("random_init", "out", "save_stats", "batch_size", "workers", "device")
 
@@ -39,7 +40,7 @@ def default_folder(
         parts.append("random-init")
     name = "-".join(dict.fromkeys(parts + changes(*settings)))
     return unshared_folder(
-        results_home(spec) / name,
+        results_home(spec) / shortened(name),
         (data, eval_data),
         lambda record: (record["data"]["spec"], record["data"]["eval_spec"]),
     )
@@ -59,6 +60,14 @@ def unshared_folder(
             digest = hashlib.sha256("\0".join(specs).encode()).hexdigest()[:8]
             return folder.with_name(f"{folder.name}-{digest}")
     return folder
+
+
+def shortened(name: str) -> str:
+    """Return a name of a file that no file system refuses: the end of a long one is a digest."""
+    if len(name.encode()) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name.encode()[: _LONGEST - 13].decode(errors='ignore')}-{digest}"
 
 
 def results_home(spec: str) -> Path:

@@ -1,6 +1,7 @@
 """The predicted class of each evaluation image, in a file beside results.json."""
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class Predictions:
     def add(self, name: str, positions: torch.Tensor, scores: torch.Tensor) -> None:
         """Add the class of the highest score for some images.
 
-        Of equal scores the smaller class counts; -1 stands for scores that are not a number.
+        Of equal scores the smaller class counts. Scores that are not a number do not count, and -1
+        stands for an image without any other.
 
         Args:
             positions: int64 (B,), positions of the images in this rank's share.
@@ -39,7 +41,9 @@ class Predictions:
         if name not in self.classes:
             self.classes[name] = torch.zeros(len(self.source), dtype=torch.int64)
         numbers = torch.arange(scores.shape[1], device=scores.device)
-        highest = scores == scores.amax(1, keepdim=True)
+        # A class that was not learned has no score, and one that is not a number counts as none.
+        known = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        highest = (known == known.amax(1, keepdim=True)) & ~scores.isnan()
         first = torch.where(highest, numbers, scores.shape[1]).amin(1)
         first = first.masked_fill(first == scores.shape[1], -1)
         self.classes[name][positions * world_size() + rank()] = first.cpu()

@@ -3,8 +3,9 @@
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ def train_in(
     source: Source,
     *,
     row: str,
+    start: Mapping[str, Any] | None = None,
     transform: Transform,
     mixing: Callable[[Batch], Batch] | None = None,
     device: torch.device,
@@ -44,6 +46,7 @@ def train_in(
 
     Args:
         row: the name of the trained model in the records.
+        start: what the training begins from, for the checkpoints.
         transform: applied to each image by the loader.
         mixing: applied to each batch before the model sees it.
     """
@@ -88,6 +91,7 @@ def train_in(
             NAMES_HASH: names_hash(source),
             RESIZED_TWICE: resizes_twice,
             LATENTS_OF: source.latents_of,
+            **(start or {}),
         },
         compiled=compiled,
         hooks=hooks,

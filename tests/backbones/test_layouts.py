@@ -259,6 +259,18 @@ def test_a_head_that_was_fine_tuned_comes_with_its_pooling(written):
     assert torch.equal(features(opened, VIT_S)[0], torch.arange(1000.0))
 
 
+def test_the_control_of_a_file_has_its_heads_and_not_its_weights(written):
+    file = written(moco()[1])
+    trained, control = (
+        load_backbone(f"{VIT_S}@{file}", random_init=random, img_size=64)
+        for random in (False, True)
+    )
+    assert control.blocks[0].attn.num_heads == trained.blocks[0].attn.num_heads == 12
+    assert control.model_args == trained.model_args
+    weights = (model.blocks[0].mlp.fc1.weight for model in (trained, control))
+    assert not torch.equal(*weights)
+
+
 def test_the_heads_of_moco_are_part_of_the_arguments(written):
     """So a fine-tuned or exported model of it is built with them again."""
     opened = load_backbone(f"{VIT_S}@{written(moco()[1])}", img_size=64)

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from written import assert_equal, lines, weights
 
 from ldae import cli, tree
@@ -189,6 +190,21 @@ def test_a_run_of_a_former_version_resumes_with_its_constants(
     assert_same_state(run, tmp_path / "whole")
 
 
+def test_a_resumed_run_records_the_weights_that_it_began_with(tiny, exported, tmp_path, interrupts):
+    """The backbone may be a pre-training that goes on meanwhile."""
+    backbone = shutil.copytree(exported, tmp_path / "backbone")
+    config = tiny(backbone=str(backbone))
+    whole, run = finetune(config, tmp_path / "whole"), tmp_path / "parts"
+    interrupts(ClassificationLoss, 1)
+    with pytest.raises(Interrupted):
+        finetune(config, run)
+    weights = load_file(backbone / "model.safetensors")
+    save_file({name: 2 * w for name, w in weights.items()}, backbone / "model.safetensors")
+    resumed = finetune(config, run)
+    assert resumed["protocol"]["starts_from"] == whole["protocol"]["starts_from"]
+    assert resumed["results"] == whole["results"]
+
+
 def test_interrupted_equals_uninterrupted(tiny, tmp_path, interrupts):
     """RandAugment, erasing, mixup, CutMix, drop path and the moving average included."""
     config = tiny(
@@ -246,6 +262,11 @@ def test_a_search_for_micro_batches_keeps_whole_groups_and_changes_nothing(
     finetune(tiny(**changes), tmp_path / "searched")
     assert Checkpoints(tmp_path / "searched").load()["division"]["micro_batches"] == 6
     assert_same_state(tmp_path / "searched", tmp_path / "given")
+
+
+def test_one_seed_beside_several_is_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="without --seed"):
+        finetune(tiny(seed=5), tmp_path / "run", seeds=(0, 1))
 
 
 def test_the_seed_changes_the_run(tiny, tmp_path):

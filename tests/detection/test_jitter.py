@@ -68,6 +68,22 @@ def test_instances_outside_of_the_crop_are_left_out():
     assert {0, 1} <= counts
 
 
+def test_a_crop_leaves_the_box_of_what_is_seen_of_an_instance():
+    """Of an L, whose box is that of the image, a crop may show one arm or nothing."""
+    mask = np.zeros((1, 64, 64), bool)
+    mask[:, :, :8] = mask[:, 56:] = True
+    whole = np.float32([[0, 0, 64, 64]])
+    found = Instances((64, 64), whole, np.array([0]), mask)
+    jitter, counts = ScaleJitter((3, 64, 64), (0,) * 3, (2.0, 2.0)), set()
+    for seed in range(20):
+        _, target = jitter.joint(Image.new("RGB", (64, 64)), found, np.random.default_rng(seed))
+        counts.add(len(target["boxes"]))
+        for packed, box in zip(target["masks"], target["boxes"]):
+            rows, columns = np.nonzero(np.unpackbits(packed, axis=1))
+            assert box.tolist() == [min(columns), min(rows), max(columns) + 1, max(rows) + 1]
+    assert counts == {0, 1}
+
+
 def test_boxes_alone_need_no_masks():
     image, found = scene()
     boxes_only = Instances(found.size, found.boxes, found.labels, None)

@@ -63,6 +63,13 @@ def test_names_recorded_with_the_classifier_come_first():
     assert found(Named(["0", "1", "2"]), model) == ([2, 1, 0], "names")
 
 
+@pytest.mark.parametrize("classes", [12, 9])
+def test_names_with_leading_zeros_are_names(classes):
+    folders = [f"{number:02}" for number in range(1, 13)]
+    model = classifier(12, folders)
+    assert found(Named(folders[:classes]), model) == (list(range(classes)), "names")
+
+
 @pytest.mark.parametrize(
     "class_map, folders, wanted, count",
     [

@@ -108,9 +108,10 @@ def test_parts_that_only_one_record_has_are_no_change(records):
     assert compare(records(), now, ["top1"], 0.1)["explained"] == []
 
 
-def test_the_trained_weights_of_a_fine_tuning_are_a_result(records):
-    then = records(task="finetune", protocol__starts_from="s")
-    now = records(task="finetune", protocol__starts_from="s", backbone__sha256="b")
+@pytest.mark.parametrize("task", ["finetune", "detect"])
+def test_the_trained_weights_of_a_fine_tuning_are_a_result(task, records):
+    then = records(task=task, protocol__starts_from="s")
+    now = records(task=task, protocol__starts_from="s", backbone__sha256="b")
     assert changed_origins(then, now) == []
     now["protocol"]["starts_from"] = "t"
     assert changed_origins(then, now) == ["the weights of vit have changed"]

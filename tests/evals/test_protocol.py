@@ -16,7 +16,7 @@ from ldae.commands.grid import GridProtocol
 from ldae.commands.knn import knn
 from ldae.errors import InputError
 from ldae.evals.evaluation import Evaluation, Setup
-from ldae.evals.naming import changes
+from ldae.evals.naming import changes, shortened
 from ldae.evals.neighbours import KNNProtocol
 from ldae.evals.protocol import flags
 from ldae.evals.suite import read_suite
@@ -155,3 +155,10 @@ def test_lists_are_tuples_and_must_not_be_empty():
     assert changes(GridProtocol(timesteps=list(GridProtocol.timesteps))) == []
     with pytest.raises(InputError, match="k must name at least one"):
         KNNProtocol(k=[])
+
+
+def test_a_long_name_of_a_folder_is_cut_and_stays_its_own():
+    names = [f"logreg-C={'-'.join(map(str, range(n)))}" for n in (200, 201)]
+    short = [shortened(name) for name in names]
+    assert len(set(short)) == 2 and all(len(name) <= 200 for name in short)
+    assert [shortened("é" * n) == "é" * n for n in (100, 101)] == [True, False]
