@@ -1,5 +1,6 @@
 """Files that are written completely or not at all, and hashes of files and state dicts."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -78,17 +79,39 @@ def format_size(count: int) -> str:
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a file that replaces ``path`` at the end: flushed to the disk, then renamed.
 
+    Of several processes that write ``path``, one waits for the other, and the last one stands.
+
     Raises: OSError when the file cannot be written; ``path`` then stays as it was.
     """
     partial = path.with_name(path.name + PARTIAL)
-    try:
-        with open(partial, "wb") as file:
+    with _open_alone(partial) as file:
+        try:
             yield file
             publish(file, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Open an empty file that nobody else writes. Raises: OSError."""
+    while True:
+        path.touch()
+        try:
+            file = open(path, "r+b")
+        except FileNotFoundError:
+            continue  # another process has renamed it meanwhile
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                file.truncate()
+                return file
+        file.close()
 
 
 @contextmanager
@@ -132,8 +155,12 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` to ``path`` as indented JSON, as ``write`` does."""
-    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write ``value`` to ``path`` as indented JSON, as ``write`` does.
+
+    Bytes of a file's name that are no UTF-8 become JSON's escapes.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write(path, text.encode(errors="backslashreplace"))
 
 
 def read_object(path: Path) -> dict:

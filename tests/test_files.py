@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -21,6 +23,20 @@ def test_write_replaces_a_file_completely_or_not_at_all(tmp_path, monkeypatch):
         files.write_json(path, {})
     assert json.loads(path.read_text())["name"] == "größer"
     assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]
+
+
+def test_several_writers_of_a_file_wait_for_each_other(tmp_path):
+    """As jobs that fill one table. Each content is whole, and no writer fails."""
+    path, contents = tmp_path / "table.json", [bytes([number]) * 50_000 for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(partial(files.write, path), contents * 20))
+    assert path.read_bytes() in contents and [*tmp_path.iterdir()] == [path]
+
+
+def test_names_that_are_no_utf_8_are_written_with_jsons_escapes(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    files.write_json(tmp_path / "record.json", {"classes": [name, "café"]})
+    assert files.read_object(tmp_path / "record.json") == {"classes": [name, "café"]}
 
 
 def test_a_partial_folder_is_empty_and_does_not_stay(tmp_path):

@@ -32,6 +32,7 @@ _VARIANCE = 0.95  # share of the variance of patches that the axes keep
 # The fewest and the most axes. Fewer cost accuracy (benchmarks/results/cifar10-latents.json); the
 # paper has 32.
 _AXES = (8, 32)
+_LEAST_SIDE = 4  # tokens along an edge
 _IDLE = 0.05  # share of a core; less decoding than this needs no worker
 _SPARE = 1.2  # workers for each one that decoding keeps busy
 
@@ -116,9 +117,15 @@ def choose_sizes(network: Network, side: int, given: Mapping[str, Any]) -> Choic
         img_size = given["data.img_size"]
         divisors = [size for size in range(1, img_size + 1) if img_size % size == 0]
         patch_size = min(divisors, key=lambda size: abs(math.log(img_size / size / network.side)))
+        if img_size // patch_size < _LEAST_SIDE:
+            near = max(round(img_size / network.side), 1) * network.side
+            raise InputError(
+                f"data.img_size {img_size} has no patch of which {_LEAST_SIDE} fit along an edge: "
+                f"take another size, such as {near}"
+            )
     elif "model.patch_size" in given:
         patch_size = given["model.patch_size"]
-        img_size = patch_size * max(min(network.side, side // patch_size), 4)
+        img_size = patch_size * max(min(network.side, side // patch_size), _LEAST_SIDE)
     why = f"half of the images have a short side of at least {side} pixels"
     if img_size > side:
         why += "; smaller ones are enlarged"

@@ -106,7 +106,7 @@ def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = 
     return model.eval().requires_grad_(False)
 
 
-def check_chans(model: nn.Module, spec: str, in_chans: int) -> None:
+def check_chans(model: TimmModel, spec: str, in_chans: int) -> None:
     """Check that channels that are asked for are those of a model, which has its own.
 
     Raises: InputError.

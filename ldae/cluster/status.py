@@ -51,13 +51,19 @@ def _is_job(record: dict) -> bool:
     )
 
 
-def _status(record: dict, job_folder: Path, slurm: dict[str, tuple[str, str]]) -> Status:
-    """Return the status of a job. SLURM's answer goes before the job's own record."""
+def _status(record: dict, job_folder: Path, slurm: dict[str, tuple[str, str]] | None) -> Status:
+    """Return the status of a job. SLURM's answer goes before the job's own record.
+
+    ``slurm`` is what ``_query_slurm`` returns.
+    """
     recorded = read_state(job_folder)
+    is_open = recorded.get("state", "waiting") in ("waiting", "running")
     message = str(recorded.get("said", ""))
-    if record["id"] in slurm:
+    if slurm and record["id"] in slurm:
         state, reason = slurm[record["id"]]
         message = reason or message
+    elif slurm is not None and record.get("cluster") == "slurm" and is_open:
+        state, message = "cancelled", "SLURM does not know it any more"
     elif recorded.get("state") == "running" and not _is_alive(recorded):
         state, message = "failed", "its process is gone"
     else:
@@ -83,18 +89,20 @@ def _is_alive(state: dict) -> bool:
     return True
 
 
-def _query_slurm(ids: list[str]) -> dict[str, tuple[str, str]]:
-    """Return {job: (state, reason for waiting or failing)}; {} on a machine without SLURM."""
+def _query_slurm(ids: list[str]) -> dict[str, tuple[str, str]] | None:
+    """Return {job: (state, reason for waiting or failing)}; None where SLURM does not answer."""
     if not ids or not shutil.which("squeue"):
-        return {}
+        return None
     # Whole arrays, because sacct does not know a single task that was cancelled before its start.
     arrays = sorted({job.partition("_")[0] for job in ids})
     sacct = ("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", ",".join(arrays))
     squeue = ("squeue", "--me", "-r", "-h", "-o", "%i|%T|%r")
-    answers = {}
+    answers: dict[str, tuple[str, str]] = {}
     for command in (sacct, squeue):  # squeue is more up to date
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        if done.returncode and command is squeue:
+            return answers or None
+        if done.returncode:  # without accounting
             continue
         for line in done.stdout.splitlines():
             job, word, *reason = line.split("|")

@@ -152,7 +152,9 @@ def open_all(spec: str, split: Literal["train", "eval"] | None = None) -> dict[s
 def _open_split(spec: str, splits: Splits, split: str) -> Source:
     opener = splits.get(split) or splits.get("all")
     if opener is None:
-        raise InputError(f"{spec} has only an evaluation split: there is nothing to train on")
+        only = {"eval": "a training split: there is nothing to evaluate on"}
+        rest = only.get(split, "an evaluation split: there is nothing to train on")
+        raise InputError(f"{spec} has only {rest}")
     return opener()
 
 

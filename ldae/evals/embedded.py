@@ -18,6 +18,7 @@ from ldae.evals.embedded_file import (
     EmbeddedFile,
     check_same,
     is_embedded,
+    is_of_others,
     open_embedded,
 )
 from ldae.evals.features import Features, Precision, allocate_rows, known_labels
@@ -58,7 +59,7 @@ def images_or_embedded(spec: str) -> Splits:
 
     Raises: InputError as ``source_splits`` and ``open_embedded`` do.
     """
-    if not is_embedded(spec):
+    if not is_embedded(spec) or is_of_others(Path(spec)):
         return source_splits(spec)
     file = open_embedded(Path(spec))
     return {split: partial(EmbeddedSource, spec, split, file) for split in file.splits}

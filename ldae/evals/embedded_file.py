@@ -172,6 +172,16 @@ def is_embedded(spec: str | Path) -> bool:
     return path.suffix in FILES and not path.is_dir()
 
 
+def is_of_others(path: Path) -> bool:
+    """Return whether a parquet file, which can be read, is none of ``ldae embed``."""
+    if path.suffix != ".parquet" or not path.is_file():
+        return False
+    parquet = import_parquet(path)
+    with suppress(OSError, ValueError):  # the bases of pyarrow's; a damaged file is neither
+        return FORMAT.encode() not in (parquet.read_schema(path).metadata or {})
+    return False
+
+
 def open_embedded(path: Path) -> EmbeddedFile:
     """Open a file of ``ldae embed``.
 

@@ -17,7 +17,7 @@ from ldae.distributed import device_for, process_group
 from ldae.errors import InputError
 from ldae.evals.call import describe_call
 from ldae.evals.embedded import EmbeddedBackbone, check_rows, images_or_embedded
-from ldae.evals.embedded_file import is_embedded
+from ldae.evals.embedded_file import is_embedded, open_embedded
 from ldae.evals.evaluation import EncoderSetup, Evaluation, Setup
 from ldae.evals.features import known_labels
 from ldae.evals.naming import results_home
@@ -40,9 +40,12 @@ def data_of(backbone: str | Path, data: str | Path | None) -> str:
 
     Raises: InputError when there is neither.
     """
-    if data is None and not is_embedded(backbone):
+    if data is not None:
+        return str(data)
+    if not is_embedded(backbone):
         raise InputError("no images: name their source with --data SOURCE")
-    return str(data or backbone)
+    open_embedded(Path(backbone))  # refuses another parquet file, which may hold images
+    return str(backbone)
 
 
 def labelled_splits(data: str, eval_data: str | None) -> tuple[Source, Source]:

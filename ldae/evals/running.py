@@ -121,8 +121,9 @@ def read_progress(cells: Collection[Cell]) -> Progress:
     for cell in cells:
         if has_results(cell):
             progress.done.append(cell)
-        elif (file := _failure_file(cell)).is_file():
-            progress.failures[cell.results] = file.read_text(encoding="utf-8")
+        else:
+            with suppress(FileNotFoundError):  # another job may begin the cell again
+                progress.failures[cell.results] = _failure_file(cell).read_text(encoding="utf-8")
     return progress
 
 

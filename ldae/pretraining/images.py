@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ldae import console, distributed
 from ldae.data.loader import train_batches
-from ldae.data.open import open_source
+from ldae.data.open import open_source, source_splits
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
@@ -81,8 +81,12 @@ def pixel_stats(data: DataSettings) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def evaluation_images(data: DataSettings) -> Source:
-    """Open the evaluation images of a pre-training. Raises: InputError when there are none."""
-    return open_source(data.eval_source or data.source, "eval")
+    """Open the evaluation images of a pre-training, or the training images if there are no others.
+
+    Raises: InputError as ``open_source``.
+    """
+    spec = data.eval_source or data.source
+    return open_source(spec, "train" if [*source_splits(spec)] == ["train"] else "eval")
 
 
 def sample_images(data: DataSettings, device: torch.device, count: int = 12) -> torch.Tensor:

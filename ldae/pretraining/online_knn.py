@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldae.data.open import open_splits
+from ldae.data.open import open_splits, source_splits
 from ldae.errors import InputError
 from ldae.precision import float32_products
 from ldae.train.loop import Hook
@@ -30,7 +30,13 @@ def online_knn(
     from ldae.evals.neighbours import KNNProtocol, check_enough, knn_accuracy
 
     images = config.system.knn_source or config.data.source
-    splits = open_splits(images, config.data.eval_source or None)
+    if config.data.bad_images == "skip" and not config.system.knn_source:
+        raise InputError(
+            "the online k-NN leaves no image out, so data.bad_images skip needs system.knn_source, "
+            "images that can all be decoded"
+        )
+    own = config.system.knn_source and "eval" in source_splits(images)
+    splits = open_splits(images, None if own else config.data.eval_source or None)
     for split in splits:
         if split.labels is None:
             raise InputError(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ldae import distributed, files, tree
+from ldae.console import print_main
 from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.runs import kinds, layout
@@ -53,8 +54,8 @@ def open_run(
 ) -> Iterator[None]:
     """Open the folder ``run`` for a new or resumed run, and keep other processes out.
 
-    A run in the folder must be of this kind, with these settings and these images. Before its first
-    checkpoint, a run of this kind may start again with other settings.
+    A run in the folder must be of this kind, with these settings and images of these names. Before
+    its first checkpoint, a run of this kind may start again with other settings and images.
 
     Args:
         run: the folder, which is created if there is none.
@@ -69,8 +70,11 @@ def open_run(
         settings that differ; and when another process uses the folder.
     """
     with locked(run):
-        before = _settings_before(run, kind)
+        before, images = _settings_before(run, kind), names_hash(source)
         changed = {} if before is None else _changed(run, before, config, source, ignored)
+        known = files.read_object(run / layout.ENVIRONMENT).get("images", images)
+        if known != images and not Checkpoints(run).paths():  # a checkpoint knows its images itself
+            changed[NAMES_HASH] = (known, images)
         if changed and (fixed or Checkpoints(run).paths()):
             names = ", ".join(
                 f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
@@ -86,7 +90,7 @@ def open_run(
                 for name in _OF_THE_SETTINGS:
                     (run / name).unlink(missing_ok=True)
             files.write(run / layout.CONFIG, kinds.to_yaml(config, kind).encode())
-            record = environment(device) | {"ranks": distributed.world_size()}
+            record = environment(device) | {"ranks": distributed.world_size(), "images": images}
             files.write_json(run / layout.ENVIRONMENT, record)
         distributed.barrier()
         yield
@@ -99,7 +103,8 @@ def _settings_before(run: Path, kind: str) -> Settings | None:
     """
     if kinds.kind_of(run):
         return kinds.settings_of(run, kind)
-    if run.is_dir() and any(path.name not in _NOT_OF_A_RUN for path in run.iterdir()):
+    names = [path.name for path in run.iterdir()] if run.is_dir() else []
+    if any(name not in _NOT_OF_A_RUN and not name.endswith(files.PARTIAL) for name in names):
         raise InputError(f"run folder {run} is not empty and holds no run")
     return None
 
@@ -112,6 +117,9 @@ def _changed(
     described = Checkpoints(run).describe() or {}
     if described.get(NAMES_HASH) == names_hash(source):
         ignored += ("data.source",)
+        there, here = before.data.source, config.data.source
+        if there != here:
+            print_main(f"{here} in place of {there}: their images have the same names")
         if described.get(LATENTS_OF) == source.latents_of:
             ignored += ("data.latents",)
     changed = tree.difference(before, config)

@@ -219,3 +219,8 @@ def test_every_choice_has_a_reason():
     ]
     assert all(choice.why for choice in choices)
     assert rule.choose_network(PARAMETERS, pace_of, IMAGES, GPU, 4)[1]
+
+
+def test_a_size_without_a_fitting_patch_is_refused():
+    with pytest.raises(InputError, match="data.img_size 97 has no patch .* such as 96"):
+        rule.choose_sizes(NETWORKS[0], 224, {"data.img_size": 97})

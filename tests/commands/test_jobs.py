@@ -105,6 +105,23 @@ def test_slurms_answer_goes_before_the_records(folder, tmp_path):
     ]
 
 
+def test_a_job_that_slurm_does_not_know_any_more_has_been_cancelled(folder, tmp_path):
+    """On a cluster without accounting, a job that did not begin leaves nothing else."""
+    (tmp_path / "bin" / "sacct").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho '2|PENDING|Priority'\n")
+    for name in ("sacct", "squeue"):
+        (tmp_path / "bin" / name).chmod(0o755)
+    folder("1")
+    folder("2")
+    folder("3", state="done")
+    folder("4", state="running", host="node", pid=1)
+    folder("5", cluster="local")
+    states = ["cancelled", "waiting", "done", "cancelled", "waiting"]
+    assert [status.state for status in read_statuses(tmp_path)] == states
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")  # SLURM does not answer
+    assert [status.state for status in read_statuses(tmp_path)][0] == "waiting"
+
+
 def test_a_folder_without_jobs_is_refused(tmp_path):
     with pytest.raises(InputError, match="no job was sent from"):
         jobs.jobs(tmp_path)

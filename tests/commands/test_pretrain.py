@@ -422,6 +422,22 @@ def test_the_images_of_a_run_may_move_but_not_change(folder, tiny, tmp_path, int
     assert kinds.settings_of(tmp_path / "copy", "pretraining") == config
 
 
+def test_a_run_without_a_checkpoint_fits_its_tokenizer_to_the_images_that_are_there_now(
+    folder, tiny, tmp_path
+):
+    """As when it was killed while the images were still copied."""
+    run, config = tmp_path / "run", tiny(data__source=str(folder))
+    pretrain(config, run, "l_dae")
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "tokenizer.safetensors").read_bytes()
+    pretrain(config, run, "l_dae")
+    assert (run / "tokenizer.safetensors").read_bytes() == before
+    shutil.rmtree(run / "checkpoints")
+    shutil.copyfile(folder / "00.png", folder / "99.png")
+    pretrain(config, run, "l_dae")
+    assert (run / "tokenizer.safetensors").read_bytes() != before
+
+
 def test_a_run_without_a_checkpoint_may_start_again_with_other_settings(tiny, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(InputError, match="loss is nan|loss is inf"):

@@ -1,6 +1,7 @@
 """Files of features in parquet hold what the .npy files and their tables hold."""
 
 import csv
+import io
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from ldae.commands.embed import embed
 from ldae.commands.knn import knn
@@ -98,3 +100,18 @@ def test_damage_is_one_sentence(damage, message):
     damage()
     with pytest.raises(InputError, match=message):
         knn(str(FILE), setup=Setup(device="cpu", out=Path("o")))
+
+
+def test_a_parquet_file_of_images_is_a_source_of_images(tmp_path):
+    images = []
+    for pixels in np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8):
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "PNG")
+        images.append({"bytes": content.getvalue()})
+    table = pyarrow.table({"image": images, "label": [n // 10 for n in range(20)]})
+    for name in ("train", "val"):
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    setup = Setup(device="cpu", workers=0, out=tmp_path / "out")
+    splits = (tmp_path / f"{name}.parquet" for name in ("train", "val"))
+    record = knn("pixels:8", *splits, protocol=KNNProtocol(k=(1,)), setup=setup)
+    assert record["results"]["top1_k1"] == 100
