@@ -79,8 +79,11 @@ def cache(
     """
     source, out = str(source), Path(out) if out else None
     if check:
-        if out:
-            raise InputError(f"--check takes only the cache to check, not {out} too")
+        others = {"side": side, "in-chans": in_chans, "split": split, "device": device}
+        others |= {"latents": latents, "workers": workers}
+        given = [f"--{name}" for name, value in others.items() if value is not None]
+        if out or given:
+            raise InputError(f"--check takes only the cache to check, not {out or given[0]} too")
         _check(open_cache(Path(source)))
         return Path(source)
     if out is None or out.suffix.lower() != SUFFIX:

@@ -69,6 +69,8 @@ def open_run(
     Raises: InputError when the folder holds something else or another run, naming its kind or the
         settings that differ; and when another process uses the folder.
     """
+    if not kinds.kind_of(run):
+        _check_outside(run, source)
     with locked(run):
         before, images = _settings_before(run, kind), names_hash(source)
         changed = {} if before is None else _changed(run, before, config, source, ignored)
@@ -107,6 +109,14 @@ def _settings_before(run: Path, kind: str) -> Settings | None:
     if any(name not in _NOT_OF_A_RUN and not name.endswith(files.PARTIAL) for name in names):
         raise InputError(f"run folder {run} is not empty and holds no run")
     return None
+
+
+def _check_outside(run: Path, source: Source) -> None:
+    """Refuse a folder among the images, which would be other ones with the pictures of the run."""
+    folder = Path(source.spec).expanduser()
+    if source.split == "all" and folder.is_dir():
+        if run.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"run folder {run} lies among the images {folder}: name another --run")
 
 
 def _changed(

@@ -237,6 +237,7 @@ def test_wrong_arguments_are_refused(folder, tmp_path):
         ((SOURCE,), {}, "name the file to write, which ends in .safetensors"),
         ((SOURCE, tmp_path / "a.cache"), {}, "name the file to write, which ends in .safetensors"),
         ((SOURCE, out), {"check": True}, "--check takes only the cache"),
+        ((SOURCE,), {"check": True, "side": 64}, "--check takes only the cache .* not --side"),
         ((SOURCE, out), {"workers": -1}, "workers must be at least 0"),
         ((SOURCE, out), {"side": 0}, "img_size and in_chans must be at least 1"),
         ((str(tmp_path / "no"),), {"check": True}, "no cannot be read: No such file"),

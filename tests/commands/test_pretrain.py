@@ -438,6 +438,13 @@ def test_a_run_without_a_checkpoint_fits_its_tokenizer_to_the_images_that_are_th
     assert (run / "tokenizer.safetensors").read_bytes() != before
 
 
+def test_a_run_among_its_images_is_refused(folder, tiny):
+    """Its pictures would be images at the next start."""
+    with pytest.raises(InputError, match="run folder .* lies among the images"):
+        pretrain(tiny(data__source=str(folder)), folder / "runs" / "mine", "l_dae")
+    assert not (folder / "runs").exists()
+
+
 def test_a_run_without_a_checkpoint_may_start_again_with_other_settings(tiny, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(InputError, match="loss is nan|loss is inf"):
