@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Generator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -118,7 +119,6 @@ def waits(args: argparse.Namespace, device: torch.device) -> dict:
     config = config_of("loop", args, log_every=10**6, save_minutes=1e9)
     ahead = 2 if device.type == "cuda" else 1  # batches fetched before the first step
     first = WARM_UP + ahead
-    loop._RECORDS = 1  # a record of metrics waits for the GPU: the only one is at the end
 
     def watched(start: int, micro_batches: int) -> Generator[Batch]:
         for number, batch in enumerate(random_batches(config, batch_of("loop", args), start)):
@@ -127,7 +127,9 @@ def waits(args: argparse.Namespace, device: torch.device) -> dict:
                 torch.cuda.set_sync_debug_mode(mode)
             yield batch
 
-    with tempfile.TemporaryDirectory() as folder:
+    # A record of metrics waits for the GPU: the only one is at the end.
+    once = patch.object(loop, "_RECORDS", 1)
+    with tempfile.TemporaryDirectory() as folder, once:
         steps = first + STEPS + 1
         prepare_loop(config, device, Path(folder), steps, batch_of("loop", args), watched).train()
     what = {"what": "steps of the training loop in which no operation waits for the GPU"}

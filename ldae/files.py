@@ -1,6 +1,5 @@
 """Files that are written completely or not at all, and hashes of files and state dicts."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -105,7 +104,9 @@ def _open_alone(path: Path) -> BinaryIO:
         except OSError:
             path.unlink(missing_ok=True)
             raise
-        with suppress(OSError):  # some network file systems have no locks
+        with suppress(ImportError, OSError):  # Windows and some network disks have no locks
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):

@@ -220,7 +220,7 @@ def test_an_export_of_an_export_keeps_card_license_and_whitening(exports, run, t
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("ldae.commands.export._open", None)  # the work
+    monkeypatch.setattr("ldae.commands.export.open_network", None)  # the work
     with pytest.raises(InputError, match="file/deep cannot be written: .*file is not a writable"):
         export("runs/l_dae", tmp_path / "file" / "deep" / "out")
 

@@ -273,11 +273,12 @@ def test_each_pass_of_a_fit_gives_the_same_images(workers, tiny, tmp_path):
 
 @pytest.mark.parametrize("row", ["l_dae", "patch_ae"])
 def test_a_fit_names_the_images_that_it_skips(row, tiny, pictures, tmp_path):
-    source = pictures(16)
+    source, folder = pictures(16), tmp_path / "images"
+    folder.mkdir()
     for i in range(16):
-        source.image(i).save(tmp_path / f"{i:02}.png")
-    (tmp_path / "05.png").write_bytes(b"")
-    config = tiny(row, data__source=str(tmp_path), data__bad_images="skip")
+        source.image(i).save(folder / f"{i:02}.png")
+    (folder / "05.png").write_bytes(b"")
+    config = tiny(row, data__source=str(folder), data__bad_images="skip")
     fit_tokenizer(config, tmp_path / "run", row)
     skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert skipped.keys() == {"05.png"} and "05.png cannot be decoded" in skipped["05.png"]
