@@ -215,6 +215,19 @@ def _contest(folder: str, names: Sequence[str] = (), graders: Sequence[str] = ()
     return markdown(["in percent", *(_GRADERS[name] for name in graders), "images"], rows)
 
 
+def _course() -> str:
+    """What the contest's two best reach at the end of an hour, by one seed."""
+    found = _read("contest", "course.json")
+    ends = {part["name"]: part["checkpoints"][-1] for part in found["contestants"]}
+    graders = [*found["pixels"]]
+    rows = [
+        [name, *(f"{end['accuracies'][grader]:.1f}" for grader in graders), f"{end['images']:,}"]
+        for name, end in ends.items()
+    ]
+    rows.append(["raw pixels", *(f"{found['pixels'][grader]:.1f}" for grader in graders), ""])
+    return markdown(["in percent", *(_GRADERS[name] for name in graders), "images"], rows)
+
+
 def _difference(found: dict) -> str:
     low, high = found["interval"]
     return f"{found['difference']:+.1f} ({low:.1f} to {high:.1f})"
@@ -275,6 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "leads": _leads,
     "contest": lambda: _contest("cifar10"),
     "contest-imagenette": lambda: _contest("imagenette"),
+    "course": _course,
     "contest-xeon": lambda: _contest("cifar10-xeon"),
     "guidance": _guidance,
     "soak": _soak,
