@@ -8,7 +8,7 @@ from ldae import launch
 from ldae.cli.arguments import call, check_arguments
 from ldae.cli.commands import IN_RANKS, WITHOUT_JOBS, check_command, function_of
 from ldae.cli.flags import asks_help
-from ldae.cluster.send import log_path, send
+from ldae.cluster.array import send_array
 from ldae.cluster.settings import (
     FLAG,
     SlurmSettings,
@@ -66,9 +66,8 @@ def _send(command: str, argv: Sequence[str], flags: Sequence[str], devices: int)
         _send_cells(argv, settings)
         return
     check_arguments(command, argv)  # refuse wrong arguments before the job waits for hours
-    (job,) = send([[command, *argv]], settings, folder_of(settings, argv))
-    what = f"ldae {command} ({settings.resources})"
-    print(f"job {job.job_id}: {what}; its log is {log_path(job)}", flush=True)
+    words = {f"ldae {command}": [command, *argv]}
+    (job,) = send_array(words, settings, folder_of(settings, argv))
     if settings.cluster == "debug":
         job.results()
 

@@ -208,7 +208,7 @@ def _cells(evaluation: Evaluation, method: LDAE) -> Iterator[dict]:
             try:
                 cells = _probe(evaluation, method, one.kind, one.t, held)
             except KeyboardInterrupt:
-                done = sum(path.path.exists() for path in passes)
+                done = sum(each.path.exists() for each in passes)
                 print_main(f"passes kept: {done} of {len(passes)}; the same command goes on")
                 raise
             if is_main():
