@@ -113,18 +113,36 @@ def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
-class _EvaluationOrder(Dataset):
-    """Samples by index. Errors are values here, for DataLoader would wrap them in tracebacks."""
+class _Samples(Dataset):
+    """Samples of a source. Errors are values here, for DataLoader would wrap them in tracebacks."""
 
     def __init__(self, source: Source, transform: Transform):
         self.source = source
         self.transform = transform
+        # Asked once: isinstance of a protocol takes longer than the copy of an image of a cache.
+        self._is_joint = isinstance(transform, JointTransform)
+
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[torch.Tensor, Any]:
+        """Return the transformed image ``index`` and its target.
+
+        Raises: BadImage when the image cannot be decoded or does not fit the transform.
+        """
+        image, target = self.source.image(index), self.source.target(index)
+        try:
+            if self._is_joint:
+                return self.transform.joint(image, target, rng)
+            return self.transform(image, rng), target
+        except InputError as error:
+            raise BadImage(f"{self.source.where(index)} is {error}") from error
+
+
+class _EvaluationOrder(_Samples):
+    """Samples by index."""
 
     def __getitem__(self, index: int) -> Sample | InputError:
         index = int(index)
         try:
-            rng = np.random.default_rng(index)
-            return *_image_and_target(self.source, self.transform, index, rng), index, []
+            return *self._read(index, np.random.default_rng(index)), index, []
         except InputError as error:
             return error
 
@@ -141,12 +159,11 @@ class _Crops(_EvaluationOrder):
         return sample[0], 0, index, []
 
 
-class _TrainingOrder(Dataset):
-    """Samples by position in the endless training order, errors as values."""
+class _TrainingOrder(_Samples):
+    """Samples by position in the endless training order."""
 
     def __init__(self, source: Source, transform: Transform, seed: int, skip: bool):
-        self.source = source
-        self.transform = transform
+        super().__init__(source, transform)
         self.seed = seed
         self.skip = skip
 
@@ -158,25 +175,9 @@ class _TrainingOrder(Dataset):
             index = int(order[(place + attempt) % len(order)])
             rng = np.random.default_rng([self.seed, position])
             try:
-                return *_image_and_target(self.source, self.transform, index, rng), position, bad
+                return *self._read(index, rng), position, bad
             except BadImage as error:
                 if not self.skip:
                     return error
                 bad.append((self.source.name(index), str(error)))
         return InputError(f"none of the {len(order)} images of {self.source.spec} can be decoded")
-
-
-def _image_and_target(
-    source: Source, transform: Transform, index: int, rng: np.random.Generator
-) -> tuple[torch.Tensor, Any]:
-    """Return the transformed image ``index`` and its target.
-
-    Raises: BadImage when the image cannot be decoded or does not fit the transform.
-    """
-    image, target = source.image(index), source.target(index)
-    try:
-        if isinstance(transform, JointTransform):
-            return transform.joint(image, target, rng)
-        return transform(image, rng), target
-    except InputError as error:
-        raise BadImage(f"{source.where(index)} is {error}") from error
