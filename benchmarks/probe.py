@@ -22,9 +22,9 @@ from ldae.backbones.open import load_backbone
 from ldae.commands.linear import CachedProtocol, LDAEProtocol
 from ldae.data.open import open_source
 from ldae.distributed import device_for
+from ldae.evals.augmented import train_on_augmented
 from ldae.evals.features import Encoder, extract_share
 from ldae.evals.heads import Head, train_heads
-from ldae.evals.online import train_online
 from ldae.evals.taps import Tap
 from ldae.files import write_json
 from ldae.pretraining.timing import synchronize
@@ -88,7 +88,7 @@ def main() -> None:
         "heads one by one": seconds(lambda: [learn([head]) for head in heads], 1),
     }
     with tempfile.TemporaryDirectory() as folder:
-        total = seconds(lambda: train_online(encoder, source, online, Path(folder)), 1)
+        total = seconds(lambda: train_on_augmented(encoder, source, online, Path(folder)), 1)
     epoch = total / args.online_epochs
     sweep = measured["extraction"] + measured["heads together"]
     record = {

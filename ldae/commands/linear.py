@@ -9,6 +9,12 @@ from tyro.conf import Fixed
 
 from ldae.console import print_main
 from ldae.errors import InputError
+from ldae.evals.augmented import (
+    AugmentedProtocol,
+    check_batch_sizes,
+    remove_training,
+    train_on_augmented,
+)
 from ldae.evals.classifier import check_savable, save_classifier
 from ldae.evals.evaluation import (
     EvalSourceSpec,
@@ -27,7 +33,6 @@ from ldae.evals.heads import (
     sweep,
     train_heads,
 )
-from ldae.evals.online import OnlineProtocol, check_batch_sizes, remove_training, train_online
 from ldae.evals.open import data_of, open_evaluation
 from ldae.evals.predictions import Predictions
 from ldae.evals.seeds import over_seeds
@@ -70,7 +75,7 @@ class CachedProtocol(SweepProtocol):
 
 
 @dataclass(frozen=True)
-class MAEProtocol(OnlineProtocol):
+class MAEProtocol(AugmentedProtocol):
     """MAE's probe by LARS, on images that are augmented anew in every epoch.
 
     Source: MAE, main_linprobe.py, util/lars.py, util/crop.py, util/lr_sched.py, FINETUNE.md.
@@ -82,7 +87,7 @@ class MAEProtocol(OnlineProtocol):
 
 
 @dataclass(frozen=True)
-class LDAEProtocol(OnlineProtocol):
+class LDAEProtocol(AugmentedProtocol):
     """MAE's probe by SGD at the rate of the l-DAE paper, which states no optimizer.
 
     The rate is 6.4e-3 at a batch of 16,384.
@@ -124,7 +129,7 @@ def linear(
     """
     save = Path(save) if save else None
     data, cached = data_of(backbone, data), isinstance(protocol, CachedProtocol)
-    task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_online)
+    task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_on_augmented)
     with open_evaluation(
         task, backbone, data, eval_data, protocol, setup, predictions=predictions
     ) as evaluation:
@@ -157,11 +162,13 @@ def _sweep(evaluation: Evaluation, predicted: Predictions | None) -> tuple[Heads
     return heads, results, heads.weight.shape[2]
 
 
-def _train_online(evaluation: Evaluation, predicted: Predictions | None) -> tuple[Heads, dict, int]:
+def _train_on_augmented(
+    evaluation: Evaluation, predicted: Predictions | None
+) -> tuple[Heads, dict, int]:
     """Return the head trained on augmented images, its results and the width of its features."""
     protocol, encoder = evaluation.protocol, evaluation.encoder()
     check_batch_sizes(encoder, len(evaluation.train), protocol)
-    heads, record = train_online(encoder, evaluation.train, protocol, evaluation.folder)
+    heads, record = train_on_augmented(encoder, evaluation.train, protocol, evaluation.folder)
     test = extract_share(encoder, evaluation.eval)
     top1, top5 = grade_heads({Tap(): heads}, test, evaluation.device)[Tap()][0].tolist()
     if predicted:

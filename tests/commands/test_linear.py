@@ -159,7 +159,7 @@ def test_the_command_runs_protocols_of_a_fixed_rate(tmp_path, monkeypatch, capsy
 )
 def test_wrong_settings_are_refused_before_extraction(protocol, given, message, monkeypatch):
     monkeypatch.setattr("ldae.evals.evaluation.extract_share", None)
-    monkeypatch.setattr("ldae.commands.linear.train_online", None)
+    monkeypatch.setattr("ldae.commands.linear.train_on_augmented", None)
     with pytest.raises(InputError, match=message):
         linear("test_vit", "digits", protocol=protocol(**given), setup=CONTROL)
 

@@ -15,7 +15,7 @@ import ldae
 from ldae import cli
 from ldae.commands.rerun import rerun
 from ldae.errors import DifferentResult, InputError
-from ldae.evals.online import _Probe
+from ldae.evals.augmented import _Probe
 from ldae.runs.checkpoints import Checkpoints
 
 SETUP = ldae.Setup(workers=0, device="cpu")

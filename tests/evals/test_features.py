@@ -16,10 +16,10 @@ from ldae.data.digits import ScatteredDigits
 from ldae.data.source import Source
 from ldae.distributed import process_group, rank
 from ldae.errors import InputError
+from ldae.evals.augmented import train_on_augmented
 from ldae.evals.features import Encoder, Features, cache_features, extract_share, gather_rows
 from ldae.evals.heads import grade_heads, train_heads
 from ldae.evals.neighbours import KNNProtocol, knn_accuracy
-from ldae.evals.online import train_online
 from ldae.evals.taps import Tap, TapReader, TokenMapReader
 
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def test_a_map_is_refused(pictures):
 
 
 def grades(source: Source, folder: Path) -> dict:
-    """Return what the ranks compute together; the online probe's checkpoints are in ``folder``."""
+    """Return what the ranks compute together; a probe's checkpoints are in ``folder``."""
     model = load_backbone("test_vit", random_init=True, img_size=16)
     own = extract(model, source, 3, taps=TAPS)
     every = Features(own.features, own.labels)  # all columns
@@ -145,8 +145,8 @@ def grades(source: Source, folder: Path) -> dict:
     sweep = CachedProtocol(learning_rates=(0.1, 1.0), epochs=3, total_batch=4, pools=("avg",))
     wanted = sweep.heads_of(TAPS[:2])
     heads = train_heads(own, wanted, 3, sweep, CPU, ~held)
-    online = MAEProtocol(blr=50.0, epochs=3, warmup_epochs=1, total_batch=12, batchnorm_batch=4)
-    head, _ = train_online(Encoder(model, CPU, batch_size=3), source, online, folder)
+    augmented = MAEProtocol(blr=50.0, epochs=3, warmup_epochs=1, total_batch=12, batchnorm_batch=4)
+    head, _ = train_on_augmented(Encoder(model, CPU, batch_size=3), source, augmented, folder)
     chosen = torch.arange(len(source)) % 4 == 0  # of one rank only
     some = own._replace(features=own.features[:, :64])
     nearest = KNNProtocol(k=(1, 3), leave_one_out=True)
@@ -158,7 +158,7 @@ def grades(source: Source, folder: Path) -> dict:
         "share": len(own.labels),
         "heads": {str(tap): part.state_dict() for tap, part in heads.items()},
         "held out": {str(t): top for t, top in grade_heads(heads, own, CPU, held).items()},
-        "online": head.state_dict(),
+        "augmented": head.state_dict(),
         "knn": knn_accuracy(some, some, nearest),
         "few-shot knn": knn_accuracy(some, some, nearest, chosen=chosen),
         "retrieval": retrieval(some, some, order),
@@ -191,9 +191,12 @@ def test_two_ranks_compute_the_same_as_one(pictures, tmp_path, on_ranks):
     assert [one.pop("share") for one in found] == [7, 6] and alone.pop("share") == 13
     for one in found:
         torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-5)
-        same = (one[key] for key in ("features", "heads", "online"))
+        same = (one[key] for key in ("features", "heads", "augmented"))
         torch.testing.assert_close(
-            list(same), [found[0][key] for key in ("features", "heads", "online")], rtol=0, atol=0
+            list(same),
+            [found[0][key] for key in ("features", "heads", "augmented")],
+            rtol=0,
+            atol=0,
         )
 
 

@@ -1,4 +1,4 @@
-"""The online probes follow MAE's recipe, on any device and with any batch size."""
+"""The probes on augmented images follow MAE's recipe, on any device and with any batch size."""
 
 import math
 import os
@@ -17,9 +17,9 @@ from ldae.data.loader import epoch_order
 from ldae.data.transforms import CropTransform
 from ldae.distributed import process_group
 from ldae.errors import InputError
+from ldae.evals.augmented import batch_sizes, optimizer_of, remove_training, train_on_augmented
 from ldae.evals.features import Encoder
 from ldae.evals.heads import Heads
-from ldae.evals.online import batch_sizes, optimizer_of, remove_training, train_online
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import Interrupted
 
@@ -111,7 +111,7 @@ def test_probe_follows_maes_recipe_at_any_batch_size_of_the_device(vit, pictures
     norm, linear = slow_probe(vit, source, SHORT)
     for batch_size in (3, 64):
         folder = tmp_path / str(batch_size)
-        heads, record = train_online(
+        heads, record = train_on_augmented(
             Encoder(vit, CPU, batch_size=batch_size), source, SHORT, folder
         )
         for found, wanted in (
@@ -149,7 +149,7 @@ def test_other_optimizers_learn_too(vit, pictures, optimizer, tmp_path):
     protocol = LDAEProtocol(
         blr=0.01, epochs=2, warmup_epochs=0, total_batch=8, batchnorm_batch=8, optimizer=optimizer
     )
-    heads, _ = train_online(Encoder(vit, CPU), pictures(16), protocol, tmp_path)
+    heads, _ = train_on_augmented(Encoder(vit, CPU), pictures(16), protocol, tmp_path)
     assert not torch.allclose(heads.weight, Heads(1, 64, 3, protocol).weight, atol=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_features_that_are_not_finite_are_refused(pictures, tmp_path):
     model = load_backbone("pixels:16")
     model.forward = lambda images: images.flatten(1) / 0
     with pytest.raises(InputError, match="an augmented image of pictures in fp32 are not finite"):
-        train_online(Encoder(model, CPU), pictures(16), SHORT, tmp_path)
+        train_on_augmented(Encoder(model, CPU), pictures(16), SHORT, tmp_path)
 
 
 @pytest.fixture
@@ -184,19 +184,19 @@ def test_a_stopped_or_killed_probe_resumes_to_the_same_bits(
     vit, pictures, stopped_at, fork, tmp_path
 ):
     source, encoder = pictures(61), Encoder(vit, CPU)
-    whole, record = train_online(encoder, source, SHORT, tmp_path / "whole")
+    whole, record = train_on_augmented(encoder, source, SHORT, tmp_path / "whole")
     folder = tmp_path / "parts"
     with pytest.raises(Interrupted, match="stopped at image 96 of 264; all progress is saved"):
-        train_online(stopped_at(4), source, SHORT, folder)
+        train_on_augmented(stopped_at(4), source, SHORT, folder)
     how = (stopped_at(2, signal.SIGKILL), source, SHORT, folder)
-    killed = fork.Process(target=train_online, args=how)
+    killed = fork.Process(target=train_on_augmented, args=how)
     killed.start()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     with pytest.raises(Interrupted, match="stopped at image 168 of 264"):
-        train_online(stopped_at(3), source, SHORT, folder)
+        train_on_augmented(stopped_at(3), source, SHORT, folder)
     for _ in range(2):  # the second time nothing is left to do
-        parts, other = train_online(encoder, source, SHORT, folder)
+        parts, other = train_on_augmented(encoder, source, SHORT, folder)
         assert other == record
         for name, value in whole.state_dict().items():
             assert torch.equal(parts.state_dict()[name], value), name
@@ -216,25 +216,25 @@ def test_a_stopped_or_killed_probe_resumes_to_the_same_bits(
 def test_checkpoints_of_another_probe_are_not_used(vit, pictures, stopped_at, tmp_path):
     for protocol, count in ((SHORT, 61), (replace(SHORT, seed=1), 61), (SHORT, 60)):
         alone = tmp_path / f"seed {protocol.seed}, {count} images"
-        whole, _ = train_online(Encoder(vit, CPU), pictures(count), protocol, alone)
+        whole, _ = train_on_augmented(Encoder(vit, CPU), pictures(count), protocol, alone)
         with pytest.raises(Interrupted, match="stopped at image 48 of"):
-            train_online(stopped_at(2), pictures(count), protocol, tmp_path)
+            train_on_augmented(stopped_at(2), pictures(count), protocol, tmp_path)
         if count == 61:
             continue
-        parts, _ = train_online(Encoder(vit, CPU), pictures(count), protocol, tmp_path)
+        parts, _ = train_on_augmented(Encoder(vit, CPU), pictures(count), protocol, tmp_path)
         assert torch.equal(parts.weight, whole.weight)
 
 
 def test_two_ranks_resume_what_one_rank_began(vit, pictures, stopped_at, tmp_path, on_ranks):
     """The run stops after 5 updates of 3 groups, when the second rank is next."""
     source, encoder = pictures(61), Encoder(vit, CPU)
-    whole, _ = train_online(encoder, source, SHORT, tmp_path / "whole")
+    whole, _ = train_on_augmented(encoder, source, SHORT, tmp_path / "whole")
     with pytest.raises(Interrupted, match="stopped at image 120 of"):
-        train_online(stopped_at(5), source, SHORT, tmp_path)
+        train_on_augmented(stopped_at(5), source, SHORT, tmp_path)
 
     def work():
         with process_group(CPU):
-            parts, _ = train_online(encoder, source, SHORT, tmp_path)
+            parts, _ = train_on_augmented(encoder, source, SHORT, tmp_path)
             torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-5)
 
     assert on_ranks(work) == ["", ""]
@@ -245,13 +245,13 @@ def test_ranks_share_the_groups_evenly(ranks, groups, each, vit, pictures, tmp_p
     """With 6 groups on 4 ranks, two ranks compute the same half."""
     source, encoder = pictures(61), Encoder(vit, CPU)
     protocol = replace(SHORT, epochs=2, total_batch=8 * groups)
-    whole, record = train_online(encoder, source, protocol, tmp_path / "one")
+    whole, record = train_on_augmented(encoder, source, protocol, tmp_path / "one")
 
     def work():
         calls, original = [], encoder.on_device
         encoder.on_device = lambda images: calls.append(len(images)) or original(images)
         with process_group(CPU):
-            found, _ = train_online(encoder, source, protocol, tmp_path / "ranks")
+            found, _ = train_on_augmented(encoder, source, protocol, tmp_path / "ranks")
         assert calls == [8] * (record["images_seen"] // protocol.total_batch * each)
         for name in ("running_mean", "running_var"):  # each group once, in order
             assert torch.equal(getattr(found.norm, name), getattr(whole.norm, name))

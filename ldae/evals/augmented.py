@@ -39,7 +39,7 @@ _LOG_IMAGES = 2**14  # images between two lines of progress
 
 
 @dataclass(frozen=True)
-class OnlineProtocol(Protocol):
+class AugmentedProtocol(Protocol):
     """The constants of a probe on augmented images. Source: MAE, main_linprobe.py, FINETUNE.md."""
 
     name: Fixed[str]
@@ -108,7 +108,7 @@ class BatchSizes(NamedTuple):
         return math.gcd(self.groups, world_size())
 
 
-def batch_sizes(images: int, protocol: OnlineProtocol) -> BatchSizes:
+def batch_sizes(images: int, protocol: AugmentedProtocol) -> BatchSizes:
     """Return the protocol's sizes, or the largest whole groups that fit a smaller set of images.
 
     Raises: InputError when the batch is not a multiple of the group.
@@ -124,7 +124,7 @@ def batch_sizes(images: int, protocol: OnlineProtocol) -> BatchSizes:
     return BatchSizes(group, groups, updates)
 
 
-def check_batch_sizes(encoder: Encoder, images: int, protocol: OnlineProtocol) -> None:
+def check_batch_sizes(encoder: Encoder, images: int, protocol: AugmentedProtocol) -> None:
     """Report when the train images do not fill a batch.
 
     Raises: InputError as ``batch_sizes`` does, and for a backbone of images that are not square.
@@ -148,7 +148,7 @@ class _Probe(Heads):
         self,
         encoder: Encoder,
         source: Source,
-        protocol: OnlineProtocol,
+        protocol: AugmentedProtocol,
         classes: int,
     ) -> None:
         super().__init__(1, encoder.dim, classes, protocol)
@@ -185,10 +185,10 @@ class _Probe(Heads):
             self.track(mean, var, self.sizes.group)
 
 
-def train_online(
+def train_on_augmented(
     encoder: Encoder,
     source: Source,
-    protocol: OnlineProtocol,
+    protocol: AugmentedProtocol,
     folder: Path,
 ) -> tuple[Heads, dict]:
     """Train a head by the protocol; ``folder`` holds checkpoints and metrics meanwhile.
@@ -276,7 +276,7 @@ def remove_training(folder: Path) -> None:
             checkpoints.folder.rmdir()
 
 
-def optimizer_of(heads: Heads, protocol: OnlineProtocol) -> torch.optim.Optimizer:
+def optimizer_of(heads: Heads, protocol: AugmentedProtocol) -> torch.optim.Optimizer:
     """Return the optimizer of the head; the loop sets the learning rate before each step.
 
     timm's LARS equals MAE's, which multiplies by the learning rate after the momentum, with two
