@@ -44,10 +44,10 @@ from ldae.detection.settings import DetectConfig as DetectConfig
 from ldae.errors import DifferentResult as DifferentResult
 from ldae.errors import InputError as InputError
 from ldae.errors import LostRank as LostRank
-from ldae.evals.dense import SegmentProtocol as SegmentProtocol
 from ldae.evals.evaluation import EncoderSetup as EncoderSetup
 from ldae.evals.evaluation import Setup as Setup
 from ldae.evals.neighbours import KNNProtocol as KNNProtocol
+from ldae.evals.segmentation import SegmentProtocol as SegmentProtocol
 from ldae.finetuning.recipes import finetune_config as finetune_config
 from ldae.finetuning.settings import FinetuneConfig as FinetuneConfig
 from ldae.pretraining.open import Denoised as Denoised

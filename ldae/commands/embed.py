@@ -29,7 +29,6 @@ from ldae.distributed import (
     world_size,
 )
 from ldae.errors import InputError
-from ldae.evals.dense import SegmentProtocol
 from ldae.evals.embedded_file import (
     FILES,
     FORMAT,
@@ -53,6 +52,7 @@ from ldae.evals.embedding import (
 from ldae.evals.evaluation import BackboneSpec, EncoderSetup, describe_backbone
 from ldae.evals.features import Encoder, gather_rows
 from ldae.evals.open import open_backbone
+from ldae.evals.segmentation import SegmentProtocol
 from ldae.evals.taps import Pool, Tap, TapReader, TokenMapReader, taps_of
 from ldae.evals.whitening import WhiteningProtocol
 from ldae.runs.environment import environment

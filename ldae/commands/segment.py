@@ -11,7 +11,11 @@ from ldae.data.label_maps import open_map_splits
 from ldae.data.source import IGNORED, MapSource
 from ldae.distributed import all_reduce_sum, share_of
 from ldae.errors import InputError
-from ldae.evals.dense import (
+from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Evaluation, Setup, SourceSpec
+from ldae.evals.features import Encoder, encode_share
+from ldae.evals.open import open_evaluation
+from ldae.evals.seeds import over_seeds
+from ldae.evals.segmentation import (
     SegmentProtocol,
     TokenMaps,
     grade_map_head,
@@ -20,10 +24,6 @@ from ldae.evals.dense import (
     load_label_share,
     train_map_head,
 )
-from ldae.evals.evaluation import BackboneSpec, EvalSourceSpec, Evaluation, Setup, SourceSpec
-from ldae.evals.features import Encoder, encode_share
-from ldae.evals.open import open_evaluation
-from ldae.evals.seeds import over_seeds
 from ldae.evals.taps import TokenMapReader
 from ldae.tree import COUNT
 

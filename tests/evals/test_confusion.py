@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldae.evals.dense import confusion_matrix, iou_metrics
+from ldae.evals.segmentation import confusion_matrix, iou_metrics
 
 
 def slow_rates(labels, predicted, classes: int) -> tuple[float, float, list]:

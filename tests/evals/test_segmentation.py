@@ -12,8 +12,8 @@ from torch import nn
 
 from ldae.backbones.preprocessing import EvalTransform
 from ldae.commands.segment import SegmentProtocol
-from ldae.evals import dense
-from ldae.evals.dense import ResizeNearest, TokenMaps, _batches, predict, train_map_head
+from ldae.evals import segmentation
+from ldae.evals.segmentation import ResizeNearest, TokenMaps, _batches, predict, train_map_head
 
 CPU = torch.device("cpu")
 SHORT = SegmentProtocol(steps=7, total_batch=4, learning_rate=0.05, warmup=0.3)
@@ -51,7 +51,7 @@ def slow_head(train: TokenMaps, classes: int, protocol: SegmentProtocol) -> nn.S
 
 @pytest.mark.parametrize("numbers", [1, 2**25])
 def test_head_equals_pytorchs_in_pieces_and_at_once(numbers, monkeypatch):
-    monkeypatch.setattr(dense, "_LOGITS_AT_ONCE", numbers)
+    monkeypatch.setattr(segmentation, "_LOGITS_AT_ONCE", numbers)
     train = token_maps()
     found, (norm, conv) = train_map_head(train, 10, 3, SHORT, CPU), slow_head(train, 3, SHORT)
     assert conv.weight.abs().max() > 0.05  # the head has learned
@@ -75,7 +75,7 @@ def test_prediction_in_pieces_equals_prediction_at_once(monkeypatch):
     expected = F.interpolate(logits[None], (13, 11), mode="bilinear")[0].argmax(0)
     assert 2 in expected and 5 not in expected
     for numbers in (1, 2 * 13 * 11, 2**25):
-        monkeypatch.setattr(dense, "_LOGITS_AT_ONCE", numbers)
+        monkeypatch.setattr(segmentation, "_LOGITS_AT_ONCE", numbers)
         assert torch.equal(predict(logits, (13, 11)), expected)
 
 
