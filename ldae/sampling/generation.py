@@ -17,9 +17,9 @@ from ldae.method import LDAE
 from ldae.precision import float32_products
 from ldae.runs.kinds import settings_of
 from ldae.sampling import samplers
+from ldae.sampling.latent_gaussian import LatentGaussian, load_or_fit_gaussian
 from ldae.sampling.samplers import SAMPLERS
 from ldae.sampling.settings import SamplingSettings
-from ldae.sampling.start import LatentGaussian, load_or_fit_gaussian
 from ldae.tokenizers import OrthonormalTokenizer, check_kind
 from ldae.trajectory import row_of
 from ldae.tree import taken_by

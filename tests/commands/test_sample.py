@@ -23,8 +23,8 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.layout import LATENTS
 from ldae.sampling import album
 from ldae.sampling.album import Album
+from ldae.sampling.latent_gaussian import LatentGaussian
 from ldae.sampling.settings import SamplingSettings
-from ldae.sampling.start import LatentGaussian
 
 FEW = {"steps": 6}
 KINDS = {

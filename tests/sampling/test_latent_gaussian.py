@@ -9,8 +9,8 @@ from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.runs.layout import LATENTS
-from ldae.sampling import start
-from ldae.sampling.start import LatentGaussian, fit_gaussian, load_or_fit_gaussian
+from ldae.sampling import latent_gaussian
+from ldae.sampling.latent_gaussian import LatentGaussian, fit_gaussian, load_or_fit_gaussian
 
 CPU = torch.device("cpu")
 DATA = "scattered-digits:64"
@@ -73,13 +73,13 @@ def test_pixels_of_a_token_stay_correlated_in_samples(encoded):
 def test_gaussian_is_stored_and_fitted_again_when_outdated(encoded, tmp_path, monkeypatch):
     config, method, _ = encoded()
     first = load_or_fit_gaussian(tmp_path, config, method, CPU)
-    calls, original = [], start.fit_gaussian
+    calls, original = [], latent_gaussian.fit_gaussian
 
     def counted(spec, *args):
         calls.append(spec)
         return original(spec, *args)
 
-    monkeypatch.setattr(start, "fit_gaussian", counted)
+    monkeypatch.setattr(latent_gaussian, "fit_gaussian", counted)
     again = load_or_fit_gaussian(tmp_path, config, method, CPU)
     assert calls == [] and torch.equal(again.covariance, first.covariance)
     assert again.record == first.record
