@@ -16,7 +16,7 @@ from ldae.data.transforms import CropTransform
 from ldae.evals.rankme import rankme, spread
 from ldae.runs.kinds import Opening
 from ldae.runs.metrics import read_records
-from ldae.runs.symptoms import LEVELS, RANKME, SPREAD, new_symptoms, psnr
+from ldae.runs.symptoms import LEVELS, RANKME, SPREAD, new_symptoms, psnr_key
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan
 
@@ -106,5 +106,5 @@ def measure(
                     shown, clean = opening.reconstruct(method, batch, numbers, level / 100)
                     errors.append((shown - clean).square().flatten(1).mean(1))
                 mean_error = torch.cat(errors).double().mean().clamp(min=_LEAST_ERROR)
-                values[psnr(level)] = -10 * mean_error.log10().item()
+                values[psnr_key(level)] = -10 * mean_error.log10().item()
         return values

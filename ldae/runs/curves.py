@@ -13,10 +13,10 @@ from ldae.errors import unknown
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.metrics import read_records
-from ldae.runs.symptoms import LEVELS, RANKME, SPREAD, Record, psnr
+from ldae.runs.symptoms import LEVELS, RANKME, SPREAD, Record, psnr_key
 
 FOLDER = Path(ldae.__file__).parent / "reference_curves"
-VALUES = ("loss", RANKME, SPREAD, *map(psnr, LEVELS))
+VALUES = ("loss", RANKME, SPREAD, *map(psnr_key, LEVELS))
 _POINTS = 64  # records of a reference curve
 
 

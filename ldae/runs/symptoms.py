@@ -20,7 +20,7 @@ _LEAST_FALL = 0.01  # share by which the loss of a run that learns has fallen si
 _LOW_RATE = 0.1  # share of the highest learning rate so far; below it nothing has to move
 
 
-def psnr(level: int) -> str:
+def psnr_key(level: int) -> str:
     """Return the name of the PSNR at a level, in percent."""
     return f"psnr_{level}"
 
@@ -101,7 +101,7 @@ _NOUNS = {SPREAD: "spread", RANKME: "effective rank (RankMe)"}
 
 def _values(record: Record) -> list[str]:
     """Return the names of the values of a measurement."""
-    return [name for name in (RANKME, SPREAD, *map(psnr, LEVELS)) if name in record]
+    return [name for name in (RANKME, SPREAD, *map(psnr_key, LEVELS)) if name in record]
 
 
 def _is_still(name: str, records: list[Record]) -> bool:
