@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, Choice, Range
+from ldae.tree import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, KeyOf, Range
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class OptimSettings:
 class TokenizerSettings:
     """The tokenizer: the map from images to latent tokens."""
 
-    name: Annotated[str, Choice("ldae.tokenizers:TOKENIZERS")] = "patch_pca"
+    name: Annotated[str, KeyOf("ldae.tokenizers:TOKENIZERS")] = "patch_pca"
     """The kind of tokenizer."""
     dim: Annotated[int, COUNT] = 32  # the best of 8 to 128 for PCA of 16 x 16 patches (Table 2)
     """Dimension d of a latent token."""
@@ -117,7 +117,7 @@ class TokenizerSettings:
 class NoiseSettings:
     """The noise: z_t = gamma_t z_0 + sigma_t eps."""
 
-    schedule: Annotated[str, Choice("ldae.noise:SCHEDULES")] = "linear_sigma"
+    schedule: Annotated[str, KeyOf("ldae.noise:SCHEDULES")] = "linear_sigma"
     """ddpm, cosine and linear_gamma2 keep gamma^2 + sigma^2 = 1; linear_sigma, geometric and single
     gamma = 1; rectified_flow gamma + sigma = 1."""
     steps: Annotated[int, COUNT] = 1000
@@ -139,11 +139,11 @@ class ObjectiveSettings:
 
     input: Literal["latent", "image"] = "image"
     """Noised latents z_t, or their inverse projection: a noisy image."""
-    target: Annotated[str, Choice("ldae.objective:TARGETS")] = "image"
+    target: Annotated[str, KeyOf("ldae.objective:TARGETS")] = "image"
     """image: the original image; projected: the inverse projection of z_0; whitened: the image on
     its principal axes, each with unit variance; normalized: MAE's pixels, where each patch has zero
     mean and unit variance; latent: z_0; eps, v, score, velocity: see ldae/prediction.py."""
-    weight: Annotated[str, Choice("ldae.objective:WEIGHTS")] = "inverse"
+    weight: Annotated[str, KeyOf("ldae.objective:WEIGHTS")] = "inverse"
     """Weight lambda_t of a noise level: 1, gamma_t^2, sigma_t^2 or 1 / (1 + sigma_t^2)."""
     residual_weight: Annotated[float, NOT_NEGATIVE] = 0.1
     """Weight of the error outside the first d principal axes, for the targets image and whitened.
@@ -181,7 +181,7 @@ class ViTSettings:
     """A learned token before the patches, which ends with the encoder."""
     reg_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """Register tokens, which follow the class token and end with the encoder too."""
-    act_layer: Annotated[str, Choice("ldae.models.activations:ACTIVATIONS")] = "gelu_tanh"
+    act_layer: Annotated[str, KeyOf("ldae.models.activations:ACTIVATIONS")] = "gelu_tanh"
     """The activation of the MLPs."""
     norm_eps: Annotated[float, POSITIVE] = 1e-6
     """Epsilon of the LayerNorms in blocks."""
@@ -197,7 +197,7 @@ class ViTSettings:
 class ModelSettings:
     """The choice of a denoiser, and the sizes of DiT: its encoder and its decoder."""
 
-    denoiser: Annotated[str, Choice("ldae.models:DENOISERS")] = "dit"
+    denoiser: Annotated[str, KeyOf("ldae.models:DENOISERS")] = "dit"
     """The kind of denoiser."""
     name: str = "vit_large_patch16_224"
     """A timm ViT. It gives those of patch_size, depth, embed_dim, num_heads and mlp_ratio that are

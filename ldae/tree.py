@@ -49,12 +49,12 @@ class Range(NamedTuple):
         return f"0 or {words}" if self.or_zero else words
 
 
-class Choice(PrimitiveConstructorSpec[str]):
+class KeyOf(PrimitiveConstructorSpec[str]):
     """The names that a setting takes: the keys of a registry, such as ``ldae.noise:SCHEDULES``.
 
     The registry is imported only when a name is checked or listed, for two reasons: settings lie
     below the code that they choose from, and printing a configuration must not import torch. For
-    tyro a choice is a string; the help lists the names, and ``check`` refuses other names.
+    tyro the name is a string; the help lists the names, and ``check`` refuses other names.
     """
 
     def __init__(self, registry: str) -> None:
@@ -128,7 +128,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
     """Raise InputError when the setting ``name``, annotated as ``hint``, does not take a value."""
     for allowed in getattr(hint, "__metadata__", ()):
         # A setting with a range may also take a word or None.
-        checked = {Range: int | float, Choice: str}.get(type(allowed), ())
+        checked = {Range: int | float, KeyOf: str}.get(type(allowed), ())
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, checked):
                 allowed.check(name, part)

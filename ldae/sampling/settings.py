@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from ldae.errors import InputError
 from ldae.sampling.samplers import SAMPLERS
-from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, Choice, check, check_used
+from ldae.tree import COUNT, NOT_NEGATIVE, SHARE, KeyOf, check, check_used
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """The settings that, with the weights of the run, determine sample n."""
 
-    sampler: Annotated[str, Choice("ldae.sampling.samplers:SAMPLERS")] = "ddim"
+    sampler: Annotated[str, KeyOf("ldae.sampling.samplers:SAMPLERS")] = "ddim"
     """DDIM, DDPM's ancestral steps, or the probability-flow ODE by Euler's or Heun's method."""
     steps: Annotated[int | None, COUNT] = None
     """Number of noise levels that the sampler visits; by default 50, or all if there are fewer."""
