@@ -103,7 +103,7 @@ def plan(args: argparse.Namespace, train: str) -> dict[str, dict[str, Any]]:
         side, decode = facts.median_side(source, config), facts.decode_seconds(source, config)
         images = Images(len(source), side, decode)
         step = statistics.median(steps[scale])
-        pace = rule.pace(step, images, facts.describe_machine(device))
+        pace = rule.pace(step, images, facts.machine_of_rank(device))
         epochs = rule.choose_epochs(pace, hours, images).value
         length = {"optim.epochs": epochs, "optim.warmup_epochs": rule.choose_warmup(epochs).value}
         found[scale] = {"settings": settings[scale] | length, "images_per_second": round(pace, 1)}

@@ -47,7 +47,7 @@ class Choosing:
     ) -> None:
         self.config, self.source, self.device = config, source, device
         self.hours, self.given = hours, given
-        self.machine = facts.describe_machine(device)
+        self.machine = facts.machine_of_rank(device)
         self.choices: Choices = {}
         self.warnings = find_other_load(self.machine.busy, self.machine.cores)
 

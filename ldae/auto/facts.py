@@ -87,7 +87,7 @@ def _sample(source: Source, transform: Transform, config: Any) -> tuple[torch.Te
     return images, seconds / len(images)
 
 
-def describe_machine(device: torch.device) -> Machine:
+def machine_of_rank(device: torch.device) -> Machine:
     """Return the part of this machine that one of the launched ranks has for itself."""
     ranks_here, gpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
     found = parts.describe_machine(device)

@@ -53,9 +53,9 @@ def test_kept_bytes_grow_with_the_batch(tiny):
 
 
 def test_a_rank_has_its_share_of_the_machine(monkeypatch):
-    alone = facts.describe_machine(CPU)
+    alone = facts.machine_of_rank(CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    shared = facts.describe_machine(CPU)
+    shared = facts.machine_of_rank(CPU)
     assert (alone.ranks, shared.ranks) == (1, 4) and not alone.gpu
     assert shared.memory == alone.memory // 2 and shared.cores == max(alone.cores // 2, 1)
