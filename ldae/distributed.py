@@ -73,7 +73,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def of_main(tensor: torch.Tensor) -> torch.Tensor:
+def broadcast_from_main(tensor: torch.Tensor) -> torch.Tensor:
     """Return on every rank the finite values that ``tensor`` has on rank 0."""
     return all_reduce_sum((tensor * is_main()).contiguous())  # NCCL takes no other layout
 

@@ -261,7 +261,7 @@ def test_all_ranks_get_the_values_of_the_first_in_the_layout_that_nccl_takes(on_
     def work():
         with distributed.process_group(torch.device("cpu")):
             ours = (torch.arange(6.0) + 10 * distributed.rank()).view(2, 3).T
-            of_first = distributed.of_main(ours)
+            of_first = distributed.broadcast_from_main(ours)
             assert of_first.is_contiguous() and not ours.is_contiguous()
             assert of_first.tolist() == [[0, 3], [1, 4], [2, 5]]
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ldae.distributed import all_reduce_sum, of_main, rank, world_size
+from ldae.distributed import all_reduce_sum, broadcast_from_main, rank, world_size
 from ldae.evals.features import Features, allocate_rows, gather_rows, move_if_fits
 from ldae.evals.lbfgs import minimize
 
@@ -69,7 +69,7 @@ class LogisticRegression:
             covariance += centred(block).T @ centred(block) / images
         eigh = torch.linalg.eigh(all_reduce_sum(covariance))
         # All ranks need the axes of one rank: CPUs of two kinds may round differently.
-        variances, axes = map(of_main, eigh)
+        variances, axes = map(broadcast_from_main, eigh)
         varies = variances > dim * torch.finfo(variances.dtype).eps * variances[-1]
         self.axes = axes[:, varies]
         # The Hessian changes most along axes of little variance, so their share of it is raised.

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ldae.distributed import of_main
+from ldae.distributed import broadcast_from_main
 from ldae.errors import InputError
 from ldae.patches import patchify
 from ldae.tokenizers.contract import PatchTokenizer, latent_scales
@@ -103,7 +103,7 @@ class PatchPCA(OrthonormalTokenizer):
         # An axis and its negative are both principal. Fixing the sign makes two fits agree.
         largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
         # GPUs of two kinds may round differently, and turn axes of like variances.
-        return of_main(basis * largest.sign())
+        return broadcast_from_main(basis * largest.sign())
 
     def whiten(self, patches: torch.Tensor) -> torch.Tensor:
         """Return the coordinates of patches (..., D) on all D axes, each with unit variance."""
