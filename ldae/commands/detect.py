@@ -15,7 +15,7 @@ from ldae.detection.network import DetectionLoss, Detector, build_detector
 from ldae.detection.recipes import RECIPES
 from ldae.detection.scoring import Result, average_precision, check_installed
 from ldae.detection.settings import DetectConfig
-from ldae.downstream.training import DownstreamProtocol, Training, prepare_training
+from ldae.downstream.training import DownstreamProtocol, DownstreamTraining, prepare_downstream
 from ldae.errors import InputError
 from ldae.files import write_json
 from ldae.runs import layout
@@ -64,7 +64,7 @@ def detect(
     """
     _, config, run = settings_and_folder(config, run, [RECIPES.kind])
     check_installed()
-    with prepare_training(
+    with prepare_downstream(
         "detect", RECIPES, config, run, protocol=DetectProtocol, splits=open_instance_splits
     ) as training:
         training = _with_detector(training)
@@ -75,7 +75,7 @@ def detect(
             return _train_and_grade(training)
 
 
-def _with_detector(training: Training) -> Training:
+def _with_detector(training: DownstreamTraining) -> DownstreamTraining:
     """Return the training of the detector on the backbone, with the crop that the detector takes.
 
     Raises: InputError for settings that contradict each other, and for annotations without masks.
@@ -102,7 +102,7 @@ def _with_detector(training: Training) -> Training:
     return replace(training, evaluation=replace(evaluation, model=detector, transform=transform))
 
 
-def _train_and_grade(training: Training) -> dict:
+def _train_and_grade(training: DownstreamTraining) -> dict:
     """Train to the end of the plan, grade, write results.json, and return its content."""
     config, run, evaluation = training.config, training.run, training.evaluation
     start = "the untrained " if config.model.random_init else ""
@@ -122,13 +122,13 @@ def _train_and_grade(training: Training) -> dict:
     return record
 
 
-def _grade(training: Training, model: nn.Module) -> dict[str, float]:
+def _grade(training: DownstreamTraining, model: nn.Module) -> dict[str, float]:
     """Return the average precisions on the evaluation images, for the metrics."""
     scores = _score(training, _find(training, model.detector))
     return {name: score for name, score in scores.items() if score is not None}
 
 
-def _find(training: Training, detector: Detector) -> list[Result]:
+def _find(training: DownstreamTraining, detector: Detector) -> list[Result]:
     """Return the detections of all ranks in the evaluation images."""
     system, evaluation = training.config.system, training.evaluation
     how = (evaluation.device, system.eval_batch, system.workers)
@@ -136,7 +136,7 @@ def _find(training: Training, detector: Detector) -> list[Result]:
     return find_instances(detector, evaluation.eval, transform, *how)
 
 
-def _score(training: Training, found: list[Result]) -> dict[str, float | None]:
+def _score(training: DownstreamTraining, found: list[Result]) -> dict[str, float | None]:
     """Return the average precisions of detections, which rank 0 computes for all."""
     score = partial(average_precision, masks=training.config.model.masks)
     dataset = training.evaluation.eval.dataset

@@ -14,7 +14,7 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.console import print_main
 from ldae.data.augment import Augmentation
-from ldae.downstream.training import Training, prepare_training
+from ldae.downstream.training import DownstreamTraining, prepare_downstream
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
 from ldae.evals.call import describe_call
@@ -73,7 +73,7 @@ def finetune(
     _, config, run = settings_and_folder(config, run, [RECIPES.kind])
     if seeds:
         return _over_seeds(config, run, dry_run, seeds)
-    with prepare_training(
+    with prepare_downstream(
         "finetune", RECIPES, config, run, multiple=config.augment.mix_images
     ) as training:
         training = _with_classifier(training)
@@ -101,7 +101,7 @@ def _over_seeds(config: FinetuneConfig, run: Path, dry_run: bool, seeds: tuple[i
         return write_means(run, records, names, call)
 
 
-def _with_classifier(training: Training) -> Training:
+def _with_classifier(training: DownstreamTraining) -> DownstreamTraining:
     """Return the training of the network: the backbone with a new classifier."""
     evaluation = training.evaluation
     network = build_network(evaluation.model, training.config, len(evaluation.train.classes))
@@ -112,7 +112,7 @@ def _with_classifier(training: Training) -> Training:
     return replace(training, evaluation=replace(evaluation, **changes))
 
 
-def _augmentation(training: Training) -> Augmentation:
+def _augmentation(training: DownstreamTraining) -> Augmentation:
     augment, transform = training.config.augment, training.evaluation.transform
     crop = (transform.input_size, transform.interpolation, transform.mean)
     augmentation = Augmentation(*crop, augment.min_area, augment.flip, augment.policy)
@@ -120,7 +120,7 @@ def _augmentation(training: Training) -> Augmentation:
     return augmentation
 
 
-def _mixing(training: Training) -> Mixing:
+def _mixing(training: DownstreamTraining) -> Mixing:
     config, evaluation = training.config, training.evaluation
     how = (len(evaluation.train.classes), config.seed, evaluation.device)
     mixing = Mixing(config.augment, evaluation.transform, *how)
@@ -128,7 +128,9 @@ def _mixing(training: Training) -> Mixing:
     return mixing
 
 
-def _train_and_grade(training: Training, augmentation: Augmentation, mixing: Mixing) -> dict:
+def _train_and_grade(
+    training: DownstreamTraining, augmentation: Augmentation, mixing: Mixing
+) -> dict:
     """Train to the end of the plan, grade, write the classifier and results.json, and return it."""
     config, run = training.config, training.run
     start = " from scratch" if config.model.random_init else ""
@@ -160,7 +162,9 @@ def _grade(evaluation: Evaluation, model: ClassificationLoss) -> dict[str, float
     return top1_top5(batches, known_labels(source)[:, None], len(source), evaluation.device)
 
 
-def save(network: nn.Module, folder: Path, training: Training, results: dict[str, float]) -> None:
+def save(
+    network: nn.Module, folder: Path, training: DownstreamTraining, results: dict[str, float]
+) -> None:
     """Write the network and its classifier as a folder that timm opens.
 
     Raises: InputError when the folder cannot be written, or timm reads back another network.
@@ -191,7 +195,7 @@ def save(network: nn.Module, folder: Path, training: Training, results: dict[str
 
 
 def _model_card(
-    network: nn.Module, folder: Path, training: Training, results: dict[str, float]
+    network: nn.Module, folder: Path, training: DownstreamTraining, results: dict[str, float]
 ) -> str:
     config, evaluation = training.config, training.evaluation
     start = "from scratch" if config.model.random_init else f"from {Path(config.backbone).name}"

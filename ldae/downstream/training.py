@@ -47,7 +47,7 @@ class DownstreamProtocol(Protocol):
 
 
 @dataclass(frozen=True)
-class Training:
+class DownstreamTraining:
     """A training on a backbone in a folder, after the checks that both kinds share."""
 
     kind: str
@@ -128,7 +128,7 @@ def _start(weights: str, backbone: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def prepare_training(
+def prepare_downstream(
     command: str,
     recipes: Recipes,
     config: Any,
@@ -137,7 +137,7 @@ def prepare_training(
     protocol: type[DownstreamProtocol] = DownstreamProtocol,
     splits: Splits = labelled_splits,
     multiple: int = 1,
-) -> Iterator[Training]:
+) -> Iterator[DownstreamTraining]:
     """Join the process group, open and check a backbone and its images; nothing is written.
 
     Args:
@@ -177,4 +177,4 @@ def prepare_training(
         starts_from = state_hash(evaluation.model.state_dict())
         if _STARTS_FROM in begun:  # the backbone may have changed since then
             starts_from, evaluation.model.images_seen = begun[_STARTS_FROM], begun[_IMAGES_SEEN]
-        yield Training(recipes.kind, config, run, evaluation, starts_from, plan, bf16)
+        yield DownstreamTraining(recipes.kind, config, run, evaluation, starts_from, plan, bf16)

@@ -12,7 +12,7 @@ from ldae.mae.settings import MAEConfig
 from ldae.mae.start import open_start, start_from
 from ldae.plots.pictures import save_grid
 from ldae.pretraining.images import evaluation_images, sample_images
-from ldae.pretraining.training import Training, prepare_training
+from ldae.pretraining.training import Pretraining, prepare_pretraining
 from ldae.runs import layout
 
 
@@ -24,7 +24,7 @@ def pretrain(config: MAEConfig, run: Path, row: str, dry_run: bool = False) -> N
 
     Raises: InputError for wrong settings or data; Interrupted after a stop signal.
     """
-    with prepare_training("mae", config, run, row) as training:
+    with prepare_pretraining("mae", config, run, row) as training:
         # Everything is checked before anything is written.
         config, start = open_start(config, run)
         training = replace(training, config=config)
@@ -47,7 +47,7 @@ def pretrain(config: MAEConfig, run: Path, row: str, dry_run: bool = False) -> N
                 print(f"{run}: done; pictures in {layout.RECONSTRUCTED}")
 
 
-def _facts(training: Training, mae: MAE) -> dict[str, str]:
+def _facts(training: Pretraining, mae: MAE) -> dict[str, str]:
     encoder, whole = (sum(p.numel() for p in part.parameters()) for part in (mae.encoder, mae))
     return training.facts(
         f"{whole:,} ({encoder:,} in the encoder)",

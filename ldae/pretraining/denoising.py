@@ -14,7 +14,7 @@ from ldae.pretraining.images import sample_images
 from ldae.pretraining.latents import open_latents
 from ldae.pretraining.start import open_start
 from ldae.pretraining.tokenizer import prepare, tokenizer_of_run
-from ldae.pretraining.training import Training, prepare_training
+from ldae.pretraining.training import Pretraining, prepare_pretraining
 from ldae.runs import layout
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer
@@ -29,7 +29,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
 
     Raises: InputError for wrong settings or data; Interrupted after a stop signal.
     """
-    with prepare_training("pretraining", config, run, row) as training:
+    with prepare_pretraining("pretraining", config, run, row) as training:
         source, device = training.source, training.device
         if config.model.class_conditional and source.labels is None:
             raise InputError(f"model.class_conditional needs labels; {source.spec} has none")
@@ -65,7 +65,7 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
                 print(f"{run}: done; pictures in {' and '.join(pictures)}")
 
 
-def _facts(training: Training, method: LDAE) -> dict[str, str]:
+def _facts(training: Pretraining, method: LDAE) -> dict[str, str]:
     denoiser = method.denoiser
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     return training.facts(

@@ -39,7 +39,7 @@ _STATISTICS_IMAGES = 20_000  # as many as a row fits its tokenizer on
 
 
 @dataclass(frozen=True)
-class Training:
+class Pretraining:
     """A pre-training in a folder, after the checks that all kinds share."""
 
     kind: str
@@ -130,7 +130,7 @@ class Training:
 
 
 @contextmanager
-def prepare_training(kind: str, config: Any, run: Path, row: str) -> Iterator[Training]:
+def prepare_pretraining(kind: str, config: Any, run: Path, row: str) -> Iterator[Pretraining]:
     """Join the process group, and check what all kinds of pre-training need; nothing is written.
 
     Raises: InputError for wrong settings or data.
@@ -150,4 +150,4 @@ def prepare_training(kind: str, config: Any, run: Path, row: str) -> Iterator[Tr
         plan = plan_run(len(source), config.optim, config.system, device)
         bf16 = runs_in_bf16(config.system.precision, device)
         stats = pixel_stats(config.data)
-        yield Training(kind, config, run, row, device, source, plan, bf16, stats)
+        yield Pretraining(kind, config, run, row, device, source, plan, bf16, stats)
