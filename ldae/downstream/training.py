@@ -25,7 +25,7 @@ from ldae.runs.folder import open_run
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan, plan_run
-from ldae.train.run import check_warmup, compiles, describe_training, train_in
+from ldae.train.run import check_warmup, describe_training, train_in
 
 _STARTS_FROM, _IMAGES_SEEN = "starts_from", "start_images_seen"
 
@@ -117,7 +117,6 @@ class DownstreamTraining:
             transform=transform,
             mixing=mixing,
             device=device,
-            compiled=compiles(config.system.compile, device),
             hooks=(Hook(every, grade, weights_too),) if every else (),
         )
 

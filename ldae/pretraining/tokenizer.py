@@ -195,7 +195,7 @@ def _train(fit: Fit, run: Path, row: str) -> None:
         trained = train_in(
             run,
             tokenizer_loss(fit),
-            config,
+            tree.replace(config, {"system.compile": "off"}),
             config.tokenizer.optim,
             fit.plan,
             fit.source,

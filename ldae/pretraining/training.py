@@ -26,14 +26,7 @@ from ldae.runs.skipped import record_skipped
 from ldae.tokenizers.pixels import PixelStatistics
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan, plan_run
-from ldae.train.run import (
-    check_warmup,
-    compiles,
-    describe_training,
-    fuses_attention,
-    train_in,
-    transform_of,
-)
+from ldae.train.run import check_warmup, describe_training, fuses_attention, train_in, transform_of
 
 _STATISTICS_IMAGES = 20_000  # as many as a row fits its tokenizer on
 
@@ -124,7 +117,6 @@ class Pretraining:
             row=self.row,
             transform=transform or transform_of(self.config),
             device=self.device,
-            compiled=compiles(self.config.system.compile, self.device),
             hooks=hooks,
         ).eval()
 

@@ -39,7 +39,6 @@ def train_in(
     transform: Transform,
     mixing: Callable[[Batch], Batch] | None = None,
     device: torch.device,
-    compiled: bool = False,
     hooks: tuple[Hook, ...] = (),
 ) -> nn.Module:
     """Train ``model`` on ``source`` and write checkpoints and metrics to ``run``, see ``Loop``.
@@ -93,7 +92,7 @@ def train_in(
             LATENTS_OF: source.latents_of,
             **(start or {}),
         },
-        compiled=compiled,
+        compiled=compiles(config.system.compile, device),
         hooks=hooks,
         seed=config.seed,
         mixing=mixing,

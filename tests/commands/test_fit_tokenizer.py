@@ -185,6 +185,16 @@ def test_accumulation_equals_the_full_batch(tiny, tmp_path):
         assert other["kl"] == pytest.approx(one["kl"], rel=1e-4)
 
 
+def test_system_compile_is_of_the_pretraining_alone(tiny, tmp_path, monkeypatch):
+    """The gradients that an adversary takes in the forward pass cannot be compiled."""
+    monkeypatch.setattr("ldae.train.parallel.compile_parts", None)  # calling it: TypeError
+    config = tiny("patch_vae", system__compile="on")
+    fit_tokenizer(config, tmp_path / "fit", "patch_vae")
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        pretrain(config, tmp_path / "run", "patch_vae")
+    assert weights(tmp_path / "run")  # its tokenizer was trained before
+
+
 def test_a_pretraining_uses_a_fitted_tokenizer(tiny, tmp_path):
     fit_tokenizer(tiny("no_adversarial"), tmp_path / "fit", "no_adversarial")
     path = str(tmp_path / "fit" / "tokenizer.safetensors")
