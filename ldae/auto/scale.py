@@ -10,10 +10,11 @@ from ldae import tree
 from ldae.auto.choosing import Choosing
 from ldae.auto.rule import DECODER, LEAST_IMAGES, Choices
 from ldae.data.open import open_source
-from ldae.distributed import device_for, gather_values, process_group
+from ldae.distributed import device_for, gather_values
 from ldae.errors import InputError, unknown
 from ldae.precision import unchanged_generators
 from ldae.pretraining.recipes import name_of, recipes_of
+from ldae.pretraining.training import join_ranks
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import settings_of
 from ldae.tokenizers import TOKENIZERS
@@ -48,8 +49,7 @@ def settled(
             decided = decide(config, run, kind, row, hours, keep)
         except InputError as error:
             decided = error
-    device = device_for(config.system.device)
-    with unchanged_generators(), process_group(device, config.system.rank_timeout):
+    with join_ranks(config.system):
         decided = gather_values(decided)[0]
         if isinstance(decided, InputError):
             raise decided

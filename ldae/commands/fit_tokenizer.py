@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-from ldae import distributed, tree
+from ldae import tree
 from ldae.console import describe, print_main
 from ldae.data.open import open_source
 from ldae.errors import InputError
-from ldae.precision import float32_products, runs_in_bf16, unchanged_generators
+from ldae.precision import runs_in_bf16
 from ldae.pretraining.recipes import name_of
 from ldae.pretraining.tokenizer import Fit, fit_or_load, open_fit, prepare
+from ldae.pretraining.training import join_ranks
 from ldae.runs import layout
 from ldae.runs.kinds import settings_and_folder
 from ldae.settings import Config
@@ -46,12 +47,7 @@ def fit_tokenizer(
     _, config, run = settings_and_folder(config, run, ["tokenizer"])
     tree.check(config)
     row = row or name_of(config, "tokenizer")
-    device = distributed.device_for(config.system.device)
-    with (
-        float32_products(),
-        unchanged_generators(),
-        distributed.process_group(device, config.system.rank_timeout),
-    ):
+    with join_ranks(config.system) as device:
         if config.tokenizer.path:
             raise InputError("tokenizer.path names a fitted tokenizer, but this command fits one")
         if config.data.latents:

@@ -23,6 +23,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.runs.kinds import KINDS
 from ldae.runs.skipped import record_skipped
+from ldae.settings import SystemSettings
 from ldae.tokenizers.pixels import PixelStatistics
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan, plan_run
@@ -122,17 +123,30 @@ class Pretraining:
 
 
 @contextmanager
+def join_ranks(system: SystemSettings) -> Iterator[torch.device]:
+    """Join the process group of a pre-training, and yield the device of this rank.
+
+    Inside, products of float32 numbers are computed in float32, but for a training, which has a
+    precision of its own. At the end, torch's random generators are as they were before.
+
+    Raises: InputError for a wrong device, and as ``process_group`` does.
+    """
+    device = distributed.device_for(system.device)
+    with (
+        float32_products(),
+        unchanged_generators(),
+        distributed.process_group(device, system.rank_timeout),
+    ):
+        yield device
+
+
+@contextmanager
 def prepare_pretraining(kind: str, config: Any, run: Path, row: str) -> Iterator[Pretraining]:
     """Join the process group, and check what all kinds of pre-training need; nothing is written.
 
     Raises: InputError for wrong settings or data.
     """
-    device = distributed.device_for(config.system.device)
-    with (
-        float32_products(),  # of all but the training, which has a precision
-        unchanged_generators(),
-        distributed.process_group(device, config.system.rank_timeout),
-    ):
+    with join_ranks(config.system) as device:
         tree.check(config)
         check_warmup(run, config.optim)
         if config.data.latents and not hasattr(config, "tokenizer"):
