@@ -198,7 +198,8 @@ class KNNProtocol(WhiteningProtocol, FewShotProtocol):
     name: Fixed[str] = "dino"
     version: Fixed[int] = 1
     k: Annotated[tuple[int, ...], COUNT] = (10, 20, 100, 200)
-    """Numbers of neighbours, each graded; of the default ones those that the images allow."""
+    """Numbers of neighbours, each graded; of the default ones those that the images allow. DINOv2
+    takes no k above the shots: for its 5-shot number, --k 5 --shots 5."""
     temperature: Annotated[float, POSITIVE] = 0.07
     """A neighbour of cosine similarity s has the weight exp(s / temperature)."""
     leave_one_out: bool = False
@@ -207,6 +208,12 @@ class KNNProtocol(WhiteningProtocol, FewShotProtocol):
     @property
     def accuracies(self) -> tuple[str, ...]:
         return tuple(f"top{n}_k{k}" for k in self.k for n in (1, 5))
+
+    @property
+    def headline(self) -> str:
+        """That of k = 20, as is usual, if it is one of the k; otherwise of the first k."""
+        first = super().headline
+        return first.replace(f"_k{self.k[0]}", "_k20") if 20 in self.k else first
 
 
 def limit_k(protocol: KNNProtocol, images: int, of: str = "") -> KNNProtocol:

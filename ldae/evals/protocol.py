@@ -41,8 +41,13 @@ class Protocol:
 
     @property
     def headlines(self) -> tuple[str, ...]:
-        """Names of the results that a command prints; a suite's table shows the first."""
+        """Names of the results that a command prints."""
         return ("top1", "top5")
+
+    @property
+    def headline(self) -> str:
+        """Name of the result that a suite's table shows."""
+        return self.headlines[0]
 
     @property
     def depends_on_seed(self) -> bool:

@@ -45,7 +45,7 @@ def _common(cell: Cell) -> dict:
         "data": cell.data,
         "protocol": cell.column.name,
         "verb": cell.column.grader.name,
-        "headline": cell.column.protocol.headlines[0],
+        "headline": cell.column.protocol.headline,
         "published": cell.published,
     }
 
@@ -150,6 +150,8 @@ def _markdown(entries: list[dict]) -> str:
 def _headline(entry: dict) -> str:
     """Return the headline of an entry, of several seeds with its spread and, meanwhile, a count."""
     name = entry["headline"]
+    if name not in entry["results"]:  # its k was left out, since there are few images
+        return "-"
     text = f"{entry['results'][name]:.2f}"
     if SEEDS not in entry:
         return text

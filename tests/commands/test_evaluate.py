@@ -49,7 +49,7 @@ def called(monkeypatch):
             made.append(str(setup.out.relative_to(setup.out.parents[2])))
             if made[-1] in called_by.stops:
                 raise called_by.stops[made[-1]]
-            number = {protocol.headlines[0]: 10.0 + len(made)}
+            number = {protocol.headline: 10.0 + len(made)}
             record = {"results": number | {"converged": True, "sweep": [1]}}
             write_json(setup.out / "results.json", record)
             return record
@@ -117,6 +117,14 @@ def test_the_table_holds_the_results_of_the_cells_files(suite, setup, capsys):
     ]
     printed = capsys.readouterr().out
     assert "cell 1 of 6: knn of pixels-8 on digits\n" in printed and "cell 6 of 6" in printed
+
+
+def test_a_table_leaves_a_headline_out_that_the_images_do_not_allow(suite, setup):
+    suite.write_text('[data.few]\ntrain = "scattered-digits:15"\n[protocols.knn]\n')
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    by_json, _, text = numbers(setup.out)
+    assert {metric for *_, metric in by_json} == {"top1_k10", "top5_k10"}
+    assert "knn: top1_k20" in text and "| few | pixels-8 | - |" in text
 
 
 def test_published_numbers_stand_beside_the_results_and_decide_nothing(suite, setup, called):
@@ -315,7 +323,7 @@ def test_ranks_fail_together(failing, suite, setup, monkeypatch, on_ranks):
         if setup.out.parent.name == "digits" and distributed.rank() in failing:
             raise InputError("cat.png is truncated")
         distributed.barrier()
-        return {"results": {protocol.headlines[0]: 50.0}}
+        return {"results": {protocol.headline: 50.0}}
 
     monkeypatch.setattr("ldae.commands.knn.knn", knn)
     monkeypatch.setattr(distributed, "_REPORT_SECONDS", 2.0)
@@ -338,7 +346,7 @@ def test_ranks_that_see_different_files_run_the_same_cells(suite, setup, monkeyp
 
     def knn(backbone, /, data, eval_data=None, *, protocol: KNNProtocol, setup: Setup):
         distributed.barrier()
-        return {"results": {protocol.headlines[0]: 50.0}}
+        return {"results": {protocol.headline: 50.0}}
 
     monkeypatch.setattr("ldae.commands.knn.knn", knn)
     for seen in (["", ""], ["", "later"], ["later", "later"]):

@@ -86,3 +86,18 @@ def test_draws_alone_need_shots_and_have_no_predictions(monkeypatch):
     protocol = LogregProtocol(only_shots=True, shots=(5,))
     with pytest.raises(InputError, match="leave out --predictions or --only-shots"):
         logreg("pixels:4", "digits", protocol=protocol, predictions=True)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "headline"),
+    [
+        (KNNProtocol(), "top1_k20"),
+        (KNNProtocol(k=(2, 20, 200)), "top1_k20"),
+        (KNNProtocol(k=(200, 5)), "top1_k200"),
+        (KNNProtocol(k=(2, 20), shots=(1, 5), only_shots=True), "top1_k20_1shot"),
+        (KNNProtocol(k=(5,), shots=(5,)), "top1_k5"),
+        (LogregProtocol(shots=(5,), only_shots=True), "top1_5shot"),
+    ],
+)
+def test_a_table_shows_k_20_if_it_is_graded_and_draws_where_they_are_alone(protocol, headline):
+    assert protocol.headline == headline and headline in protocol.headlines
