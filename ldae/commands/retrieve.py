@@ -1,6 +1,6 @@
 """``ldae retrieve``: grade a backbone by retrieval of images of the query's class."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -13,7 +13,7 @@ from ldae.evals.evaluation import EvalSourceSpec, FeaturesSourceSpec, FeaturesSp
 from ldae.evals.features import Features, gather_rows, known_labels
 from ldae.evals.heads import count_images
 from ldae.evals.neighbours import PAIRS_AT_ONCE, Bank, check_enough
-from ldae.evals.open import data_of, open_evaluation
+from ldae.evals.open import data_of, labelled_splits, open_evaluation
 from ldae.evals.seeds import over_seeds
 from ldae.evals.whitening import WhiteningProtocol, whitening_of
 from ldae.tree import COUNT
@@ -59,14 +59,21 @@ def retrieve(
     """
     data, others = data_of(backbone, data), protocol.leave_one_out
     eval_data = (eval_data or data) if others else eval_data
-    with open_evaluation("retrieve", backbone, data, eval_data, protocol, setup) as evaluation:
-        if others:
-            evaluation = replace(evaluation, train=evaluation.eval)
+    splits = _queries_alone if others else labelled_splits
+    with open_evaluation(
+        "retrieve", backbone, data, eval_data, protocol, setup, splits
+    ) as evaluation:
         check_enough(max(protocol.k), len(evaluation.train), others)
         _check_findable(evaluation.train, evaluation.eval, others)
         train, test = evaluation.features()
         results = retrieval(train, test, protocol, evaluation.device)
         return evaluation.write(results, train.features.shape[1])
+
+
+def _queries_alone(data: str, eval_data: str | None) -> tuple[Source, Source]:
+    """Return the evaluation split as the images to search and as those to grade."""
+    _, test = labelled_splits(data, eval_data)
+    return test, test
 
 
 def retrieval(

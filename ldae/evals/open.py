@@ -130,6 +130,20 @@ def check_out(out: Path, task: str) -> None:
         )
 
 
+def _check_unseen(train: Source | None, test: Source) -> None:
+    """Check that images are not graded that are learned from; leave-one-out has one source of both.
+
+    Raises: InputError.
+    """
+    if train is None or train is test or len(train) != len(test):
+        return
+    if train.fingerprint() == test.fingerprint():
+        raise InputError(
+            f"the images to grade on, of {test.spec}, are those to learn from: name others by "
+            "--eval-data"
+        )
+
+
 @contextmanager
 def open_evaluation(
     task: str,
@@ -150,7 +164,8 @@ def open_evaluation(
     of the command that decide the results, by name.
 
     Raises: InputError for a setting out of its range, for several seeds, for a run folder as
-        ``out``, and as ``splits`` and ``load`` do.
+        ``out``, for images that are both learned from and graded, and as ``splits`` and ``load``
+        do.
     """
     spec, data = str(spec), str(data)
     eval_data = None if eval_data is None else str(eval_data)
@@ -170,6 +185,7 @@ def open_evaluation(
     device = device_for(setup.device)
     with float32_products(), process_group(device):
         train, test = splits(data, eval_data)
+        _check_unseen(train, test)
         model = load(spec, setup)
         transform = preprocessing(model)
         if isinstance(model, EmbeddedBackbone):

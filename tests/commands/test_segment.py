@@ -177,7 +177,7 @@ def test_label_maps_of_nothing_are_refused(value, message, tmp_path):
     for path in (tmp_path / "few" / "labels").iterdir():
         Image.new("L", (30, 20), value).save(path)
     with pytest.raises(InputError, match=message):
-        segment("pixels:32", blank, eval_data=blank, setup=SETUP)
+        segment("pixels:32", blank, eval_data="scattered-digits:40", setup=SETUP)
 
 
 def test_wrong_protocols_are_refused():

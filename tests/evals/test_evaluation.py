@@ -1,15 +1,19 @@
 """The record of every grader says which weights and which images its numbers come from."""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from graders import GRADERS, KINDS, short
 
+from ldae import tree
 from ldae.backbones.open import load_backbone, load_classifier
 from ldae.commands.export import export
 from ldae.commands.finetune import finetune
 from ldae.commands.knn import knn
+from ldae.commands.retrieve import RetrievalProtocol, retrieve
 from ldae.data.label_maps import open_map_splits
 from ldae.data.open import open_splits
 from ldae.errors import InputError
@@ -53,6 +57,37 @@ def test_no_evaluation_is_written_into_the_folder_of_a_run(verb, run, data, clas
         GRADERS[verb].function(spec, str(data), setup=replace(SETUP, out=folder))
     assert str(folder / "evals" / verb) in str(raised.value)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+LEARNING = [verb for verb, grader in GRADERS.items() if grader.takes("eval_data")]
+
+
+@pytest.mark.parametrize("verb", [*LEARNING, "finetune"])
+def test_no_images_are_graded_that_are_learned_from(verb, run, data, short_tuning, tmp_path):
+    """A folder without splits that was named twice gave k-NN an accuracy of 100 %."""
+    whole, out = data / "train", tmp_path / "out"
+    if verb == "finetune":
+        changes = {"data.eval_source": str(whole)}
+        grade = partial(finetune, tree.replace(short_tuning(run(), whole), changes), out)
+    else:
+        if verb == "segment":
+            pairs = data.with_name("maps")
+            whole = tmp_path / "pairs"
+            for part in ("images", "labels"):
+                shutil.copytree(pairs / part / "train", whole / part)
+        setup = replace(SETUP, out=out)
+        grade = partial(GRADERS[verb].function, str(run()), whole, whole, setup=setup)
+    with pytest.raises(InputError, match="the images to grade on, of .*, are those to learn from"):
+        grade()
+    assert not out.exists()
+
+
+def test_leave_one_out_grades_the_images_that_it_searches(data, tmp_path):
+    setup, whole = replace(SETUP, out=tmp_path / "out"), data / "train"
+    found = knn("pixels:8", whole, protocol=KNNProtocol(k=(1,), leave_one_out=True), setup=setup)
+    assert found["data"]["fingerprint"] == found["data"]["eval_fingerprint"]
+    protocol = RetrievalProtocol(k=(1,), leave_one_out=True)
+    assert retrieve("pixels:8", whole, protocol=protocol, setup=setup)["data"] == found["data"]
 
 
 def test_a_fine_tuning_names_the_weights_that_it_wrote(run, data, short_tuning, tmp_path):
