@@ -30,7 +30,7 @@ def fold(method: LDAE, timestep: int | None = None, verify: bool = True) -> Visi
     The ViT maps images (B, C, H, W), normalised by the tokenizer's pixel statistics, to averaged
     features (B, W). Projection, latent scale, gamma_t, inverse projection and embedding are all
     affine in a patch, so they become the one convolution of the patch embedding. Class-conditional
-    rows get the null label.
+    rows get the null label. The ``timestep`` of the ViT is t.
 
     Args:
         timestep: the t; by default ``default_timestep``.
@@ -57,6 +57,7 @@ def fold(method: LDAE, timestep: int | None = None, verify: bool = True) -> Visi
     vit.load_state_dict({name: value.float() for name, value in state.items()})
     if verify:
         _verify(exact, vit, t)
+    vit.timestep = t
     return vit
 
 

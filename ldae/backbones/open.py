@@ -19,7 +19,7 @@ from ldae.runs.layout import CLASSIFIER
 _NO_HEAD: dict[str, Any] = {"num_classes": 0}  # makes timm leave out the classifier
 
 # A network with timm's attributes pretrained_cfg and num_classes, and with ours: model_args and,
-# when ldae pre-trained it, images_seen.
+# when ldae pre-trained it, images_seen and timestep.
 TimmModel = Any
 
 
@@ -35,8 +35,9 @@ def load_backbone(
 
     Its ``pretrained_cfg`` describes the preprocessing, see ``ldae.backbones.preprocessing``. Its
     ``model_args`` are the arguments with which timm builds it again. Its ``images_seen`` is the
-    number of images that ldae pre-trained it on, for a run or an exported folder. The whitening of
-    ``ldae export --whiten`` is a part of the backbone, but not of its untrained control.
+    number of images that ldae pre-trained it on, for a run or an exported folder. Its ``timestep``
+    is the t that was folded into the weights of a denoising encoder. The whitening of ``ldae export
+    --whiten`` is a part of the backbone, but not of its untrained control.
 
     Args:
         spec: one of
@@ -193,6 +194,7 @@ def _from_timm_folder(folder: Path, random_init: bool, head: bool = False) -> Ti
     own_chans = model.pretrained_cfg["input_size"][0]
     adapt_cfg(model, args.get("in_chans", own_chans), args.get("img_size"))
     model.images_seen = None if random_init else config.get("images_seen")
+    model.timestep = None if random_init else config.get("timestep")
     return model
 
 

@@ -30,8 +30,8 @@ def write_timm_folder(
     """Write a model to the folder ``out``, which appears only after ``verify`` has accepted it.
 
     The folder holds config.json, model.safetensors and, if ``card`` is given, README.md. It is
-    written under another name and renamed at the end. config.json has the model's ``images_seen``,
-    if any.
+    written under another name and renamed at the end. config.json has the model's ``images_seen``
+    and ``timestep``, if any.
 
     Args:
         model_args: arguments with which timm builds the architecture.
@@ -43,8 +43,8 @@ def write_timm_folder(
 
     Raises: InputError when the folder cannot be written; as ``verify`` and ``extend`` do.
     """
-    images_seen = getattr(model, "images_seen", None)
-    config = {"label_names": classes, "images_seen": images_seen, "whitening": whitening}
+    config = {"label_names": classes, "whitening": whitening}
+    config |= {name: getattr(model, name, None) for name in ("images_seen", "timestep")}
     try:
         with partial_folder(out) as aside:
             timm.models.save_for_hf(

@@ -233,13 +233,16 @@ def check_same(one: EmbeddedFile, other: EmbeddedFile) -> None:
 def first_difference(
     there: dict, here: dict, prefix: str = ""
 ) -> tuple[str, object, object] | None:
-    """Return the dotted name of the first leaf that differs between two trees, and both values."""
+    """Return the dotted name of the first leaf that differs between two trees, and both values.
+
+    A leaf that one of them lacks is no difference: older files have fewer.
+    """
     for key in [*here, *(key for key in there if key not in here)]:
         one, other, name = there.get(key), here.get(key), f"{prefix}{key}"
         if isinstance(one, dict) and isinstance(other, dict):
             if found := first_difference(one, other, f"{name}."):
                 return found
-        elif one != other:
+        elif one != other and (key in there and key in here or isinstance(one or other, dict)):
             return name, one, other
     return None
 

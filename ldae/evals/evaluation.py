@@ -10,6 +10,7 @@ import tyro
 from torch import nn
 
 from ldae.backbones.preprocessing import EvalTransform
+from ldae.backbones.whitening import is_whitened
 from ldae.data.source import Source
 from ldae.distributed import is_main, world_size
 from ldae.errors import InputError
@@ -204,8 +205,15 @@ def describe_backbone(
     """Return what a record says about a backbone, or about that of the features in a file."""
     if isinstance(model, EmbeddedBackbone):
         return model.describe()
+    cfg = getattr(model, "pretrained_cfg", {})  # a detector has none
+    pool = getattr(model, "global_pool", None)  # in timm's ResNets a module
+    pool = getattr(pool, "pool_type", pool)
     return {
         "spec": spec,
+        "architecture": cfg.get("architecture"),
+        "global_pool": pool if isinstance(pool, str) else None,
+        "timestep": getattr(model, "timestep", None),
+        "whitened": is_whitened(cfg),
         "random_init": setup.random_init,
         "seed": setup.seed if setup.random_init else None,
         "sha256": state_hash(model.state_dict()),

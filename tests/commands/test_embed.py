@@ -461,6 +461,16 @@ def test_after_a_shrinkage_too_small_the_rows_are_not_lost(monkeypatch):
     embed("test_vit", "scattered-digits:30", out=Path("a.npy"), whiten=True, setup=SETUP)
 
 
+def test_a_file_of_an_older_ldae_may_say_less(capsys):
+    out = Path("a.npy")
+    embed("test_vit", DATA, out=out, setup=SETUP)
+    record = json.loads(out.with_suffix(".json").read_text())
+    del record["backbone"]["global_pool"]
+    out.with_suffix(".json").write_text(json.dumps(record))
+    embed("test_vit", DATA, out=out, setup=SETUP)
+    assert "a.npy: done before" in capsys.readouterr().out
+
+
 def test_a_file_in_use_is_refused(monkeypatch):
     monkeypatch.setattr("ldae.runs.lock.try_lock", lambda fd: False)
     with pytest.raises(InputError, match="is being written by another process"):

@@ -109,3 +109,25 @@ def test_an_export_is_graded_as_its_run(run, data, tmp_path):
     assert one["sha256"] == two["sha256"] and one["images_seen"] == two["images_seen"] == 8
     assert control["sha256"] == same_control["sha256"] != one["sha256"]
     assert control["images_seen"] is same_control["images_seen"] is None
+    assert one["timestep"] == two["timestep"] == 10
+    assert control["timestep"] is same_control["timestep"] is None
+
+
+def test_a_record_says_what_the_features_are(run, data, tmp_path):
+    folder = run()
+    export(folder, tmp_path / "at 500", timestep=500)
+    export(folder, tmp_path / "white", whiten=data, whiten_shrinkage=0.5, device="cpu")
+    facts = ("architecture", "global_pool", "timestep", "whitened")
+
+    def described(spec, **given) -> tuple:
+        setup = replace(SETUP, out=tmp_path / "out", **given)
+        record = knn(str(spec), str(data), protocol=KNNProtocol(k=(1,)), setup=setup)
+        return tuple(record["backbone"][fact] for fact in facts)
+
+    vit = "vit_tiny_patch16_224"
+    assert described(tmp_path / "at 500") == (vit, "avg", 500, False)
+    assert described(tmp_path / "white") == (vit, "avg", 10, True)
+    random = {"random_init": True, "img_size": 16}
+    assert described("test_vit", **random) == ("test_vit", "token", None, False)
+    assert described("test_resnet", **random) == ("test_resnet", "avg", None, False)
+    assert described("pixels:8") == ("pixels", None, None, False)
