@@ -274,7 +274,8 @@ def adapt_cfg(model: TimmModel, in_chans: int, img_size: int | Sequence[int] | N
     """Adapt ``pretrained_cfg``, which describes timm's weights, to the model that was built.
 
     Args:
-        img_size: side, or height and width; None: the size stays.
+        img_size: side, or height and width; None: the size stays. timm's size for tests has a crop
+            of its own.
     """
     cfg = dict(model.pretrained_cfg)
     for key in ("mean", "std"):
@@ -285,6 +286,8 @@ def adapt_cfg(model: TimmModel, in_chans: int, img_size: int | Sequence[int] | N
     cfg["input_size"] = (in_chans, *size)
     if cfg["input_size"] != tuple(model.pretrained_cfg["input_size"]):
         cfg["pool_size"] = None
+        if tuple(size) == tuple(cfg.get("test_input_size") or ())[1:]:
+            cfg["crop_pct"] = cfg.get("test_crop_pct") or cfg["crop_pct"]
         for key in ("test_input_size", "test_crop_pct", "min_input_size"):
             cfg.pop(key, None)
     model.pretrained_cfg = model.default_cfg = cfg

@@ -212,6 +212,12 @@ def test_a_folder_with_the_preprocessing_of_timms_own_weights_is_adapted(size, t
     assert torch.equal(features(opened, images(1)), features(model, images(1)))
 
 
+def test_the_crop_of_timms_test_size_is_that_of_timms_tables():
+    for side, crop in ((None, 0.95), (288, 1.0), (128, 0.95)):
+        model = load_backbone("resnet18.a1_in1k", random_init=True, img_size=side)
+        assert preprocessing(model).crop_pct == crop
+
+
 def test_a_folder_keeps_its_own_size_and_channels(folder):
     _, path = folder
     load_backbone(path, in_chans=1)
