@@ -9,8 +9,8 @@ from ldae.finetuning.settings import FinetuneConfig
 
 DEFAULT = ""  # there is none: users name the recipe
 
-# MAE (He et al. 2022), main_finetune.py and FINETUNE.md. H differs from L only in its drop path
-# rate.
+# MAE (He et al. 2022), main_finetune.py and FINETUNE.md. H differs from L in its drop path rate and
+# in the images that are mixed together: the batch of one GPU, 32 on 32 GPUs, for H 16 on 64.
 _MAE = {
     "augment.min_area": 0.08, "augment.flip": 0.5, "augment.policy": "rand-m9-mstd0.5-inc1",
     "augment.erasing": 0.25, "augment.mixup": 0.8, "augment.cutmix": 1.0,
@@ -34,12 +34,12 @@ _LDAE = _MAE | {
 }  # fmt: skip
 
 RECIPES = Recipes("fine-tuning", {
-    "mae": Recipe(1, _MAE, {
+    "mae": Recipe(2, _MAE, {
         "B": {"optim.epochs": 100.0, "optim.blr": 5e-4, "model.layer_decay": 0.65,
               "model.drop_path": 0.1},
         "L": _LARGE | {"model.drop_path": 0.2},
-        "H": _LARGE | {"model.drop_path": 0.3},
-    }),
+        "H": _LARGE | {"model.drop_path": 0.3, "augment.mix_images": 16},
+    }, former={1: {"augment.mix_images": 32}}),
     "ldae": Recipe(2, _LDAE, {
         "B": {"model.layer_decay": 0.85},
         "L": {"model.layer_decay": 0.65},

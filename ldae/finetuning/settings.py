@@ -68,6 +68,7 @@ class FinetuneConfig(DownstreamConfig):
     """The configuration of a fine-tuning."""
 
     recipe: tyro.conf.Fixed[str] = "mae"
+    version: tyro.conf.Fixed[int] = 2
     data: DownstreamDataSettings = field(default_factory=DownstreamDataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     model: FinetuneModelSettings = field(default_factory=FinetuneModelSettings)

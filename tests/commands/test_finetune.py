@@ -103,7 +103,7 @@ def test_a_fine_tuning_learns_and_writes_its_files(tiny, exported, tmp_path, cap
     assert on_disk == json.loads(json.dumps(record))
     assert on_disk["results"]["top1"] == pytest.approx(tops[-1])
     protocol = on_disk["protocol"]
-    assert (protocol["name"], protocol["version"], protocol["size"]) == ("mae", 1, "B")
+    assert (protocol["name"], protocol["version"], protocol["size"]) == ("mae", 2, "B")
     assert protocol["optim"]["min_lr"] == 1e-6 and "optim.epochs=5.0" in protocol["modified"]
 
     opened = load_classifier(run).eval()
@@ -290,7 +290,7 @@ def test_the_seed_changes_the_run(tiny, tmp_path):
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, capsys):
     facts = finetune(tiny(optim__epochs=3), tmp_path / "run", dry_run=True)
     out = capsys.readouterr().out
-    for part in ("mae, version 1, size B; changed: ", "optim.epochs=3", "10 classes", "parameters"):
+    for part in ("mae, version 2, size B; changed: ", "optim.epochs=3", "10 classes", "parameters"):
         assert part in out
     assert facts["recipe"] in out and facts["parameters"] in out
     assert not (tmp_path / "run").exists()

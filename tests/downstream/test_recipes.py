@@ -61,11 +61,11 @@ def test_the_size_comes_from_the_width(make, name, monkeypatch):
     [(finetune_config, FINE_TUNING, "mae"), (detect_config, DETECTION, "vitdet")],
 )
 def test_a_run_keeps_the_version_that_it_began_with(make, recipes, name, monkeypatch, tmp_path):
-    newer = recipes[name]._replace(version=2, former={1: {"optim.min_lr": 1e-5}})
+    newer = recipes[name]._replace(version=3, former={1: {"optim.min_lr": 1e-5}})
     monkeypatch.setitem(recipes, name, newer)
     begun = recipes.config(name, "B", version=1)
     (tmp_path / "config.yaml").write_text(to_yaml(begun, recipes.kind))
-    for run, version in ((tmp_path, 1), (tmp_path / "new", 2), (None, 2)):
+    for run, version in ((tmp_path, 1), (tmp_path / "new", 3), (None, 3)):
         config = make("x", name, size="B", run=run)
         assert config.version == version and (config.optim.min_lr == 1e-5) == (version == 1)
         assert recipes.changed_constants(config) == {}

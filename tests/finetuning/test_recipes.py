@@ -29,8 +29,8 @@ def test_recipes_have_the_published_constants(name, size):
     expected = COMMON | {
         "optim.epochs": epochs, "optim.blr": blr, "optim.ema": ema,
         "model.layer_decay": layer_decay, "model.drop_path": drop_path,
-        "recipe": name, "size": size, "version": 2 if name == "ldae" else 1,
-        "optim.ema_warmup": name == "ldae",
+        "recipe": name, "size": size, "version": 2, "optim.ema_warmup": name == "ldae",
+        "augment.mix_images": 16 if (name, size) == ("mae", "H") else 32,
     }  # fmt: skip
     actual = tree.flatten(recipes.RECIPES.config(name, size))
     assert {key: actual[key] for key in expected} == expected
@@ -40,14 +40,18 @@ def test_peak_learning_rate_matches_the_paper():
     assert peak_lr(recipes.RECIPES.config("ldae").optim) == pytest.approx(4e-3)
 
 
-@pytest.mark.parametrize("size", ["B", "L", "H"])
-def test_former_versions_keep_their_constants(size):
-    """Version 1 of the recipe ldae averaged the weights with one decay from the first step on."""
+@pytest.mark.parametrize("name, size", PER_SIZE)
+def test_former_versions_keep_their_constants(name, size):
+    """Version 1 of the recipe ldae averaged the weights with one decay from the first step on.
+
+    That of MAE's recipe for H mixed twice as many images.
+    """
     former, newest = (
-        recipes.RECIPES.config("ldae", size, version=1),
-        recipes.RECIPES.config("ldae", size),
+        recipes.RECIPES.config(name, size, version=1),
+        recipes.RECIPES.config(name, size),
     )
-    assert tree.difference(former, newest) == {
-        "version": (1, 2), "optim.ema_warmup": (False, True)
-    }  # fmt: skip
+    changed = {"optim.ema_warmup": (False, True)} if name == "ldae" else {}
+    if (name, size) == ("mae", "H"):
+        changed = {"augment.mix_images": (32, 16)}
+    assert tree.difference(former, newest) == {"version": (1, 2)} | changed
     assert recipes.RECIPES.changed_constants(former) == {}
