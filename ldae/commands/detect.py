@@ -117,7 +117,7 @@ def _train_and_grade(training: DownstreamTraining) -> dict:
         write_json(run / layout.DETECTIONS, found)
     dim, classes = detector.backbone.vit.num_features, len(evaluation.train.classes)
     graded, scores = replace(evaluation, model=detector), _score(training, found)
-    record = graded.write(scores, dim, classes, starts_from=training.starts_from)
+    record = graded.write(scores, dim, classes, **training.facts)
     print_main(f"{run}: done")
     return record
 

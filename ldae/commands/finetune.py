@@ -147,7 +147,7 @@ def _train_and_grade(
     if distributed.is_main() and not (run / layout.CLASSIFIER).exists():
         save(network, run / layout.CLASSIFIER, training, results)
     graded = replace(training.evaluation, model=network)
-    record = graded.write(results, network.num_features, starts_from=training.starts_from)
+    record = graded.write(results, network.num_features, **training.facts)
     print_main(f"{run}: done; classifier in {run / layout.CLASSIFIER}")
     return record
 

@@ -62,6 +62,13 @@ class DownstreamTraining:
     """Whether the network is trained in bfloat16."""
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What a record says about the training beside the recipe: its start and its precision."""
+        chosen = self.config.system.precision
+        precision = "bf16" if self.bf16 else "fp32" if chosen == "auto" else chosen
+        return {"starts_from": self.starts_from, "trained_in": precision}
+
+    @property
     def recipe(self) -> str:
         """The recipe in words."""
         return f"{self.config.recipe}, version {self.config.version}, size {self.config.size}"
@@ -172,6 +179,9 @@ def prepare_downstream(
         evaluation = replace(evaluation, call=describe_call(command, [config]))
         images, device = len(evaluation.train), evaluation.device
         plan = plan_run(images, config.optim, config.system, device, multiple)
+        # Grading takes no more images at a time than the training, which is chosen for the memory.
+        at_once = min(Setup.batch_size, plan.micro_batch)
+        evaluation = replace(evaluation, setup=replace(evaluation.setup, batch_size=at_once))
         begun = Checkpoints(run).describe() or {}
         starts_from = state_hash(evaluation.model.state_dict())
         if _STARTS_FROM in begun:  # the backbone may have changed since then

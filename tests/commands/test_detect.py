@@ -89,6 +89,7 @@ def test_a_detection_can_be_repeated(tiny, tmp_path):
     assert again["verdict"] == "equal" and again["changed"] == []
     repeated = json.loads((tmp_path / "run" / "rerun" / "results.json").read_text())
     assert repeated["protocol"]["starts_from"] == record["protocol"]["starts_from"]
+    assert repeated["protocol"]["trained_in"] == "fp32"
     assert repeated["backbone"]["sha256"] != repeated["protocol"]["starts_from"]
 
 

@@ -18,6 +18,7 @@ from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.finetune import finetune
 from ldae.data.open import open_source
+from ldae.downstream.training import Training, prepare_training
 from ldae.errors import InputError
 from ldae.finetuning import recipes
 from ldae.finetuning.network import ClassificationLoss
@@ -167,6 +168,7 @@ def test_the_average_and_the_weights_are_graded_in_float32(tiny, tmp_path):
     config = tiny("ldae", system__precision="bf16", **learning, **WITHOUT_AUGMENTATION)
     record = finetune(config, run)
     assert record["protocol"]["precision"] == "fp32"
+    assert record["protocol"]["trained_in"] == "bf16"
     results, last, state = record["results"], lines(run)[-1], Checkpoints(run).load()
     assert results.keys() == {"top1", "top5", "weights_top1", "weights_top5"}
     assert results["weights_top1"] > results["top1"] + 5
@@ -277,6 +279,23 @@ def test_a_search_for_micro_batches_keeps_whole_groups_and_changes_nothing(
 def test_one_seed_beside_several_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="without --seed"):
         finetune(tiny(seed=5), tmp_path / "run", seeds=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "precision, bf16, found",
+    [("auto", False, "fp32"), ("auto", True, "bf16"), ("tf32", False, "tf32")],
+)
+def test_a_record_has_the_precision_that_auto_meant(precision, bf16, found, tiny):
+    config = tiny(system__precision=precision)
+    training = Training("", config, None, None, "hash", None, bf16)
+    assert training.facts == {"starts_from": "hash", "trained_in": found}
+
+
+@pytest.mark.parametrize("most, at_once", [(8, 8), (64, 64)])
+def test_grading_takes_no_more_images_at_a_time_than_training(most, at_once, tiny, tmp_path):
+    config = tiny(system__device_batch=most)
+    with prepare_training("finetune", recipes.RECIPES, config, tmp_path / "run") as training:
+        assert training.evaluation.encoder().batch_size == at_once
 
 
 def test_the_seed_changes_the_run(tiny, tmp_path):
