@@ -8,6 +8,8 @@ from ldae.tree import flatten_table
 
 # Parts of a record other than the protocol, the weights and the images.
 _NOT_ORIGINS = ("results", "environment", "call", "suite")
+# Entries that several seeds may have each.
+_BY_SEED = ("backbone.seed", "backbone.sha256", "protocol.starts_from")
 # Beginnings of the names in an environment of what may change the last bits of a number.
 _EXPLAINS = ("device", "gpu", "cuda", "cpu", "ranks", "python", "packages.", "git.commit")
 _UNORDERED = "a GPU adds in an order that is not fixed"
@@ -100,8 +102,16 @@ def changed_origins(then: dict, now: dict) -> list[str]:
 
 
 def _origins(record: dict) -> dict[str, Any]:
-    """Return the entries of a record that decide the numbers, by their dotted names."""
-    return flatten_table({key: part for key, part in record.items() if key not in _NOT_ORIGINS})
+    """Return the entries of a record that decide the numbers, by their dotted names.
+
+    Of weights that differ over several seeds, the first stand for all: older records have no
+    others, and an evaluation by one seed is compared with them when it begins.
+    """
+    parts = {key: part for key, part in record.items() if key not in _NOT_ORIGINS}
+    return {
+        name: value[0] if name in _BY_SEED and isinstance(value, list) else value
+        for name, value in flatten_table(parts).items()
+    }
 
 
 def _in_words(name: str, before: Any, after: Any, record: dict) -> str:

@@ -114,15 +114,27 @@ def write_means(
     results = summarise(
         {seed: {name: one["results"][name] for name in names} for seed, one in records.items()}
     )
-    protocol = first["protocol"] | {"seed": [*records]}
-    changed = [part for part in protocol["modified"] if not part.startswith("seed=")]
+    protocol = _joined(records, "protocol") | {"seed": [*records]}
+    changed = [part for part in first["protocol"]["modified"] if not part.startswith("seed=")]
     protocol["modified"] = [*changed, f"seeds={'-'.join(map(str, records))}"]
+    backbone = _joined(records, "backbone")
     record = {key: value for key, value in first.items() if key != "suite"}
-    record |= {"protocol": protocol, "results": results, "call": call}
+    record |= {"protocol": protocol, "backbone": backbone, "results": results, "call": call}
     path = folder / layout.RESULTS
     if is_main():
         write_json(path, record)
     numbers = [f"{name} {results[name]:.2f} ± {results[SPREAD][name]:.2f}" for name in names]
-    subject = f"{record['task']} of {record['backbone']['spec']} on {record['data']['eval_spec']}"
+    control = " (random init)" if backbone["random_init"] else ""
+    subject = f"{record['task']} of {backbone['spec']}{control} on {record['data']['eval_spec']}"
     print_main(f"{subject}, {len(records)} seeds: {', '.join(numbers)}; {path}")
     return record
+
+
+def _joined(records: Mapping[int, dict], part: str) -> dict:
+    """Return a part of the records of several seeds; an entry that differs is a list by seed."""
+    parts = [record[part] for record in records.values()]
+    joined = {name: [one[name] for one in parts] for name in parts[0]}
+    return {
+        name: values if any(value != values[0] for value in values) else values[0]
+        for name, values in joined.items()
+    }

@@ -117,6 +117,14 @@ def test_the_trained_weights_of_a_fine_tuning_are_a_result(task, records):
     assert changed_origins(then, now) == ["the weights of vit have changed"]
 
 
+def test_the_first_of_the_weights_of_several_seeds_stand_for_all(records):
+    """Older records have the first alone."""
+    older, several = records(), records(backbone__sha256=["a", "b"])
+    assert changed_origins(several, older) == changed_origins(older, several) == []
+    other = records(backbone__sha256=["c", "b"])
+    assert changed_origins(older, other) == ["the weights of vit have changed"]
+
+
 def test_a_distance_may_differ_by_a_share_of_its_value(records):
     for factor, expected in ((1.0009, "close"), (1.0011, "different")):
         then = records(results={"fid": 20.0})

@@ -96,7 +96,7 @@ def test_features_are_extracted_once_for_all_seeds(tmp_path, monkeypatch):
     assert sorted(extracted) == ["eval", "train"]
 
 
-def test_random_weights_of_each_seed_are_other_weights(tmp_path):
+def test_random_weights_of_each_seed_are_other_weights(tmp_path, capsys):
     setup = replace(SETUP, img_size=16, random_init=True, seeds=(0, 1), out=tmp_path)
     record = ldae.knn("test_vit", "digits", protocol=ldae.KNNProtocol(k=(5,)), setup=setup)
     singles = {
@@ -109,7 +109,14 @@ def test_random_weights_of_each_seed_are_other_weights(tmp_path):
         for seed in (0, 1)
     }
     check_summary(record, singles)
-    assert singles[0]["backbone"]["sha256"] != singles[1]["backbone"]["sha256"]
+    weights = [single["backbone"]["sha256"] for single in singles.values()]
+    assert record["backbone"]["sha256"] == weights and weights[0] != weights[1]
+    assert record["backbone"]["seed"] == [0, 1]
+    others = {"sha256": 0, "seed": 0}
+    assert record["backbone"] | others == singles[0]["backbone"] | others
+    assert "knn of test_vit (random init) on digits, 2 seeds" in capsys.readouterr().out
+    assert rerun(tmp_path)["sentence"] == "the same to the bit"
+    assert "since then" not in capsys.readouterr().out
 
 
 def test_finished_seeds_are_skipped(tmp_path, capsys):
