@@ -120,6 +120,7 @@ class DownstreamTraining:
             self.plan,
             self.evaluation.train,
             row=row,
+            learns_labels=True,
             start=_start(self.starts_from, self.evaluation.model),
             transform=transform,
             mixing=mixing,

@@ -26,7 +26,7 @@ from ldae.evals.taps import Tap
 from ldae.files import state_hash
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.folder import names_hash
+from ldae.runs.folder import LABELS_HASH, NAMES_HASH, images_hashes, labels_hash
 from ldae.runs.lock import locked
 from ldae.runs.metrics import Metrics
 from ldae.settings import ExecutionSettings, OptimSettings
@@ -197,7 +197,7 @@ def train_on_augmented(
     batch size of the encoder, the number of images that go through the backbone at once.
 
     The same call again resumes, on a CPU bit for bit with as many ranks, until ``remove_training``.
-    Checkpoints of another protocol, backbone or source are removed.
+    Checkpoints of another protocol, backbone, images or labels are removed.
 
     Returns: the head; and its learning rate, sizes and images seen, for the results.
 
@@ -210,10 +210,13 @@ def train_on_augmented(
     optim = OptimSettings(batch, protocol.blr, protocol.epochs, protocol.warmup_epochs)
     classes = int(known_labels(source).max()) + 1
     probe = _Probe(encoder, source, protocol, classes).to(device)
+    images = images_hashes(source)
     describe = {
         "protocol": asdict(protocol) | {"precision": encoder.precision},
         "backbone": state_hash(encoder.model.state_dict()),
-        "images": names_hash(source),
+        "images": images.pop(NAMES_HASH),
+        **images,
+        LABELS_HASH: labels_hash(source),
     }
     chans, side, _ = encoder.transform.input_size
     transform = CropTransform(
@@ -237,7 +240,8 @@ def train_on_augmented(
 
     with locked(folder):
         checkpoints = Checkpoints(folder, keep=1)
-        if checkpoints.describe() not in (None, describe):
+        before = checkpoints.describe() or {}  # in older ones, fewer entries
+        if not before.items() <= describe.items():
             remove_training(folder)
         barrier()  # so that no rank loads a checkpoint that another one removes
         trained = Loop(

@@ -55,7 +55,9 @@ def pretrain(config: Config, run: Path, row: str, dry_run: bool = False) -> None
                         f"init_from {config.init_from}: the tokenizer drops {100 * dropped:.2g} % "
                         "of the patch embedding"
                     )
-            trained = training.train(method, hooks, transform)
+            trained = training.train(
+                method, hooks, transform, learns_labels=config.model.class_conditional
+            )
             if distributed.is_main():
                 pictures = [layout.DENOISED]
                 save_denoising(trained, sample_images(config.data, device), run / pictures[0])

@@ -98,11 +98,13 @@ class Pretraining:
         method: nn.Module,
         hooks: tuple[Hook, ...],
         transform: Transform | None = None,
+        learns_labels: bool = False,
     ) -> nn.Module:
         """Train a method to the end of the plan, on crops of the training images.
 
         Args:
             transform: applied to each image instead of the crop of the settings.
+            learns_labels: see ``train_in``.
 
         Returns: the method, or its moving average where the recipe has one, in evaluation mode.
         """
@@ -116,6 +118,7 @@ class Pretraining:
             self.plan,
             self.source,
             row=self.row,
+            learns_labels=learns_labels,
             transform=transform or transform_of(self.config),
             device=self.device,
             hooks=hooks,

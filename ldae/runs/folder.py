@@ -1,11 +1,13 @@
 """Open a run folder: create it, or check that it holds this run."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ldae import distributed, files, tree
@@ -19,8 +21,11 @@ from ldae.runs.lock import locked
 from ldae.settings import ExecutionSettings
 
 NAMES_HASH = "the hash of the images' names"  # a key of checkpoints' descriptions
+FINGERPRINT = "the fingerprint of the images"  # another key, for images without names of their own
+LABELS_HASH = "the hash of the labels"  # another key, for models that learn them
 RESIZED_TWICE = "resized twice"  # another key: whether the images were, as from a cache
 LATENTS_OF = "the hash of the latents' tokenizer"  # another key; empty for a training on images
+_NUMBER = re.compile(r"(train|eval|all)/\d{6,}")  # the default of Source.name
 # Beginnings of the names of settings that may change when a run resumes.
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source", "license")
 _NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # may lie in a folder before a run begins there
@@ -54,7 +59,7 @@ def open_run(
 ) -> Iterator[None]:
     """Open the folder ``run`` for a new or resumed run, and keep other processes out.
 
-    A run in the folder must be of this kind, with these settings and images of these names. Before
+    A run in the folder must be of this kind, with these settings and images. Before
     its first checkpoint, a run of this kind may start again with other settings and images.
 
     Args:
@@ -72,11 +77,14 @@ def open_run(
     if not kinds.kind_of(run):
         _check_outside(run, source)
     with locked(run):
-        before, images = _settings_before(run, kind), names_hash(source)
+        before, images = _settings_before(run, kind), images_hashes(source)
         changed = {} if before is None else _changed(run, before, config, source, ignored)
-        known = files.read_object(run / layout.ENVIRONMENT).get("images", images)
-        if known != images and not Checkpoints(run).paths():  # a checkpoint knows its images itself
-            changed[NAMES_HASH] = (known, images)
+        known = files.read_object(run / layout.ENVIRONMENT).get("images", {})
+        if isinstance(known, str):  # as older versions wrote it
+            known = {NAMES_HASH: known}
+        if not Checkpoints(run).paths():  # a checkpoint knows its images itself
+            pairs = {name: (value, images.get(name)) for name, value in known.items()}
+            changed |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         if changed and (fixed or Checkpoints(run).paths()):
             names = ", ".join(
                 f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
@@ -125,7 +133,7 @@ def _changed(
     """Return the changed settings that make this another run: dotted name -> (old, new)."""
     ignored = (*_MAY_CHANGE, *ignored)
     described = Checkpoints(run).describe() or {}
-    if described.get(NAMES_HASH) == names_hash(source):
+    if images_hashes(source).items() <= described.items():
         ignored += ("data.source",)
         there, here = before.data.source, config.data.source
         if there != here:
@@ -136,9 +144,24 @@ def _changed(
     return {name: pair for name, pair in changed.items() if not name.startswith(ignored)}
 
 
-def names_hash(source: Source) -> str:
-    """Return a hash of the images' names in order, independent of the folder they lie in."""
+def images_hashes(source: Source) -> dict[str, str]:
+    """Return the hashes by which a run that resumes knows its images.
+
+    The names of files, in order, tell it wherever the files lie and whenever they were copied.
+    Images that only have numbers are known by their fingerprint too.
+    """
     digest = hashlib.sha256()
     for number in range(len(source)):
         digest.update(source.name(number).encode() + b"\0")
+    hashes = {NAMES_HASH: digest.hexdigest()[:16]}
+    if _NUMBER.fullmatch(source.name(0)):
+        hashes[FINGERPRINT] = source.fingerprint()[:16]
+    return hashes
+
+
+def labels_hash(source: Source) -> str:
+    """Return a hash of the names of the classes and of the label of each image, in order."""
+    digest = hashlib.sha256("\0".join(source.classes or ()).encode("utf-8", "backslashreplace"))
+    if source.labels is not None:
+        digest.update(source.labels.astype(np.int64).tobytes())
     return digest.hexdigest()[:16]

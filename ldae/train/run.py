@@ -18,7 +18,14 @@ from ldae.data.transforms import CropTransform
 from ldae.data.workers import Batch
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.folder import LATENTS_OF, NAMES_HASH, RESIZED_TWICE, Settings, names_hash
+from ldae.runs.folder import (
+    LABELS_HASH,
+    LATENTS_OF,
+    RESIZED_TWICE,
+    Settings,
+    images_hashes,
+    labels_hash,
+)
 from ldae.runs.metrics import Metrics
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Loop
@@ -35,6 +42,7 @@ def train_in(
     source: Source,
     *,
     row: str,
+    learns_labels: bool = False,
     start: Mapping[str, Any] | None = None,
     transform: Transform,
     mixing: Callable[[Batch], Batch] | None = None,
@@ -45,6 +53,7 @@ def train_in(
 
     Args:
         row: the name of the trained model in the records.
+        learns_labels: whether a run that resumes must have the same labels.
         start: what the training begins from, for the checkpoints.
         transform: applied to each image by the loader.
         mixing: applied to each batch before the model sees it.
@@ -87,7 +96,8 @@ def train_in(
             "row": row,
             "images": len(source),
             "classes": list(source.classes or ()),
-            NAMES_HASH: names_hash(source),
+            **images_hashes(source),
+            **({LABELS_HASH: labels_hash(source)} if learns_labels else {}),
             RESIZED_TWICE: resizes_twice,
             LATENTS_OF: source.latents_of,
             **(start or {}),

@@ -351,6 +351,20 @@ def test_wrong_images_are_refused(tiny, tmp_path):
         finetune(tiny(data__source=strange), tmp_path / "run")
 
 
+def test_a_run_does_not_go_on_with_other_labels(tiny, tmp_path):
+    source = open_source("digits", "train")
+    lines = [f"{i}.png,{source.labels[i]}" for i in range(64)]
+    for i in range(64):
+        source.image(i).save(tmp_path / f"{i}.png")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(lines))
+    config = tiny(data__source=str(labels), data__eval_source="digits")
+    finetune(config, tmp_path / "run")
+    labels.write_text("\n".join(["0.png,9", *lines[1:]]))
+    with pytest.raises(InputError, match="the hash of the labels was .* then, and is .* now"):
+        finetune(config, tmp_path / "run")
+
+
 def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
     run = tmp_path / "run"
     finetune(tiny(optim__epochs=0.1, optim__warmup_epochs=0.01), run)

@@ -30,6 +30,7 @@ from ldae.evals.neighbours import KNNProtocol
 from ldae.method import LDAE
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.folder import FINGERPRINT
 from ldae.train.interrupt import Interrupted
 
 
@@ -420,6 +421,22 @@ def test_the_images_of_a_run_may_move_but_not_change(folder, tiny, tmp_path, int
     with pytest.raises(InputError, match="the hash of the images' names was"):
         pretrain(config, tmp_path / "copy", "l_dae")
     assert kinds.settings_of(tmp_path / "copy", "pretraining") == config
+
+
+def test_a_run_does_not_go_on_with_other_images_of_the_same_numbers(tiny, tmp_path):
+    """Their names are only numbers. A run of an older version knows these alone."""
+    config = tiny(data__source="scattered-digits:64:0")
+    pretrain(config, tmp_path / "run", "l_dae")
+    other = tree.replace(config, {"data.source": "scattered-digits:64:7"})
+    with pytest.raises(InputError, match="holds another run: data.source is"):
+        pretrain(other, tmp_path / "run", "l_dae")
+    (path,) = Checkpoints(tmp_path / "run").paths()
+    state = torch.load(path, weights_only=True)
+    state["describe"].pop(FINGERPRINT)
+    torch.save(state, path)
+    pretrain(config, tmp_path / "run", "l_dae")
+    with pytest.raises(InputError, match="holds another run: data.source is"):
+        pretrain(other, tmp_path / "run", "l_dae")
 
 
 def test_a_run_without_a_checkpoint_fits_its_tokenizer_to_the_images_that_are_there_now(
