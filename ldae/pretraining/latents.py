@@ -73,7 +73,7 @@ def open_latents(config: Config, tokenizer: Tokenizer, source: Source) -> Cached
     """Open the latents that replace the images of ``source`` in a pre-training.
 
     Args:
-        tokenizer: the tokenizer of ``config``, loaded from tokenizer.path.
+        tokenizer: the tokenizer of the run, which came from tokenizer.path.
 
     Raises: InputError when the settings need images, or the latents are of another tokenizer or of
         other images.
@@ -94,7 +94,8 @@ def open_latents(config: Config, tokenizer: Tokenizer, source: Source) -> Cached
         )
     if latents.latents_of != files.state_hash(tokenizer.state_dict()):
         raise InputError(
-            f"{data.latents} has latents of another tokenizer than {config.tokenizer.path}"
+            f"{data.latents} has latents of another tokenizer than that of the run, from "
+            f"{config.tokenizer.path}"
         )
     if latents.fingerprint() != source.fingerprint():
         raise InputError(f"{data.latents} has latents of other images than {source.spec} has now")

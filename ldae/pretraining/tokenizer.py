@@ -120,7 +120,9 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
             )
         tokenizer_loss(fit)  # refuses a network that is missing or does not fit
     if config.tokenizer.path:
-        tokenizers.load(tokenizer, Path(config.tokenizer.path))
+        own = run / layout.TOKENIZER
+        resumes = own.exists() and Checkpoints(run).paths()
+        tokenizers.load(tokenizer, own if resumes else Path(config.tokenizer.path))
     return fit
 
 

@@ -17,6 +17,7 @@ from ldae.commands.fit_tokenizer import fit_tokenizer
 from ldae.commands.pretrain import pretrain
 from ldae.data.open import open_source
 from ldae.errors import InputError
+from ldae.method import LDAE
 from ldae.pretraining import tokenizer as fitting
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
@@ -207,6 +208,20 @@ def test_a_pretraining_uses_a_fitted_tokenizer(tiny, tmp_path):
     assert not (tmp_path / "other").exists()
     with pytest.raises(InputError, match="fit holds a tokenizer, not a denoising pre-training"):
         load_method(tmp_path / "fit")
+
+
+def test_a_pretraining_resumes_with_its_own_copy_of_a_tokenizer(tiny, tmp_path, interrupts):
+    fit_tokenizer(tiny("no_adversarial"), tmp_path / "fit", "no_adversarial")
+    path = tmp_path / "fit" / "tokenizer.safetensors"
+    config = tiny("linear_gamma2", tokenizer__path=str(path))
+    interrupts(LDAE, 3)
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "run", "linear_gamma2")
+    path.unlink()
+    pretrain(config, tmp_path / "run", "linear_gamma2")
+    assert lines(tmp_path / "run")[-1]["images"] == 64
+    with pytest.raises(InputError, match="there is no tokenizer file"):
+        pretrain(config, tmp_path / "other", "linear_gamma2")
 
 
 def test_a_finished_fit_is_not_replaced_by_another(tiny, tmp_path):
