@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from ldae.data import tiff
 from ldae.errors import InputError
@@ -24,6 +24,15 @@ _NPY_HEADERS = {
 }
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> how to turn the image upright
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ImageFile = BinaryIO | str | bytes | os.PathLike
 
@@ -63,6 +72,7 @@ def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
     - Float grey: values within 0..1 are multiplied by 255, values within 0..255 are rounded.
       Values outside these ranges have no known white, so the image is refused.
     - Bands of TIFF files: as grey, by the range of all bands together.
+    - TIFF files whose white is 0 are inverted.
     - ``.npy``: uint8 of shape (H, W) or (H, W, C).
 
     Raises: BadImage, naming ``name``, when the file cannot be decoded. An image with more pixels
@@ -74,8 +84,12 @@ def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
         if header := tiff.bands_header(opened):
             return _decode_bands(opened, header)
         with Image.open(opened, formats=_formats()) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return _eight_bit(image)
+            pixels = _eight_bit(_upright(image))
+            # Pillow inverts only pixels of at most 8 bits.
+            is_wide = image.mode.startswith("I")
+            if is_wide and tiff.white_is_zero(getattr(image, "tag_v2", {})):
+                return ImageChops.invert(pixels)
+            return pixels
 
 
 def decode_label_map(file: ImageFile, name: str) -> np.ndarray:
@@ -86,7 +100,7 @@ def decode_label_map(file: ImageFile, name: str) -> np.ndarray:
     Raises: BadImage, naming ``name``, when the file cannot be decoded or has colour channels.
     """
     with _opened(file, name) as opened, Image.open(opened, formats=_formats()) as image:
-        ImageOps.exif_transpose(image, in_place=True)
+        image = _upright(image)
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise ValueError(f"its pixels are colours ({image.mode}), not class numbers")
         labels = np.asarray(image)
@@ -111,8 +125,11 @@ def image_size(file: ImageFile, name: str) -> tuple[int, int]:
             height, width, _ = header.shape
             return (height, width) if header.orientation in _TRANSPOSED else (width, height)
         with Image.open(opened, formats=_formats()) as image:
-            transposed = image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED
-            return image.size[::-1] if transposed else image.size
+            size = image.size
+            if image.format == "TIFF":  # newer versions of Pillow have exchanged the two
+                tags = image.tag_v2
+                size = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
+            return size[::-1] if _orientation(image) in _TRANSPOSED else size
 
 
 @contextmanager
@@ -182,6 +199,26 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     return _NPY_HEADERS[version](file)
 
 
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if it cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in _TURNS else 1
+    except Exception:  # on damaged tags Pillow raises nearly every type, and the pixels are good
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Load an image and turn it by its EXIF orientation, as ImageOps.exif_transpose.
+
+    That function writes all other tags again, and fails when one of them is damaged.
+    """
+    image.load()  # turns a TIFF file itself, and drops its orientation
+    if turn := _TURNS.get(_orientation(image)):
+        return image.transpose(turn)
+    return image
+
+
 def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode in _MODES.values():
         return image
@@ -224,8 +261,9 @@ def _decode_bands(file: BinaryIO, header: tiff.Header) -> Image.Image | np.ndarr
     bands = tiff.read_bands(file, header)
     if bands.dtype != np.uint8 or header.white != 255:
         bands = _levels(bands, header.white)
-    is_rgba = header.has_alpha and header.shape[2] == 4
-    return Image.fromarray(bands) if is_rgba else from_array(bands)
+    if header.white_is_zero:
+        bands[..., : header.shape[2] - header.has_alpha] ^= 255
+    return _eight_bit(Image.fromarray(bands)) if header.has_alpha else from_array(bands)
 
 
 def _check_size(shape: tuple[int, ...]) -> None:

@@ -1,7 +1,8 @@
 """Bands of TIFF files that Pillow would drop, round or refuse, read by tifffile."""
 
 import logging
-from typing import BinaryIO, NamedTuple
+from collections.abc import Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags
@@ -13,7 +14,7 @@ _BIG = b"II+\0"  # Pillow does not read the tags of a big-endian BigTIFF
 _MAGIC = (b"II*\0", b"MM\0*", _BIG)
 _COLOURS = {0: 1, 1: 1, 2: 3}  # PhotometricInterpretation, grey and RGB -> number of colours
 _UNKNOWN = 0  # in ExtraSamples, a band such as near infrared; other numbers are transparency
-_UNSIGNED = 1  # in SampleFormat
+_UNSIGNED, _SIGNED = 1, 2  # in SampleFormat
 
 # It reports damage in several lines, and the image gets one sentence.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -27,7 +28,9 @@ class Header(NamedTuple):
     orientation: int
     """1 to 8, as in EXIF; from 5 on, height and width are exchanged."""
     white: int
-    """The largest unsigned integer of this depth, at most 65535."""
+    """The largest integer of this depth, and 65535 of 16 bits and more."""
+    white_is_zero: bool
+    """Whether the bands are stored inverted."""
     has_alpha: bool
     """Whether the last band is transparency."""
 
@@ -62,17 +65,25 @@ def _tags(file: BinaryIO) -> tiff.ImageFileDirectory_v2:
 def _header(tags: tiff.ImageFileDirectory_v2) -> Header | None:
     count, bits = tags.get(tiff.SAMPLESPERPIXEL, 1), max(tags[tiff.BITSPERSAMPLE])
     extra = count - _COLOURS[tags[tiff.PHOTOMETRIC_INTERPRETATION]]
-    has_alpha = extra == 1 and tags.get(tiff.EXTRASAMPLES) != (_UNKNOWN,)
+    # Pillow takes the fourth of four bands for transparency if the file says nothing about it.
+    kind = tags.get(tiff.EXTRASAMPLES, () if count == 4 else (_UNKNOWN,))
+    has_alpha = extra == 1 and kind != (_UNKNOWN,)
     if count == 1 or (bits <= 8 and (extra == 0 or has_alpha)):
         return None
     orientation = tags.get(ExifTags.Base.Orientation, 1)
-    is_unsigned = tags.get(tiff.SAMPLEFORMAT, (_UNSIGNED,))[0] == _UNSIGNED
+    is_signed = tags.get(tiff.SAMPLEFORMAT, (_UNSIGNED,))[0] == _SIGNED
     return Header(
         (tags[tiff.IMAGELENGTH], tags[tiff.IMAGEWIDTH], count),
         orientation if 1 <= orientation <= 8 else 1,
-        2**bits - 1 if is_unsigned and bits < 16 else 65535,
+        2 ** (bits - is_signed) - 1 if bits < 16 else 65535,
+        white_is_zero(tags),
         has_alpha,
     )
+
+
+def white_is_zero(tags: Mapping[int, Any]) -> bool:
+    """Return whether the tags of a page say that its white is stored as 0."""
+    return tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def read_bands(file: BinaryIO, header: Header) -> np.ndarray:

@@ -4,9 +4,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ldae.data.image import BadImage, decode, image_extensions, to_planes
+from ldae.data.image import BadImage, decode, image_extensions, image_size, to_planes
 from ldae.errors import InputError
 
 GREY16 = (np.arange(64, dtype=np.uint16) * 1040).reshape(8, 8)
@@ -142,6 +142,43 @@ def test_exif_orientation_is_applied(orientation):
     exif[0x0112] = number
     image = decode(io.BytesIO(encoded(RGB, "PNG", exif=exif)), "x")
     assert np.array_equal(to_array(image, 3), upright(RGB))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_an_image_is_turned_as_pillow_turns_it(mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation[0]
+    image = Image.fromarray(GREY16) if mode == "I;16" else Image.fromarray(RGB).convert(mode)
+    file = io.BytesIO(encoded(image, "PNG", exif=exif))
+    ImageOps.exif_transpose(image := Image.open(file), in_place=True)
+    image.info.pop("exif", None)
+    upright = io.BytesIO(encoded(image, "PNG"))
+    assert np.array_equal(to_array(decode(file, "x"), 4), to_array(decode(upright, "x"), 4))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_the_size_is_that_of_the_upright_image(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation[0]
+    content = encoded(RGB, format, exif=exif)
+    assert image_size(io.BytesIO(content), "x") == decode(io.BytesIO(content), "x").size
+
+
+@pytest.mark.parametrize(
+    "good, bad, size",
+    [
+        (b"\x01\x31\x00\x02", b"\x01\x00\x00\x02", (6, 9)),  # a text is the width; still turned
+        (b"MM\x00*", b"MM\xff*", (9, 6)),
+    ],
+)
+def test_damaged_exif_beside_good_pixels_is_no_bad_image(good, bad, size):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "the name of a program"
+    content = encoded(RGB, "JPEG", exif=exif)
+    assert content.count(good) == 1
+    damaged = content.replace(good, bad)
+    assert decode(io.BytesIO(damaged), "x").size == size
+    assert image_size(io.BytesIO(damaged), "x") == size
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])

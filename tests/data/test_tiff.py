@@ -93,6 +93,32 @@ def test_other_types_are_scaled_as_grey_is(values, scale):
     assert np.abs(found - values.astype(np.float64) * scale).max() <= 0.501
 
 
+def test_signed_bands_of_8_bits_have_the_largest_signed_number_as_white():
+    found = pixels(tiff(np.array([[[0, 64, 127, 127, 127]]], np.int8)), 5)
+    assert found.tolist() == [[[0, 129, 255, 255, 255]]]
+    with pytest.raises(BadImage, match="its values go from -1 to 5; save integers in 0..127"):
+        decode(tiff(np.array([[[-1, 5, 5, 5, 5]]], np.int8)), "x")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_that_is_stored_as_0_is_inverted(dtype):
+    high = np.iinfo(dtype).max
+    grey = np.array([[[0], [high]]], dtype)
+    assert pixels(tiff(grey, photometric="miniswhite"), 1).tolist() == [[[255], [0]]]
+    five = np.repeat(grey, 5, axis=2)
+    found = pixels(tiff(five, photometric="miniswhite"), 5)
+    assert found.tolist() == [[[255] * 5, [0] * 5]]
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_transparency_is_no_band_of_grey(photometric):
+    values = np.array([[[0, 65535], [65535, 257]]], np.uint16)
+    file = tiff(values, photometric=photometric, extrasamples=["unassalpha"])
+    white = np.array([[0, 255]]) if photometric == "minisblack" else np.array([[255, 0]])
+    assert np.array_equal(pixels(file, 1)[..., 0], white)
+    assert np.array_equal(pixels(file, 4)[..., 3], [[255, 1]])
+
+
 def test_values_without_a_known_white_are_refused():
     for values in (np.full((2, 2, 5), 70_000, np.int32), np.full((2, 2, 5), np.nan, np.float32)):
         with pytest.raises(BadImage, match="^x cannot be decoded: its values go from"):
