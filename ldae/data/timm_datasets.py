@@ -29,15 +29,19 @@ class TorchSource(Source):
             self._dataset = _create_dataset(f"torch/{name}", root, timm_split)
         except Exception as error:  # of the download, a checksum, an archive or the name
             raise InputError(f"{spec} cannot be opened: {first_line(error)}") from error
+        if hasattr(self._dataset, "loader"):
+            self._dataset.loader = _load
         names = getattr(self._dataset, "wnids", getattr(self._dataset, "classes", None))
         super().__init__(spec, split, *_classes(names, getattr(self._dataset, "targets", None)))
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: int) -> Image.Image | np.ndarray:
         try:
             return self._dataset[i][0]
+        except BadImage:
+            raise
         except Exception as error:  # torchvision decodes, and Pillow raises nearly every type
             raise BadImage(f"{self.where(i)} cannot be decoded: {first_line(error)}") from error
 
@@ -78,7 +82,11 @@ class HfdsSource(Source):
         return len(self._reader)
 
     def image(self, i: int) -> Image.Image | np.ndarray:
-        return decode(self._reader[i][0], self.where(i))
+        try:
+            content = self._reader[i][0]
+        except Exception as error:  # of a damaged file; Arrow raises nearly every type
+            raise BadImage(f"{self.where(i)} cannot be read: {first_line(error)}") from error
+        return decode(content, self.where(i))
 
     def stamp(self) -> bytes:
         return self._reader.dataset._fingerprint.encode()
@@ -114,12 +122,17 @@ def _create_dataset(name: str, root: str | None, split: str):
     return create_dataset(name, root=root, split=split, download=name.startswith("torch/"))
 
 
+def _load(path: str) -> Image.Image | np.ndarray:
+    """Decode an image file of torchvision's, as those of other sources are."""
+    return decode(path, path)
+
+
 def _classes(names, values) -> tuple[list[str], np.ndarray] | tuple[None, None]:
-    """Return the classes and labels of a data set, or None for both when a label is -1 or absent.
+    """Return the classes and labels of a data set, or None for both if a label is -1 or null.
 
     Without ``names``, each distinct value is a class.
     """
-    if values is None or -1 in (values := np.asarray(values)):
+    if values is None or None in (values := np.asarray(values)) or -1 in values:
         return None, None
     if not names:
         names, values = np.unique(values, return_inverse=True)

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldae.data import timm_datasets
+from ldae.data.image import BadImage
 from ldae.data.open import open_source, open_splits
 from ldae.errors import InputError
 
@@ -77,6 +79,18 @@ def test_files_of_torchvision_have_a_fingerprint(make_tree, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
+def test_image_files_of_torchvision_are_decoded_as_others(make_tree, tmp_path):
+    root = make_tree("tree", ["cat/1.png", "dog/2.png"])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (9, 6)).save(root / "cat/1.png", exif=exif)
+    (root / "dog/2.png").write_bytes(b"no image")
+    source = pickle.loads(pickle.dumps(open_source(f"torch/image_folder@{root}", "train")))
+    assert source.image(0).size == (6, 9)
+    with pytest.raises(BadImage, match="dog/2.png cannot be decoded: its content is not an image"):
+        source.image(1)
+
+
 @pytest.mark.parametrize(
     "splits, opened",
     [(["train"], {"all": "train"}), (["train", "validation"], {"train": "train", "eval": "eval"})],
@@ -88,6 +102,28 @@ def test_a_set_of_the_hub_with_a_train_split_alone_has_no_splits(splits, opened,
     monkeypatch.setitem(timm_datasets.SOURCES, "hfds", lambda spec, split: split)
     found = timm_datasets.timm_splits("hfds/some/data@cache")
     assert {name: open_split() for name, open_split in found.items()} == opened
+
+
+def test_a_null_label_and_a_damaged_row_of_the_hub(monkeypatch):
+    class Table(dict):
+        column_names = ("label",)
+
+    class Reader:
+        dataset, label_key, class_to_idx = Table(label=[0, None]), "label", {"cat": 0}
+
+        def __getitem__(self, i):
+            raise RuntimeError("Arrow: damaged")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
+    monkeypatch.setattr(
+        timm_datasets, "_create_dataset", lambda *_: SimpleNamespace(reader=Reader())
+    )
+    source = open_source("hfds/some/data", "train")
+    assert source.classes is None and source.labels is None
+    with pytest.raises(
+        BadImage, match="hfds/some/data/train/000001 cannot be read: Arrow: damaged"
+    ):
+        source.image(1)
 
 
 def test_hfds_has_the_fingerprint_of_its_package(monkeypatch):
