@@ -15,6 +15,7 @@ from ldae.data.listing import Listing
 from ldae.data.source import Source, Splits
 
 EVAL_NAMES = ("val", "valid", "validation", "test")  # of eval splits; the first present is used
+_SPLIT_NAMES = {"train", "training", "testing", *EVAL_NAMES}
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +76,12 @@ def file_splits(spec: str, container: Container, listing: Listing) -> Splits:
             }
             if empty := sorted(folders - {"", *classes}):
                 _log.warning("%s: ignored folders without images: %s", spec, ", ".join(empty))
+            if len(classes) > 1 and {name.lower() for name in classes} <= _SPLIT_NAMES:
+                _log.warning(
+                    "%s: %s count as classes; as splits they must be named train/ and val/",
+                    spec,
+                    " and ".join(f"{name}/" for name in classes),
+                )
         return FileSource(spec, split, container, part, classes, labels)
 
     roots = find_splits([folder for folder, _ in listing.runs])
@@ -91,18 +98,20 @@ def find_splits(names: list[str]) -> dict[str, str]:
     """Return the folder of each split, with its trailing slash; the keys are as in ``Splits``.
 
     ``names`` are those of the images, or only of the folders that have images directly inside.
+    The folders may be in capitals, such as Train/.
     """
     root = ""
     while True:
         folders = {_first_folder(name, root) for name in names}
-        eval_name = next((name for name in EVAL_NAMES if name in folders), None)
-        if "train" in folders and eval_name:
-            return {"train": f"{root}train/", "eval": f"{root}{eval_name}/"}
+        spelt = {folder.lower(): folder for folder in sorted(folders)}  # small letters come last
+        eval_name = next((spelt[name] for name in EVAL_NAMES if name in spelt), None)
+        if "train" in spelt and eval_name:
+            return {"train": f"{root}{spelt['train']}/", "eval": f"{root}{eval_name}/"}
         folder = min(folders)
         below = f"{root}{folder}/"
         if len(folders) > 1 or not folder or not all(_first_folder(name, below) for name in names):
             return {"all": root}
-        if folder in EVAL_NAMES:
+        if folder.lower() in EVAL_NAMES:
             return {"eval": below}
         root = below  # a single folder around all other folders cannot distinguish classes
 

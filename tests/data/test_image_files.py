@@ -46,6 +46,24 @@ def test_splits_are_found_below_single_outer_folders(outer, held_out, make_tree,
     assert train.classes == evaluation.classes == ["x"]
 
 
+@pytest.mark.parametrize("train, held_out", [("Train", "Test"), ("TRAIN", "val")])
+def test_splits_may_be_in_capitals(train, held_out, make_tree, pack):
+    root = make_tree("t", [f"{train}/x/1.png", f"{held_out}/x/2.png"])
+    sources = open_splits(str(pack(root)), None)
+    assert [names(source) for source in sources] == [[f"{train}/x/1.png"], [f"{held_out}/x/2.png"]]
+
+
+def test_classes_that_are_named_like_splits_are_reported(make_tree, pack, caplog):
+    source = open_source(str(pack(make_tree("t", ["training/1.png", "testing/2.png"]))), "train")
+    assert source.split == "all" and source.classes == ["testing", "training"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{source.spec}: testing/ and training/ count as classes; as splits they must be named "
+        "train/ and val/"
+    ]
+    open_source(str(pack(make_tree("other", ["bus/1.png", "train/2.png"]))), "train")
+    assert len(caplog.records) == 1
+
+
 def test_val_is_preferred_to_test(make_tree):
     root = make_tree("t", ["train/x/1.png", "test/x/2.png", "val/x/3.png"])
     assert names(open_source(str(root), "eval")) == ["val/x/3.png"]
