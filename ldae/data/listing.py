@@ -46,6 +46,11 @@ class Listing:
     def count(self) -> int:
         return len(self.locations)
 
+    @property
+    def is_long(self) -> bool:
+        """Whether to list the files takes so long that their listing is kept."""
+        return self.count >= _KEPT_FROM
+
     def part(self, first: int, count: int, runs: list[tuple[str, int]]) -> "Listing":
         """Return ``count`` files from file ``first`` on, which have these runs."""
         ends = self.ends[first : first + count + 1]
@@ -54,9 +59,21 @@ class Listing:
 
     def below(self, root: str) -> "Listing":
         """Return the files below the folder ``root``."""
-        before = itertools.takewhile(lambda run: not run[0].startswith(root), self.runs)
-        runs = [run for run in self.runs if run[0].startswith(root)]
-        return self.part(sum(count for _, count in before), sum(count for _, count in runs), runs)
+        return self.below_each({root}).get(root, self.part(0, 0, []))
+
+    def below_each(self, roots: set[str]) -> dict[str, "Listing"]:
+        """Return the files below each folder of ``roots``, none of which lies in another.
+
+        Folders without files are left out.
+        """
+        parts, first = {}, 0
+        for root, group in itertools.groupby(self.runs, lambda run: _root_of(run[0], roots)):
+            runs = [*group]
+            count = sum(length for _, length in runs)
+            if root is not None:
+                parts[root] = self.part(first, count, runs)
+            first += count
+        return parts
 
 
 def listing_of(
@@ -76,6 +93,12 @@ def listing_of(
 def _folder_of(name: str) -> str:
     """Return the folder of a file, or of a folder itself, with its trailing slash."""
     return name[: name.rfind("/") + 1]
+
+
+def _root_of(folder: str, roots: set[str]) -> str | None:
+    """Return the one of ``roots`` in which ``folder`` lies, or None if it lies in none."""
+    parents = itertools.accumulate(folder.split("/")[:-1], "{}{}/".format, initial="")
+    return next((parent for parent in parents if parent in roots), None)
 
 
 def list_images(container: Container) -> Listing:
@@ -222,7 +245,7 @@ def kept_listing(key: Path) -> Listing | None:
 
 def keep(key: Path, listing: Listing, before: Listing | None) -> None:
     """Keep a listing of many images for a path, unless it is the one that was kept ``before``."""
-    if listing.count >= _KEPT_FROM and is_main() and listing.stamps != (before and before.stamps):
+    if listing.is_long and is_main() and listing.stamps != (before and before.stamps):
         arrays = {name: getattr(listing, name) for name in ("names", "ends", "locations")}
         facts = {name: getattr(listing, name) for name in ("runs", "stamps", "labels")}
         user_cache.write(key, arrays, {"for": _reader(), **facts})

@@ -1,5 +1,6 @@
 """Open the source of images that a user names."""
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,7 @@ from ldae.errors import InputError, nearest
 SplitsOfFiles = Callable[[str, Container], Splits]
 """A function that finds the splits of a folder or an archive."""
 
+_log = logging.getLogger(__name__)
 _SHARDS = {shards.SUFFIX: shards.shard_splits, parquet.SUFFIX: parquet.parquet_splits}
 
 
@@ -42,15 +44,27 @@ def image_splits(spec: str, container: Container) -> Splits:
     if isinstance(container, Tar) and shards.is_shard(container.path):
         return {"all": partial(shards.open_shard, spec, container.path)}
     listing = list_images(container)
-    if listing.count:
+    if listing.is_long:  # so would be the search for other files
         return file_splits(spec, container, listing)
     entries = visible_entries(container) if isinstance(container, Folder) else {}
     files = sorted(name for name in entries if not name.endswith("/"))
     for suffix, splits_of in _SHARDS.items():
-        if found := [name for name in files if name.endswith(suffix)]:
+        found = [name for name in files if name.lower().endswith(suffix)]
+        if found and not listing.count:
             return splits_of(spec, container.path, found)
+        if found:
+            _log.warning(
+                "%s: its %d image files are the images, and its %d %s files are left out: to read "
+                "them, name a folder without image files",
+                spec,
+                listing.count,
+                len(found),
+                suffix,
+            )
+    if listing.count:
+        return file_splits(spec, container, listing)
     for name in files:
-        if name.endswith(COMPRESSED_TAR):
+        if name.lower().endswith(COMPRESSED_TAR):
             open_container(container.path / name)  # refuses it, with a remedy
     raise InputError(f"{spec} contains no images")
 

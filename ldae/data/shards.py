@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -18,7 +19,7 @@ from ldae.data.classes import ordered
 from ldae.data.containers import Location, Tar, hidden, read_at, visible_entries
 from ldae.data.image import image_extensions
 from ldae.data.image_files import EVAL_NAMES, FileSource
-from ldae.data.listing import Listing, join, keep, kept_listing, listing_of, stamp_of
+from ldae.data.listing import Listing, is_image, join, keep, kept_listing, listing_of, stamp_of
 from ldae.data.source import Splits
 from ldae.errors import InputError, first_line
 
@@ -27,6 +28,7 @@ _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension of a file, 
 _SPLIT = re.compile(rf"(?<![a-z])(train|{'|'.join(EVAL_NAMES)})(?![a-z])")
 _NO_LABEL = -1
 _EXAMINED = 100  # entries of an archive that show whether it is a shard
+_log = logging.getLogger(__name__)
 
 
 class Shards:
@@ -40,7 +42,8 @@ class Shards:
         self.path = path
 
     def open(self, name: bytes, location: Location) -> BinaryIO:
-        end = name.index(b".tar/") + len(SUFFIX)  # no folder around shards is named like one
+        # No folder around shards is named like one.
+        end = name.lower().index(b".tar/") + len(SUFFIX)
         shard = name[:end]
         offset, size, *_ = location
         with open(os.path.join(os.fsencode(self.path), shard), "rb", buffering=0) as file:
@@ -63,15 +66,17 @@ def shard_splits(spec: str, folder: Path, shards: list[str]) -> Splits:
         or only some images of a split have a label.
     """
     for name in shards:
-        if f"{SUFFIX}/" in name:
+        if f"{SUFFIX}/" in name.lower():
             raise InputError(f"{spec} has the shard {name} in a folder that is named like a shard")
     key = folder / f"*{SUFFIX}"  # beside the listing of the folder itself
-    listing = _list_shards(key, {f"{name}/": folder / name for name in shards})
+    listing = _list_shards(spec, key, {f"{name}/": folder / name for name in shards})
     if not listing.count:
         raise InputError(f"{spec} contains no images: its .tar shards have none")
 
     def open_split(split: str, names: list[str]) -> FileSource:
-        part = join([listing.below(f"{name}/") for name in names], {}, listing.labels)
+        starts = [f"{name}/" for name in names]
+        below = listing.below_each({*starts})
+        part = join([below[start] for start in starts if start in below], {}, listing.labels)
         if not part.count:
             raise InputError(f"{spec} has no images in the shards of its {split} split")
         return FileSource(spec, split, Shards(folder), part, *_classes(spec, part))
@@ -107,7 +112,7 @@ def open_shard(spec: str, path: Path) -> FileSource:
 
     Raises: InputError as ``shard_splits``.
     """
-    listing = _list_shards(path / "*", {"": path})  # beside the listing as a plain archive
+    listing = _list_shards(spec, path / "*", {"": path})  # beside the listing as a plain archive
     return FileSource(spec, "all", Tar(path), listing, *_classes(spec, listing))
 
 
@@ -146,31 +151,44 @@ def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
     return {"all": [name for names in found.values() for name in names]}
 
 
-def _list_shards(key: Path, shards: dict[str, Path]) -> Listing:
+def _list_shards(spec: str, key: Path, shards: dict[str, Path]) -> Listing:
     """List shards; only those are read that have changed since their listing was kept for ``key``.
 
     ``shards`` are their paths, by the beginning that the names of their images get.
     """
     kept = kept_listing(key)
+    unchanged = kept.below_each({*shards}) if kept else {}
+    left_out: list[str] = []
     numbers = {label: number for number, label in enumerate(kept.labels if kept else ())}
     stamps, parts = {}, []
     with progress(len(shards), "listing shards", after=1) as bar:
         for start, path in shards.items():
             stamp = stamps[start] = stamp_of(path)
             if kept and stamp and kept.stamps.get(start) == stamp:
-                parts.append(kept.below(start))
+                parts.append(unchanged.get(start, listing_of({})))
             else:
-                parts.append(listing_of(_samples(path, start, numbers)))
+                parts.append(listing_of(_samples(path, start, numbers, left_out)))
             bar.update()
+    if left_out:
+        _log.warning(
+            "%s: %d image files in its shards are left out, such as %s: names that agree up to the "
+            "first dot are one sample, of one image",
+            spec,
+            len(left_out),
+            left_out[0],
+        )
     listing = join(parts, stamps, [*numbers])
     keep(key, listing, kept)
     return listing
 
 
-def _samples(path: Path, start: str, numbers: dict[str, int]) -> dict[str, Location]:
+def _samples(
+    path: Path, start: str, numbers: dict[str, int], left_out: list[str]
+) -> dict[str, Location]:
     """Return the location of the image of every sample in a shard, sorted by name.
 
-    Their names begin with ``start``. Labels that ``numbers`` does not have are added to it.
+    Their names begin with ``start``. Labels that ``numbers`` does not have are added to it, and to
+    ``left_out`` the names of image files that are of no sample, without arrays.
     """
     entries = visible_entries(Tar(path))
     samples: dict[str, dict[str, str]] = {}
@@ -191,6 +209,8 @@ def _samples(path: Path, start: str, numbers: dict[str, int]) -> dict[str, Locat
             number = _NO_LABEL if label is None else numbers.setdefault(label, len(numbers))
             image = names[extension]
             images[start + image] = (*entries[image], number)
+    others = (start + name for name in entries if is_image(name) and not name.endswith(".npy"))
+    left_out += (name for name in others if name not in images)
     return {name: images[name] for name in sorted(images)}
 
 

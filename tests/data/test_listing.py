@@ -75,6 +75,20 @@ def test_a_kept_listing_reads_no_folder_and_is_the_same_source(make_tree, pack, 
     ]
 
 
+def test_the_files_below_each_folder_are_found_in_one_pass(make_tree):
+    whole = list_images(open_container(make_tree("tree", FILES)))
+    below = whole.below_each({"a/", "a-b/", "none/", "日/"})
+    found = {
+        root: [path.tobytes().decode() for path in np.split(part.names, part.ends[1:-1])]
+        for root, part in below.items()
+    }
+    assert found == {
+        root: [name for name in sorted(FILES) if name.startswith(root)]
+        for root in ("a-b/", "a/", "日/")
+    }
+    assert whole.below("none/").count == 0 and same(whole.below(""), whole)
+
+
 def add(root: Path) -> None:
     shutil.copy(root / "a/1.png", root / "a/b/new.png")
 

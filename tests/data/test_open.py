@@ -40,6 +40,17 @@ def test_eval_data_replaces_the_eval_split(make_tree):
         open_splits(whole, None)
 
 
+@pytest.mark.parametrize("name", ["0.tar", "0.PARQUET"])
+def test_shards_beside_images_are_left_out_with_a_warning(name, make_tree, caplog):
+    root = make_tree("tree", {"a/cover.png": None, f"data/{name}": b""})
+    assert names(open_source(str(root), "train")) == ["a/cover.png"]
+    suffix = name[1:].lower()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{root}: its 1 image files are the images, and its 1 {suffix} files are left out: to read "
+        "them, name a folder without image files"
+    ]
+
+
 def test_an_unlabelled_split_stays_unlabelled(make_tree):
     labelled, plain = str(make_tree("l", ["x/1.png"])), str(make_tree("p", ["1.png"]))
     assert open_splits(labelled, plain)[1].labels is None

@@ -39,6 +39,23 @@ def test_a_sample_is_one_image_with_the_label_of_its_key(tmp_path):
     assert source.image(1).size == (8, 8)
 
 
+def test_image_files_of_no_sample_are_reported(tmp_path, caplog):
+    files = {"plain.jpg": png(0), "plain.png": png(1), "plain.npy": b"features"}
+    files |= {"img.1.png": png(2), "img.2.png": png(3), ".x.png": b""}
+    write_tar(tmp_path / "wds/0.tar", files)
+    assert names(tmp_path / "wds") == ["0.tar/plain.jpg"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/wds: 3 image files in its shards are left out, such as 0.tar/plain.png: names "
+        "that agree up to the first dot are one sample, of one image"
+    ]
+
+
+def test_names_of_shards_may_be_in_capitals(tmp_path):
+    write_tar(tmp_path / "wds/A.TAR", {"1.png": png(1)})
+    source = open_source(str(tmp_path / "wds"), "train")
+    assert source.name(0) == "A.TAR/1.png" and source.image(0).size == (8, 8)
+
+
 def test_shards_and_images_in_them_are_ordered_by_name(tmp_path):
     for name in ("b.tar", "a.tar"):
         write_tar(tmp_path / "wds" / name, {"2.png": png(2), "1.png": png(1)})
