@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -81,7 +82,8 @@ class ParquetSource(Source):
 
     def name(self, i: int) -> str:
         file, row = _place(self._file_starts, i)
-        return f"{self._files[file]}/{row:06d}"
+        name = os.fsencode(self._files[file]).decode("utf-8", "backslashreplace")
+        return f"{name}/{row:06d}"
 
     def image(self, i: int) -> Image.Image | np.ndarray:
         group, row = _place(self._group_starts, i)
@@ -106,7 +108,7 @@ class ParquetSource(Source):
         return unpacked[1]
 
     def stamp(self) -> bytes:
-        return stamp_files(self._folder, [name.encode() for name in self._files])
+        return stamp_files(self._folder, [os.fsencode(name) for name in self._files])
 
 
 def _place(starts: np.ndarray, i: int) -> tuple[int, int]:
@@ -128,7 +130,8 @@ def _opened(path: Path) -> Iterator[Any]:
     """Open a parquet file. Raises: InputError for all errors within the context."""
     parquet = import_extra("pyarrow.parquet", "parquet", f"{path} needs the package pyarrow")
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
+        # Arrow would encode the path as UTF-8, which not all names of files are.
+        with open(path, "rb") as opened, parquet.ParquetFile(opened, pre_buffer=False) as file:
             yield file
     except InputError:
         raise

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -72,6 +74,14 @@ def test_images_are_bytes_or_a_struct_with_them(column, tmp_path):
             str(write(tmp_path / "a.parquet", **{column: form, "n": [1]})), "train"
         )
         assert source.labels is None and source.image(0).size == (8, 8)
+
+
+def test_the_name_of_a_file_need_not_be_in_utf8(make_tree, tmp_path):
+    path = write_parquet(make_tree("tree", FILES), tmp_path / "hf/a.parquet")
+    os.rename(path, os.fsencode(path.parent) + b"/caf\xe9.PARQUET")
+    source = open_source(str(path.parent), "train")
+    assert source.name(0).encode() == rb"caf\xe9.PARQUET/000000"
+    assert source.image(0).size == (8, 8) and source.fingerprint()
 
 
 def test_a_row_without_bytes_is_a_bad_image(tmp_path):
