@@ -126,7 +126,7 @@ class OfficialFiles:
                 file.seek(outer[f"{name}.tar"][0])
                 try:
                     entries = tar_entries(file)
-                except (OSError, tarfile.TarError) as error:
+                except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
                     raise InputError(
                         f"{file.name} is damaged: {name}.tar in it cannot be read: {error}"
                     ) from error

@@ -54,7 +54,7 @@ def instance_splits(spec: str) -> Splits:
     if not spec:
         raise InputError("no images: name their source with --data SOURCE")
     folder = Path(os.path.expanduser(spec))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{spec!r} is neither a folder in COCO's layout nor {SCENES}[:N[:SEED]]")
     files = sorted((folder / "annotations").glob(f"{_PREFIX}*.json"))
     if not files:
@@ -148,7 +148,7 @@ def _root_of(file: Path, names: list[str]) -> Path:
     folder, split = file.parent.parent, _name(file)
     roots = (folder / split, folder / "images" / split, folder / "images", folder)
     for root in roots:
-        if not names or (root / names[0]).is_file():
+        if not names or os.path.isfile(root / names[0]):
             return root
     places = ", ".join(f"{root}" for root in roots)
     raise InputError(f"the image {names[0]} of {file} is in none of the folders {places}")

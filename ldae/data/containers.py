@@ -226,7 +226,7 @@ class Zip(Archive):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
             raise InputError(f"{self.path} is not a readable ZIP archive: {error}") from error
         entries = {}
         for member in members:
@@ -238,7 +238,7 @@ class Zip(Archive):
                     "only stored and deflated members are read"
                 )
             # Some Windows programs write backslashes, which the format forbids.
-            name = member.filename.replace("\\", "/")
+            name = member.filename.replace("\\", "/").removeprefix("./")
             sizes = (member.compress_size, member.file_size)
             entries[name] = (member.header_offset, *sizes, member.compress_type, member.CRC)
         return entries
@@ -266,7 +266,7 @@ class Tar(Archive):
         try:
             with open(self.path, "rb") as file:
                 return tar_entries(file)
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
             raise InputError(f"{self.path} is not a readable tar archive: {error}") from error
 
     def open(self, name: bytes, location: Location) -> BinaryIO:

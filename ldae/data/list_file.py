@@ -1,6 +1,7 @@
 """Images that a list file names: a line for each, its path and its label."""
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ class ListedFiles(FileSource):
             number = next(line.number for line in lines.values() if not line.label)
             raise InputError(f"line {number} of {spec} has no label, and others have")
         first = next(iter(lines.values()))
-        if not (path.parent / first.path).exists():
+        if not os.path.exists(path.parent / first.path):
             raise InputError(
                 f"line {first.number} of {spec} names {quoted(first.path)}, which does not exist "
                 f"in {path.parent}"

@@ -131,6 +131,7 @@ def test_a_changed_annotation_changes_the_fingerprint(write):
         (lambda c: c["images"][0].update(height=0), "has 64 x 0 pixels"),
         (lambda c: c["images"][0].update(file_name="../x.png"), "leads outside"),
         (lambda c: c["images"][0].update(file_name="x.png"), "image x.png of .* is in none of"),
+        (lambda c: c["images"][0].update(file_name="x" * 300), "the image x* of .* is in none of"),
         (lambda c: c["images"][0].update(id=1), "two images have one id"),
         (lambda c: c["categories"][0].update(name="1"), "two categories one name"),
         (only({"bbox": [1, 2, 3]}), "the bbox of annotation 1 is .*, not four numbers"),
@@ -181,6 +182,7 @@ def test_wrong_folders_are_refused_in_one_sentence(write, tmp_path):
     for spec, sentence in (
         ("", "no images: name their source with --data"),
         (str(tmp_path / "no"), "is neither a folder in COCO's layout nor digit-scenes"),
+        (str(tmp_path / ("x" * 300)), "is neither a folder in COCO's layout nor digit-scenes"),
         (str(tmp_path / "empty"), "has no annotations/instances_train.json"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -152,6 +152,30 @@ def test_a_zip_bomb_is_unpacked_only_to_its_declared_size(tmp_path):
         container.open(b"a/1.png", (offset, 1 << 40, 1 << 40, zipfile.ZIP_STORED, checksum))
 
 
+def test_names_in_a_zip_that_are_not_utf8_are_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ä.png", b"x")
+    path.write_bytes(path.read_bytes().replace("ä".encode(), b"\xff\xff"))
+    refuse(path, "is not a readable ZIP archive: 'utf-8' codec can't decode")
+
+
+@pytest.mark.parametrize("time", ["nan", "inf"])
+def test_a_tar_with_a_time_that_is_no_number_is_refused(time, tmp_path):
+    member = tarfile.TarInfo("1.png")
+    member.pax_headers = {"mtime": time}
+    refuse(write_tar(tmp_path / "a.tar", member), "is not a readable tar archive: cannot convert")
+
+
+def test_a_dot_before_the_names_of_a_zip_does_not_hide_them(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("./", "./cat/", "./cat/1.png", "./.hidden.png"):
+            archive.writestr(name, b"x" if name.endswith("png") else b"")
+    container = open_container(tmp_path / "a.zip")
+    assert "cat/1.png" in visible_entries(container) and read(container, "cat/1.png") == b"x"
+    assert ".hidden.png" not in visible_entries(container)
+
+
 def test_backslashes_in_windows_zips_become_slashes(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("cats\\1.png", b"x")

@@ -77,6 +77,7 @@ def test_a_missing_file_is_a_bad_image_with_its_path(listed, tmp_path):
         ("l.txt", "a.png 1\nb.png 2\na.png 1\n", "lines 1 and 3 of .* both name 'a.png'"),
         ("l.txt", "a.png 1\nb.png\n", "line 2 of .* has no label, and others have"),
         ("l.txt", "a/1.png x\n", "line 1 of .* names 'a/1.png', which does not exist in "),
+        ("l.txt", f"{'x' * 300}.png 1\n", "line 1 of .* which does not exist in "),
         ("l.txt", "a.png 1".encode("utf-16"), "is no text in UTF-8"),
         ("l.csv", "a.png,1\nb.png\n", "line 2 of .* has another number of columns than line 1"),
         ("l.csv", "a.png,1,2\n", "has 3 columns: name them in its first line, as path and label"),
