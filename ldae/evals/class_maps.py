@@ -162,7 +162,7 @@ def _read_map(class_map: str) -> dict[str, str]:
             entries |= {str(number): name for number, name in enumerate(names)}
         return entries
     try:
-        text = Path(class_map).expanduser().read_text(encoding="utf-8")
+        text = Path(class_map).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"class map {class_map!r} is neither {', '.join(CLASS_MAPS)} nor a text file: {error}"

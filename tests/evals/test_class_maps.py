@@ -102,7 +102,7 @@ def test_a_map_can_be_a_file(tmp_path):
     file.write_text("Hund dog\nKatze cat\n\nhorse\n")
     targets = label_targets(Named(["Hund", "Katze", "horse"]), model, "MODEL", str(file))
     assert targets.compared.tolist() == [1, 2, 3] and targets.labels.tolist() == [[1], [0], [2]]
-    file.write_text("Hund 2\n007\t0\n")
+    file.write_text("Hund 2\n007\t0\n", "utf-8-sig")  # as Notepad writes it
     assert found(Named(["7", "Hund"]), classifier(4), str(file)) == ([0, 2], "numbers")
 
 
