@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ldae.errors import InputError
 from ldae.patches import patches_a_side, patchify, unpatchify
 from ldae.tokenizers.pixels import PixelStatistics
 
@@ -118,9 +119,13 @@ def latent_scales(scale: str, variances: torch.Tensor, raw_scale: float) -> torc
     """Return the factors (dim,) that scale latents of these variances (dim,).
 
     ``scale`` is as in ``Tokenizer``; for ``raw``, every factor is ``raw_scale``.
+
+    Raises: InputError when all variances are 0.
     """
     if scale == "raw":
         return torch.full_like(variances, raw_scale)
+    if not variances.any():
+        raise InputError("the images are all the same, so nothing can be learned from them")
     if scale == "global":
         return torch.full_like(variances, 1) / variances.mean().sqrt()
     # The floor keeps the rounding error of an axis without variance from being scaled up to noise.

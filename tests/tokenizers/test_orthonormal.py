@@ -107,6 +107,15 @@ def test_raw_pixels_are_the_image_in_the_range_of_the_given_statistics(images):
     torch.testing.assert_close(z, (images / 127.5 - 1).flatten(2).transpose(1, 2))
 
 
+@pytest.mark.parametrize("scale", ["global", "per-axis"])
+def test_images_that_are_all_the_same_are_refused(scale):
+    """Given statistics, no channel is found to be constant."""
+    images = torch.full((8, 3, 32, 32), 77, dtype=torch.uint8)
+    tokenizer = PatchPCA(32, 4, 3, 6, scale)
+    with pytest.raises(InputError, match="^the images are all the same, so nothing can be learned"):
+        tokenizer.fit([images], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
 def test_fewer_pixels_downsample_the_image(images):
     """Latents are the pixels of the averaged image, and decoding repeats them."""
     tokenizer = fitted(images, PixelTokenizer, 12, "raw")
