@@ -134,11 +134,15 @@ class Detector(MaskRCNN):
         proposals, _ = self.rpn(batch, maps)
         found, _ = self.roi_heads(maps, proposals, batch.image_sizes)
         inner = [fitted_size(size, self.side)[::-1] for size in sizes]
+        outer = [size[::-1] for size in sizes]
         for part, size in zip(found, inner):
-            part["boxes"] = clip_boxes_to_image(part["boxes"], size)
-            kept = remove_small_boxes(part["boxes"], 1e-2)  # of the border beside the image
+            inside = clip_boxes_to_image(part["boxes"], size)
+            kept = remove_small_boxes(inside, 1e-2)  # not those of the border beside the image
             part.update({name: values[kept] for name, values in part.items()})
-        return self.transform.postprocess(found, inner, [size[::-1] for size in sizes])
+        found = self.transform.postprocess(found, inner, outer)
+        for part, size in zip(found, outer):  # after the masks, which fill the unclipped boxes
+            part["boxes"] = clip_boxes_to_image(part["boxes"], size)
+        return found
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's grouping of the parameters into layers.

@@ -149,6 +149,20 @@ def test_boxes_and_masks_come_in_the_pixels_of_the_image(detector):
     assert wide["labels"].min() >= 1 and wide["labels"].max() <= 3
 
 
+@torch.inference_mode()
+def test_a_mask_keeps_its_place_where_its_box_reaches_beyond_the_image(detector, monkeypatch):
+    """The mask is the upper half of a box of rows 4 to 24, of which the wide image has 16."""
+    model, mask = detector().eval(), torch.zeros(1, 1, 28, 28)
+    mask[:, :, :14] = 1
+    found = {"boxes": torch.tensor([[10.0, 4, 30, 24]]), "masks": mask}
+    monkeypatch.setattr(model.roi_heads, "forward", lambda *_: ([dict(found)], {}))
+    images = torch.rand(1, 3, SIDE, SIDE)
+    whole, wide = (model.find(images, [size])[0] for size in ((64, 64), (64, 16)))
+    assert whole["masks"][0, 0, 4:13, 20].gt(0.5).all()
+    assert torch.equal(wide["masks"], whole["masks"][:, :, :16])
+    assert wide["boxes"].tolist() == [[10, 4, 30, 16]]
+
+
 def test_others_than_plain_vits_are_refused():
     for model in (
         timm.create_model("resnet18", num_classes=0),
