@@ -14,7 +14,12 @@ from ldae.data.source import Source
 from ldae.distributed import is_main
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
-from ldae.evals.class_maps import Targets, label_targets, real_label_targets
+from ldae.evals.class_maps import (
+    Targets,
+    class_map_hash,
+    label_targets,
+    real_label_targets,
+)
 from ldae.evals.corrupted import (
     Cells,
     CorruptedTransform,
@@ -71,6 +76,10 @@ class ValidationProtocol(Protocol):
     @property
     def depends_on_seed(self) -> bool:
         return bool(self.corruption)  # the seed draws them
+
+    def file_hashes(self) -> dict[str, str]:
+        found = class_map_hash(self.class_map) if self.class_map else None
+        return {"class_map_sha256": found} if found else {}
 
 
 @over_seeds

@@ -17,6 +17,7 @@ from ldae.backbones.open import label_names
 from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.evals.features import known_labels
+from ldae.files import file_hash
 
 # timm's lists of the synsets of ImageNet's subsets. Folders are named by synset, in V2 by number.
 CLASS_MAPS = {
@@ -180,6 +181,17 @@ def _read_map(class_map: str) -> dict[str, str]:
     if not entries:
         raise InputError(f"class map {class_map} is empty")
     return entries
+
+
+def class_map_hash(class_map: str) -> str | None:
+    """Return the SHA-256 of the file of a class map, or None for a built-in map.
+
+    Raises: InputError as ``label_targets``, for a file that is no class map.
+    """
+    if class_map in CLASS_MAPS:
+        return None
+    _read_map(class_map)
+    return file_hash(Path(class_map).expanduser())
 
 
 def _val_number(source: Source, i: int, count: int) -> int:

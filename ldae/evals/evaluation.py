@@ -136,7 +136,8 @@ class Evaluation:
             classes: number of classes; by default counted in the train labels, and limits top-5.
             follows: entries of the protocol's record that are derived from protocol and backbone.
         """
-        constants = asdict(self.protocol) | follows | {"precision": self.setup.precision}
+        constants = asdict(self.protocol) | self.protocol.file_hashes() | follows
+        constants |= {"precision": self.setup.precision}
         if classes is None:
             assert self.train is not None  # as in ``features``
             classes = len(known_labels(self.train).unique())

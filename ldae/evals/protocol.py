@@ -54,6 +54,13 @@ class Protocol:
         """Whether the seed decides the numbers, if the backbone has no random weights."""
         return hasattr(self, "seed")
 
+    def file_hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of files that fields name, whose content decides the numbers too.
+
+        Raises: InputError for a file that cannot be read.
+        """
+        return {}
+
 
 def flags(settings: type) -> dict[str, Any]:
     """Return the types of the fields that are flags, by name."""

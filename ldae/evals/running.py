@@ -146,8 +146,8 @@ def _key_of_results(cell: Cell) -> dict | None:
 class Keys:
     """The keys of cells: everything that decides their numbers. Weights and images are read once.
 
-    They have fingerprints because they change under the same name: as a run goes on, or when an
-    image is replaced.
+    They and the files that a protocol names have hashes because they change under the same name: as
+    a run goes on, or when an image is replaced.
     """
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class Keys:
     def of(self, cell: Cell) -> dict:
         """Return the key of a cell, in JSON's types.
 
-        Raises: InputError when the images or the backbone cannot be opened.
+        Raises: InputError when the images, the backbone or a file cannot be opened.
         """
         graded = cell.eval or cell.train
         learned, split = (cell.train, "train") if cell.learns else (graded, "eval")
@@ -165,6 +165,7 @@ class Keys:
             "fingerprint": self._images(learned, split),
             "eval_fingerprint": self._images(graded, "eval"),
             "weights": self._weights(*cell.network, cell.takes_classifier),
+            **cell.column.protocol.file_hashes(),
         }
 
     def is_finished(self, cell: Cell) -> bool:

@@ -10,10 +10,12 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import nn
 
+from ldae.commands.evaluate import evaluate
 from ldae.commands.validate import ValidationProtocol, validate
 from ldae.data.corruptions import NAMES
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
+from ldae.files import file_hash
 
 SYNSETS = ImageNetInfo().label_names()
 SETUP = Setup(workers=0, device="cpu")
@@ -88,6 +90,23 @@ def test_a_perfect_classifier_has_100_percent_on_every_layout(name, layout, tmp_
     wrong = tmp_path / "wrong.txt"
     wrong.write_text("".join(f"{folder} {number}\n" for folder, number in rolled.items()))
     assert top1(data, class_map=str(wrong)) == 0
+
+
+def test_a_corrected_class_map_is_graded_again(layout, tmp_path):
+    """Its content is in the record, and in the key of a cell."""
+    data, mapped = layout({"a": 3, "b": 5}), tmp_path / "map.txt"
+    suite = f"[data.d]\ntrain = {data!r}\n[protocols.validate]\nclass_map = {str(mapped)!r}\n"
+    (tmp_path / "suite.toml").write_text(suite)
+    setup = Setup(workers=0, device="cpu", out=tmp_path / "out")
+    hashes = []
+    for text, accuracy in (("a 5\nb 3\n", 0), ("a 3\nb 5\n", 100)):
+        mapped.write_text(text)
+        (cell,) = evaluate(("oracle",), suite="suite.toml", setup=setup)["cells"]
+        assert cell["results"]["top1"] == accuracy
+        record = json.loads((setup.out / cell["file"]).read_text())
+        hashes.append(record["protocol"]["class_map_sha256"])
+        assert hashes[-1] == record["suite"]["class_map_sha256"] == file_hash(mapped)
+    assert hashes[0] != hashes[1]
 
 
 def test_any_of_the_real_labels_is_right(tmp_path):
