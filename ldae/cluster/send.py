@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -155,6 +156,9 @@ def send(
             "after": list(after),
             "sent": datetime.now().astimezone().isoformat(timespec="microseconds"),
         }
+        if settings.cluster != "slurm":
+            pid = os.getpid() if settings.cluster == "debug" else int(job.job_id)
+            record |= {"host": socket.gethostname(), "pid": pid}
         files.write_json(jobs / job.job_id / layout.JOB_RECORD, record)
     return sent
 

@@ -64,7 +64,7 @@ def _status(record: dict, job_folder: Path, slurm: dict[str, tuple[str, str]] | 
         message = reason or message
     elif slurm is not None and record.get("cluster") == "slurm" and is_open:
         state, message = "cancelled", "SLURM does not know it any more"
-    elif recorded.get("state") == "running" and not _is_alive(recorded):
+    elif is_open and not _is_alive(recorded if recorded.get("state") == "running" else record):
         state, message = "failed", "its process is gone"
     else:
         state = str(recorded.get("state", "waiting"))
@@ -78,12 +78,15 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _is_alive(state: dict) -> bool:
-    """Return whether the process of a job exists; on another machine it is assumed to."""
-    if state.get("host") != socket.gethostname():
+def _is_alive(record: dict) -> bool:
+    """Return whether the process that a record names exists; on another machine it is assumed to.
+
+    It is rank 0 of a job that runs, and the process that starts a job that waits.
+    """
+    if record.get("host") != socket.gethostname():
         return True
     try:
-        os.kill(state["pid"], 0)
+        os.kill(record["pid"], 0)
     except (ProcessLookupError, PermissionError, KeyError, TypeError, OverflowError):
         return False
     return True
@@ -99,6 +102,8 @@ def _query_slurm(ids: list[str]) -> dict[str, tuple[str, str]] | None:
     squeue = ("squeue", "--me", "-r", "-h", "-o", "%i|%T|%r")
     answers: dict[str, tuple[str, str]] = {}
     for command in (sacct, squeue):  # squeue is more up to date
+        if not shutil.which(command[0]):
+            continue
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode and command is squeue:
             return answers or None

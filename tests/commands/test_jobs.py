@@ -13,15 +13,22 @@ from ldae.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """add(job, place, cluster, text, **state): write the folder of a job; there is no SLURM."""
+    """add(job, place, cluster, text, sender, **state): write a job's folder; there is no SLURM."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     (tmp_path / "bin").mkdir()
 
-    def add(job: str, place: str = "runs/a", cluster: str = "slurm", text: str = "", **state):
+    def add(
+        job: str,
+        place: str = "runs/a",
+        cluster: str = "slurm",
+        text: str = "",
+        sender: dict | None = None,
+        **state,
+    ):
         path = tmp_path / place / "jobs" / job
         command = ["knn", "a b", "--data", "x"]
         record = {"id": job, "command": command, "cluster": cluster, "sent": f"2026-{job:>09}"}
-        files.write_json(path / "job.json", record)
+        files.write_json(path / "job.json", record | (sender or {}))
         if state:
             files.write_json(path / "state.json", state)
         (path / f"{job}_0_log.out").write_text(text)
@@ -70,7 +77,17 @@ def test_a_job_without_its_process_has_failed(folder, tmp_path):
     gone = {"host": socket.gethostname(), "pid": 2**22 + 1}  # above Linux's largest process id
     folder("1", cluster="local", state="running", **gone)
     folder("2", cluster="local", state="running", **(gone | {"host": "another machine"}))
-    assert [status.state for status in read_statuses(tmp_path)] == ["failed", "running"]
+    here = gone | {"pid": os.getpid()}
+    folder("3", cluster="local", sender=gone)  # before its first start
+    folder("4", cluster="debug", sender=here)
+    folder("5", cluster="local", sender=gone, state="waiting", said="SIGUSR2; requeued")
+    folder("6", cluster="local", sender=here, state="waiting", **gone)  # between two starts
+    folder("7", cluster="local", sender=gone, state="running", **here)
+    folder("8", cluster="local", sender=gone, state="done", **gone)
+    states = [status.state for status in read_statuses(tmp_path)]
+    assert states == [
+        *("failed", "running"), "failed", "waiting", "failed", "waiting", "running", "done"
+    ]  # fmt: skip
 
 
 def test_slurms_answer_goes_before_the_records(folder, tmp_path):
@@ -120,6 +137,13 @@ def test_a_job_that_slurm_does_not_know_any_more_has_been_cancelled(folder, tmp_
     assert [status.state for status in read_statuses(tmp_path)] == states
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")  # SLURM does not answer
     assert [status.state for status in read_statuses(tmp_path)][0] == "waiting"
+
+
+def test_a_cluster_without_sacct_answers_by_squeue(folder, tmp_path):
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho '1|PENDING|Priority'\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    folder("1")
+    assert read_statuses(tmp_path) == [("1", "waiting", "knn 'a b' --data x", "Priority")]
 
 
 def test_a_folder_without_jobs_is_refused(tmp_path):
