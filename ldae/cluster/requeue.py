@@ -4,7 +4,6 @@
 outlives all ranks, and needs nothing but SLURM's own commands.
 """
 
-import itertools
 import os
 import re
 import signal
@@ -21,6 +20,11 @@ from ldae.runs import layout
 
 _INTERRUPTED = 128 + signal.SIGINT
 LOCAL_REQUEUE = 144  # exit status that makes submitit's local cluster start the job again
+_LOCAL_STARTS = 6  # submitit's limit
+_LAST_START = (
+    "a job on this machine is started six times at most; the same command goes on, or send it with "
+    "a longer slurm.time"
+)
 # Seconds between requests. A batch script has at least SLURM's KillWait, 30 s by default: the time
 # from SIGTERM to SIGKILL.
 _PAUSES = (1, 2, 4, 8)
@@ -62,6 +66,8 @@ def finish_local(status: int, folder: Path) -> int:
         _conclude(folder, status, f"stopped by {_signal_name(status)}" if status >= 128 else "")
     elif not _has_progressed(folder):
         _conclude(folder, status, _NO_PROGRESS)
+    elif read_state(folder).get("requeues", 0) + 1 >= _LOCAL_STARTS:
+        _conclude(folder, status, _LAST_START)
     else:
         _conclude_requeue(folder, status)
         return LOCAL_REQUEUE
@@ -178,11 +184,15 @@ def measure_progress(folder: Path) -> int:
         saved = [path for place in places for path in place.rglob("*")]
         logged = sum(path.stat().st_size for path in saved if path.name == layout.EMBEDDED)
         return sum(map(_images_seen, places)) + _count_whole(saved) + logged
-    named = here.joinpath(*words[1:2])  # a backbone, or the results that `ldae rerun` repeats
-    folder = named.parent if named.name == layout.RESULTS else named
-    place = folder if folder.is_dir() else here / layout.EVALS
-    kept = (place.glob(f"**/{name}") for name in (f"{layout.GRID_PASSES}/*", layout.RESULTS))
-    return _images_seen(place) + _count_whole(itertools.chain.from_iterable(kept))
+    named = {here / word for word in words[1:]}
+    # A backbone has a folder of evaluations; `ldae rerun` writes beside what it repeats.
+    places = {path / layout.EVALS for path in named if os.path.isdir(path / layout.EVALS)}
+    places |= {path.parent for path in named if path.name == layout.RESULTS}
+    places |= {path for path in named if os.path.isfile(path / layout.RESULTS)}
+    places = places or {here / layout.EVALS}
+    patterns = (f"**/{layout.GRID_PASSES}/*", f"**/{layout.RESULTS}")
+    kept = [path for place in places for pattern in patterns for path in place.glob(pattern)]
+    return sum(map(_images_seen, places)) + _count_whole(kept)
 
 
 def _count_whole(paths: Iterable[Path]) -> int:

@@ -177,11 +177,10 @@ def folder_of(settings: SlurmSettings, argv: Sequence[str]) -> Path:
     """Return the folder in which a command's jobs/ goes.
 
     It is the folder of the settings, or else the run folder of the command: the value of --run, the
-    first argument if that is a run folder, or the current folder.
+    first word that is a run folder, or the current folder.
     """
     if settings.folder:
         return Path(settings.folder)
     if run := option(argv, "--run"):
         return Path(run)
-    first = Path(argv[0]) if argv and not argv[0].startswith("-") else Path()
-    return first if kind_of(first) else Path()
+    return next((Path(word) for word in argv if kind_of(Path(word))), Path())

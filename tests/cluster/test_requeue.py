@@ -143,6 +143,21 @@ def test_a_local_job_is_requeued_after_its_time_limit_but_not_after_sigterm(job)
     assert requeue.finish_local(0, folder) == 0 and requeue.read_state(folder)["state"] == "done"
 
 
+def test_a_local_job_says_that_its_last_start_has_ended(job, tmp_path):
+    """The command that starts it gives up without a word."""
+    folder, usr2 = job(""), 128 + signal.SIGUSR2
+    checkpoints = tmp_path / "a run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    ends = []
+    for start in range(1, 7):
+        requeue.record_start(folder, 0)
+        (checkpoints / f"images-{start:012d}.pt").touch()
+        ends.append(requeue.finish_local(usr2, folder))
+    assert ends == [requeue.LOCAL_REQUEUE] * 5 + [usr2]
+    state = requeue.read_state(folder)
+    assert state["state"] == "failed" and "started six times at most" in state["said"]
+
+
 def test_progress_counts_images_of_a_run_and_its_tokenizer(job, tmp_path):
     folder = job("")
     for place, images in (("checkpoints", (8, 16)), ("tokenizer/checkpoints", (5,))):
@@ -164,11 +179,13 @@ def test_progress_counts_images_of_a_run_and_its_tokenizer(job, tmp_path):
         ("linear timm --protocol mae", "evals/timm/linear/checkpoints/images-000000016384.pt"),
         ("linear x --protocol mae --out y", "y/checkpoints/images-000000016384.pt"),
         ("grid x", "x/evals/grid-imagenet/passes/clean-t=10.json"),
+        ("grid --data y x", "x/evals/grid-imagenet/passes/clean-t=10.json"),
         ("grid x --out y", "y/passes/clean-t=10.json"),
         ("evaluate --suite s --out y --only a/b/c", "y/a/b/c/results.json"),
         ("evaluate --only a/b/c a/b/d --suite s --out y", "y/a/b/d/results.json"),
         ("linear x --seeds 0 1 2", "x/evals/linear-imagenet/seed=0/results.json"),
         ("rerun x/l/results.json", "x/l/rerun/checkpoints/images-000000016384.pt"),
+        ("rerun --device cpu x/l/results.json", "x/l/rerun/seed=0/results.json"),
     ],
 )
 def test_progress_counts_the_files_of_a_command_without_a_run(command, saved, job, tmp_path):

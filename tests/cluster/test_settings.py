@@ -88,6 +88,7 @@ def test_jobs_go_to_the_run_folder_of_the_command(tmp_path):
     assert folder_of(SlurmSettings(), ["x", "--run", "a b"]) == Path("a b")
     assert folder_of(SlurmSettings(), ["x", "--run=a b"]) == Path("a b")
     assert folder_of(SlurmSettings(), [str(tmp_path), "--data", "x"]) == tmp_path
+    assert folder_of(SlurmSettings(), ["--data", "x", str(tmp_path)]) == tmp_path
     assert folder_of(SlurmSettings(), ["pixels"]) == Path()
     assert folder_of(SlurmSettings(folder="f"), ["x", "--run", "r"]) == Path("f")
 
