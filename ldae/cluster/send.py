@@ -8,9 +8,11 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -136,12 +138,13 @@ def send(
     jobs = _check_folder(folder) / layout.JOBS
     with files.report_write_errors(jobs):
         code = _copy_code(jobs)
-        executor = submitit.AutoExecutor(jobs / "%j", cluster=settings.cluster)
+        python = {"local_python": _local_python(settings)} if settings.cluster == "local" else {}
+        executor = submitit.AutoExecutor(jobs / "%j", cluster=settings.cluster, **python)
     executor.update_parameters(**_parameters(commands, settings, jobs, code, after))
     directory = os.getcwd()
     work = [Job(tuple(command), directory, str(jobs)) for command in commands]
     try:
-        with _job_environment(code if settings.cluster == "local" else None):
+        with _job_environment(code if settings.cluster == "local" else None), _ignored_interrupts():
             sent = executor.submit_array(work) if len(work) > 1 else [executor.submit(work[0])]
     except submitit.core.utils.FailedJobError as error:
         reason = str(error).strip().splitlines()[-1]  # the last line that sbatch printed
@@ -202,9 +205,7 @@ def _parameters(
         "cpus_per_task": settings.cpus_per_task or None,
         "stderr_to_stdout": True,
     }
-    if settings.cluster == "local":
-        return shared | {"local_setup": list(settings.setup) or None}
-    if settings.cluster == "debug":
+    if settings.cluster != "slurm":
         return shared
     options = {}
     for option in settings.extra:
@@ -235,6 +236,35 @@ def _parameters(
         ],
         "slurm_teardown": [f"exec {finish} $? {shlex.quote(str(jobs))}"],
     }
+
+
+def _local_python(settings: SlurmSettings) -> str:
+    """Return the command by which submitit starts Python in each process of a local job.
+
+    The lines of slurm.setup are in it. As submitit's own set-up, they would put a shell between a
+    job and its signals.
+    """
+    if not settings.setup:
+        return shlex.quote(sys.executable)
+    lines = [*settings.setup, f'exec {shlex.quote(sys.executable)} "$@"']
+    return shlex.join(["sh", "-c", " && ".join(lines), "sh"])
+
+
+@contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """Let processes that start inside ignore Ctrl-C, which a terminal sends to all of them.
+
+    What starts the ranks of a local job would kill them before they have saved. Python sets signal
+    handlers only in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

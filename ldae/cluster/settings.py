@@ -48,7 +48,8 @@ class SlurmSettings:
     constraint: str = ""
     """Features that the machines must have."""
     array_parallelism: Annotated[int, COUNT] = 16
-    """Largest number of jobs of an array that run at the same time."""
+    """Largest number of jobs of an array that run at the same time; on this machine, jobs with GPUs
+    run one after the other."""
     setup: tuple[str, ...] = ()
     """Shell line to run before the command, such as "module load cuda"; may be repeated."""
     extra: tuple[str, ...] = ()

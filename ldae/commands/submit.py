@@ -60,8 +60,14 @@ def submit(pipeline: AnyPath, /, flags: Annotated[Sequence[str], tyro.conf.Suppr
     for stage in others:
         groups.setdefault(stage.settings, []).append(stage)
     if first.settings.cluster == "slurm":
-        for settings, stages in groups.items():
-            send_array(_commands(stages), settings, folder, after=[job.job_id])
+        try:
+            for settings, stages in groups.items():
+                send_array(_commands(stages), settings, folder, after=[job.job_id])
+        except InputError as error:
+            raise InputError(
+                f"{error}; {_FIRST} was sent before, as job {job.job_id}: scancel it before you "
+                "submit again"
+            ) from None
         return
     if wait_for([job], folder) != ["done"]:
         raise InputError(
@@ -100,9 +106,16 @@ def _parse_pipeline(tables: dict, flags: Sequence[str]) -> tuple[Stage, list[Sta
     jobs = tables.get("jobs", {})
     if not isinstance(jobs, dict):
         raise InputError("jobs must be tables, [jobs.NAME]")
-    return first, [
+    others = [
         _parse_stage(f"[jobs.{name}]", name, table, base, flags) for name, table in jobs.items()
     ]
+    for stage in others:
+        if stage.settings.cluster != first.settings.cluster:
+            raise InputError(
+                f"[jobs.{stage.name}] has the cluster {stage.settings.cluster}, and [{_FIRST}] has "
+                f"{first.settings.cluster}: no job waits for one of another cluster"
+            )
+    return first, others
 
 
 def _parse_stage(

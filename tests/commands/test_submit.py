@@ -1,5 +1,6 @@
 """Pipelines: errors name the file and the key, and jobs after the pre-training are independent."""
 
+import os
 import re
 import shlex
 
@@ -67,6 +68,11 @@ def test_a_pipeline_is_a_list_of_commands_with_settings(study):
             "after = 1",
             r"\[jobs.finetune\] has no setting 'after'",
         ),
+        (
+            "tasks_per_node = 2",
+            'cluster = "debug"',
+            r"\[jobs.finetune\] has the cluster debug, and \[pretrain\] has local",
+        ),
         ('command = ["knn",', 'command = ["kn",', r"\[jobs.knn\]: there is no command 'kn'"),
         ('"--data", "my', '"--dta", "my', r"\[jobs.knn\] command: .*--dta.* is refused"),
         ('["knn", "runs/a", "--data", "my images"]', "[]", r"\[jobs.knn\] needs a command"),
@@ -129,3 +135,19 @@ def test_no_job_starts_after_a_failed_pretraining(debug, tmp_path):
     with pytest.raises(InputError, match="pretrain failed, so no other job was started"):
         submit(debug("nowhere"))
     assert [status.state for status in read_statuses(tmp_path / "a run")] == ["failed"]
+
+
+def test_a_refused_job_says_that_the_pretraining_was_sent(study, tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(
+        f"#!/bin/sh\n[ -e '{folder}/sent' ] && {{ echo 'sbatch: error: no' >&2; exit 1; }}\n"
+        f"touch '{folder}/sent'; echo Submitted batch job 7\n"
+    )
+    (folder / "srun").write_text("")  # submitit looks for it
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    flags = ["--slurm.cluster", "slurm", "--slurm.folder", str(tmp_path)]
+    with pytest.raises(InputError, match="no; pretrain was sent before, as job 7: scancel it"):
+        submit(study(), flags=flags)
