@@ -126,7 +126,10 @@ def fid(
             "reference": theirs.record | {"resized_twice": theirs.resizes_twice(encoder)},
         }
         record["protocol"] |= _describe(record, setup)
-        found, wanted = (part.statistics(encoder, claim) for part in (ours, theirs))
+        wanted = theirs.statistics(encoder, claim)  # before samples, which may take days
+        if setup.save_stats and is_main():
+            save_statistics(wanted, setup.save_stats)
+        found = ours.statistics(encoder, claim)
         record["results"] = {name: frechet_distance(found, wanted)}
         record["environment"] = environment(device) | {"ranks": world_size()}
         record["call"] = describe_call("fid", [images, reference], setup=setup, how=how)
@@ -134,8 +137,6 @@ def fid(
             path = setup.out or _folder(record, setup, how) / layout.RESULTS
             print(f"{_summary(record)}; {path}")  # before writing, as the disk may be full
             write_json(path, record)
-            if setup.save_stats:
-                save_statistics(wanted, setup.save_stats)
         return as_json(record)
 
 
@@ -153,6 +154,8 @@ def _check_files(images: str, setup: FIDSettings) -> None:
     if setup.save_stats and setup.save_stats.suffix != ".npz":
         raise InputError(f"save_stats {setup.save_stats} must end in .npz")
     check_writable(setup.out.parent if setup.out else results_home(images))
+    if setup.save_stats:
+        check_writable(setup.save_stats.parent)
 
 
 def _open_images(

@@ -180,6 +180,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(sets, monkey
         fid("a", "b", setup=SETUP)
 
 
+def test_the_reference_is_read_first_and_its_statistics_are_kept(sets):
+    """A bad file there must not cost the samples, nor bad samples the statistics."""
+    Path("a", "0089.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="a/0089.png"):
+        distance("a", "b", save_stats=Path("stats.npz"))
+    assert distance("b", "stats.npz") < 1e-8
+    Path("b", "0074.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="b/0074.png"):
+        distance("a", "b")
+
+
 def test_other_weights_have_another_hash(sets):
     hashes = set()
     for changes in (
@@ -491,6 +502,7 @@ def test_fewer_images_than_dimensions_are_told_before_the_work(sets, monkeypatch
         (["a", "b", "--out", "a"], "out a is a folder, not a file"),
         (["a", "b", "--save-stats", "b"], "save_stats b is a folder"),
         (["a", "b", "--save-stats", "stats"], "save_stats stats must end in .npz"),
+        (["a", "b", "--save-stats", "b.npz/s.npz"], "b.npz cannot be written"),
     ],
 )
 def test_wrong_input_is_told_in_a_sentence(sets, argv, told, capsys):
