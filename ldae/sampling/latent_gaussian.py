@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from ldae import console, files
-from ldae.data.loader import epoch_order, eval_batches
+from ldae.data.image import BadImage
+from ldae.data.loader import crop_batches, epoch_order
 from ldae.data.open import open_source
 from ldae.distributed import barrier, is_main, rank, world_size
 from ldae.errors import InputError
@@ -99,19 +100,21 @@ def load_or_fit_gaussian(
 ) -> LatentGaussian:
     """Return the Gaussian of a run's latents, from the run folder if it is there.
 
-    Otherwise, or when the run's tokenizer or the source ``data`` has changed, it is fitted to the
-    first tokenizer.fit_images images of ``data``, in training order, and written there. ``data`` is
-    by default the run's source.
+    Otherwise, when the run's tokenizer has changed, or when ``data`` names another source, it is
+    fitted to the first tokenizer.fit_images images of ``data``, in training order, and written
+    there. ``data`` is by default the source of the Gaussian in the folder, or else the run's.
 
-    Raises: InputError when the source cannot be opened; BadImage when an image cannot be decoded.
+    Raises: InputError when the source cannot be opened; BadImage when an image cannot be decoded,
+        unless data.bad_images is skip.
     """
     path = run / layout.LATENTS
     tokenizer = files.state_hash(method.tokenizer.state_dict())
     stored = LatentGaussian.load(path) if path.is_file() else None
     barrier()  # all ranks have read the file before rank 0 writes
+    if stored and stored.record["tokenizer"] == tokenizer:
+        if data in (None, stored.record["source"]):
+            return stored
     spec = data or config.data.source
-    if stored and (stored.record["tokenizer"], stored.record["source"]) == (tokenizer, spec):
-        return stored
     console.print_main(f"fitting a Gaussian to the latents of {spec}")
     with float32_products():
         fitted = fit_gaussian(spec, config, method, device, workers)
@@ -125,7 +128,10 @@ def load_or_fit_gaussian(
 def fit_gaussian(
     spec: str, config: Config, method: LDAE, device: torch.device, workers: int = 0
 ) -> LatentGaussian:
-    """Fit a Gaussian to the latents of a source's first images; each rank encodes its share."""
+    """Fit a Gaussian to the latents of a source's first images; each rank encodes its share.
+
+    Images that the training skipped are left out.
+    """
     source = open_source(spec, "train")
     count = min(config.tokenizer.fit_images or len(source), len(source))
     transform, tokenizer = transform_of(config), method.tokenizer
@@ -134,10 +140,13 @@ def fit_gaussian(
     def latents(images: int) -> Iterator[torch.Tensor]:
         share = order[:images][rank() :: world_size()]
         with console.progress(len(share), "latents") as bar:
-            for pixels, _, indices in eval_batches(source, transform, share, _BATCH, workers):
-                x = tokenizer.normalize(pixels.to(device))
-                yield method.encode(x, indices.to(device)).double()
-                bar.update(len(pixels))
+            for batch in crop_batches(source, transform, share, _BATCH, workers):
+                if batch.bad and config.data.bad_images == "stop":
+                    raise BadImage(batch.bad[0][1])
+                good = batch.targets == 0
+                x = tokenizer.normalize(batch.images[good].to(device))
+                yield method.encode(x, batch.positions[good].to(device)).double()
+                bar.update(len(good))
 
     axes = torch.eye(tokenizer.dim, dtype=torch.float64, device=device)
     if not isinstance(tokenizer, PatchPCA):  # the latents of PatchPCA are on their principal axes
@@ -151,7 +160,7 @@ def fit_gaussian(
     mean = torch.stack([part.mean() for part in moments], -1) @ axes
     covariance = torch.stack([part.covariance() for part in moments])
     parts = (part.float().cpu() for part in (axes, mean, covariance))
-    return LatentGaussian(*parts, {"source": spec, "images": str(count)})
+    return LatentGaussian(*parts, {"source": spec, "images": str(int(moments[0].count))})
 
 
 def principal_axes(latents: Iterable[torch.Tensor], dim: int, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldae.data.image import BadImage
 from ldae.data.open import open_source
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
@@ -87,14 +88,32 @@ def test_gaussian_is_stored_and_fitted_again_when_outdated(encoded, tmp_path, mo
     assert calls == []
     load_or_fit_gaussian(tmp_path, config, method, CPU, data="scattered-digits:70")
     assert calls == ["scattered-digits:70"]
-    load_or_fit_gaussian(tmp_path, config, method, CPU)  # the other source is not kept
-    assert calls[1:] == [DATA]
+    kept = load_or_fit_gaussian(tmp_path, config, method, CPU)
+    assert calls[1:] == [] and kept.record["source"] == "scattered-digits:70"
     method.tokenizer.scales.mul_(2)
     load_or_fit_gaussian(tmp_path, config, method, CPU)
-    assert calls[2:] == [DATA]
+    assert calls[1:] == [DATA]
     (tmp_path / LATENTS).write_bytes(b"half")
     with pytest.raises(InputError, match="latents.safetensors is damaged"):
         LatentGaussian.load(tmp_path / LATENTS)
+
+
+def test_bad_images_that_the_training_skipped_are_left_out(encoded, tmp_path):
+    source, folder = open_source(DATA, "train"), tmp_path / "images"
+    folder.mkdir()
+    for i in range(8):
+        source.image(i).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes(b"no image")
+    config, method, _ = encoded(data__bad_images="skip")
+    found = fit_gaussian(str(folder), config, method, CPU)
+    (folder / "3.png").unlink()
+    wanted = fit_gaussian(str(folder), config, method, CPU)
+    assert found.record["images"] == wanted.record["images"] == "7"
+    torch.testing.assert_close(found.covariance, wanted.covariance)
+    (folder / "3.png").write_bytes(b"no image")
+    config, method, _ = encoded()
+    with pytest.raises(BadImage, match="3.png"):
+        fit_gaussian(str(folder), config, method, CPU)
 
 
 def test_gaussian_is_fitted_on_as_many_images_as_the_tokenizer(encoded):
