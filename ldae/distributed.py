@@ -131,6 +131,17 @@ def device_for(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+@contextmanager
+def report_low_memory(device: torch.device, at_once: str, setting: str) -> Iterator[None]:
+    """Turn a lack of memory into an InputError that names the setting to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"{device} has too little memory for {at_once} at a time: lower {setting}"
+        ) from None
+
+
 def _check_gpu_of_each_rank(name: str) -> None:
     """Check that each rank of --devices, which sees all GPUs of the machine, has one of its own.
 

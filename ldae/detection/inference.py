@@ -10,7 +10,7 @@ from ldae.data.loader import eval_batches
 from ldae.detection.jitter import ScaleJitter
 from ldae.detection.network import Detector
 from ldae.detection.scoring import Result
-from ldae.distributed import gather_values, share_of
+from ldae.distributed import gather_values, report_low_memory, share_of
 from ldae.precision import float32_products
 
 
@@ -31,7 +31,8 @@ def find_instances(
     Args:
         transform: at a scale of 1, without flips.
 
-    Raises: BadImage for a bad image; InputError when a worker process dies.
+    Raises: BadImage for a bad image; InputError when a worker process dies, and when the device has
+        too little memory.
     """
     training = detector.training
     detector.eval()
@@ -42,7 +43,8 @@ def find_instances(
         for images, _, indices in batches:
             numbers = indices.tolist()
             sizes = [source.size(i) for i in numbers]
-            parts = detector.find(images.to(device).float().div_(255), sizes)
+            with report_low_memory(device, f"{len(numbers)} images", "system.eval_batch"):
+                parts = detector.find(images.to(device).float().div_(255), sizes)
             found += [(i, _results(source, i, part)) for i, part in zip(numbers, parts)]
             bar.update(len(numbers))
     detector.train(training)

@@ -16,7 +16,7 @@ from ldae.backbones.preprocessing import EvalTransform, preprocessing
 from ldae.console import progress
 from ldae.data.loader import eval_batches
 from ldae.data.source import Source
-from ldae.distributed import all_reduce_sum, rank, share_of, world_size
+from ldae.distributed import all_reduce_sum, rank, report_low_memory, share_of, world_size
 from ldae.errors import InputError
 from ldae.evals.taps import Reader, Tap, TapReader
 from ldae.precision import float32_products
@@ -114,16 +114,11 @@ class Encoder:
 
         Raises: InputError when the device has too little memory.
         """
-        try:
+        with report_low_memory(self.device, f"{len(images)} images", "--batch-size"):
             images = self.transform.normalize(images.to(self.device, non_blocking=True))
             with self._arithmetic():
                 parts = self.reader(images, indices)
             return torch.cat([part.float() for part in parts], 1)
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"{self.device} has too little memory for {len(images)} images at a time: lower "
-                "--batch-size"
-            ) from None
 
     def checked(
         self,

@@ -14,7 +14,7 @@ from tyro.conf import Fixed
 from ldae.console import progress
 from ldae.data.loader import Transform, eval_batches
 from ldae.data.source import IGNORED, MapSource, Source
-from ldae.distributed import all_reduce_sum, rank, share_of, world_size
+from ldae.distributed import all_reduce_sum, rank, report_low_memory, share_of, world_size
 from ldae.evals.features import Encoder, allocate_rows
 from ldae.evals.heads import Heads
 from ldae.evals.protocol import Protocol
@@ -167,6 +167,8 @@ def train_map_head(
 
     The logits of a batch are up-sampled to the label maps, and the loss is the mean cross-entropy
     over the labelled pixels. A short last batch is left out, as in ``train_heads``.
+
+    Raises: InputError when the device has too little memory.
     """
     height, width, dim = train.shape
     heads = Heads(1, dim, classes, protocol).to(device)
@@ -175,7 +177,11 @@ def train_map_head(
     )
     piece = max(_LOGITS_AT_ONCE // (classes * train.size[0] * train.size[1]), 1)
     warmup = round(protocol.warmup * protocol.steps)
-    with progress(protocol.steps, "head") as bar:
+    at_once = f"the token maps of {protocol.total_batch} images"
+    with (
+        progress(protocol.steps, "head") as bar,
+        report_low_memory(device, at_once, "--total-batch"),
+    ):
         for step, batch in zip(range(protocol.steps), _batches(images, protocol)):
             share = batch[batch % world_size() == rank()] // world_size()
             tokens = train.tokens[share].to(device).view(-1, dim)
@@ -237,13 +243,16 @@ def grade_map_head(heads: Heads, encoder: Encoder, source: MapSource) -> torch.T
     """Return the confusion matrix over all label maps of ``source``, at their own sizes.
 
     Each labelled pixel counts once over all ranks. Nothing is kept of an image once it is graded.
+
+    Raises: InputError when the device has too little memory, and as ``Encoder`` does.
     """
     classes, device, shape = heads.bias.shape[1], encoder.device, encoder.reader.shape
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     maps = label_maps(source, unchanged, 1, encoder.workers)  # one at a time: their sizes differ
     for rows, _ in encoder.share(source):
-        normed = heads.norm(rows.to(device).view(-1, shape[2])).view(-1, *shape)
-        for logits, (labels, _) in zip(map_logits(heads, normed), maps):
-            labels = labels[0].to(device)
-            matrix += confusion_matrix(labels, predict(logits, labels.shape), classes)
+        with report_low_memory(device, f"the maps of {len(rows)} images", "--batch-size"):
+            normed = heads.norm(rows.to(device).view(-1, shape[2])).view(-1, *shape)
+            for logits, (labels, _) in zip(map_logits(heads, normed), maps):
+                labels = labels[0].to(device)
+                matrix += confusion_matrix(labels, predict(logits, labels.shape), classes)
     return all_reduce_sum(matrix)

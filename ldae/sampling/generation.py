@@ -12,6 +12,7 @@ from ldae import files, noise
 from ldae.backbones.open import label_names, load_classifier
 from ldae.backbones.preprocessing import EvalTransform, preprocessing
 from ldae.console import progress
+from ldae.distributed import report_low_memory
 from ldae.errors import InputError, nearest
 from ldae.method import LDAE
 from ldae.precision import float32_products
@@ -205,11 +206,16 @@ def generate(
 def generate_batches(
     generate: Generate, numbers: Sequence[int], batch_size: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield numbers of samples, int64 (B,), and the samples, with a progress bar."""
+    """Yield numbers of samples, int64 (B,), and the samples, with a progress bar.
+
+    Raises: InputError when the device has too little memory, and as ``generate``.
+    """
     with progress(len(numbers), "samples") as bar:
         for start in range(0, len(numbers), batch_size):
             batch = torch.tensor(numbers[start : start + batch_size])
-            yield batch, generate(batch.to(device))
+            with report_low_memory(device, f"{len(batch)} samples", "--batch-size"):
+                images = generate(batch.to(device))
+            yield batch, images
             bar.update(len(batch))
 
 

@@ -12,7 +12,7 @@ from ldae.commands.detect import detect
 from ldae.commands.rerun import rerun
 from ldae.data.instances import encode
 from ldae.data.scenes import scene_splits
-from ldae.detection.network import DetectionLoss
+from ldae.detection.network import DetectionLoss, Detector
 from ldae.detection.open import load_detector
 from ldae.detection.recipes import detect_config
 from ldae.detection.scoring import average_precision
@@ -81,6 +81,15 @@ def test_a_detection_writes_its_files(tiny, tmp_path, capsys):
     assert "box_ap50" in capsys.readouterr().out
     assert detect(run)["results"] == record["results"]  # a finished run stays as it is
     assert lines(run) == curve
+
+
+def test_too_little_memory_names_the_setting_to_lower(tiny, tmp_path, monkeypatch):
+    def small(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Detector, "find", small)
+    with pytest.raises(InputError, match="too little memory for 4 images .*system.eval_batch"):
+        detect(tiny(optim__epochs=0.25, optim__warmup_epochs=0.0), tmp_path / "run")
 
 
 def test_a_detection_can_be_repeated(tiny, tmp_path):

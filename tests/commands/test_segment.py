@@ -67,6 +67,19 @@ def test_a_diverged_head_is_reported():
         segmentation(encoder, Flags(20, "train"), Flags(9, "eval"), 3, wild)
 
 
+@pytest.mark.parametrize(
+    ("part", "setting"), [("map_logits", "--total-batch"), ("predict", "--batch-size")]
+)
+def test_too_little_memory_names_the_setting_to_lower(part, setting, monkeypatch):
+    def small(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(f"ldae.evals.dense.{part}", small)
+    encoder = encoder_of("pixels:8", 1)
+    with pytest.raises(InputError, match=f"cpu has too little memory .* lower {setting}"):
+        segmentation(encoder, Flags(20, "train"), Flags(9, "eval"), 3, replace(SHORT, steps=1))
+
+
 def test_ignored_pixels_are_not_graded():
     encoder, train, evaluation = encoder_of("pixels:8", 1), Flags(20, "train"), Flags(9, "eval")
     half = Flags(9, "eval")

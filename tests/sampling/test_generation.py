@@ -6,7 +6,13 @@ import torch
 from ldae import noise, trajectory
 from ldae.errors import InputError
 from ldae.sampling import generation
-from ldae.sampling.generation import generate, highest_level, is_pure_noise, resolve
+from ldae.sampling.generation import (
+    generate,
+    generate_batches,
+    highest_level,
+    is_pure_noise,
+    resolve,
+)
 from ldae.sampling.settings import SamplingSettings
 
 CLASSES = [str(digit) for digit in range(10)]
@@ -252,3 +258,11 @@ def test_samples_that_are_not_finite_are_refused(method):
     made.denoiser.final.linear.bias[0] = torch.nan
     with pytest.raises(InputError, match="sample 0 in fp32 is not finite"):
         sampled(made)
+
+
+def test_too_little_memory_names_the_setting_to_lower():
+    def small(numbers):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(InputError, match="cpu has too little memory for 3 samples .*--batch-size"):
+        next(generate_batches(small, range(9), 3, torch.device("cpu")))
