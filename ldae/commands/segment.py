@@ -1,7 +1,6 @@
 """``ldae segment``: grade a backbone's token map by a linear head that classifies every pixel."""
 
 from dataclasses import replace
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from ldae.evals.segmentation import (
     train_map_head,
 )
 from ldae.evals.taps import TokenMapReader
-from ldae.tree import COUNT
 
 _MAPS_AT_ONCE = 16
 
@@ -38,7 +36,6 @@ def segment(
     eval_data: EvalSourceSpec = None,
     *,
     protocol: SegmentProtocol = SegmentProtocol(),
-    classes: Annotated[int | None, COUNT] = None,
     setup: Setup = Setup(),
 ) -> dict:
     """Grade a backbone's token map by a linear head that classifies every pixel.
@@ -50,9 +47,6 @@ def segment(
 
     The token maps of train are held in memory, or from 2 GiB on in a file below TMPDIR.
 
-    Args:
-        classes: number of classes; by default one more than the highest label of train.
-
     Returns: the content of results.json; its results are, in percent, the mean IoU over the classes
     in the labels or the predictions, the accuracy over pixels and the IoU of each class.
 
@@ -61,17 +55,15 @@ def segment(
     Examples:
         >>> ldae.segment("runs/l_dae", "/data/ade20k")["results"]["miou"]
     """
-    if classes is not None and not 2 <= classes <= IGNORED:
-        raise InputError(f"classes must be 2 to {IGNORED}, not {classes}")
     with open_evaluation(
-        "segment", backbone, data, eval_data, protocol, setup, open_map_splits, classes=classes
+        "segment", backbone, data, eval_data, protocol, setup, open_map_splits
     ) as evaluation:
         squashed = replace(evaluation.transform, crop_pct=1.0, crop_mode="squash")
         evaluation, protocol = replace(evaluation, transform=squashed), evaluation.protocol
         reader = TokenMapReader(evaluation.model, protocol.pixel_patch)
         encoder = evaluation.encoder(reader)
         _ = encoder.columns  # refuses a backbone without a map, before labels are read
-        classes = _count_classes(evaluation, classes)
+        classes = _count_classes(evaluation, protocol.classes)
         splits = (evaluation.train, evaluation.eval)
         results = segmentation(encoder, *splits, classes, protocol)
         return evaluation.write(results, reader.shape[2], classes)

@@ -15,6 +15,7 @@ from ldae.console import progress
 from ldae.data.loader import Transform, eval_batches
 from ldae.data.source import IGNORED, MapSource, Source
 from ldae.distributed import all_reduce_sum, rank, report_low_memory, share_of, world_size
+from ldae.errors import InputError
 from ldae.evals.features import Encoder, allocate_rows
 from ldae.evals.heads import Heads
 from ldae.evals.protocol import Protocol
@@ -66,6 +67,8 @@ class SegmentProtocol(Protocol):
 
     name: Fixed[str] = "linear"
     version: Fixed[int] = 1
+    classes: Annotated[int | None, COUNT] = None
+    """Number of classes; by default one more than the highest label of train."""
     steps: Annotated[int, COUNT] = 10_000
     """Steps of the head's training."""
     total_batch: Annotated[int, COUNT] = 16
@@ -92,6 +95,11 @@ class SegmentProtocol(Protocol):
     mean_over: Fixed[str] = "classes in the labels or predictions of evaluation"
     seed: Fixed[int] = 0
     """Seed of the initial weights and of the order of the images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes is not None and not 2 <= self.classes <= IGNORED:
+            raise InputError(f"classes must be 2 to {IGNORED}, not {self.classes}")
 
     @property
     def headlines(self) -> tuple[str, ...]:

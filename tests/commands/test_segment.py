@@ -128,6 +128,12 @@ def test_the_token_map_is_the_models():
 def test_the_command_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = ("scattered-digits:40", few(tmp_path))
+    more = SegmentProtocol(classes=20, steps=5)
+    assert len(segment("pixels:32", *data, protocol=more, setup=SETUP)["results"]["iou"]) == 20
+    (other,) = tmp_path.glob("evals/pixels-32/*")
+    assert other.name == "segment-scattered-digits-40-on-few-classes=20-steps=5"
+    other.rename(tmp_path / "other")
+    capsys.readouterr()
     record = segment("pixels:32", *data, protocol=SegmentProtocol(steps=5), setup=SETUP)
     (written,) = tmp_path.glob("evals/pixels-32/*/results.json")
     assert written.parent.name == "segment-scattered-digits-40-on-few-steps=5"
@@ -162,9 +168,13 @@ def few(folder, highest: int = 10, size: int = 20) -> str:
     ("highest", "size", "given", "message"),
     [
         (11, 20, {}, "few/images/a.png holds 11, and there are the classes 0 to 10"),
-        (10, 20, {"classes": 8}, "scattered-digits:40/train/0.* holds .*, .* classes 0 to 7"),
+        (
+            10,
+            20,
+            {"protocol": SegmentProtocol(classes=8)},
+            "scattered-digits:40/train/0.* holds .*, .* classes 0 to 7",
+        ),
         (10, 21, {}, "images/a.png is 30 x 21 pixels, but its label map labels/a.png is 30 x 20"),
-        (10, 20, {"classes": 1}, "classes must be 2 to 255, not 1"),
         (10, 20, {"backbone": "pixels:30"}, "pixels:30 cannot be cut into patches of 4"),
     ],
 )
@@ -196,3 +206,5 @@ def test_label_maps_of_nothing_are_refused(value, message, tmp_path):
 def test_wrong_protocols_are_refused():
     with pytest.raises(InputError, match="steps must be at least 1"):
         SegmentProtocol(steps=0)
+    with pytest.raises(InputError, match="classes must be 2 to 255, not 1"):
+        SegmentProtocol(classes=1)

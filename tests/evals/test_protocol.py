@@ -30,7 +30,7 @@ OTHER = {
     "C": (0.5, 2.0),
     "learning_rates": (0.3, 3.0), "weight_decays": (0.1,), "epochs": 70, "total_batch": 1024,
     "blocks": (0, -1), "pools": ("cls",), "blr": 0.25, "warmup_epochs": 2, "optimizer": "adamw",
-    "steps": 5, "learning_rate": 0.5, "class_map": "imagenet-a", "real_labels": True,
+    "classes": 20, "steps": 5, "learning_rate": 0.5, "class_map": "imagenet-a", "real_labels": True,
     "corruption": ("fog", "snow"), "severity": (2, 4), "timesteps": (1, 3), "leading": (1, 2),
     "inputs": ("clean", "noisy"), "whiten": True, "whiten_shrinkage": 0.5,
 }  # fmt: skip
