@@ -16,9 +16,7 @@ from ldae.console import print_main
 from ldae.distributed import device_for, gather_values, is_main, process_group
 from ldae.errors import DifferentResult, InputError
 from ldae.evals.call import bind_call
-from ldae.evals.comparison import changed_origins, compare
-from ldae.evals.evaluation import Evaluation
-from ldae.evals.open import watch_openings
+from ldae.evals.comparison import compare
 from ldae.evals.predictions import count_changed
 from ldae.files import as_json, write_json
 from ldae.runs import layout
@@ -38,11 +36,11 @@ def rerun(
 ) -> dict:
     """Repeat an evaluation by its results.json, and say whether the numbers are the same.
 
-    The settings are those of the record, whose paths begin in the current folder. If the weights or
-    the images behind a name have changed, this is said before the work begins. Then there is a
-    table of the numbers then and now, and a sentence: the numbers are the same to the bit; they are
-    the same within what a change of device or version explains; or they are different, and the exit
-    status is 1. A repetition that was interrupted goes on by the same command.
+    The settings are those of the record, whose paths begin in the current folder. It prints a table
+    of the numbers then and now, and a sentence: the numbers are the same to the bit; they are the
+    same within what a change of device or version explains; or they are different, and the exit
+    status is 1. The sentence names the weights and the images that have changed behind their names.
+    A repetition that was interrupted goes on by the same command.
 
     Args:
         results: the results.json of an evaluation, or its folder.
@@ -74,8 +72,7 @@ def rerun(
         if (folder / layout.RESULTS).exists():
             raise InputError(f"{folder} has results already: name a new folder with --out")
         _place(command, bound, folder)
-        with watch_openings(_announce_changes(then)):
-            now = function(*bound.args, **bound.kwargs)
+        now = function(*bound.args, **bound.kwargs)
         comparison = compare(then, now, _headlines(bound, then["results"]), tolerance)
         comparison["predictions"] = count_changed(path.parent, folder) if is_main() else {}
         comparison |= {"then": str(path), "now": str(folder / layout.RESULTS)}
@@ -144,23 +141,6 @@ def _place(command: str, bound: BoundArguments, folder: Path) -> None:
     else:
         out = folder / layout.RESULTS if command == "fid" else folder
         bound.arguments["setup"] = tree.replace(bound.arguments["setup"], {"out": out})
-
-
-def _announce_changes(then: dict) -> Callable[[Evaluation], None]:
-    """Return a function that prints which weights and images of an evaluation have changed."""
-    seen = []  # with several seeds, the record has the weights and images of the first alone
-
-    def watch(evaluation: Evaluation) -> None:
-        if seen:
-            return
-        now = evaluation.origins()
-        if evaluation.task in _TRAININGS:  # the record of the backbone is that of the trained one
-            now["protocol"] = {"starts_from": now["backbone"]["sha256"]}
-        for change in changed_origins(then, now):
-            print_main(f"since then, {change}")
-        seen.append(True)
-
-    return watch
 
 
 def _headlines(bound: BoundArguments, results: dict) -> list[str]:

@@ -37,7 +37,7 @@ def compare(then: dict, now: dict, headlines: Sequence[str], tolerance: float) -
     numbers = {name: _difference(first[name], second.get(name)) for name in headlines}
     names = dict.fromkeys([*first, *second])
     others = [n for n in names if n not in numbers and first.get(n) != second.get(n)]
-    changed, explained = changed_origins(then, now), [*_changed_environment(then, now)]
+    changed, explained = _changed_origins(then, now), [*_changed_environment(then, now)]
     close = all(_is_close(number, then, tolerance) for number in numbers.values())
     verdict, sentence = _judge(first == second, close, changed, explained)
     return {
@@ -87,12 +87,12 @@ def _is_close(number: dict[str, Any], record: dict, tolerance: float) -> bool:
     return abs(number["difference"]) <= allowed * (1 + 1e-9)  # one image's share may be rounded
 
 
-def changed_origins(then: dict, now: dict) -> list[str]:
+def _changed_origins(then: dict, now: dict) -> list[str]:
     """Return in words what has changed that decides the numbers: weights, images and settings.
 
     Args:
         then: a record.
-        now: another one, or a part of it. Only entries that both have are compared.
+        now: another one. Only entries that both have are compared.
     """
     before, after = (_origins(record) for record in (then, now))
     if then["task"] in ("finetune", "detect"):  # the weights in their records are trained

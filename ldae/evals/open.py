@@ -32,7 +32,6 @@ Splits = Callable[[str, str | None], tuple[Source | None, Source]]
 Load = Callable[[str, Setup], nn.Module]
 
 _kept: ContextVar[dict[tuple, nn.Module]] = ContextVar("the last network that was opened")
-_watch: ContextVar[Callable[["Evaluation"], None]] = ContextVar("sees what is opened")
 
 
 def data_of(backbone: str | Path, data: str | Path | None) -> str:
@@ -69,16 +68,6 @@ def keep_network() -> Iterator[None]:
         yield
     finally:
         _kept.reset(before)
-
-
-@contextmanager
-def watch_openings(watch: Callable[[Evaluation], None]) -> Iterator[None]:
-    """Let ``watch`` see each evaluation when it is opened, before its work begins."""
-    before = _watch.set(watch)
-    try:
-        yield
-    finally:
-        _watch.reset(before)
 
 
 def _open_once(load: Callable[..., nn.Module], spec: str, **settings: Any) -> nn.Module:
@@ -192,7 +181,4 @@ def open_evaluation(
             setup = replace(setup, random_init=model.random_init, precision=model.precision)
         check_rows(model, train, test)
         opened = (model, train, test, device, transform)
-        evaluation = Evaluation(task, spec, protocol, setup, *opened, call)
-        if watch := _watch.get(None):
-            watch(evaluation)
-        yield evaluation
+        yield Evaluation(task, spec, protocol, setup, *opened, call)

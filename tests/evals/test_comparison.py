@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ldae.evals.comparison import changed_origins, compare
+from ldae.evals.comparison import compare
 
 RECORD = {
     "task": "knn",
@@ -104,17 +104,17 @@ def test_other_weights_images_and_settings_explain_nothing_away(change, words, r
 
 def test_parts_that_only_one_record_has_are_no_change(records):
     now = records(protocol__new=3, environment__ranks=2)
-    assert changed_origins(records(), now) == []
-    assert compare(records(), now, ["top1"], 0.1)["explained"] == []
+    compared = compare(records(), now, ["top1"], 0.1)
+    assert compared["changed"] == compared["explained"] == []
 
 
 @pytest.mark.parametrize("task", ["finetune", "detect"])
 def test_the_trained_weights_of_a_fine_tuning_are_a_result(task, records):
     then = records(task=task, protocol__starts_from="s")
     now = records(task=task, protocol__starts_from="s", backbone__sha256="b")
-    assert changed_origins(then, now) == []
+    assert compare(then, now, ["top1"], 0.1)["changed"] == []
     now["protocol"]["starts_from"] = "t"
-    assert changed_origins(then, now) == ["the weights of vit have changed"]
+    assert compare(then, now, ["top1"], 0.1)["changed"] == ["the weights of vit have changed"]
 
 
 def test_the_first_of_the_weights_of_several_seeds_stand_for_all(records):
