@@ -48,7 +48,7 @@ from ldae.evals.features import Encoder, Features, encode_share
 from ldae.evals.neighbours import Bank
 from ldae.files import state_hash, write_json
 from ldae.method import build
-from ldae.models.vit import vit_shape
+from ldae.models.vit import fuse_attention, vit_shape
 from ldae.precision import runs_in_bf16
 from ldae.pretraining.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
 from ldae.runs.checkpoints import Checkpoints
@@ -161,7 +161,7 @@ def prepare_loop(
     bf16 = runs_in_bf16(config.system.precision, device)
     method = build(config, bf16=bf16)
     method.tokenizer.fit([next(random_batches(config, batch_size, 0)).images])
-    method.to(device).denoiser.fuse_attention(fuses_attention(bf16, device))
+    fuse_attention(method.to(device), fuses_attention(bf16, device))
     total = steps * batch_size
     return Loop(
         method,

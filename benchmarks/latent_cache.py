@@ -18,6 +18,7 @@ import ldae
 from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import LDAE, build
+from ldae.models.vit import fuse_attention
 from ldae.precision import runs_in_bf16
 from ldae.pretraining.latents import LatentEncoder
 from ldae.pretraining.timing import seconds
@@ -45,7 +46,7 @@ def main() -> None:
     config = replace(ldae.config("dit", args.scale), {"model.depth": args.depth})
     bf16, compiled = runs_in_bf16("auto", device), compiles(args.compile, device)
     method = awake(build(config, CLASSES, bf16)).to(device).train()
-    method.denoiser.fuse_attention(fuses_attention(bf16, device))
+    fuse_attention(method, fuses_attention(bf16, device))
     size = (batch_size, config.data.in_chans, config.data.img_size, config.data.img_size)
     images = torch.randint(256, size, dtype=torch.uint8)
     method.tokenizer.fit_pixels([images])

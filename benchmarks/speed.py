@@ -28,7 +28,7 @@ import ldae
 from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import LDAE, build
-from ldae.models.vit import vit_shape
+from ldae.models.vit import fuse_attention, vit_shape
 from ldae.precision import runs_in_bf16
 from ldae.pretraining.timing import matmul_rate, seconds, training_flops
 from ldae.runs.environment import environment
@@ -65,7 +65,7 @@ def main() -> None:
     method = awake(build(config, bf16=bf16))
     method.tokenizer.fit([images])
     method.to(device).train()
-    method.denoiser.fuse_attention(fuses_attention(bf16, device))
+    fuse_attention(method, fuses_attention(bf16, device))
     batch = (images.to(device), torch.arange(batch_size, device=device))
     flops = training_flops(method)  # of an image
 

@@ -22,6 +22,7 @@ from ldae.console import progress
 from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import build
+from ldae.models.vit import fuse_attention
 from ldae.pretraining.timing import seconds
 from ldae.runs.environment import environment
 from ldae.train.parallel import compile_parts
@@ -90,7 +91,7 @@ def first_step(args: argparse.Namespace, device: torch.device) -> float:
     method = build(config, bf16=True)
     method.tokenizer.fit([images])
     method.to(device).train()
-    method.denoiser.fuse_attention(fuses_attention(method.bf16, device))
+    fuse_attention(method, fuses_attention(method.bf16, device))
     batch = (images.to(device), torch.arange(args.batch_size, device=device))
 
     def step() -> None:

@@ -27,6 +27,7 @@ from ldae.data.loader import train_batches
 from ldae.data.open import open_source
 from ldae.files import write_json
 from ldae.method import LDAE, build
+from ldae.models.vit import fuse_attention
 from ldae.precision import runs_in_bf16
 from ldae.pretraining.timing import TrainingStep, synchronize
 from ldae.runs.checkpoints import Checkpoints
@@ -103,10 +104,10 @@ def main() -> None:
             speed = args.batch_size / seconds_a_call(run, args.steps, device)
             speeds.setdefault(name, []).append(speed)
         if not compiled:
-            method.denoiser.fuse_attention(not fused)
+            fuse_attention(method, not fused)
             other = args.batch_size / seconds_a_call(step, args.steps, device)
             speeds.setdefault("step_plain" if fused else "step_fused", []).append(other)
-            method.denoiser.fuse_attention(fused)
+            fuse_attention(method, fused)
         print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
     methods = compare_methods(args, device)
     pairs = alternate(config, source, device, step, args.pairs)
@@ -173,7 +174,7 @@ def prepare(config: Config, device: torch.device, source) -> tuple[LDAE, bool]:
     bf16 = runs_in_bf16(config.system.precision, device)
     method = build(config, bf16=bf16)
     method.tokenizer.fit([next(batches(config, source, device)(0, 1)).images])
-    method.to(device).denoiser.fuse_attention(fuses_attention(bf16, device))
+    fuse_attention(method.to(device), fuses_attention(bf16, device))
     return method, compiles(config.system.compile, device)
 
 

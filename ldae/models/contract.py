@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ldae.errors import InputError
-from ldae.models.vit import fuse_attention
 
 
 class NoPlainViT(InputError):
@@ -133,10 +132,6 @@ class Denoiser(nn.Module):
     def encoder_size(self) -> int:
         """Number of parameters in the encoder's stages."""
         raise NotImplementedError
-
-    def fuse_attention(self, fused: bool) -> None:
-        """Choose the attention of the network, see ``ldae.models.vit.fuse_attention``."""
-        fuse_attention(self, fused)
 
     def plain_vit(self) -> PlainViT:
         """Return the timm ViT that the encoder is at a fixed condition.

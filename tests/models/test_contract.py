@@ -9,6 +9,7 @@ from ldae.errors import InputError
 from ldae.method import build
 from ldae.models import DENOISERS
 from ldae.models.contract import NoPlainViT
+from ldae.models.vit import fuse_attention
 
 B, N, CLASSES = 3, 16, 10
 
@@ -168,7 +169,7 @@ def test_a_mask_token_changes_no_other_weight(network, tiny):
 def test_fused_attention_gives_the_same_output(denoiser, tokens):
     t, outputs = torch.tensor([3, 500, 999]), []
     for fused in (False, True):
-        denoiser.fuse_attention(fused)
+        fuse_attention(denoiser, fused)
         with torch.no_grad():
             outputs.append(denoiser(tokens, t))
     torch.testing.assert_close(*outputs)
