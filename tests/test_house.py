@@ -18,7 +18,7 @@ PACKAGE = Path(ldae.__file__).parent
 LAYERS = [
     ["errors", "processor"],
     ["files", "tree", "patches", "noise", "prediction", "precision", "distributed", "console"],
-    ["masking"],
+    ["masking", "moments"],
     ["settings", "data", "models"],
     ["trajectory", "tokenizers"],
     ["runs"],

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ldae.errors import InputError
-from ldae.tokenizers.moments import Moments
+from ldae.moments import Moments
 
 SHRINKAGE = 1e-4
 WHITENED = "ldae_whitened"

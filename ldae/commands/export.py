@@ -26,7 +26,7 @@ from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.scores import public_name
 from ldae.evals.whitening import WhiteningProtocol
-from ldae.tokenizers.moments import Moments
+from ldae.moments import Moments
 from ldae.tree import COUNT, AnyPath
 
 
@@ -183,9 +183,8 @@ def _record(source: Source, shrinkage: float) -> dict:
 
 def _moments(vit: VisionTransformer, source: Source, workers: int, device: torch.device) -> Moments:
     """Return the moments of the features of all images."""
-    moments, encoder = Moments(vit.embed_dim), Encoder(vit, device, workers=workers)
-    for rows, _ in encoder.share(source):
-        moments.update(rows.double())
+    encoder = Encoder(vit, device, workers=workers)
+    moments = Moments.of((rows for rows, _ in encoder.share(source)), vit.embed_dim)
     vit.cpu()
     return moments
 

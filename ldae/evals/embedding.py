@@ -28,9 +28,9 @@ from ldae.evals.embedded_file import (
     first_difference,
     import_parquet,
 )
+from ldae.moments import Moments
 from ldae.runs import layout
 from ldae.runs.lock import open_partial
-from ldae.tokenizers.moments import Moments
 
 _BYTES_AT_ONCE = 2**24  # of rows in memory
 _ROWS = "rows"

@@ -11,7 +11,7 @@ import torch
 
 from ldae.errors import InputError
 from ldae.files import write
-from ldae.tokenizers.moments import Moments
+from ldae.moments import Moments
 
 
 class Statistics(NamedTuple):

@@ -16,10 +16,10 @@ from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.frechet import Statistics, load_statistics, statistics_of
 from ldae.files import as_json, file_hash
+from ldae.moments import Moments
 from ldae.sampling.album import read_record
 from ldae.sampling.generation import generate_batches, prepare_generation
 from ldae.sampling.settings import SamplingSettings
-from ldae.tokenizers.moments import Moments
 
 
 class ImageSet:
@@ -46,10 +46,7 @@ class ImageSet:
 
     def statistics(self, encoder: Encoder, claim: dict) -> Statistics:
         """Return the statistics of the features, each image counted once over all ranks."""
-        moments = Moments(encoder.dim, encoder.device)
-        for rows in self.features(encoder):
-            moments.update(rows.to(encoder.device, torch.float64))
-        moments.all_reduce()
+        moments = Moments.of(self.features(encoder), encoder.dim, encoder.device)
         return statistics_of(moments, claim)
 
     def features(self, encoder: Encoder) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from ldae.backbones.whitening import SHRINKAGE, whitening
 from ldae.errors import InputError
 from ldae.evals.features import Features
 from ldae.evals.protocol import Protocol
-from ldae.tokenizers.moments import Moments
+from ldae.moments import Moments
 from ldae.tree import SHARE
 
 _ROWS_AT_ONCE = 65_536
@@ -44,8 +44,6 @@ def whitening_of(
     """
     if not protocol.whiten:
         return nn.Identity()
-    moments = Moments(searched.features.shape[1], device)
-    for rows in searched.features.split(_ROWS_AT_ONCE):
-        moments.update(rows.to(device).double())
-    moments.all_reduce()
+    features = searched.features
+    moments = Moments.of(features.split(_ROWS_AT_ONCE), features.shape[1], device)
     return whitening(moments, protocol.whiten_shrinkage)

@@ -16,11 +16,11 @@ from ldae.data.open import open_source
 from ldae.distributed import barrier, is_main, rank, world_size
 from ldae.errors import InputError
 from ldae.method import LDAE
+from ldae.moments import Moments
 from ldae.precision import float32_products
 from ldae.runs import layout
 from ldae.settings import Config
 from ldae.tokenizers import PatchPCA
-from ldae.tokenizers.moments import Moments
 from ldae.train.run import transform_of
 
 _BATCH = 256
@@ -168,8 +168,5 @@ def principal_axes(latents: Iterable[torch.Tensor], dim: int, device: torch.devi
 
     Returns: orthonormal rows (dim, dim), in order of decreasing variance.
     """
-    moments = Moments(dim, device)
-    for z_0 in latents:
-        moments.update(z_0.flatten(0, 1))
-    moments.all_reduce()
+    moments = Moments.of((z_0.flatten(0, 1) for z_0 in latents), dim, device)
     return torch.linalg.eigh(moments.covariance()).eigenvectors.T.flip(0)

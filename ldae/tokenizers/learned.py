@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from ldae.moments import Moments
 from ldae.tokenizers.contract import Tokenizer, latent_scales
-from ldae.tokenizers.moments import Moments
 from ldae.tokenizers.pixels import check_not_empty
 
 # LDM's clamp of a posterior's log-variance, so that no variance underflows or overflows.

@@ -6,9 +6,9 @@ import torch
 
 from ldae.distributed import broadcast_from_main
 from ldae.errors import InputError
+from ldae.moments import Moments
 from ldae.patches import patchify
 from ldae.tokenizers.contract import PatchTokenizer, latent_scales
-from ldae.tokenizers.moments import Moments
 from ldae.tokenizers.pixels import check_not_empty
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ldae.errors import InputError
-from ldae.tokenizers.moments import Moments
+from ldae.moments import Moments
 
 
 class PixelStatistics(nn.Module):

@@ -7,7 +7,7 @@ from sklearn.covariance import shrunk_covariance
 
 from ldae.backbones.whitening import whitening
 from ldae.errors import InputError
-from ldae.tokenizers.moments import Moments
+from ldae.moments import Moments
 
 
 def correlated(count: int, dim: int = 6) -> torch.Tensor:

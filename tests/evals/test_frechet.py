@@ -15,7 +15,7 @@ from ldae.evals.frechet import (
     save_statistics,
     statistics_of,
 )
-from ldae.tokenizers.moments import Moments
+from ldae.moments import Moments
 
 
 def features(count: int, dim: int, seed: int, rank: int | None = None) -> torch.Tensor:

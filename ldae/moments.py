@@ -1,5 +1,7 @@
 """Mean and covariance of a stream of vectors, in memory that does not grow with their number."""
 
+from collections.abc import Iterable
+
 import torch
 
 from ldae.distributed import all_reduce_sum
@@ -13,6 +15,20 @@ class Moments:
         self.count = torch.zeros((), **double)
         self.sum = torch.zeros(dim, **double)
         self.second = torch.zeros(dim, dim, **double)
+
+    @classmethod
+    def of(
+        cls, batches: Iterable[torch.Tensor], dim: int, device: torch.device | str = "cpu"
+    ) -> "Moments":
+        """Return the moments, with products in float64, of the vectors (n, D) of all ranks.
+
+        Each rank passes its own share.
+        """
+        moments = cls(dim, device)
+        for vectors in batches:
+            moments.update(vectors.to(device, torch.float64))
+        moments.all_reduce()
+        return moments
 
     def update(self, vectors: torch.Tensor) -> None:
         """Add vectors (n, D): blocks are multiplied in their own precision, summed in float64.

@@ -1,6 +1,7 @@
 import torch
 
-from ldae.tokenizers.moments import Moments
+from ldae.distributed import process_group, rank, world_size
+from ldae.moments import Moments
 
 
 def test_streamed_moments_are_exact():
@@ -26,3 +27,19 @@ def test_memory_does_not_grow_with_the_number_of_vectors():
         moments.update(torch.randn(100, 4))
     assert [part.numel() for part in (moments.sum, moments.second, moments.count)] == size
     assert len(vars(moments)) == 3
+
+
+def test_the_vectors_of_all_ranks_count_in_float64(on_ranks, tmp_path):
+    vectors = torch.randn(300, 4)
+
+    def write() -> None:
+        with process_group(torch.device("cpu")):
+            moments = Moments.of(vectors[rank() :: world_size()].split(70), 4)
+            torch.save((moments.count, moments.second), tmp_path / f"{rank()}.pt")
+
+    assert on_ranks(write) == ["", ""]
+    exact = vectors.double()
+    for number in (0, 1):
+        count, second = torch.load(tmp_path / f"{number}.pt", weights_only=True)
+        assert count == 300
+        torch.testing.assert_close(second, exact.T @ exact, rtol=1e-14, atol=1e-13)
