@@ -18,10 +18,10 @@ from ldae.data.workers import SHARED_BYTES
 from ldae.distributed import device_for
 from ldae.files import as_json, check_writable, format_size, write_json
 from ldae.machine.extrapolation import extrapolate
-from ldae.machine.packages import check_packages, installed_version
+from ldae.machine.packages import check_packages
 from ldae.machine.parts import describe_machine, find_problems
 from ldae.machine.rates import copying_rate, decoding_rates, training_rates
-from ldae.runs.environment import environment
+from ldae.runs.environment import environment, installed_version
 from ldae.settings import Config
 from ldae.tree import COUNT, AnyPath, replace
 

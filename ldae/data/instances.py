@@ -73,7 +73,7 @@ class InstanceSource(Source):
         if self.has_masks:
             masks = np.zeros((len(parts), height, width), bool)
             for mask, part in zip(masks, parts):
-                mask[:] = _library().decode(self._run_lengths(i, part))
+                mask[:] = import_pycocotools("mask").decode(self._run_lengths(i, part))
         return Instances((width, height), boxes[kept], labels, masks)
 
     def dataset(self) -> dict[str, list[dict[str, Any]]]:
@@ -145,7 +145,7 @@ def run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     Raises: ValueError, TypeError or KeyError for anything else.
     """
     width, height = size
-    library = _library()
+    library = import_pycocotools("mask")
     if isinstance(segmentation, list):
         if not segmentation:
             raise ValueError("it has no polygon")
@@ -170,7 +170,7 @@ def run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
     """Return the run lengths of a mask, bool (H, W), as JSON holds them."""
-    return as_text(_library().encode(np.asfortranarray(mask, np.uint8)))
+    return as_text(import_pycocotools("mask").encode(np.asfortranarray(mask, np.uint8)))
 
 
 def as_text(found: dict[str, Any]) -> dict[str, Any]:
@@ -182,5 +182,6 @@ def as_text(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _library() -> Any:
-    return import_extra("pycocotools.mask", "detection", "detection needs pycocotools")
+def import_pycocotools(module: str) -> Any:
+    """Import a module of pycocotools. Raises: InputError when it is not installed."""
+    return import_extra(f"pycocotools.{module}", "detection", "detection needs pycocotools")

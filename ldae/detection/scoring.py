@@ -4,7 +4,7 @@ import contextlib
 import io
 from typing import Any
 
-from ldae.errors import import_extra
+from ldae.data.instances import import_pycocotools
 
 # The first numbers of pycocotools' summary, in its order.
 _NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -36,7 +36,7 @@ def average_precision(
 
 def check_installed() -> None:
     """Check that pycocotools is installed. Raises: InputError with the command that installs it."""
-    _library("cocoeval")
+    import_pycocotools("cocoeval")
 
 
 def _graded(
@@ -45,7 +45,7 @@ def _graded(
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = _index(dataset["annotations"], dataset)
         guesses = _index([_guess(n, part, kind) for n, part in enumerate(found, 1)], dataset)
-        graded = _library("cocoeval").COCOeval(truth, guesses, kind)
+        graded = import_pycocotools("cocoeval").COCOeval(truth, guesses, kind)
         graded.evaluate()
         graded.accumulate()
         graded.summarize()
@@ -58,7 +58,7 @@ def _graded(
 
 def _index(annotations: list[dict], dataset: dict[str, list[dict]]) -> Any:
     """Return annotations in pycocotools' class, which adds keys to copies of them."""
-    indexed = _library("coco").COCO()
+    indexed = import_pycocotools("coco").COCO()
     indexed.dataset = dataset | {"annotations": [dict(part) for part in annotations]}
     indexed.createIndex()
     return indexed
@@ -70,9 +70,6 @@ def _guess(number: int, result: Result, kind: str) -> dict:
     kept |= {"id": number, "iscrowd": 0, "area": result["bbox"][2] * result["bbox"][3]}
     if kind == "segm":
         segmentation = result["segmentation"]
-        kept |= {"segmentation": segmentation, "area": int(_library("mask").area(segmentation))}
+        area = import_pycocotools("mask").area(segmentation)
+        kept |= {"segmentation": segmentation, "area": int(area)}
     return kept
-
-
-def _library(module: str) -> Any:
-    return import_extra(f"pycocotools.{module}", "detection", "detection needs pycocotools")

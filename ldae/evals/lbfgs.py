@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ldae.console import progress
-from ldae.distributed import all_reduce_sum, is_main
+from ldae.distributed import of_main
 
 Function = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes points (A, P) and the indices (A,) of the functions to evaluate there, and returns values
@@ -83,7 +83,8 @@ def _minimize_together(
         least = _LEAST_DECREASE * values.abs().clamp(min=1)
         taken = new_values <= values + _ARMIJO * lengths * slopes + least  # rounding is no rise
         flat = (values - new_values <= least) | (new_gradients.abs().amax(1) <= tol)
-        taken, converged = _decided_by_rank_0(taken, taken & flat)
+        # Rank 0 decides, because CPUs of two kinds may round differently.
+        taken, converged = of_main(torch.stack([taken, taken & flat]).int()).bool()
 
         new_slopes = torch.linalg.vecdot(new_gradients, directions)
         secant = (slopes / (slopes - new_slopes)).nan_to_num(0.1).clamp(0.1, 0.5)
@@ -110,11 +111,6 @@ def _minimize_together(
             )  # fmt: skip
         directions = torch.where(step, history.direction(gradients), directions)
     return minima
-
-
-def _decided_by_rank_0(*decisions: torch.Tensor) -> torch.Tensor:
-    """Return the decisions of rank 0: CPUs of two kinds may round differently."""
-    return all_reduce_sum(torch.stack(decisions).int() * is_main()).bool()
 
 
 class _History:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from importlib import metadata
 
 _FOR_DEVELOPERS = ("test", "docs", "lint")  # extras that no run needs
 
@@ -35,13 +34,6 @@ def check_packages(
         for extra, names in missing.items()
     ]
     return problems, optional
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

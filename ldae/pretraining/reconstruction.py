@@ -11,6 +11,11 @@ from ldae.tokenizers import Tokenizer
 _MIN_ERROR = 1e-10  # 100 dB; smaller errors are rounding, and the PSNR stays finite
 
 
+def psnr_of(error: torch.Tensor) -> torch.Tensor:
+    """Return the PSNR in dB, at most 100, of mean squared errors of pixels in [0, 1]."""
+    return -10 * error.clamp(min=_MIN_ERROR).log10()
+
+
 @torch.no_grad()
 def measure_reconstruction(
     tokenizer: Tokenizer,
@@ -33,8 +38,8 @@ def measure_reconstruction(
         x = tokenizer.normalize(batch.to(device))
         original = tokenizer.denormalize(x)
         decoded = tokenizer.denormalize(tokenizer.decode(tokenizer.encode(x))).clamp(0, 1)
-        error = (decoded - original).square().flatten(1).mean(1).clamp(min=_MIN_ERROR)
-        values = [-10 * error.log10(), *(distance(decoded, original) for distance in distances)]
+        error = (decoded - original).square().flatten(1).mean(1)
+        values = [psnr_of(error), *(distance(decoded, original) for distance in distances)]
         sums += torch.stack([error.new_tensor(len(x)), *(value.sum() for value in values)])
         if quantised:
             codes += tokenizer.code_indices(x).flatten().bincount(minlength=len(codes))

@@ -14,6 +14,7 @@ from ldae.data.loader import train_batches
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.evals.rankme import rankme, spread
+from ldae.pretraining.reconstruction import psnr_of
 from ldae.runs.kinds import Opening
 from ldae.runs.metrics import read_records
 from ldae.runs.symptoms import LEVELS, RANKME, SPREAD, new_symptoms, psnr_key
@@ -24,7 +25,6 @@ _IMAGES = 256  # whose features are measured
 _RECONSTRUCTED = 32  # of these images
 _AT_ONCE = 8  # images, since the weights and the optimizer fill most of a GPU's memory
 _LEAST_IMAGES = 4096  # between two measurements, which then cost about 1 % of the training
-_LEAST_ERROR = 1e-10  # 100 dB
 
 
 def watch(
@@ -105,6 +105,5 @@ def measure(
                 for batch, numbers in zip(batches, positions):
                     shown, clean = opening.reconstruct(method, batch, numbers, level / 100)
                     errors.append((shown - clean).square().flatten(1).mean(1))
-                mean_error = torch.cat(errors).double().mean().clamp(min=_LEAST_ERROR)
-                values[psnr_key(level)] = -10 * mean_error.log10().item()
+                values[psnr_key(level)] = psnr_of(torch.cat(errors).double().mean()).item()
         return values

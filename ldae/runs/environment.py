@@ -33,7 +33,7 @@ def environment(device: object = None) -> dict:
     record = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "cpu": processor_name(),
         "cpu_instructions": vector_instructions(),
         "cpu_threads": torch.get_num_threads(),
@@ -47,7 +47,8 @@ def environment(device: object = None) -> dict:
     return record
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of a package, or None when it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
