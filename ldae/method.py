@@ -14,6 +14,7 @@ from ldae.models.contract import Denoiser
 from ldae.models.vit import vit_shape
 from ldae.objective import Objective
 from ldae.patches import unpatchify
+from ldae.precision import bf16_autocast
 from ldae.settings import Config
 from ldae.tokenizers import PatchTokenizer, Posterior, Tokenizer
 from ldae.tree import taken_by
@@ -299,8 +300,7 @@ class LDAE(nn.Module):
 
     def _autocast(self, enabled: bool = True) -> torch.autocast:
         """Return the context in which the networks run, in bfloat16 if ``bf16`` is set."""
-        device = self.gamma.device.type.replace("meta", "cpu")  # meta tensors have no autocast
-        return torch.autocast(device, torch.bfloat16, enabled=self.bf16 and enabled)
+        return bf16_autocast(self.gamma.device, self.bf16 and enabled)
 
 
 def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:

@@ -1,4 +1,4 @@
-"""The arithmetic of a run: bfloat16, float32 with or without TF32, and determinism."""
+"""The arithmetic of a run: bfloat16, float32 with or without TF32, determinism, generators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,12 @@ def runs_in_bf16(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return multiplies_bf16_faster(processor_name(), vector_instructions())
+
+
+def bf16_autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """Return the context in which networks run in bfloat16, if ``enabled``."""
+    kind = device.type.replace("meta", "cpu")  # meta tensors have no autocast
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
 @contextmanager
@@ -53,4 +59,12 @@ def unchanged_generators() -> Iterator[None]:
     # The generator of a GPU that is not in use yet has no state to lose.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def seeded_generator(seed: int) -> Iterator[None]:
+    """Seed torch's generator of the CPU, which new weights are drawn from, and restore it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)  # GPU states are not restored
         yield

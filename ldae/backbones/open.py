@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.layers import to_2tuple
 from torch import nn
 
 from ldae.backbones.weights import check_no_graph, find_encoder, load_weights
 from ldae.backbones.whitening import is_whitened
 from ldae.errors import InputError, first_line, nearest
+from ldae.precision import seeded_generator
 from ldae.runs.kinds import kind_of
 from ldae.runs.layout import CLASSIFIER
 
@@ -64,8 +64,7 @@ def load_backbone(
         >>> published = ldae.load_backbone("vit_base_patch16_224.mae@mae_pretrain_vit_base.pth")
     """
     spec = str(spec)
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)  # of the CPU: GPU states are not restored
+    with seeded_generator(seed):
         model = _open(spec, random_init, in_chans, img_size)
     return model.eval()
 

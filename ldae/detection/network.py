@@ -20,6 +20,7 @@ from ldae.detection.pyramid import SCALES, SimpleFeaturePyramid
 from ldae.detection.settings import DetectConfig, DetectModelSettings
 from ldae.errors import InputError, first_line
 from ldae.models.drop_path import DropPath
+from ldae.precision import bf16_autocast, seeded_generator
 
 _PATCHES = 64  # a side, ViTDet's: 1024 pixels for patches of 16
 _ANCHOR = 8  # side of a map's anchors in strides of the map: 32 pixels at stride 4
@@ -53,8 +54,7 @@ class PyramidBackbone(nn.Module):
         ``images`` are normalised (B, C, S, S). In training they are computed in bfloat16 if
         ``bf16`` is set. The heads, whose boxes need more digits, always compute in float32.
         """
-        bf16 = self.bf16 and self.training
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        with bf16_autocast(images.device, self.bf16 and self.training):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 (tokens,) = self.vit.forward_intermediates(
                     images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
@@ -214,8 +214,7 @@ def build_detector(backbone: nn.Module, config: DetectConfig, num_classes: int) 
     if config.system.checkpoint_activations:
         vit.set_grad_checkpointing()
     side = vit.patch_embed.img_size[0]
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)
+    with seeded_generator(config.seed):
         return Detector(vit, side, num_classes, transform.mean, transform.std, config.model)
 
 

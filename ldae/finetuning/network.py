@@ -14,6 +14,7 @@ from ldae.backbones.whitening import drop_whitening
 from ldae.errors import InputError, first_line
 from ldae.finetuning.settings import FinetuneConfig
 from ldae.models.drop_path import set_drop_path
+from ldae.precision import bf16_autocast, seeded_generator
 
 
 class ClassificationLoss(nn.Module):
@@ -37,7 +38,7 @@ class ClassificationLoss(nn.Module):
 
         ``positions`` are not read. ``targets`` are (B, num_classes).
         """
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        with bf16_autocast(images.device, self.bf16):
             logits = self.network(images)
         return self.loss(logits.float(), targets)
 
@@ -79,8 +80,7 @@ def build_network(backbone: nn.Module, config: FinetuneConfig, num_classes: int)
         args |= resize_input(backbone, side, config.backbone, "data.img_size")
         cfg = backbone.pretrained_cfg
     drop_path = {"drop_path_rate": config.model.drop_path} if config.model.drop_path else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)
+    with seeded_generator(config.seed):
         try:
             network = timm.create_model(name, pretrained_cfg=cfg, **args, **drop_path)
         except TypeError as error:

@@ -16,6 +16,7 @@ from ldae.masking import is_kept, kept_tokens, number_kept, restore
 from ldae.models.contract import PlainViT
 from ldae.models.vit import ViTParts, ViTShape, check_width, timm_args, vit_shape
 from ldae.patches import patch_moments, patches_a_side, patchify, sincos_positions, unpatchify
+from ldae.precision import bf16_autocast
 from ldae.runs.kinds import Exported, Opening
 from ldae.tokenizers.pixels import PixelStatistics
 
@@ -150,8 +151,7 @@ class MAE(nn.Module):
 
     def predict(self, masked: Masked) -> torch.Tensor:
         """Return the predictions (B, N, D) of all patches, in the precision of the network."""
-        device = masked.visible.device.type.replace("meta", "cpu")  # meta has no autocast
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+        with bf16_autocast(masked.visible.device, self.bf16):
             return self.decode(self.encode(masked.visible, masked.kept), masked.kept)
 
     def encode(self, visible: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from ldae.data.loader import train_batches
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
 from ldae.evals.rankme import rankme, spread
+from ldae.precision import bf16_autocast
 from ldae.pretraining.reconstruction import psnr_of
 from ldae.runs.kinds import Opening
 from ldae.runs.metrics import read_records
@@ -94,7 +95,7 @@ def measure(
         normalize = preprocessing(backbone).normalize
         features = []
         for batch in images.split(_AT_ONCE):
-            with torch.autocast(device.type, torch.bfloat16, enabled=method.bf16):
+            with bf16_autocast(device, method.bf16):
                 features.append(backbone(normalize(batch.to(device))).float().cpu())
         values = {RANKME: rankme(torch.cat(features)), SPREAD: spread(torch.cat(features))}
         if opening.reconstruct:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ldae import noise
+from ldae.precision import bf16_autocast
 from ldae.tokenizers.adversarial import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldae.tokenizers.contract import PatchTokenizer
 from ldae.tokenizers.learned import TrainedTokenizer
@@ -145,5 +146,4 @@ class TokenizerLoss(nn.Module):
         return self._started
 
     def _autocast(self) -> torch.autocast:
-        device = self.tokenizer.scales.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
+        return bf16_autocast(self.tokenizer.scales.device, self.bf16)
