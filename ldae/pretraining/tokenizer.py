@@ -37,7 +37,7 @@ from ldae.runs.folder import open_run
 from ldae.runs.skipped import record_skipped
 from ldae.settings import Config
 from ldae.tokenizers import TOKENIZERS, Tokenizer
-from ldae.tokenizers.losses import LossWeights, TokenizerLoss
+from ldae.tokenizers.losses import TokenizerLoss
 from ldae.train.plan import Plan, plan_run
 from ldae.train.run import check_warmup, train_in, transform_of
 
@@ -215,14 +215,13 @@ def tokenizer_loss(fit: Fit) -> TokenizerLoss:
     Raises: InputError when a network does not fit the images, or its weights are missing.
     """
     config, tokenizer = fit.config, fit.config.tokenizer
-    weights = LossWeights(
-        tokenizer.kl_weight, tokenizer.perceptual_weight, tokenizer.adversarial_weight
-    )
     torch.manual_seed(config.seed)
     return TokenizerLoss(
         fit.tokenizer,
-        weights,
         fit.perceptual,
+        kl_weight=tokenizer.kl_weight,
+        perceptual_weight=tokenizer.perceptual_weight,
+        adversarial_weight=tokenizer.adversarial_weight,
         adversarial_start=tokenizer.adversarial_start,
         batch_size=fit.plan.batch_size,
         seed=config.seed,

@@ -1,7 +1,6 @@
 """The loss of a trained tokenizer: reconstruction, KL, codebook, perceptual, adversarial terms."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,23 +15,14 @@ Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Distance between two batches of images in [0, 1]: (B, C, H, W) twice -> (B,)."""
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """Weights of the terms added to the reconstruction term; a term of weight 0 is not built."""
-
-    kl: float = 0.0
-    perceptual: float = 0.0
-    adversarial: float = 0.0
-
-
 class TokenizerLoss(nn.Module):
     """The loss of a batch of images, for the training loop and its one optimizer.
 
     The loss is the mean over images of
 
-        |x - x_hat| + kl * KL[posterior | N(0, I)]
-        + CHW * (perceptual * distance + codebook loss)
-        + adversarial * adaptive weight * -D(x_hat)
+        |x - x_hat| + kl_weight * KL[posterior | N(0, I)]
+        + CHW * (perceptual_weight * distance + codebook loss)
+        + adversarial_weight * adaptive weight * -D(x_hat)
 
     The first term is the absolute error of pixels in [-1, 1], summed over an image, as in latent
     diffusion (LDM), whose weights are the defaults. When the tokenizer is patch-wise, it is the
@@ -46,6 +36,8 @@ class TokenizerLoss(nn.Module):
 
     Args:
         perceptual: distance of the perceptual term; its network is not part of this module.
+        kl_weight, perceptual_weight, adversarial_weight: of the terms that are added to the
+            reconstruction; a term of weight 0 is not built.
         batch_size: images per step, to convert positions to steps.
         seed: with an image's position, it determines the sample of the posterior.
         bf16: run the trained networks under autocast.
@@ -54,19 +46,23 @@ class TokenizerLoss(nn.Module):
     def __init__(
         self,
         tokenizer: TrainedTokenizer,
-        weights: LossWeights,
         perceptual: Distance | None = None,
         *,
+        kl_weight: float = 0.0,
+        perceptual_weight: float = 0.0,
+        adversarial_weight: float = 0.0,
         adversarial_start: int = 0,
         batch_size: int = 1,
         seed: int = 0,
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.weights, self.bf16 = tokenizer, weights, bf16
-        self.perceptual = perceptual if weights.perceptual else None
+        self.tokenizer, self.bf16 = tokenizer, bf16
+        self.kl_weight, self.perceptual_weight = kl_weight, perceptual_weight
+        self.adversarial_weight = adversarial_weight
+        self.perceptual = perceptual if perceptual_weight else None
         self.discriminator = None
-        if weights.adversarial:
+        if adversarial_weight:
             self.discriminator = PatchDiscriminator(tokenizer.in_chans, tokenizer.img_size)
         self.seed, self.batch_size, self.adversarial_start = seed, batch_size, adversarial_start
         self._calls_to_start, self._started = 0, False
@@ -100,11 +96,11 @@ class TokenizerLoss(nn.Module):
         if self.perceptual:
             pair = (self.tokenizer.denormalize(part) for part in (x_hat, x))
             parts["perceptual"] = self.perceptual(*pair).mean()
-            reconstruction = reconstruction + self.weights.perceptual * numel * parts["perceptual"]
+            reconstruction = reconstruction + self.perceptual_weight * numel * parts["perceptual"]
         loss = reconstruction
         if self.tokenizer.stochastic:
             parts["kl"] = kl.mean()
-            loss = loss + self.weights.kl * parts["kl"]
+            loss = loss + self.kl_weight * parts["kl"]
         if self.tokenizer.quantised:
             parts["codebook"] = codebook
             loss = loss + numel * codebook
@@ -128,7 +124,7 @@ class TokenizerLoss(nn.Module):
         weight = adaptive_weight(reconstruction, generator, self.tokenizer.last_weight)
         hinge = hinge_loss(real.float(), fake.float())
         parts = {"adversarial": generator, "adaptive_weight": weight, "discriminator": hinge}
-        return self.weights.adversarial * weight * generator + hinge, parts
+        return self.adversarial_weight * weight * generator + hinge, parts
 
     def _has_started(self, positions: torch.Tensor) -> bool:
         """Return whether these images belong to step ``adversarial_start`` or a later one.

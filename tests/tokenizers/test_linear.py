@@ -5,7 +5,7 @@ import torch
 
 from ldae.patches import patchify
 from ldae.tokenizers import PatchAE, PatchPCA, PatchVAE
-from ldae.tokenizers.losses import LossWeights, TokenizerLoss
+from ldae.tokenizers.losses import TokenizerLoss
 
 
 def make_tokenizer(kind, images, scale="per-axis", dim=6):
@@ -60,7 +60,7 @@ def test_linear_autoencoder_reaches_the_error_of_pca(images):
     pca = PatchPCA(32, 8, 3, 6, "raw").double()
     pca.fit([images])
     tokenizer = make_tokenizer(PatchAE, images)
-    loss = TokenizerLoss(tokenizer, LossWeights())
+    loss = TokenizerLoss(tokenizer)
     reached = minimise(loss, images, 400)
     expected = 16 * pca.variances[6:].sum().item()  # an image has 16 patches
     assert expected < reached < 1.02 * expected
@@ -69,7 +69,7 @@ def test_linear_autoencoder_reaches_the_error_of_pca(images):
 def test_large_kl_weight_pulls_the_posterior_to_the_prior(images):
     """The posterior becomes N(0, I), and the scales do not amplify its empty axes."""
     tokenizer = make_tokenizer(PatchVAE, images)
-    loss = TokenizerLoss(tokenizer, LossWeights(kl=1e6))
+    loss = TokenizerLoss(tokenizer, kl_weight=1e6)
     minimise(loss, images, 100)
     posterior = tokenizer.posterior(tokenizer.normalize(images))
     assert posterior.mean.abs().max() < 0.05 and posterior.log_variance.abs().max() < 0.05

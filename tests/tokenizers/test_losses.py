@@ -8,7 +8,7 @@ import torch
 from ldae import noise
 from ldae.tokenizers.conv import ConvTokenizer
 from ldae.tokenizers.linear import PatchAE, PatchVAE
-from ldae.tokenizers.losses import LossWeights, TokenizerLoss
+from ldae.tokenizers.losses import TokenizerLoss
 
 POSITIONS = torch.tensor([7, 2, 2**33 + 5])
 
@@ -31,7 +31,7 @@ def test_loss_of_patch_rows_matches_its_equation(kind, kl, images):
     torch.manual_seed(0)
     tokenizer = kind(32, 8, 3, 6, "raw").double()
     tokenizer.fit_pixels([images])
-    loss = TokenizerLoss(tokenizer, LossWeights(kl=kl), seed=4)
+    loss = TokenizerLoss(tokenizer, kl_weight=kl, seed=4)
     actual, parts = loss(images[:3], POSITIONS)
     error = divergence = 0.0
     for image, position in zip(images[:3], POSITIONS):
@@ -61,8 +61,8 @@ def distance(one, other):
 @pytest.mark.parametrize("codes", [0, 16])
 def test_loss_of_conv_rows_matches_its_equation(codes, images):
     tokenizer = conv(images, codes).double()
-    weights = LossWeights(kl=0.01, perceptual=0.5, adversarial=0.3)
-    loss = TokenizerLoss(tokenizer, weights, distance, seed=4).double()
+    weights = {"kl_weight": 0.01, "perceptual_weight": 0.5, "adversarial_weight": 0.3}
+    loss = TokenizerLoss(tokenizer, distance, **weights, seed=4).double()
     actual, parts = loss(images[:3], POSITIONS)
     network, numel = tokenizer.network, 3 * 32 * 32
     error = divergence = perceptual = 0.0
@@ -113,9 +113,9 @@ def test_loss_of_conv_rows_matches_its_equation(codes, images):
     assert parts["adaptive_weight"].item() == pytest.approx(weight, rel=1e-4)
 
 
-def gradients(loss, images, weights):
+def gradients(loss, images, adversarial_weight=0.0):
     loss.zero_grad()
-    loss.weights = weights
+    loss.adversarial_weight = adversarial_weight
     loss(images, torch.arange(8))[0].backward()
     return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
 
@@ -125,10 +125,10 @@ def test_each_network_learns_only_from_its_own_term(images):
 
     The discriminator's gradients do not depend on the weight of the adversarial term.
     """
-    loss = TokenizerLoss(conv(images).double(), LossWeights(adversarial=0.3)).double()
-    weak = gradients(loss, images, LossWeights(adversarial=0.3))
-    strong = gradients(loss, images, LossWeights(adversarial=0.9))
-    negligible = gradients(loss, images, LossWeights(adversarial=1e-12))
+    loss = TokenizerLoss(conv(images).double(), adversarial_weight=0.3).double()
+    weak = gradients(loss, images, 0.3)
+    strong = gradients(loss, images, 0.9)
+    negligible = gradients(loss, images, 1e-12)
     x = loss.tokenizer.normalize(images)
     x_hat = loss.tokenizer.reconstruct(x, noise.normal(0, torch.arange(8), (16, 8), 3).to(x)).images
     real, fake = loss.discriminator(x), loss.discriminator(x_hat.detach())
@@ -137,8 +137,8 @@ def test_each_network_learns_only_from_its_own_term(images):
     for name, expected in zip(names, torch.autograd.grad(hinge, parameters), strict=True):
         torch.testing.assert_close(weak[f"discriminator.{name}"], expected)
         assert torch.equal(strong[f"discriminator.{name}"], weak[f"discriminator.{name}"])
-    loss_without = TokenizerLoss(loss.tokenizer, LossWeights())
-    without = gradients(loss_without, images, LossWeights())
+    loss_without = TokenizerLoss(loss.tokenizer)
+    without = gradients(loss_without, images)
     for name, expected in without.items():
         torch.testing.assert_close(negligible[name], expected, rtol=1e-6, atol=1e-8)
         # adversarial * weight * gradient of -D: three times the weight gives three times the term
@@ -150,9 +150,7 @@ def test_each_network_learns_only_from_its_own_term(images):
 
 
 def test_discriminator_does_not_change_before_its_start(images):
-    loss = TokenizerLoss(
-        conv(images), LossWeights(adversarial=0.5), adversarial_start=3, batch_size=8
-    )
+    loss = TokenizerLoss(conv(images), adversarial_weight=0.5, adversarial_start=3, batch_size=8)
     before = [p.clone() for p in loss.discriminator.parameters()]
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-2, weight_decay=0.0)
     names, moved = [], []
@@ -175,9 +173,7 @@ def test_discriminator_does_not_change_before_its_start(images):
 @pytest.mark.parametrize("first", [0, 20, 60])
 def test_adversarial_start_is_detected_with_few_reads_of_positions(first, micro_batches, images):
     """It is detected wherever a run resumes, without waiting for the device in every step."""
-    loss = TokenizerLoss(
-        conv(images), LossWeights(adversarial=0.5), adversarial_start=50, batch_size=30
-    )
+    loss = TokenizerLoss(conv(images), adversarial_weight=0.5, adversarial_start=50, batch_size=30)
     reads = []
 
     class Counted:
@@ -196,14 +192,14 @@ def test_adversarial_start_is_detected_with_few_reads_of_positions(first, micro_
 
 
 def test_terms_of_weight_zero_are_not_built(images):
-    loss = TokenizerLoss(conv(images), LossWeights(), perceptual=distance)
+    loss = TokenizerLoss(conv(images), perceptual=distance)
     assert loss.discriminator is None and loss.perceptual is None
     _, parts = loss(images, torch.arange(8))
     assert set(parts) == {"reconstruction", "kl"}
 
 
 def test_posterior_samples_depend_only_on_the_position(images):
-    loss = TokenizerLoss(conv(images).double(), LossWeights(), seed=4)
+    loss = TokenizerLoss(conv(images).double(), seed=4)
     together = loss(images, torch.arange(8))[0]
     one_by_one = [loss(images[i : i + 1], torch.tensor([i]))[0] for i in range(8)]
     torch.testing.assert_close(torch.stack(one_by_one).mean(), together)
@@ -212,7 +208,7 @@ def test_posterior_samples_depend_only_on_the_position(images):
 
 @pytest.mark.parametrize("codes", [0, 16])
 def test_tiny_autoencoder_learns_one_batch(codes, images):
-    loss = TokenizerLoss(conv(images, codes), LossWeights(kl=0.0 if codes else 1e-6))
+    loss = TokenizerLoss(conv(images, codes), kl_weight=0.0 if codes else 1e-6)
     optimizer = torch.optim.AdamW(loss.parameters(), lr=3e-3, betas=(0.5, 0.9), weight_decay=0.0)
     errors = []
     for step in range(35):
@@ -226,7 +222,7 @@ def test_tiny_autoencoder_learns_one_batch(codes, images):
 
 def test_bf16_changes_the_loss_little(images):
     full, half = (
-        TokenizerLoss(conv(images, codes=16), LossWeights(), bf16=bf16)(images, torch.arange(8))
+        TokenizerLoss(conv(images, codes=16), bf16=bf16)(images, torch.arange(8))
         for bf16 in (False, True)
     )
     assert half[0].dtype == torch.float32
