@@ -126,7 +126,7 @@ class Encoder:
         where: Callable[[int], str],
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the features of a batch.
+        """Return the features (B, D) of a batch, float32.
 
         Raises: InputError when a row is not finite, naming its image as ``where`` does.
         """

@@ -54,6 +54,8 @@ def copying_rate(config: Config, device: torch.device) -> dict:
 def training_rates(config: Config, device: torch.device, batch_size: int, run: Path) -> dict:
     """Return the rates of a training step and of saving its state below the folder ``run``.
 
+    They are ``step`` in images/s, ``product`` of large matrices in FLOP/s and ``save`` in bytes/s.
+    ``step_flops`` are the FLOP of an image, and ``save_bytes`` the size of a checkpoint.
     A step that does not fit into the memory of a GPU is measured with half of the batch.
     """
     step = fitting_step(config, device, batch_size)
@@ -65,9 +67,9 @@ def training_rates(config: Config, device: torch.device, batch_size: int, run: P
         "step": rate,
         "step_size": f"{config.model.name}, {denoiser.encoder_size:,} parameters in the encoder, "
         f"{denoiser.side**2} tokens, batch {step.batch_size}",
-        "step_flops": flops,  # of an image
+        "step_flops": flops,
         "bf16": step.method.bf16,
-        "product": product,  # FLOP/s
+        "product": product,
         **_saving_rate(step, run),
     }
 

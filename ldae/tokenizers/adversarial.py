@@ -55,7 +55,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Return the discriminator's loss, a scalar, from its logits of real and of fake images.
+    """Return the discriminator's loss of logits (B, 1, s, s) of real and of fake images, a scalar.
 
     Source: LDM; Lim and Ye 2017.
     """

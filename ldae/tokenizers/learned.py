@@ -89,11 +89,11 @@ class TrainedTokenizer(Tokenizer):
         raise NotImplementedError
 
     def standardize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Convert latents from the network's units to the tokenizer's."""
+        """Convert latents (..., dim) from the network's units to the tokenizer's."""
         return (latents - self.latent_mean) * self.scales
 
     def destandardize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Convert latents from the tokenizer's units to the network's."""
+        """Convert latents (..., dim) from the tokenizer's units to the network's."""
         return latents / self.scales + self.latent_mean
 
     def encode_posterior(self, images: torch.Tensor) -> Posterior:

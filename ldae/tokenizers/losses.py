@@ -113,7 +113,11 @@ class TokenizerLoss(nn.Module):
     def _adversarial_term(
         self, x: torch.Tensor, x_hat: torch.Tensor, reconstruction: torch.Tensor, started: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the adversary's share of the loss and its parts, all zero before the start."""
+        """Return the adversary's share of the loss and its parts, all zero before the start.
+
+        ``x`` and ``x_hat`` are normalised images (B, C, H, W); ``reconstruction`` and all that is
+        returned are scalars.
+        """
         if not started:
             # DDP waits for gradients of all parameters, so each gets a gradient of zero.
             zero = 0 * sum(part.sum() for part in self.discriminator.parameters())

@@ -26,8 +26,10 @@ class Meter:
         self.wait += time.perf_counter() - start
 
     def record(self, seen: int, epoch: int, lr: float) -> dict[str, float]:
-        """Return a record of metrics; losses are means over the steps since the last record.
+        """Return a record of metrics since the last one; losses are means over its steps.
 
+        ``epoch`` is the number of images in an epoch. ``images_per_second`` and ``skipped``, a
+        number of images, are those of all ranks; ``data_wait`` is this rank's share of the time.
         All ranks must call this.
         """
         means = torch.stack([report.losses for report in self.reports]).mean(0)

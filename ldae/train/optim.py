@@ -51,10 +51,10 @@ def ema_decay(step: int, optim: OptimSettings) -> float:
 
 
 def lr_at(seen: int, *, peak: float, warmup: int, total: int, minimum: float = 0.0) -> float:
-    """Return the learning rate after ``seen`` of ``total`` images.
+    """Return the learning rate after ``seen`` of ``total``, in any one unit: images or steps.
 
-    The rate rises linearly from 0 to ``peak`` over ``warmup`` images, then falls as a half-cosine
-    to ``minimum``.
+    The rate rises linearly from 0 to ``peak`` over ``warmup``, then falls as a half-cosine to
+    ``minimum``.
     """
     if seen < warmup:
         return peak * seen / warmup

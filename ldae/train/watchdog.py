@@ -31,8 +31,9 @@ class Report:
     it is read one step late, the host never waits for queued work.
 
     Args:
-        values: whether to stop, whether to save, whether data are bad, the loss and its parts.
-        names: the names of the loss and its parts.
+        values: (3 + K,): whether to stop, whether to save, whether data are bad, and K losses: the
+            loss and its parts. ``losses`` (K,) stay on the device.
+        names: the K names of the losses.
         first: the first image of the step's batch.
         where: the name of the step in messages.
     """
