@@ -1,4 +1,8 @@
-"""Operations on a tree of frozen dataclasses: ranges, dotted names, changes, files."""
+"""Settings as a tree of frozen dataclasses: the values they take, dotted names, changes, YAML.
+
+Beside the tree: checks of the settings that an entry of a registry takes, and the reading of TOML
+and YAML files as nested tables.
+"""
 
 import contextlib
 import dataclasses

@@ -37,21 +37,10 @@ class Denoised(NamedTuple):
 
 
 class Run:
-    """A pre-training in a folder: its settings, its metrics, and its last checkpoint's network.
+    """A pre-training in a folder, as ``load_run`` opens it and ``pretrain`` returns it.
 
-    The checkpoint is read when it is first needed, and is then kept: open the run again to see a
-    newer one.
-
-    Args:
-        folder: the run folder.
-        device: auto, cpu, cuda or cuda:N, for the network.
-
-    Examples:
-        >>> run = ldae.load_run("runs/l_dae")
-        >>> clean, noised, denoised = run.denoise(run.images(8), t=500)
-        >>> pictures = run.sample(16)
-        >>> features = run.backbone()(normalised_images)
-        >>> run = ldae.pretrain("runs/l_dae")  # goes on to the end of its plan
+    It has the run's settings, its metrics, and its last checkpoint's network. The checkpoint is
+    read when it is first needed, and is then kept: open the run again to see a newer one.
     """
 
     def __init__(self, folder: str | Path, device: str = "auto") -> None:
@@ -216,6 +205,7 @@ def load_run(folder: str | Path, device: str = "auto") -> Run:
         >>> run.config.optim.epochs, run.images_seen, run.metrics()[-1]["loss"]
         >>> clean, noised, denoised = run.denoise(run.images(8), t=500)
         >>> pictures = run.sample(16)
+        >>> features = run.backbone()(normalised_images)
     """
     run = Run(folder, device)
     _ = run.kind  # refuses another folder
