@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ldae.console import progress
-from ldae.distributed import of_main
+from ldae.distributed import broadcast_from_main
 
 Function = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes points (A, P) and the indices (A,) of the functions to evaluate there, and returns values
@@ -84,7 +84,7 @@ def _minimize_together(
         taken = new_values <= values + _ARMIJO * lengths * slopes + least  # rounding is no rise
         flat = (values - new_values <= least) | (new_gradients.abs().amax(1) <= tol)
         # Rank 0 decides, because CPUs of two kinds may round differently.
-        taken, converged = of_main(torch.stack([taken, taken & flat]).int()).bool()
+        taken, converged = broadcast_from_main(torch.stack([taken, taken & flat]).int()).bool()
 
         new_slopes = torch.linalg.vecdot(new_gradients, directions)
         secant = (slopes / (slopes - new_slopes)).nan_to_num(0.1).clamp(0.1, 0.5)

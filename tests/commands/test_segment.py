@@ -74,7 +74,7 @@ def test_too_little_memory_names_the_setting_to_lower(part, setting, monkeypatch
     def small(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(f"ldae.evals.dense.{part}", small)
+    monkeypatch.setattr(f"ldae.evals.segmentation.{part}", small)
     encoder = encoder_of("pixels:8", 1)
     with pytest.raises(InputError, match=f"cpu has too little memory .* lower {setting}"):
         segmentation(encoder, Flags(20, "train"), Flags(9, "eval"), 3, replace(SHORT, steps=1))

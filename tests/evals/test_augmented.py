@@ -227,11 +227,11 @@ def test_checkpoints_of_another_probe_are_not_used(vit, pictures, stopped_at, tm
 
 def test_a_probe_begins_again_when_labels_were_corrected(vit, pictures, stopped_at, tmp_path):
     with pytest.raises(Interrupted, match="stopped at image 48 of"):
-        train_online(stopped_at(2), pictures(60), SHORT, tmp_path / "run")
+        train_on_augmented(stopped_at(2), pictures(60), SHORT, tmp_path / "run")
     corrected = pictures(60)
     corrected.labels[7] = 0
     heads = [
-        train_online(Encoder(vit, CPU), corrected, SHORT, tmp_path / folder)[0]
+        train_on_augmented(Encoder(vit, CPU), corrected, SHORT, tmp_path / folder)[0]
         for folder in ("run", "alone")
     ]
     assert torch.equal(heads[0].weight, heads[1].weight)
