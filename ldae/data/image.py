@@ -214,9 +214,8 @@ def _upright(image: Image.Image) -> Image.Image:
     That function writes all other tags again, and fails when one of them is damaged.
     """
     image.load()  # turns a TIFF file itself, and drops its orientation
-    if turn := _TURNS.get(_orientation(image)):
-        return image.transpose(turn)
-    return image
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -42,7 +42,7 @@ def test_eval_data_replaces_the_eval_split(make_tree):
 
 @pytest.mark.parametrize("name", ["0.tar", "0.PARQUET"])
 def test_shards_beside_images_are_left_out_with_a_warning(name, make_tree, caplog):
-    root = make_tree("tree", {"a/cover.png": None, f"data/{name}": b""})
+    root = make_tree("tree", {"a/cover.png": None, f"a/{name}": b""})
     assert names(open_source(str(root), "train")) == ["a/cover.png"]
     suffix = name[1:].lower()
     assert [record.getMessage() for record in caplog.records] == [

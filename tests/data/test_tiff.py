@@ -104,7 +104,9 @@ def test_signed_bands_of_8_bits_have_the_largest_signed_number_as_white():
 def test_white_that_is_stored_as_0_is_inverted(dtype):
     high = np.iinfo(dtype).max
     grey = np.array([[[0], [high]]], dtype)
-    assert pixels(tiff(grey, photometric="miniswhite"), 1).tolist() == [[[255], [0]]]
+    file = io.BytesIO()
+    tifffile.imwrite(file, grey[..., 0], photometric="miniswhite")
+    assert pixels(file, 1).tolist() == [[[255], [0]]]
     five = np.repeat(grey, 5, axis=2)
     found = pixels(tiff(five, photometric="miniswhite"), 5)
     assert found.tolist() == [[[255] * 5, [0] * 5]]
