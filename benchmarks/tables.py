@@ -137,29 +137,19 @@ def _rows() -> str:
     return markdown(header, rows)
 
 
-def _latents() -> str:
-    """Linear probes by the scale and the dimension of latents."""
-    found = _read("cifar10-latents.json")["rows"]
-    found.sort(key=lambda row: (row["tokenizer.scale"], row["tokenizer.dim"]))
-    return markdown(
-        ["`tokenizer.scale`", "`tokenizer.dim`", "linear probe"],
-        [
-            [row["tokenizer.scale"], f"{row['tokenizer.dim']}", f"{row['top1']:.1f}"]
-            for row in found
-        ],
-    )
-
-
-def _imagenette_latents() -> str:
-    """Linear probes and k-NN by the scale of latents: mean and deviation over seeds."""
-    found: dict[str, list[dict]] = {}
-    for row in _read("imagenette-latents.json")["rows"]:
-        found.setdefault(row["scale"], []).append(row)
+def _latents(data: str) -> str:
+    """Accuracies by the scale and the dimension of latents: means and deviations over seeds."""
+    measured = _read(f"{data}-latents.json")["rows"]
+    by_latents: dict[tuple[str, int], list[dict]] = {}
+    for row in measured:
+        by_latents.setdefault((row["scale"], row["dim"]), []).append(row)
+    graders = [name for name in ("linear", "knn") if name in measured[0]]
     rows = []
-    for scale, runs in found.items():
-        cells = [mean_and_deviation([run[name] for run in runs]) for name in ("linear", "knn")]
-        rows.append([scale, f"{len(runs)}", *cells])
-    return markdown(["`tokenizer.scale`", "seeds", "linear probe", "k-NN, k = 20"], rows)
+    for (scale, dim), runs in sorted(by_latents.items()):
+        cells = [mean_and_deviation([run[name] for run in runs]) for name in graders]
+        rows.append([scale, f"{dim}", f"{len(runs)}", *cells])
+    header = ["`tokenizer.scale`", "`tokenizer.dim`", "seeds"]
+    return markdown([*header, *(_GRADERS[name] for name in graders)], rows)
 
 
 def _leads() -> str:
@@ -282,8 +272,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "whitening": _whitening,
     "finetune": _finetune,
     "rows": _rows,
-    "latents": _latents,
-    "imagenette-latents": _imagenette_latents,
+    "latents": lambda: _latents("cifar10"),
+    "imagenette-latents": lambda: _latents("imagenette"),
     "leads": _leads,
     "contest": lambda: _contest("cifar10"),
     "contest-imagenette": lambda: _contest("imagenette"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import machines, tables
+from benchmarks import latents, machines, tables
 from benchmarks.registry import BENCHMARKS, GPU, Benchmark, Number
 from ldae.backbones.open import load_backbone
 from ldae.commands.pretrain import pretrain
@@ -65,6 +65,29 @@ def test_the_tables_of_the_pages_are_those_of_the_files():
         assert made == text, f"run: python -m benchmarks --write {page.relative_to(ROOT)}"
         used |= {name for name in tables.TABLES if f"<!-- table: {name} -->" in text}
     assert used == tables.TABLES.keys()
+
+
+def test_the_table_of_latents_reads_what_its_benchmark_writes(tmp_path, monkeypatch):
+    for name, results in (
+        ("linear", {"top1": 47.2, "learning_rate": 1.0}),
+        ("knn", {"top1_k20": 40}),
+    ):
+        monkeypatch.setattr(
+            latents, name, lambda *words, results=results, **how: {"results": results}
+        )
+    monkeypatch.setattr(latents, "pretrain", lambda *words: None)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    argv = f"latents.py --data d --eval-data e --runs r --out {tmp_path}/cifar10-latents.json"
+    monkeypatch.setattr("sys.argv", [*argv.split(), "--dims", "8", "--seeds", "2"])
+    latents.main()
+    assert tables.TABLES["latents"]().splitlines() == [
+        "| `tokenizer.scale` | `tokenizer.dim` | seeds | linear probe | k-NN, k = 20 |",
+        "| --- | --: | --: | --: | --: |",
+        *(
+            f"| {latent} | 2 | 47.2 ± 0.0 | 40.0 ± 0.0 |"
+            for latent in ("global | 12", "per-axis | 8", "per-axis | 12", "raw | 12")
+        ),
+    ]
 
 
 def test_every_benchmark_of_speed_is_listed():
