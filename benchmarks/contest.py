@@ -41,10 +41,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command import run_ldae
-from paired import bootstrap, correct
-from seeds import mean_and_deviation
-
+from benchmarks.command import run_ldae
+from benchmarks.paired import bootstrap, correct
+from benchmarks.seeds import mean_and_deviation
 from ldae.data.open import open_source
 from ldae.evals.features import image_names, known_labels
 from ldae.evals.subsets import held_out

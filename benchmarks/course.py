@@ -17,7 +17,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
-from contest import (
+from benchmarks.contest import (
     CONTEST,
     GRADERS,
     accuracy,
@@ -29,7 +29,6 @@ from contest import (
     train,
     words_of,
 )
-
 from ldae.files import write_json
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints

@@ -13,8 +13,7 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from command import run_ldae
-
+from benchmarks.command import run_ldae
 from ldae.files import write_json
 from ldae.runs.environment import environment
 

@@ -22,8 +22,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from soak import family, send
-
+from benchmarks.soak import family, send
 from ldae.console import progress
 from ldae.files import file_hash, write_json
 from ldae.runs.environment import environment

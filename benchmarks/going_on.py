@@ -15,9 +15,8 @@ import argparse
 import json
 from pathlib import Path
 
-from command import run_ldae
-from contest import GRADERS, HEADLINES, flags, grade
-
+from benchmarks.command import run_ldae
+from benchmarks.contest import GRADERS, HEADLINES, flags, grade
 from ldae.files import write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment

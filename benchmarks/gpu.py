@@ -34,10 +34,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from dit_reference import ReferenceDiT
-from speed import awake, reference_step
 
 import ldae
+from benchmarks.dit_reference import ReferenceDiT
+from benchmarks.speed import awake, reference_step
 from ldae import distributed
 from ldae.backbones.fold import stock_vit
 from ldae.commands.cache import cache

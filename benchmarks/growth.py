@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from knn import features, ours
 
 import ldae
+from benchmarks.knn import features, ours
 from ldae.console import progress
 from ldae.distributed import device_for
 from ldae.files import write_json

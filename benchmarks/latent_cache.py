@@ -12,9 +12,9 @@ import statistics
 from pathlib import Path
 
 import torch
-from speed import awake, step_of
 
 import ldae
+from benchmarks.speed import awake, step_of
 from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import LDAE, build

@@ -13,9 +13,8 @@ import json
 import shutil
 from pathlib import Path
 
-from command import run_ldae
-
 import ldae
+from benchmarks.command import run_ldae
 from ldae import trajectory
 from ldae.files import write, write_json
 from ldae.runs.environment import environment

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-from step import batches, prepare
 
 import ldae
+from benchmarks.step import batches, prepare
 from ldae import distributed, tree
 from ldae.data.open import open_source
 from ldae.files import write_json

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from dit_reference import ReferenceDiT
 from torch import nn
 
 import ldae
+from benchmarks.dit_reference import ReferenceDiT
 from ldae.distributed import device_for
 from ldae.files import write_json
 from ldae.method import LDAE, build

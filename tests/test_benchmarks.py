@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import latents, machines, tables
+from benchmarks import course, gpu, latents, machines, tables
 from benchmarks.registry import BENCHMARKS, GPU, Benchmark, Number
 from ldae.backbones.open import load_backbone
 from ldae.commands.pretrain import pretrain
@@ -99,10 +99,9 @@ def test_every_benchmark_of_speed_is_listed():
         assert '"--out"' in code and part.takes_device == ('"--device"' in code)
 
 
-def test_every_benchmark_finds_what_it_imports(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_every_benchmark_finds_what_it_imports():
     for path in (ROOT / "benchmarks").glob("[a-z]*.py"):
-        import_module(path.stem)
+        import_module(f"benchmarks.{path.stem}")
 
 
 def test_the_parts_of_a_gpu_take_at_most_ten_minutes():
@@ -253,9 +252,7 @@ def test_names_are_chosen_and_a_wrong_one_names_the_nearest(capsys):
 
 
 @pytest.mark.parametrize("part", ["waits", "step-l", "features"])
-def test_a_part_of_the_gpus_runs_at_a_tiny_size_on_a_cpu(part, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    gpu = import_module("gpu")
+def test_a_part_of_the_gpus_runs_at_a_tiny_size_on_a_cpu(part):
     assert {f"gpu-{name}" for name in gpu.PARTS} == GPU.keys()
     args = Namespace(part=part, device="cpu", tiny=True)
     found = gpu.PARTS[part](args, torch.device("cpu"))
@@ -269,8 +266,7 @@ def test_a_part_of_the_gpus_runs_at_a_tiny_size_on_a_cpu(part, monkeypatch):
 @pytest.fixture
 def contest(monkeypatch):
     """The benchmark contest.py, which runs no command: ``contest.commands`` lists them."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    module = import_module("contest")
+    module = import_module("benchmarks.contest")
 
     def run_ldae(*words):
         module.commands.append([str(word) for word in words])
@@ -391,7 +387,6 @@ def test_finished_runs_are_fine_tuned_once_and_have_a_column(contest, tmp_path, 
 
 
 def test_each_checkpoint_of_a_course_is_graded_once(contest, tmp_path, monkeypatch):
-    course = import_module("course")
     monkeypatch.setattr(course, "environment", dict)
     monkeypatch.setattr(
         course, "train", lambda data, words, run, seed, images: run.exists() or trained(run)
@@ -420,7 +415,6 @@ def test_each_checkpoint_of_a_course_is_graded_once(contest, tmp_path, monkeypat
 
 
 def test_a_run_with_an_early_checkpoint_is_a_backbone_of_that_checkpoint(contest, tiny, tmp_path):
-    course = import_module("course")
     run = tmp_path / "run"
     pretrain(tiny(system__keep=0, system__save_minutes=0, optim__blr=0.1), run, "l_dae")
     first, *_, last = Checkpoints(run).paths()
