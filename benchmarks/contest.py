@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import run_ldae
+from benchmarks.command import run_ldae, seconds_of
 from benchmarks.paired import bootstrap, correct
 from benchmarks.seeds import mean_and_deviation
 from ldae.data.open import open_source
@@ -50,6 +50,7 @@ from ldae.evals.subsets import held_out
 from ldae.files import write, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
+from ldae.runs.metrics import read_records
 
 CONTEST = Path(__file__).with_suffix(".toml")
 # The speed of a machine drifts by more than contestants should differ, which turns even out.
@@ -222,12 +223,12 @@ def take_turn(command: list[str], run: Path) -> list[float]:
 
     The first record does not count, because the step is compiled meanwhile.
     """
-    before, begun = len(records_of(run)), None
+    before, begun = len(read_records(run)), None
     process = subprocess.Popen([sys.executable, "-m", "ldae", *command], stdout=subprocess.DEVNULL)
     try:
         while process.poll() is None:
             time.sleep(0.2)
-            new = records_of(run)[before:]
+            new = read_records(run)[before:]
             if begun is None and new:
                 begun = time.monotonic()
             if begun and time.monotonic() - begun > SECONDS_OF_A_TURN and len(new) > 2:
@@ -238,23 +239,6 @@ def take_turn(command: list[str], run: Path) -> list[float]:
         process.send_signal(signal.SIGINT)
         process.wait()
     return [record["images_per_second"] for record in new[1:]]
-
-
-def records_of(run: Path) -> list[dict]:
-    path = run / layout.METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def seconds_of(run: Path) -> float:
-    """Return the seconds of the loop. The first record, which compiles, counts at median speed."""
-    records = records_of(run)
-    usual = statistics.median(record["images_per_second"] for record in records[1:] or records)
-    speeds = [usual, *(record["images_per_second"] for record in records[1:])]
-    seen, total = 0, 0.0
-    for record, speed in zip(records, speeds):
-        total += (record["images"] - seen) / speed
-        seen = record["images"]
-    return round(total, 1)
 
 
 def finetune(args: argparse.Namespace, words: list[str], run: Path, seed: int) -> None:

@@ -13,9 +13,11 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.command import run_ldae
+from benchmarks.command import run_ldae, seconds_of
 from ldae.files import write_json
+from ldae.runs import layout
 from ldae.runs.environment import environment
+from ldae.runs.metrics import read_records
 
 _STARTS = {"trained": [], "control": ["--random-init"]}
 _DATA = "digit-scenes"
@@ -41,7 +43,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for start, words in _STARTS.items():
             run = args.runs / f"{start}-{seed}"
-            if not (run / "results.json").exists():
+            if not (run / layout.RESULTS).exists():
                 how = ["--recipe", args.recipe, "--data", args.data, "--seed", seed, *settings]
                 run_ldae("detect", backbone, *how, *words, "--run", run)
             rows.append({"start": start, "seed": seed} | measured(run))
@@ -53,13 +55,11 @@ def main() -> None:
 
 def measured(run: Path) -> dict:
     """Return the results of a run, and the minutes that its training took."""
-    results = json.loads((run / "results.json").read_text())["results"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds, before = 0.0, 0
-    for line in lines:
-        seconds += (line["images"] - before) / line["images_per_second"]
-        before = line["images"]
-    return {"results": results, "images": before, "minutes_of_training": round(seconds / 60, 2)}
+    return {
+        "results": json.loads((run / layout.RESULTS).read_text())["results"],
+        "images": read_records(run)[-1]["images"],
+        "minutes_of_training": round(seconds_of(run) / 60, 2),
+    }
 
 
 def record(rows: list[dict]) -> dict:

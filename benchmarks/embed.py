@@ -25,6 +25,7 @@ from pathlib import Path
 from benchmarks.soak import family, send
 from ldae.console import progress
 from ldae.files import file_hash, write_json
+from ldae.runs import layout
 from ldae.runs.environment import environment
 
 BACKBONE = [
@@ -122,7 +123,7 @@ def run(
 
 def blocks_of(out: Path) -> int:
     """Return how many blocks an unfinished command has written."""
-    log = out.with_name(f"{out.name}.parts") / "progress.jsonl"
+    log = out.with_name(f"{out.name}.parts") / layout.EMBEDDED
     with suppress(FileNotFoundError):
         return log.read_text().count("\n") - 1
     return 0

@@ -10,14 +10,15 @@ results and the metrics of both runs, and both curves in finetune.json and finet
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.command import run_ldae
 from ldae.files import write, write_json
+from ldae.runs import layout
 from ldae.runs.environment import environment
+from ldae.runs.metrics import read_records
 
-_COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "results.json")
+_COPIED = (layout.CONFIG, layout.ENVIRONMENT, layout.METRICS, layout.RESULTS)
 _STARTS = {"pretrained": [], "scratch": ["--model.random-init"]}
 
 
@@ -30,9 +31,7 @@ def main() -> None:
     args, settings = parser.parse_known_args()
     for name, start in _STARTS.items():
         words = [args.backbone, "--recipe", args.recipe, *settings, *start]
-        command = ["ldae", "finetune", *words, "--run", str(args.runs / name)]
-        print("\n$", *command, flush=True)
-        subprocess.run([sys.executable, "-m", *command], check=True)
+        run_ldae("finetune", *words, "--run", args.runs / name)
         (args.out / name).mkdir(parents=True, exist_ok=True)
         for file in _COPIED:
             shutil.copyfile(args.runs / name / file, args.out / name / file)
@@ -41,7 +40,7 @@ def main() -> None:
 
 def write_tables(out: Path) -> None:
     curves = {name: curve(out / name) for name in _STARTS}
-    results = {name: json.loads((out / name / "results.json").read_text()) for name in _STARTS}
+    results = {name: json.loads((out / name / layout.RESULTS).read_text()) for name in _STARTS}
     tops = {name: result["results"] for name, result in results.items()}
     record = {"results": tops, "protocol": results["pretrained"]["protocol"], "curves": curves}
     write_json(out / "finetune.json", record | {"environment": environment()})
@@ -56,9 +55,8 @@ def write_tables(out: Path) -> None:
 
 def curve(run: Path) -> list[dict]:
     """Return the metrics on the evaluation split, and the training loss at these points."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     kept = ("images", "epoch", "loss", "top1", "top5")
-    return [{key: record[key] for key in kept} for record in records if "top1" in record]
+    return [{key: record[key] for key in kept} for record in read_records(run) if "top1" in record]
 
 
 if __name__ == "__main__":

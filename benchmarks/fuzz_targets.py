@@ -305,7 +305,7 @@ def _resume(folder: Path, name: str) -> None:
 
 def _exported() -> Tree:
     with tempfile.TemporaryDirectory() as folder, _silent():
-        run, out = Path(folder, "run"), Path(folder, "exported")
+        run, out = Path(folder, "run"), Path(folder, layout.EXPORTED)
         for name, content in _run().items():
             (run / name).parent.mkdir(parents=True, exist_ok=True)
             (run / name).write_bytes(content)

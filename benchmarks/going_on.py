@@ -40,7 +40,7 @@ def main() -> None:
     mae, supervised = args.runs / "mae", args.runs / "supervised"
     pretrain("mae", args.first, args.first_epochs, mae)
     train_supervised(args, mae, supervised)
-    starts = {"MAE": mae, "supervised": supervised / "classifier"}
+    starts = {"MAE": mae, "supervised": supervised / layout.CLASSIFIER}
     rows = [grades(args, f"{name}, as it is", start) for name, start in starts.items()]
     for name, start in {**starts, "": None}.items():
         for method in ("l_dae", "mae") if name != "supervised" else ("l_dae",):
@@ -60,7 +60,7 @@ def pretrain(row: str, data: str, epochs: float, run: Path, more: dict | None = 
 
 def train_supervised(args: argparse.Namespace, mae: Path, run: Path) -> None:
     """Train a ViT of the MAE's shape with labels, from random weights."""
-    if (run / "classifier").exists():
+    if (run / layout.CLASSIFIER).exists():
         return
     exported = args.runs / "mae-exported"
     if not exported.exists():
@@ -84,7 +84,7 @@ def train_supervised(args: argparse.Namespace, mae: Path, run: Path) -> None:
 
 def grades(args: argparse.Namespace, name: str, backbone: Path) -> dict:
     """Return the accuracies of a backbone, in percent."""
-    folder = args.runs / "evals" / name.replace(", ", "-").replace(" ", "-")
+    folder = args.runs / layout.EVALS / name.replace(", ", "-").replace(" ", "-")
     grade(str(backbone), args, folder)
     found = {
         grader: json.loads((folder / grader / layout.RESULTS).read_text())["results"]

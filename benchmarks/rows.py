@@ -17,9 +17,10 @@ import ldae
 from benchmarks.command import run_ldae
 from ldae import trajectory
 from ldae.files import write, write_json
+from ldae.runs import layout
 from ldae.runs.environment import environment
 
-_COPIED = ("config.yaml", "environment.json", "metrics.jsonl")
+_COPIED = (layout.CONFIG, layout.ENVIRONMENT, layout.METRICS)
 _NAMES = [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)]
 
 
@@ -52,12 +53,12 @@ def run_row(name: str, args: argparse.Namespace, settings: list[str]) -> None:
     run = args.runs / name
     scale = ["--scale", args.scale]
     run_ldae("fit-tokenizer", name, *scale, *settings, "--run", fit)
-    tokenizer = ["--tokenizer.path", fit / "tokenizer.safetensors"]
+    tokenizer = ["--tokenizer.path", fit / layout.TOKENIZER]
     run_ldae("pretrain", name, *scale, *settings, *tokenizer, "--run", run)
-    linear = run / "evals" / "linear"
-    if not (linear / "results.json").exists():
+    linear = run / layout.EVALS / "linear"
+    if not (linear / layout.RESULTS).exists():
         run_ldae("linear", run, *splits, "--epochs", args.probe_epochs, "--out", linear)
-    if not list(run.glob("samples/*.png")):
+    if not list(run.glob(f"{layout.SAMPLES}/*.png")):
         run_ldae("sample", run)
 
 
@@ -73,9 +74,9 @@ def collect(name: str, args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for file in _COPIED:
         shutil.copyfile(run / file, out / file)
-    shutil.copyfile(run / "evals" / "linear" / "results.json", out / "linear.json")
+    shutil.copyfile(run / layout.EVALS / "linear" / layout.RESULTS, out / "linear.json")
     fit = args.runs / "tokenizers" / tokenizer_name(name, args.scale)
-    shutil.copyfile(fit / "reconstruction.json", out / "reconstruction.json")
+    shutil.copyfile(fit / layout.RECONSTRUCTION, out / layout.RECONSTRUCTION)
 
 
 def write_table(args: argparse.Namespace) -> None:
@@ -83,10 +84,10 @@ def write_table(args: argparse.Namespace) -> None:
     table = []
     for row in (*trajectory.ROWS, *trajectory.BESIDE):
         out = args.out / row.name
-        if not (out / "reconstruction.json").exists():
+        if not (out / layout.RECONSTRUCTION).exists():
             continue
         linear = json.loads((out / "linear.json").read_text())
-        reconstruction = json.loads((out / "reconstruction.json").read_text())
+        reconstruction = json.loads((out / layout.RECONSTRUCTION).read_text())
         table.append(
             {
                 "row": row.number,

@@ -7,7 +7,6 @@ of ranks run once, so that a drift of the machine's speed affects all of them.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from ldae import distributed, tree
 from ldae.console import progress
 from ldae.files import write_json
 from ldae.runs.environment import environment
+from ldae.runs.metrics import read_records
 
 
 def main() -> None:
@@ -84,8 +84,8 @@ def speed(file: Path, run: Path, ranks: int, args: argparse.Namespace) -> float:
     done = subprocess.run(command, env=os.environ | one_thread, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return statistics.median([record["images_per_second"] for record in records][args.burn_in :])
+    records = read_records(run)[args.burn_in :]
+    return statistics.median(record["images_per_second"] for record in records)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from ldae.console import progress
 from ldae.files import PARTIAL, write_json
 from ldae.runs.checkpoints import Checkpoints, read
 from ldae.runs.environment import environment
-from ldae.runs.layout import LOCK
+from ldae.runs.layout import CHECKPOINTS, LOCK
+from ldae.runs.metrics import read_records
 
 SETTINGS = {
     "data.source": "scattered-digits:500",
@@ -85,7 +86,7 @@ def soak(folder: Path, args: argparse.Namespace, moments: random.Random) -> dict
     file.write_text(tree.to_yaml(tree.replace(config, {"system.save_minutes": 1e9})))
     undisturbed = Run(folder / "undisturbed", file, args.ranks)
     seconds = undisturbed.to_end()
-    steps = json.loads(undisturbed.metrics()[-1])["images"] // batch
+    steps = read_records(undisturbed.folder)[-1]["images"] // batch
     often = {"system.save_minutes": args.save_steps * seconds / steps / 60}
     file.write_text(tree.to_yaml(tree.replace(config, often)))
 
@@ -195,7 +196,7 @@ class Run:
         send(how, self.process.pid)
         # A signal before the handler is installed ends the process; torchrun then exits with 1.
         self.end(0, 1, -how, 128 + how)
-        seen = [json.loads(line)["images"] for line in self.metrics()]
+        seen = [record["images"] for record in read_records(self.folder)]
         checkpoint = Checkpoints(self.folder).load()
         kept = checkpoint["images_seen"] if checkpoint else 0
         return {
@@ -212,19 +213,14 @@ class Run:
 
     def _saves(self) -> bool:
         """Return whether a checkpoint is being written, ignoring what an earlier kill left."""
-        for path in (self.folder / "checkpoints").glob(f"*{PARTIAL}"):
+        for path in (self.folder / CHECKPOINTS).glob(f"*{PARTIAL}"):
             with suppress(FileNotFoundError):
                 if path.stat().st_mtime > self.started:
                     return True
         return False
 
-    def metrics(self) -> list[str]:
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if line.endswith("}")]
-
     def losses(self) -> list[tuple]:
-        records = map(json.loads, self.metrics())
+        records = read_records(self.folder)
         return [(record["images"], record["loss"], record["lr"]) for record in records]
 
 

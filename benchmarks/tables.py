@@ -14,6 +14,7 @@ from benchmarks import machines
 from benchmarks.seeds import mean_and_deviation
 from ldae.errors import InputError, unknown
 from ldae.files import write
+from ldae.runs import layout
 
 RESULTS = Path(__file__).parent / "results"
 _START, _END = "<!-- table: ", "<!-- /table -->\n"
@@ -65,7 +66,7 @@ def _demo() -> str:
     """The table that ``ldae demo`` prints."""
     rows = [
         [name, f"{probe:.1f}", f"{neighbours:.1f}"]
-        for name, (neighbours, probe) in _read("demo", "demo.json").items()
+        for name, (neighbours, probe) in _read("demo", layout.DEMO).items()
     ]
     return markdown(["scattered-digits, top-1 in percent", "linear probe", "k-NN, k = 20"], rows)
 

@@ -151,9 +151,12 @@ def path_parts(node: ast.AST) -> Iterator[str]:
                 yield from strings(part)
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() - {"ldae.runs.layout"}))
+BENCHMARKS = {path.stem: path for path in PACKAGE.with_name("benchmarks").glob("*.py")}
+
+
+@pytest.mark.parametrize("name", sorted((FILES | BENCHMARKS).keys() - {"ldae.runs.layout"}))
 def test_names_in_a_run_folder_are_written_in_one_file(name):
-    code = ast.parse(FILES[name].read_text())
+    code = ast.parse((FILES | BENCHMARKS)[name].read_text())
     assert [text for text in strings(code) if any(name in text for name in FILE_NAMES)] == []
     assert [text for text in path_parts(code) if NAMES & {*text.split("/")}] == []
 
