@@ -48,9 +48,15 @@ from ldae.evals.features import Encoder, Features, encode_share
 from ldae.evals.neighbours import Bank
 from ldae.files import state_hash, write_json
 from ldae.method import build
-from ldae.models.vit import fuse_attention, vit_shape
-from ldae.precision import runs_in_bf16
-from ldae.pretraining.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
+from ldae.models.vit import vit_shape
+from ldae.pretraining.timing import (
+    TrainingStep,
+    fitting_step,
+    matmul_rate,
+    prepared_method,
+    seconds,
+    training_flops,
+)
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
@@ -59,7 +65,7 @@ from ldae.train import loop
 from ldae.train.loop import Loop
 from ldae.train.memory import release_memory
 from ldae.train.plan import Plan
-from ldae.train.run import compiles, fuses_attention
+from ldae.train.run import compiles
 from ldae.tree import replace
 
 # Scale, changes and largest batch of the measured steps.
@@ -158,13 +164,10 @@ def prepare_loop(
     batches,
     metrics: type[Metrics] = Metrics,
 ) -> Loop:
-    bf16 = runs_in_bf16(config.system.precision, device)
-    method = build(config, bf16=bf16)
-    method.tokenizer.fit([next(random_batches(config, batch_size, 0)).images])
-    fuse_attention(method.to(device), fuses_attention(bf16, device))
+    images = next(random_batches(config, batch_size, 0)).images
     total = steps * batch_size
     return Loop(
-        method,
+        prepared_method(config, device, images),
         batches,
         Plan(epoch=total, total=total, batch_size=batch_size, micro_batches=1),
         replace(config, {"optim.warmup_epochs": 0.0, "optim.epochs": 1.0}).optim,

@@ -27,15 +27,19 @@ import ldae
 from benchmarks.dit_reference import ReferenceDiT
 from ldae.distributed import device_for
 from ldae.files import write_json
-from ldae.method import LDAE, build
-from ldae.models.vit import fuse_attention, vit_shape
-from ldae.precision import runs_in_bf16
-from ldae.pretraining.timing import matmul_rate, seconds, training_flops
+from ldae.method import LDAE
+from ldae.models.vit import vit_shape
+from ldae.pretraining.timing import (
+    kept_bytes,
+    matmul_rate,
+    prepared_method,
+    seconds,
+    training_flops,
+)
 from ldae.runs.environment import environment
 from ldae.settings import SystemSettings
 from ldae.train.optim import adamw
 from ldae.train.parallel import compile_parts
-from ldae.train.run import fuses_attention
 from ldae.tree import replace
 
 BUDGETS = (1.0, 0.9, 0.6, 0.5, 0.4, 0.3)
@@ -61,11 +65,7 @@ def main() -> None:
         {"model.name": args.model, "model.depth": args.depth, "data.img_size": 4 * side},
     )
     images = torch.randint(256, (batch_size, 3, 4 * side, 4 * side), dtype=torch.uint8)
-    bf16 = runs_in_bf16("auto", device)
-    method = awake(build(config, bf16=bf16))
-    method.tokenizer.fit([images])
-    method.to(device).train()
-    fuse_attention(method, fuses_attention(bf16, device))
+    method = awake(prepared_method(config, device, images))
     batch = (images.to(device), torch.arange(batch_size, device=device))
     flops = training_flops(method)  # of an image
 
@@ -98,7 +98,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ours = medians["ldae_compiled"]
     limits = {precision: statistics.median(rates) for precision, rates in products.items()}
-    precision = "bfloat16" if bf16 else "float32"
+    precision = "bfloat16" if method.bf16 else "float32"
     saved = {"eager": saved_bytes(method, batch), "compiled": saved_bytes(compiled, batch)}
     write_json(
         args.out,
@@ -190,24 +190,8 @@ def saved_bytes(method: LDAE, batch: tuple[torch.Tensor, torch.Tensor]) -> float
 def bytes_an_image(method: LDAE, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
     images, positions = batch
     few = max(len(images) // 2, 1)
-    more = bytes_of_a_pass(method, images, positions)
-    return (more - bytes_of_a_pass(method, images[:few], positions[:few])) / (len(images) - few)
-
-
-def bytes_of_a_pass(method: LDAE, images: torch.Tensor, positions: torch.Tensor) -> int:
-    """Return the bytes of all tensors that a forward pass keeps for the backward pass."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = method(images, positions)
-    loss.backward()
-    method.zero_grad()
-    return sum(kept.values())
+    more = kept_bytes(method, images, positions)
+    return (more - kept_bytes(method, images[:few], positions[:few])) / (len(images) - few)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,9 @@ import ldae
 from ldae.console import progress
 from ldae.distributed import device_for
 from ldae.files import write_json
-from ldae.method import build
-from ldae.models.vit import fuse_attention
-from ldae.pretraining.timing import seconds
+from ldae.pretraining.timing import prepared_method, seconds
 from ldae.runs.environment import environment
 from ldae.train.parallel import compile_parts
-from ldae.train.run import fuses_attention
 from ldae.tree import replace
 
 WAYS = ("in_parts", "whole_network")
@@ -85,13 +82,11 @@ def in_a_process(args: argparse.Namespace, way: str) -> float:
 
 def first_step(args: argparse.Namespace, device: torch.device) -> float:
     config = replace(
-        ldae.config("l_dae", "small"), {"model.name": args.model, "model.depth": args.depth}
+        ldae.config("l_dae", "small"),
+        {"model.name": args.model, "model.depth": args.depth, "system.precision": "bf16"},
     )
     images = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
-    method = build(config, bf16=True)
-    method.tokenizer.fit([images])
-    method.to(device).train()
-    fuse_attention(method, fuses_attention(method.bf16, device))
+    method = prepared_method(config, device, images)
     batch = (images.to(device), torch.arange(args.batch_size, device=device))
 
     def step() -> None:

@@ -26,10 +26,9 @@ from ldae import distributed
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source
 from ldae.files import write_json
-from ldae.method import LDAE, build
+from ldae.method import LDAE
 from ldae.models.vit import fuse_attention
-from ldae.precision import runs_in_bf16
-from ldae.pretraining.timing import TrainingStep, synchronize
+from ldae.pretraining.timing import TrainingStep, prepared_method, synchronize
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
@@ -171,11 +170,8 @@ def flops(method: nn.Module, image: torch.Tensor) -> int:
 
 def prepare(config: Config, device: torch.device, source) -> tuple[LDAE, bool]:
     """Return a method as of ``ldae pretrain``, fitted on one batch, and whether it compiles."""
-    bf16 = runs_in_bf16(config.system.precision, device)
-    method = build(config, bf16=bf16)
-    method.tokenizer.fit([next(batches(config, source, device)(0, 1)).images])
-    fuse_attention(method.to(device), fuses_attention(bf16, device))
-    return method, compiles(config.system.compile, device)
+    images = next(batches(config, source, device)(0, 1)).images
+    return prepared_method(config, device, images), compiles(config.system.compile, device)
 
 
 def batches(config: Config, source, device: torch.device) -> Callable:

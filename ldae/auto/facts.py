@@ -15,7 +15,7 @@ from ldae.data.source import Source
 from ldae.data.workers import available_cpus
 from ldae.machine import parts
 from ldae.models.vit import vit_shape
-from ldae.pretraining.timing import TrainingStep, fitting_step
+from ldae.pretraining.timing import fitting_step, kept_bytes
 from ldae.tokenizers.orthonormal import PatchPCA
 from ldae.train.memory import release_memory
 from ldae.train.run import transform_of
@@ -126,24 +126,9 @@ def measure_step(config: Any, device: torch.device, batch_size: int = 0) -> Spee
     """
     step = fitting_step(config, device, batch_size or _STEP_IMAGES[device.type])
     rate = step.rate(at_most=_STEP_SECONDS)
-    kept = 0 if step.state.compiled else _kept_bytes(step)
+    kept = 0 if step.state.compiled else kept_bytes(step.method, *on_device(step.batch, device))
     speed = Speed(rate, kept // step.batch_size, step.batch_size)
     compiled = step.state.compiled
     del step
     release_memory(device, compiled)
     return speed
-
-
-def _kept_bytes(step: TrainingStep) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, with the weights."""
-    storages: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # While the result exists, no storage is freed, so no address counts for two tensors.
-        _ = step.method(*on_device(step.batch, step.device))
-    return sum(storages.values())

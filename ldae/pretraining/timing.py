@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldae.data.workers import Batch
@@ -70,6 +71,37 @@ def training_flops(method: LDAE) -> int:
     return 3 * trained.get_total_flops() + frozen.get_total_flops()
 
 
+def kept_bytes(method: nn.Module, *inputs: Any) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, with the weights."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # While the result exists, no storage is freed, so no address counts for two tensors.
+        _ = method(*inputs)
+    return sum(storages.values())
+
+
+def prepared_method(config: Any, device: torch.device, images: torch.Tensor) -> Any:
+    """Return the method of a pre-training on the device, ready for the first step.
+
+    Args:
+        config: the settings of any kind of pre-training.
+        images: (B, C, H, W), uint8, to which a patch-wise tokenizer is fitted.
+    """
+    bf16 = runs_in_bf16(config.system.precision, device)
+    method = kind_with(config).functions().build(config, bf16=bf16)
+    if isinstance(method, LDAE):
+        method.tokenizer.fit([images])
+    method.to(device).train()
+    fuse_attention(method, fuses_attention(bf16, device))
+    return method
+
+
 class TrainingStep:
     """The step of ``ldae pretrain`` on a fixed batch of random images, without the loop around it.
 
@@ -81,16 +113,11 @@ class TrainingStep:
 
     def __init__(self, config: Any, device: torch.device, batch_size: int) -> None:
         self.config, self.device, self.batch_size = config, device, batch_size
-        bf16 = runs_in_bf16(config.system.precision, device)
-        self.method = kind_with(config).functions().build(config, bf16=bf16)
         side = config.data.img_size
         images = torch.randint(
             256, (batch_size, config.data.in_chans, side, side), dtype=torch.uint8
         )
-        if isinstance(self.method, LDAE):
-            self.method.tokenizer.fit([images[:_FIT_IMAGES]])
-        self.method.to(device).train()
-        fuse_attention(self.method, fuses_attention(bf16, device))
+        self.method = prepared_method(config, device, images[:_FIT_IMAGES])
         self.batch = Batch(images, [], torch.arange(batch_size), [])
         compiled = compiles(config.system.compile, device)
         self.state = State(self.method, config.optim, config.system, device, compiled, adamw)

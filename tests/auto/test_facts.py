@@ -5,7 +5,6 @@ import ldae
 from ldae.auto import facts
 from ldae.mae.network import MAE
 from ldae.method import LDAE
-from ldae.pretraining.timing import TrainingStep
 from ldae.runs.kinds import kind_with
 from ldae.tree import flatten
 
@@ -44,12 +43,6 @@ def test_a_step_is_measured_and_leaves_the_settings(tiny):
     few, many = (facts.measure_step(config, CPU, size) for size in (2, 16))
     assert few.images_per_second > 0 and flatten(config) == before
     assert 0 < many.bytes_an_image < few.bytes_an_image  # the weights are shared by more images
-
-
-def test_kept_bytes_grow_with_the_batch(tiny):
-    """By the same number for each image, beside the weights."""
-    two, four, six = (facts._kept_bytes(TrainingStep(tiny(), CPU, size)) for size in (2, 4, 6))
-    assert six - four == four - two > 0
 
 
 def test_a_rank_has_its_share_of_the_machine(monkeypatch):

@@ -3,7 +3,14 @@ import torch
 
 from ldae.errors import InputError
 from ldae.method import build
-from ldae.pretraining.timing import TrainingStep, fitting_step, training_flops
+from ldae.pretraining.timing import (
+    TrainingStep,
+    fitting_step,
+    kept_bytes,
+    prepared_method,
+    training_flops,
+)
+from ldae.train.run import fuses_attention
 
 CPU = torch.device("cpu")
 
@@ -17,6 +24,29 @@ def test_a_step_updates_the_weights_and_rate_counts_all_steps(tiny):
     assert {int(state["step"]) for state in step.state.optimizer.state.values()} == {4}
     assert step.rate(steps=5, at_most=0) > 0
     assert {int(state["step"]) for state in step.state.optimizer.state.values()} == {6}
+
+
+@pytest.mark.parametrize("precision, bf16", [("bf16", True), ("fp32", False)])
+def test_a_prepared_method_is_fitted_and_trains_in_the_precision_of_the_settings(
+    tiny, precision, bf16
+):
+    config = tiny(system__precision=precision)
+    images = torch.randint(100, (64, 3, *2 * [config.data.img_size]), dtype=torch.uint8)
+    method = prepared_method(config, CPU, images)
+    assert method.training and method.bf16 == bf16
+    fused = {part.fused_attn for part in method.modules() if hasattr(part, "fused_attn")}
+    assert fused == {fuses_attention(bf16, CPU)}
+    encoded = method.tokenizer.encode(method.tokenizer.normalize(images))
+    assert encoded.std(unbiased=False).item() == pytest.approx(1, abs=0.05)
+
+
+def test_kept_bytes_grow_with_the_batch(tiny):
+    """By the same number for each image, beside the weights."""
+    config = tiny()
+    images = torch.randint(256, (6, 3, *2 * [config.data.img_size]), dtype=torch.uint8)
+    method = prepared_method(config, CPU, images)
+    two, four, six = (kept_bytes(method, images[:n], torch.arange(n)) for n in (2, 4, 6))
+    assert six - four == four - two > 0
 
 
 def test_blocks_are_proportional_to_flops(tiny):
