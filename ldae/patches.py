@@ -1,5 +1,7 @@
 """Conversion of images to tokens and back, and position embeddings of the tokens."""
 
+import math
+
 import torch
 
 from ldae.errors import InputError
@@ -15,6 +17,12 @@ def patches_a_side(img_size: int, patch_size: int) -> int:
             f"data.img_size {img_size} is not a multiple of model.patch_size {patch_size}"
         )
     return img_size // patch_size
+
+
+def grid_side(count: int) -> int:
+    """Return the side of a square grid of ``count`` tokens; 0 when they are no square."""
+    side = math.isqrt(count)
+    return side if side * side == count else 0
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -33,7 +41,7 @@ def unpatchify(tokens: torch.Tensor, patch_size: int, chans: int) -> torch.Tenso
     """Convert tokens (B, N, C * p * p) of square images back to images (B, C, H, W)."""
     batch, count, _ = tokens.shape
     p = patch_size
-    side = round(count**0.5)
+    side = grid_side(count)
     grid = tokens.reshape(batch, side, side, chans, p, p)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, chans, side * p, side * p)
 
@@ -59,3 +67,13 @@ def sincos_positions(embed_dim: int, side: int) -> torch.Tensor:
     column = line.expand(side, side, -1)
     row = line[:, None].expand(side, side, -1)
     return torch.cat([column, row], dim=2).reshape(side * side, embed_dim).float()
+
+
+def is_sincos(positions: torch.Tensor, atol: float = 1e-3) -> bool:
+    """Return whether positions (N, W) are those of ``sincos_positions``, to within ``atol``."""
+    count, width = positions.shape
+    side = grid_side(count)
+    if not side or width % 4:
+        return False
+    expected = sincos_positions(width, side)
+    return torch.allclose(positions.float().cpu(), expected, rtol=0, atol=atol)

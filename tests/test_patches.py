@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
-from ldae.patches import patchify, sincos_positions, unpatchify
+from ldae.patches import grid_side, is_sincos, patchify, sincos_positions, unpatchify
 
 
 def test_unpatchify_is_the_inverse_of_patchify():
@@ -28,3 +29,19 @@ def test_positions_equal_a_loop_over_the_definition():
                     values = positions[row * side + column]
                     torch.testing.assert_close(values[half * dim // 2 + i], angle.sin())
                     torch.testing.assert_close(values[half * dim // 2 + dim // 4 + i], angle.cos())
+
+
+def test_a_grid_has_a_side_only_if_it_is_square():
+    assert [grid_side(count) for count in (0, 1, 15, 16, 17)] == [0, 1, 0, 4, 0]
+
+
+def test_constant_positions_are_known_to_within_a_tolerance():
+    positions = sincos_positions(8, 3)
+    assert is_sincos(positions) and is_sincos(positions.half())
+    positions[4, 2] += 1e-4
+    assert is_sincos(positions) and not is_sincos(positions, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 8), (9, 6), (9, 8)])
+def test_other_positions_are_not_the_constant_ones(shape):
+    assert not is_sincos(torch.zeros(shape))

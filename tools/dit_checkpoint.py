@@ -22,7 +22,7 @@ from ldae.backbones.weights import read_checkpoint
 from ldae.data.open import open_source
 from ldae.errors import InputError, report
 from ldae.method import LDAE, build
-from ldae.patches import sincos_positions
+from ldae.patches import grid_side, is_sincos
 from ldae.runs import kinds, layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
@@ -125,9 +125,10 @@ def config_of(file: Path, weights: StateDict, data: str, vae: str, num_heads: in
 
     Raises: InputError when row dit has no network of these sizes.
     """
-    _, tokens, width = weights["pos_embed"].shape
+    positions = weights["pos_embed"][0]
+    tokens, width = positions.shape
     _, chans, patch, _ = weights["x_embedder.proj.weight"].shape
-    depth, side = _depth(weights), round(tokens**0.5)
+    depth, side = _depth(weights), grid_side(tokens)
     if patch != 2:
         raise InputError(
             f"{file}: its tokens are {patch} x {patch} latents, those of row dit 2 x 2"
@@ -136,7 +137,7 @@ def config_of(file: Path, weights: StateDict, data: str, vae: str, num_heads: in
         raise InputError(f"{file}: its {depth} blocks have no half, which is the encoder")
     if num_heads is None and width not in HEADS:
         raise InputError(f"{file} has the width {width} of no published DiT: set --num-heads")
-    if (weights["pos_embed"][0].float() - sincos_positions(width, side)).abs().max() > 1e-3:
+    if not is_sincos(positions):
         raise InputError(f"{file} has other positions than the constant ones of DiT")
     changes: dict[str, Any] = {
         "data.source": data, "data.img_size": _TOKEN * side, "data.flip": True,

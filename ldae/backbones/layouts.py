@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldae.patches import sincos_positions
+from ldae.patches import is_sincos
 
 StateDict = dict[str, torch.Tensor]
 
@@ -62,15 +62,11 @@ def _has_positions_of_moco(weights: StateDict) -> bool:
     These are in all of its files: of pre-training, of the linear probe, and converted to DeiT's.
     """
     positions = weights.get("pos_embed")
-    if positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
+    if positions is None or positions.ndim != 3 or not positions.numel():
         return False
-    _, tokens, width = positions.shape
-    side = round((tokens - 1) ** 0.5)
-    if not side or side * side + 1 != tokens:
-        return False
-    patches = sincos_positions(width, side).roll(width // 2, 1)
-    expected = torch.cat([torch.zeros(1, width), patches])
-    return torch.allclose(positions[0].float().cpu(), expected, atol=1e-3)
+    class_token, patches = positions[0, 0], positions[0, 1:]
+    swapped = patches.roll(patches.shape[1] // 2, 1)
+    return is_sincos(swapped) and bool((class_token.abs() <= 1e-3).all())
 
 
 def _heads_of_moco(weights: StateDict) -> dict[str, Any]:

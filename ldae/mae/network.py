@@ -15,7 +15,14 @@ from ldae.mae.settings import MAEConfig
 from ldae.masking import is_kept, kept_tokens, number_kept, restore
 from ldae.models.contract import PlainViT
 from ldae.models.vit import ViTParts, ViTShape, check_width, timm_args, vit_shape
-from ldae.patches import patch_moments, patches_a_side, patchify, sincos_positions, unpatchify
+from ldae.patches import (
+    grid_side,
+    patch_moments,
+    patches_a_side,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
 from ldae.precision import bf16_autocast
 from ldae.runs.kinds import Exported, Opening
 from ldae.tokenizers.pixels import PixelStatistics
@@ -121,7 +128,7 @@ class MAE(nn.Module):
         nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.flatten(1))
         for token in (self.encoder.cls_token, self.decoder.mask_token):
             nn.init.normal_(token, std=0.02)
-        side = round(self.num_tokens**0.5)
+        side = grid_side(self.num_tokens)
         self.encoder.pos_embed.requires_grad_(False).copy_(_positions(self.encoder.embed_dim, side))
 
     def forward(

@@ -15,7 +15,7 @@ from ldae.errors import InputError
 from ldae.mae.network import MAE
 from ldae.mae.settings import MAEConfig
 from ldae.models.vit import read_vit
-from ldae.patches import sincos_positions
+from ldae.patches import is_sincos
 from ldae.pretraining.start import decide, decided_before
 from ldae.runs.kinds import kind_of
 
@@ -145,8 +145,5 @@ def _check_positions(spec: str, pos_embed: torch.Tensor) -> None:
 
     Raises: InputError for learned positions, since an MAE's are constants.
     """
-    _, tokens, width = pos_embed.shape
-    expected = sincos_positions(width, round((tokens - 1) ** 0.5))
-    found = pos_embed[0, 1:]
-    if not len(found) or found.shape != expected.shape or (found - expected).abs().max() > 1e-3:
+    if not is_sincos(pos_embed[0, 1:]):
         raise InputError(f"init_from {spec} has other positions than the constant ones of an MAE")

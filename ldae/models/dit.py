@@ -24,7 +24,7 @@ from ldae.models.vit import (
     timm_args,
     vit_shape,
 )
-from ldae.patches import sincos_positions
+from ldae.patches import is_sincos, sincos_positions
 
 _FREQUENCIES, _MAX_PERIOD = 256, 10_000.0  # of the embedding of t
 
@@ -339,10 +339,7 @@ class DiT(Denoiser):
         shape, parts = read_vit(vit)
         assert isinstance(vit, VisionTransformer)  # ``read_vit`` refuses others
         rows, columns = vit.patch_embed.grid_size
-        found = vit.pos_embed[0, -rows * columns :]
-        constant = rows == columns and torch.allclose(
-            found, sincos_positions(shape.embed_dim, rows).to(found), rtol=0, atol=1e-5
-        )
+        constant = rows == columns and is_sincos(vit.pos_embed[0, -rows * columns :], atol=1e-5)
         parts = replace(parts, pos_embed="sincos" if constant else "learn")
         return asdict(shape) | {"vit": asdict(parts)}
 

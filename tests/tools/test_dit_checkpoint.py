@@ -224,6 +224,7 @@ def without(name: str) -> dict:
         (weights, {"images_seen": None}, "say how many images .*: --images-seen N"),
         (weights, {"vae": "none"}, "tokenizer.pretrained: there is no folder none"),
         (lambda: weights() | {"pos_embed": torch.zeros(1, 16, WIDTH)}, {}, "other positions than"),
+        (lambda: weights() | {"pos_embed": torch.zeros(1, 15, WIDTH)}, {}, "other positions than"),
         (lambda: without("blocks.1.mlp.fc1.bias"), {},
          "no DiT of row dit: denoiser.encoder.1.mlp.fc1.bias is missing there, .128,. here"),
         (lambda: weights() | {"blocks.0.attn.q_norm.weight": torch.ones(8)}, {},
