@@ -15,6 +15,7 @@ import timm
 import torch
 
 import ldae
+from ldae.backbones.open import adapt_cfg
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.deployment.graphs import read_graphs
 from ldae.files import write_json
@@ -75,7 +76,8 @@ def _random(name: str, folder: Path, options: dict) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
-        write_timm_folder(folder, model, options, lambda opened: None)
+        adapt_cfg(model, 3, options.get("img_size"))
+        write_timm_folder(folder, model, options)
     return folder
 
 

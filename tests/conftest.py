@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import ldae
+from ldae.backbones.open import adapt_cfg
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.data.source import Source
 from ldae.evals.features import Features
@@ -192,10 +193,11 @@ def data(tmp_path):
 def classifier(tmp_path):
     """A classifier of the two classes of ``data``, whose backbone has seen 8 images."""
     args = {"img_size": 16, "num_classes": 2}
-    model = timm.create_model("test_vit", **args)
+    model = timm.create_model("test_vit", **args).eval()
+    adapt_cfg(model, 3, args["img_size"])
     model.images_seen = 8
     folder = tmp_path / "classifier"
-    write_timm_folder(folder, model, args, lambda opened: None, classes=["0", "1"])
+    write_timm_folder(folder, model, args, classes=["0", "1"])
     return folder
 
 

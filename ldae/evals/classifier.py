@@ -1,7 +1,6 @@
 """A linear head and its backbone as one timm classifier: folded, written, verified."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,8 +34,7 @@ def save_classifier(
 ) -> None:
     """Write ``backbone`` and the first of ``heads`` as one timm classifier, on the main rank.
 
-    The folder appears once timm has read it back and its logits of the first images of ``source``
-    agree with those of backbone and head.
+    Its logits of the first images of ``source`` must agree with those of backbone and head.
 
     Raises: InputError when ``backbone`` takes no plain linear head, or the logits differ.
     """
@@ -44,11 +42,11 @@ def save_classifier(
         # Copies on the CPU, which computes float32 exactly; the caller's stay where they are.
         backbone, heads = copy.deepcopy(backbone).cpu(), copy.deepcopy(heads).cpu()
         model = _with_head(backbone, heads)
+        _check_head(model, backbone, heads, source)
         write_timm_folder(
             folder,
             model,
             backbone.model_args | {"num_classes": model.num_classes},
-            partial(_verify, folder, backbone, heads, source),
             classes=classes[: model.num_classes] if classes else None,
         )
     barrier()
@@ -98,20 +96,18 @@ def _with_head(backbone: nn.Module, heads: Heads) -> nn.Module:
 
 
 @torch.inference_mode()
-def _verify(
-    folder: Path, backbone: nn.Module, heads: Heads, source: Source, opened: nn.Module
-) -> None:
-    """Compare the logits of the classifier that timm opened with those of backbone and head.
+def _check_head(model: nn.Module, backbone: nn.Module, heads: Heads, source: Source) -> None:
+    """Compare the logits of the classifier with those of backbone and head.
 
     Raises: InputError when they differ on the first images of ``source``.
     """
     indices = range(min(_IMAGES_VERIFIED, len(source)))
-    transform = preprocessing(opened)
+    transform = preprocessing(model)
     pixels, _, _ = next(iter(eval_batches(source, transform, indices, len(indices), workers=0)))
     images = transform.normalize(pixels)
     expected = heads(backbone(images))[:, 0]
-    error = (opened(images) - expected).abs().max() / expected.abs().max()
+    error = (model(images) - expected).abs().max() / expected.abs().max()
     if not error < 1e-3:
         raise InputError(
-            f"not saved: the logits of {folder} differ from those of the probe by {error:.1e}"
+            f"not saved: the logits of the classifier differ from those of the probe by {error:.1e}"
         )

@@ -22,8 +22,8 @@ def exported(tmp_path_factory):
         input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.3, 0.3, 0.3), crop_pct=1.0,
         num_classes=0, classifier="head", first_conv="patch_embed.proj",
     )  # fmt: skip
-    vit = timm.create_model("vit_tiny_patch16_224", pretrained_cfg=cfg, **SHAPE)
-    write_timm_folder(out, vit, SHAPE, lambda opened: None)
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained_cfg=cfg, **SHAPE).eval()
+    write_timm_folder(out, vit, SHAPE)
     return str(out)
 
 

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from ldae.backbones.open import adapt_cfg
 from ldae.backbones.timm_folder import write_timm_folder
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -20,7 +21,8 @@ def network(tmp_path):
             parameter.data += 0.05 * torch.randn_like(parameter)
         folder = tmp_path / name
         args |= {"num_classes": num_classes}
-        write_timm_folder(folder, model, args, lambda opened: None, classes=classes)
+        adapt_cfg(model, 3, args.get("img_size"))
+        write_timm_folder(folder, model, args, classes=classes)
         return str(folder)
 
     return make
