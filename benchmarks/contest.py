@@ -48,6 +48,7 @@ from ldae.data.open import open_source
 from ldae.evals.features import image_names, known_labels
 from ldae.evals.subsets import held_out
 from ldae.files import write, write_json
+from ldae.markdown import markdown_table
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.metrics import read_records
@@ -345,23 +346,24 @@ def markdown(args: argparse.Namespace, rows: Sequence[dict], against: dict[str, 
     if any(FINETUNED in row["accuracies"] for row in rows):
         graders.append(FINETUNED)
     costs = ["images", "images/s in turns"]
-    lines = [f"| | {' | '.join(graders + costs)} |", "|---" * (1 + len(graders + costs)) + "|"]
+    table = []
     for row in rows:
         found = row["accuracies"]
         cells = [mean_and_deviation(found[name]) if name in found else "" for name in graders]
         cells.append(f"{statistics.mean(row['images']):,.0f}" if "images" in row else "")
         cells.append(f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "")
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+        table.append([row["name"], *cells])
+    text = markdown_table(["", *graders, *costs], table)
     for name, graders in against.items():
         for grader, found in graders.items():
             low, high = found["interval"]
             deviation = found.get("pooled_deviation", "unknown")
-            lines.append("")
-            lines.append(
-                f"{name} minus {RIVAL}, {grader}: {found['difference']:+.2f} points; 95 % interval "
-                f"over images {low:+.2f} to {high:+.2f}; pooled deviation of seeds {deviation}."
+            text += (
+                f"\n{name} minus {RIVAL}, {grader}: {found['difference']:+.2f} points; 95 % "
+                f"interval over images {low:+.2f} to {high:+.2f}; pooled deviation of seeds "
+                f"{deviation}.\n"
             )
-    return "\n".join(lines) + "\n"
+    return text
 
 
 if __name__ == "__main__":

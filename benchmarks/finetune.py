@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.command import run_ldae
 from ldae.files import write, write_json
+from ldae.markdown import markdown_table
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.metrics import read_records
@@ -44,13 +45,14 @@ def write_tables(out: Path) -> None:
     tops = {name: result["results"] for name, result in results.items()}
     record = {"results": tops, "protocol": results["pretrained"]["protocol"], "curves": curves}
     write_json(out / "finetune.json", record | {"environment": environment()})
-    lines = ["| epoch | from the backbone | from scratch |", "|---|---|---|"]
-    for start, scratch in zip(*curves.values(), strict=True):
-        lines.append(f"| {start['epoch']:.2f} | {start['top1']:.2f} | {scratch['top1']:.2f} |")
-    last = [f"{tops[name]['top1']:.2f}" for name in _STARTS]
-    lines.append(f"| end | {' | '.join(last)} |")
-    write(out / "finetune.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
+    rows = [
+        [f"{start['epoch']:.2f}", f"{start['top1']:.2f}", f"{scratch['top1']:.2f}"]
+        for start, scratch in zip(*curves.values(), strict=True)
+    ]
+    rows.append(["end", *(f"{tops[name]['top1']:.2f}" for name in _STARTS)])
+    text = markdown_table(["epoch", "from the backbone", "from scratch"], rows)
+    write(out / "finetune.md", text.encode())
+    print(text, end="")
 
 
 def curve(run: Path) -> list[dict]:

@@ -9,6 +9,7 @@ from benchmarks.registry import BENCHMARKS, GPU, Benchmark, Number
 from ldae.data.workers import available_cpus
 from ldae.errors import InputError
 from ldae.files import write_json
+from ldae.markdown import markdown_table
 
 MACHINES = Path(__file__).parent / "results" / "machines"
 
@@ -70,15 +71,15 @@ def table(folder: Path = MACHINES) -> str:
     columns = [found["benchmarks"] for found in machines]
     if not any(found["machine"]["gpu"] for found in machines):
         names, columns = [*names, "GPU"], [*columns, {}]
-    lines = [f"| benchmark | | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    stars = False
-    for name, benchmark in (BENCHMARKS | GPU).items():
-        for number, cells in _rows(name, benchmark, columns):
-            stars |= any("*" in cell for cell in cells)
-            lines.append(f"| {name} | {number} | {' | '.join(cells)} |")
-    if stars:
-        lines += ["", "\\* measured with other arguments than the benchmark has now"]
-    return "\n".join(lines) + "\n"
+    rows = [
+        [name, number, *cells]
+        for name, benchmark in (BENCHMARKS | GPU).items()
+        for number, cells in _rows(name, benchmark, columns)
+    ]
+    text = markdown_table(["benchmark", "", *names], rows, text=2)
+    if any(cell.endswith("*") for _, _, *cells in rows for cell in cells):
+        text += "\n\\* measured with other arguments than the benchmark has now\n"
+    return text
 
 
 def _rows(name: str, benchmark: Benchmark, columns: list[dict]) -> Iterator[tuple[str, list[str]]]:

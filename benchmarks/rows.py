@@ -17,6 +17,7 @@ import ldae
 from benchmarks.command import run_ldae
 from ldae import trajectory
 from ldae.files import write, write_json
+from ldae.markdown import markdown_table
 from ldae.runs import layout
 from ldae.runs.environment import environment
 
@@ -98,17 +99,14 @@ def write_table(args: argparse.Namespace) -> None:
             }
         )
     write_json(args.out / "table.json", {"rows": table, "environment": environment()})
-    lines = [
-        "| # | row | reconstruction, dB | linear probe | published (ImageNet) |",
-        "|---|---|---|---|---|",
-    ]
+    header = ["#", "row", "reconstruction, dB", "linear probe", "published (ImageNet)"]
+    rows = []
     for line in table:
-        lines.append(
-            f"| {line['row'] or ''} | {line['name']} | {line['psnr']:.1f} "
-            f"| {line['linear']:.1f} | {line['published'] or ''} |"
-        )
-    write(args.out / "table.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
+        measured = (f"{line[key]:.1f}" for key in ("psnr", "linear"))
+        rows.append([f"{line['row'] or ''}", line["name"], *measured, f"{line['published'] or ''}"])
+    text = markdown_table(header, rows, text=2)
+    write(args.out / "table.md", text.encode())
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ A page has a table between the lines ``<!-- table: NAME -->`` and ``<!-- /table 
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks import machines
 from benchmarks.seeds import mean_and_deviation
 from ldae.errors import InputError, unknown
 from ldae.files import write
+from ldae.markdown import markdown_table
 from ldae.runs import layout
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,12 +53,6 @@ def fill(text: str, page: Path) -> str:
     return _PLACE.sub(place, text)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose first column is text and whose other columns are numbers."""
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def _read(*names: str) -> Any:
     return json.loads(RESULTS.joinpath(*names).read_text(encoding="utf-8"))
 
@@ -68,7 +63,9 @@ def _demo() -> str:
         [name, f"{probe:.1f}", f"{neighbours:.1f}"]
         for name, (neighbours, probe) in _read("demo", layout.DEMO).items()
     ]
-    return markdown(["scattered-digits, top-1 in percent", "linear probe", "k-NN, k = 20"], rows)
+    return markdown_table(
+        ["scattered-digits, top-1 in percent", "linear probe", "k-NN, k = 20"], rows
+    )
 
 
 _UNTRAINED = "the l-DAE's architecture, untrained"
@@ -104,7 +101,7 @@ def _suite(name: str) -> str:
         for backbone, shown in _BACKBONES.items()
         if backbone in found
     ]
-    return markdown(["in percent", *(_COLUMNS[key] for key in columns)], rows)
+    return markdown_table(["in percent", *(_COLUMNS[key] for key in columns)], rows)
 
 
 def _whitening() -> str:
@@ -114,7 +111,7 @@ def _whitening() -> str:
     for name, shown in names.items():
         both = [_read("whitening", f"{name}{end}.json") for end in ("", "-whitened")]
         rows.append([shown, *(f"{part['results']['top1_k20']:.1f}" for part in both)])
-    return markdown(["top-1 in percent, k = 20", "plain", "`--whiten`"], rows)
+    return markdown_table(["top-1 in percent, k = 20", "plain", "`--whiten`"], rows)
 
 
 def _finetune() -> str:
@@ -124,7 +121,7 @@ def _finetune() -> str:
         [f"{one['epoch']:.0f}", f"{one['top1']:.1f}", f"{other['top1']:.1f}"]
         for one, other in zip(curves["pretrained"], curves["scratch"], strict=True)
     ]
-    return markdown(["epoch", "from l-DAE", "from scratch"], rows)
+    return markdown_table(["epoch", "from l-DAE", "from scratch"], rows)
 
 
 def _rows() -> str:
@@ -135,7 +132,7 @@ def _rows() -> str:
         numbers = [f"{row['linear']:.1f}", reconstruction, f"{row['published'] or ''}"]
         rows.append([f"`{row['name']}`", f"{row['row'] or ''}", *numbers])
     header = ["", "row", "linear probe", "reconstruction, dB", "published, on ImageNet"]
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _latents(data: str) -> str:
@@ -150,7 +147,7 @@ def _latents(data: str) -> str:
         cells = [mean_and_deviation([run[name] for run in runs]) for name in graders]
         rows.append([scale, f"{dim}", f"{len(runs)}", *cells])
     header = ["`tokenizer.scale`", "`tokenizer.dim`", "seeds"]
-    return markdown([*header, *(_GRADERS[name] for name in graders)], rows)
+    return markdown_table([*header, *(_GRADERS[name] for name in graders)], rows)
 
 
 def _leads() -> str:
@@ -169,7 +166,7 @@ def _leads() -> str:
         f"the best of {len(denoising)} leads of denoising and {len(rivals)} of MAE, in percent",
         *("linear probe", "k-NN, k = 20", "whitened"),
     ]
-    return markdown(
+    return markdown_table(
         header, [[name, *(f"{value:.1f}" for value in values)] for name, values in rows.items()]
     )
 
@@ -202,7 +199,7 @@ def _contest(folder: str, names: Sequence[str] = (), graders: Sequence[str] = ()
         cells = [_difference(differences[name]) if name in differences else "" for name in graders]
         rows.append([f"{name} less mae", *cells, ""])
     rows = [row for row in rows if not names or row[0] in names]
-    return markdown(["in percent", *(_GRADERS[name] for name in graders), "images"], rows)
+    return markdown_table(["in percent", *(_GRADERS[name] for name in graders), "images"], rows)
 
 
 def _course() -> str:
@@ -215,7 +212,7 @@ def _course() -> str:
         for name, end in ends.items()
     ]
     rows.append(["raw pixels", *(f"{found['pixels'][grader]:.1f}" for grader in graders), ""])
-    return markdown(["in percent", *(_GRADERS[name] for name in graders), "images"], rows)
+    return markdown_table(["in percent", *(_GRADERS[name] for name in graders), "images"], rows)
 
 
 def _difference(found: dict) -> str:
@@ -238,7 +235,7 @@ def _soak() -> str:
         "steps lost by SIGKILL": lambda found: f"{found['steps_lost_a_kill']['SIGKILL']:.1f}",
         "steps lost by SIGTERM": lambda found: f"{found['steps_lost_a_kill']['SIGTERM']:.1f}",
     }
-    return markdown(
+    return markdown_table(
         ["", "one process", "two ranks"],
         [[name, *(value(found) for found in both)] for name, value in rows.items()],
     )
@@ -257,7 +254,7 @@ def _guidance() -> str:
         shares = found["percent_of_the_class_asked_for"]["classifier-free, by weight"]
         rows.append([shown, f"{found['images']}", *(f"{share:.1f}" for share in shares.values())])
     weights = [f"weight {float(weight):g}" for weight in shares]
-    return markdown(["in percent", "samples", *weights], rows)
+    return markdown_table(["in percent", "samples", *weights], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -161,8 +161,8 @@ def fast(monkeypatch):
 def test_the_table_has_a_column_for_each_machine_and_an_empty_one_without_a_gpu(tmp_path, fast):
     machines.merge(tmp_path, MACHINE, "fast", record(deep={"value": 1.25}, right=True))
     assert machines.table(tmp_path).splitlines() == [
-        "| benchmark | | cpu-some-2 | GPU |",
-        "|---|---|---|---|",
+        "| benchmark |  | cpu-some-2 | GPU |",
+        "| --- | --- | --: | --: |",
         "| fast | speed of light | 1.2 m/s |  |",
         "| fast | right | yes |  |",
     ]
@@ -170,7 +170,7 @@ def test_the_table_has_a_column_for_each_machine_and_an_empty_one_without_a_gpu(
     other["environment"] = {"command": ["fast.py", "--rounds", "3"], "device": "cuda:0"}
     machines.merge(tmp_path, MACHINE | {"name": "best", "gpu": "best"}, "fast", other)
     lines = machines.table(tmp_path).splitlines()
-    assert lines[0] == "| benchmark | | cpu-some-2 | best |"
+    assert lines[0] == "| benchmark |  | cpu-some-2 | best |"
     assert lines[2] == "| fast | speed of light | 1.2 m/s | 9.0 m/s \\* |"
     assert lines[-1] == "\\* measured with other arguments than the benchmark has now"
 
@@ -387,7 +387,7 @@ def test_finished_runs_are_fine_tuned_once_and_have_a_column(contest, tmp_path, 
     assert [command[-1] for command in scratch] == [str(runs[2] / "untrained" / "finetuned")]
     assert all(command[1] in map(str, runs[2:]) for command in contest.commands)
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0] == "| | knn | finetuned | images | images/s in turns |"
+    assert lines[0] == "|  | knn | finetuned | images | images/s in turns |"
     assert "| mae | 40.0 ± 0.0 | 50.0 ± 0.0 | 300 | 9 |" in lines
     assert "| mae, untrained | 30.0 | 50.0 |  |  |" in lines
     assert "| l_dae | 40.0 ± 0.0 |  | 300 |  |" in lines  # which --only left out

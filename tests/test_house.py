@@ -16,7 +16,7 @@ PACKAGE = Path(ldae.__file__).parent
 
 # Lower layers never import higher ones. Names are files and folders of the package.
 LAYERS = [
-    ["errors", "processor"],
+    ["errors", "markdown", "processor"],
     ["files", "tree", "patches", "noise", "prediction", "precision", "distributed", "console"],
     ["masking", "moments"],
     ["settings", "data", "models"],

@@ -24,6 +24,7 @@ from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Tap
 from ldae.files import as_json, read_object, report_write_errors, write, write_json
+from ldae.markdown import markdown_table
 from ldae.method import LDAE
 from ldae.plots.heat_maps import HeatMap, save_heat_maps
 from ldae.runs import layout
@@ -261,14 +262,13 @@ def table(cells: list[dict], best: dict, seed: int) -> str:
             text += (
                 f": each image has one draw of noise, by seed {seed}, at every t and in all epochs"
             )
-        text += "\n\n"
-        text += f"| t \\ leading blocks | {' | '.join(map(str, leading))} |\n"
-        text += "|---" * (len(leading) + 1) + "|\n"
+        rows = []
         for t in steps:
             row = (by_place[t, number] for number in leading)
             top1 = (f"**{c['top1']:.2f}**" if c is best else f"{c['top1']:.2f}" for c in row)
-            text += f"| {t} | {' | '.join(top1)} |\n"
-        text += "\n"
+            rows.append([str(t), *top1])
+        header = ["t \\ leading blocks", *map(str, leading)]
+        text += f"\n\n{markdown_table(header, rows)}\n"
     return text + (
         f"The bold cell is best on the held-out tenth of train, {best['held_out_top1']:.2f} there. "
         "Report its accuracy: the highest of a table would be chosen on the images that it is "

@@ -17,6 +17,7 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.whitening import is_whitened
 from ldae.errors import InputError, first_line, import_extra
 from ldae.evals.taps import TokenMapReader
+from ldae.markdown import markdown_table
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
 RECORD = "graphs.json"
@@ -182,13 +183,13 @@ def graph_table(records: dict[str, dict]) -> str:
     """Return the graphs of a folder as Markdown, for its model card; "" when there are none."""
     if not records:
         return ""
-    rows = ["| file | input | outputs |", "|---|---|---|"]
+    rows = []
     for name, record in records.items():
         given, outputs = record["input"], record["outputs"].items()
         computed = ", ".join(f"{output} {_shape(shape)}" for output, shape in outputs)
-        rows.append(f"| {name} | {given['dtype']} {_shape(given['shape'])} | {computed} |")
-    return "\n".join(rows) + (
-        "\n\nThe input `images` is resized and cropped as by `transform` above; a uint8 input is "
+        rows.append([name, f"{given['dtype']} {_shape(given['shape'])}", computed])
+    return markdown_table(["file", "input", "outputs"], rows, text=3) + (
+        "\nThe input `images` is resized and cropped as by `transform` above; a uint8 input is "
         f"normalised inside. `{RECORD}` has the preprocessing, and the difference from timm."
     )
 

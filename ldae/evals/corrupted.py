@@ -9,6 +9,7 @@ from PIL import Image
 from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.corruptions import corrupt
 from ldae.data.source import Source
+from ldae.markdown import markdown_table
 
 Cells = dict[str, dict[int, dict[str, float]]]
 """Corruption -> severity -> top1 and top5 in percent."""
@@ -60,10 +61,9 @@ def corruption_table(cells: Cells, clean: float) -> str:
         name: [*(cell["top1"] for cell in row.values()), means[name]] for name, row in cells.items()
     }
     rows["mean"] = list(np.mean(list(rows.values()), axis=0))
-    lines = [
-        ["top-1", *(f"severity {severity}" for severity in severities), "mean"],
-        ["---", *["---:"] * (len(severities) + 1)],
+    header = ["top-1", *(f"severity {severity}" for severity in severities), "mean"]
+    cells = [
         ["clean", *[""] * len(severities), f"{clean:.2f}"],
         *([name, *(f"{number:.2f}" for number in row)] for name, row in rows.items()),
     ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(header, cells)

@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from ldae.markdown import markdown_table
 from ldae.runs import layout
 
 # Beginnings of the names of scores, all in percent; other results are settings that were chosen.
@@ -30,8 +31,7 @@ def score_table(run: Path, params: int, images_seen: int | None) -> str:
                 rows.append(_row(record, images_seen))
     if not rows:
         return ""
-    head = ["| evaluation | data | scores | images seen |", "|---|---|---|---|"]
-    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+    return markdown_table(["evaluation", "data", "scores", "images seen"], rows, text=4).rstrip()
 
 
 def public_name(source: str) -> str:

@@ -10,6 +10,7 @@ from ldae.evals.cell import Cell
 from ldae.evals.running import Progress
 from ldae.evals.seeds import SEEDS, SPREAD, summarise
 from ldae.files import write, write_json
+from ldae.markdown import markdown_table
 
 _PUBLISHED = "{}: published"  # the second column of a protocol
 
@@ -133,18 +134,14 @@ def _markdown(entries: list[dict]) -> str:
             row[protocol] = _headline(entry)
         if entry["published"] is not None:
             row[_PUBLISHED.format(protocol)] = str(entry["published"])
-    lines = [
-        ["data", "backbone", *heads.values()],
-        ["---", "---", *("--:" for _ in heads)],
-        *([*names, *(row.get(head, "") for head in heads)] for names, row in rows.items()),
-    ]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = ([*names, *(row.get(head, "") for head in heads)] for names, row in rows.items())
+    table = markdown_table(["data", "backbone", *heads.values()], cells, text=2)
     failed = [
         f"- {entry['protocol']} of {entry['backbone']} on {entry['data']}: {entry['error']}\n"
         for entry in entries
         if entry["error"]
     ]
-    return text + ("\nFailed:\n\n" + "".join(failed) if failed else "")
+    return table + ("\nFailed:\n\n" + "".join(failed) if failed else "")
 
 
 def _headline(entry: dict) -> str:

@@ -74,7 +74,7 @@ def test_the_license_is_the_users_choice_and_none_is_claimed_without_it(run, tmp
 def scores(card):
     """Return the rows of the card's table of scores."""
     rows = [row.strip("| ").split(" | ") for row in card.splitlines() if row.startswith("| ")]
-    return [row for row in rows if len(row) == 4][1:]
+    return [row for row in rows if len(row) == 4][2:]
 
 
 def test_the_card_shows_the_scores_beside_the_run(run, tmp_path):

@@ -257,7 +257,7 @@ def test_table_has_a_row_for_each_t():
     lines = table(cells, cells[0], seed=0).splitlines()
     assert lines[2:6] == [
         "| t \\ leading blocks | 1 | 2 |",
-        "|---|---|---|",
+        "| --- | --: | --: |",
         "| 0 | **1.00** | 2.00 |",
         "| 1 | 11.00 | 12.00 |",
     ]

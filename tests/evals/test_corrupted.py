@@ -77,7 +77,7 @@ def test_the_table_shows_every_cell_and_the_means():
     assert mean_by_corruption(cells) == pytest.approx({"fog": 60, "snow": 40.5})
     assert corruption_table(cells, 91.234).splitlines() == [
         "| top-1 | severity 1 | severity 5 | mean |",
-        "| --- | ---: | ---: | ---: |",
+        "| --- | --: | --: | --: |",
         "| clean |  |  | 91.23 |",
         "| fog | 80.00 | 40.00 | 60.00 |",
         "| snow | 60.00 | 21.00 | 40.50 |",
