@@ -50,7 +50,8 @@ def load_backbone(
             - ``pixels`` or ``pixels:SIZE``: the raw pixels of a square, by default of side 32.
 
         random_init: give the same architecture timm's random initialisation, the untrained control.
-        in_chans: channels of the images, for timm names and pixels.
+        in_chans: channels of the images, for timm names and pixels; a model of the hub has its own
+            where this is 3.
         img_size: side of the square input in pixels, for timm names.
         seed: seed of the random initialisation.
 
@@ -216,14 +217,14 @@ def _from_timm_name(
         )
     model: TimmModel
     args: dict[str, Any] = {"in_chans": in_chans}
-    # Models of any input size have no img_size. Most models of the hub have a fixed size.
-    if img_size is not None and (cfg is None or cfg.fixed_input_size):
-        args["img_size"] = img_size
     try:
-        if is_hub and pretrained:
-            hub_cfg, *_ = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
-            head = head or is_whitened(hub_cfg)
-        model = timm.create_model(name, pretrained, **({} if head else _NO_HEAD), **args)
+        if is_hub:
+            args, whitened = _hub_args(name, in_chans)
+            head = head or (pretrained and whitened)
+        # Models of any input size have no img_size. Most models of the hub have a fixed size.
+        if img_size is not None and (cfg is None or cfg.fixed_input_size):
+            args["img_size"] = img_size
+        model = timm.create_model(name, pretrained, **(args | ({} if head else _NO_HEAD)))
     except (OSError, HfHubHTTPError) as error:
         raise InputError(
             f"the weights of {name} cannot be downloaded ({type(error).__name__}); "
@@ -234,12 +235,24 @@ def _from_timm_name(
     foreign = find_encoder(Path(file), model, name) if is_read else None
     if foreign and foreign.args:
         args |= foreign.args
-        model = timm.create_model(name, **({} if head else _NO_HEAD), **args)
+        model = timm.create_model(name, **(args | ({} if head else _NO_HEAD)))
     model.model_args = args
-    adapt_cfg(model, in_chans, img_size)
+    adapt_cfg(model, args["in_chans"], img_size or args.get("img_size"))
     if foreign and not random_init:
         load_weights(model, foreign, name, classifier=head)
     return model
+
+
+def _hub_args(name: str, in_chans: int) -> tuple[dict[str, Any], bool]:
+    """Return the arguments with which timm builds a model of the hub, and whether it whitens.
+
+    A model keeps its own number of channels where ``in_chans`` is 3, the default.
+    """
+    cfg, _, args = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+    args = args or {}
+    if in_chans == 3:
+        in_chans = args.get("in_chans", cfg.get("input_size", (3,))[0])
+    return args | {"in_chans": in_chans}, is_whitened(cfg)
 
 
 def _timm_cfg(name: str) -> Any:

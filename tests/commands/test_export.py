@@ -9,7 +9,9 @@ import torch
 
 from ldae.backbones.fold import init_from
 from ldae.backbones.open import load_backbone, load_classifier
+from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.run import load_method
+from ldae.backbones.timm_folder import write_timm_folder
 from ldae.commands.export import export
 from ldae.commands.finetune import finetune
 from ldae.commands.knn import knn
@@ -20,6 +22,8 @@ from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import Encoder, encode_share
 from ldae.evals.neighbours import KNNProtocol
+from ldae.finetuning.network import build_network
+from ldae.finetuning.settings import FinetuneConfig
 from ldae.method import build
 from ldae.pretraining.start import open_start
 
@@ -102,6 +106,33 @@ def test_the_hub_gives_the_whitening_too(exports, images, monkeypatch):
         )
         with torch.no_grad():
             assert torch.equal(load_backbone("hf-hub:user/model")(x), load_backbone(folder)(x))
+
+
+def test_the_hub_gives_channels_and_architecture_too(run, tmp_path, monkeypatch):
+    model = load_backbone("test_vit", random_init=True, in_chans=4, img_size=32)
+    write_timm_folder(tmp_path / "four", model, model.model_args, lambda opened: None)
+    ours = export(run(), tmp_path / "ours")
+    for folder, chans in ((tmp_path / "four", 4), (ours, 3)):
+        monkeypatch.setattr(
+            "timm.models._hub.hf_hub_download",
+            lambda repo_id, filename, **how: str(folder / filename),
+        )
+        x = torch.randn(2, chans, 32, 32)
+        for random_init in (False, True):
+            opened, own = (
+                load_backbone(spec, random_init=random_init)
+                for spec in ("hf-hub:user/model", folder)
+            )
+            with torch.no_grad():
+                assert torch.equal(opened(x), own(x))
+            assert preprocessing(opened) == preprocessing(own)
+        config = FinetuneConfig(backbone="hf-hub:user/model")
+        network = build_network(load_backbone(config.backbone), config, 4).eval()
+        assert network(x).shape == (2, 4)
+        again = export(config.backbone, tmp_path / f"again-{chans}")
+        with torch.no_grad():
+            assert torch.equal(load_backbone(again)(x), load_backbone(folder)(x))
+    assert load_backbone("hf-hub:user/model", in_chans=5)(torch.zeros(1, 5, 32, 32)).ndim == 2
 
 
 def test_the_same_export_again_is_no_error(exports, run, tmp_path, capsys):
