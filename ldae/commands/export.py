@@ -1,5 +1,6 @@
 """``ldae export``: write a network as a folder for timm and the hub, and as ONNX or a program."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from ldae import files
 from ldae.backbones.card import with_graphs
+from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.resize import resize_input
 from ldae.backbones.timm_folder import README, write_timm_folder
 from ldae.backbones.whitening import SHRINKAGE, add_whitening, whitening
@@ -192,19 +194,26 @@ def _holds(
 ) -> bool:
     """Return whether a folder has the weights of a model, those named ``head``, and no others.
 
-    Its size of images and record of a whitening must be these, and a license that is given its own.
+    Its architecture, preprocessing and record of a whitening must be these, and a license that is
+    given its own.
     """
     try:
         written = load_file(out / "model.safetensors")
         config = read_config(out)
-        cfg = config["pretrained_cfg"]
-        claimed, size = cfg.get("license"), tuple(cfg["input_size"])
+        cfg, written_args = config["pretrained_cfg"], config["model_args"]
+        claimed, architecture = cfg.get("license"), config["architecture"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return False
     state = model.state_dict()
+    # timm writes img_size in another form, and a whitening changes num_classes. The size of the
+    # images and the weights tell both.
+    names = model.model_args.keys() - {"img_size", "num_classes"}
+    args = {name: model.model_args[name] for name in names}
     return (
         license in ("", claimed)
-        and size == tuple(model.pretrained_cfg["input_size"])
+        and architecture == model.pretrained_cfg["architecture"]
+        and files.as_json(args).items() <= written_args.items()
+        and files.as_json(asdict(preprocessing(model))).items() <= cfg.items()
         and config.get("whitening") == whitened
         and written.keys() == state.keys() | head
         and all(torch.equal(written[name], value) for name, value in state.items())

@@ -146,6 +146,25 @@ def test_the_same_export_again_is_no_error(exports, run, tmp_path, capsys):
         export(folder, plain, **HOW)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("pretrained_cfg", "mean", [0.1, 0.2, 0.3]),
+        ("pretrained_cfg", "interpolation", "bilinear"),
+        ("pretrained_cfg", "crop_pct", 0.9),
+        ("model_args", "num_heads", 4),
+        (None, "architecture", "vit_small_patch16_224"),
+    ],
+)
+def test_an_export_with_the_same_weights_but_another_configuration_stays(part, key, value, exports):
+    folder, plain, _ = exports
+    config = json.loads((plain / "config.json").read_text())
+    (config[part] if part else config)[key] = value
+    (plain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="plain exists already"):
+        export(folder, plain)
+
+
 def test_wrong_settings_are_refused(run, tmp_path):
     folder = run()
     for how, message in (
