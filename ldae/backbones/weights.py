@@ -83,7 +83,7 @@ def load_weights(model: nn.Module, foreign: Foreign, name: str, classifier: bool
     file, weights, layout = foreign
     if not classifier:
         weights = _drop_classifier(weights, model.pretrained_cfg.get("classifier"))
-    if layout is not PLAIN:
+    if hasattr(model, "patch_embed"):
         _check_patch_size(foreign, model, name)
     try:
         weights = _timm_converter(model)(weights, model)
@@ -124,10 +124,12 @@ def _check_patch_size(foreign: Foreign, model: nn.Module, name: str) -> None:
     """
     key = f"{model.pretrained_cfg.get('first_conv')}.weight"
     there, here = foreign.weights.get(key), model.state_dict().get(key)
-    if there is not None and here is not None and there.shape[2:] != here.shape[2:]:
+    if there is None or here is None or there.ndim != here.ndim:  # timm has other names or layers
+        return
+    if there.shape[2:] != here.shape[2:]:
         raise InputError(
-            f"{foreign.file} is a checkpoint of {foreign.layout.name} and no {name}: its patches "
-            f"have {there.shape[-1]} pixels a side, and those of the model {here.shape[-1]}"
+            f"{foreign.file} does not fit {name}: its patches have {there.shape[-1]} pixels a "
+            f"side, and those of the model {here.shape[-1]}"
         )
 
 

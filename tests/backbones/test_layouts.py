@@ -308,8 +308,9 @@ DDAE = {
     ("name", "content", "sentence"),
     [
         (VIT_S, lambda: dinov2(VIT_S_14)[1],
-         "is a checkpoint of DINOv2 and no NAME: its patches have 14 pixels a side, and those of "
-         "the model 16"),
+         "does not fit NAME: its patches have 14 pixels a side, and those of the model 16"),
+        (VIT_S, lambda: dict(encoder("vit_small_patch8_224").state_dict()),  # a layout of no method
+         "does not fit NAME: its patches have 8 pixels a side, and those of the model 16"),
         (VIT_S_14, lambda: dinov2(REGISTERS)[1],
          "does not fit NAME: timm cannot convert it"),
         (VIT_S_14, lambda: without(dinov2(VIT_S_14)[1], "norm.bias"),
