@@ -45,16 +45,18 @@ class Start(NamedTuple):
 
 
 def open_start(config: MAEConfig, run: Path) -> tuple[MAEConfig, Start | None]:
-    """Open the weights that ``init_from`` names, and take the encoder's sizes into the settings.
+    """Open the weights that ``init_from`` names, and take what they decide into the settings.
+
+    These are the encoder's sizes and the statistics of the pixels that it was trained on.
 
     ``init_from`` is a run folder of an MAE, an exported folder, or ``NAME@FILE`` for a checkpoint
     with MAE's published names, such as ``vit_base_patch16_224.mae@mae_pretrain_vit_base.pth``. A
-    run that resumes has the sizes in its own settings, and needs no start.
+    run that resumes has all of this in its own settings, and needs no start.
 
     Returns: the settings, and the weights or None.
 
     Raises: InputError naming the start when it cannot be opened or is no MAE, and when the settings
-        name another size.
+        name another size or other statistics.
     """
     spec = config.init_from
     if not spec:
@@ -76,10 +78,10 @@ def open_start(config: MAEConfig, run: Path) -> tuple[MAEConfig, Start | None]:
         shape, _ = read_vit(vit)
     except InputError as error:
         raise InputError(f"init_from {spec} is not a plain ViT: {error}") from None
-    config = decide(config, {f"model.{size}": value for size, value in asdict(shape).items()})
-    cfg = vit.pretrained_cfg
-    mean, std = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
-    return config, Start(spec, encoder, decoder, mean, std)
+    mean, std = (tuple(vit.pretrained_cfg[key]) for key in ("mean", "std"))
+    leaves = {f"model.{size}": value for size, value in asdict(shape).items()}
+    config = decide(config, leaves | {"data.mean": mean, "data.std": std})
+    return config, Start(spec, encoder, decoder, torch.tensor(mean), torch.tensor(std))
 
 
 @torch.no_grad()

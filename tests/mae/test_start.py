@@ -56,6 +56,7 @@ def test_a_published_checkpoint_is_gone_on_with(decoder, published, tiny_mae, tm
     assert bool(start.decoder) == decoder
     start_from(mae, start)
     assert mae.pixels.pixel_mean.tolist() == [0.5] * 3  # timm's of the name
+    assert config.data.mean == config.data.std == (0.5,) * 3
     graded = load_backbone(spec, img_size=64)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():  # but for the positions, which timm resizes
@@ -78,6 +79,7 @@ def test_what_is_no_mae_of_these_sizes_is_refused(trained, published, tiny_mae, 
     refused(trained, "embed_dim is 64, and init_from .* has 32", model__embed_dim=64)
     refused(trained, "decoder of another shape.*: blocks.1.attn.* missing", model__decoder_depth=1)
     refused(trained, "num_heads is 4, and init_from .* has 2", model__num_heads=4)
+    refused(trained, r"data.mean is \(0.5, 0.5, 0.5\), and init_from .* has", data__mean=(0.5,) * 3)
     refused(published(width=32), rf"{shape} \(32,\) there, \(64,\) here", **LIKE_PUBLISHED)
     refused(published(depth=5), r"blocks.5.attn.* is missing there", **LIKE_PUBLISHED)
     refused(f"{published()}-no", "there is no checkpoint file .*pth-no", **LIKE_PUBLISHED)
