@@ -84,12 +84,18 @@ def decode(file: ImageFile, name: str) -> Image.Image | np.ndarray:
         if header := tiff.bands_header(opened):
             return _decode_bands(opened, header)
         with Image.open(opened, formats=_formats()) as image:
-            pixels = _eight_bit(_upright(image))
-            # Pillow inverts only pixels of at most 8 bits.
-            is_wide = image.mode.startswith("I")
-            if is_wide and tiff.white_is_zero(getattr(image, "tag_v2", {})):
-                return ImageChops.invert(pixels)
-            return pixels
+            return _decode_image(image)
+
+
+def from_pillow(image: Image.Image) -> Image.Image:
+    """Convert an image that Pillow opened or made to the form that :func:`decode` returns.
+
+    Raises: BadImage when it cannot be decoded.
+    """
+    try:
+        return _decode_image(image)
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly every type
+        raise BadImage(f"{image} cannot be decoded: {_reason(error)}") from error
 
 
 def decode_label_map(file: ImageFile, name: str) -> np.ndarray:
@@ -216,6 +222,15 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()  # turns a TIFF file itself, and drops its orientation
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _decode_image(image: Image.Image) -> Image.Image:
+    pixels = _eight_bit(_upright(image))
+    # Pillow inverts only pixels of at most 8 bits.
+    is_wide = image.mode.startswith("I")
+    if is_wide and tiff.white_is_zero(getattr(image, "tag_v2", {})):
+        return ImageChops.invert(pixels)
+    return pixels
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -13,8 +13,9 @@ from torch import nn
 from ldae import distributed
 from ldae.backbones.open import load_backbone
 from ldae.backbones.run import load_method
+from ldae.data.image import from_pillow
 from ldae.data.transforms import CropTransform
-from ldae.errors import InputError
+from ldae.errors import InputError, quoted
 from ldae.precision import float32_products
 from ldae.pretraining.images import sample_images
 from ldae.runs.kinds import pretraining_in, settings_of
@@ -118,7 +119,7 @@ class Run:
 
         Args:
             images: uint8 (B, C, H, W) of the run's size, such as ``images()`` returns; or pictures
-                of any size, which are cropped as evaluation images are.
+                of any size, which are read and cropped as evaluation images are.
             t: the noise level, from 0, the least noise, to the number of levels less one.
 
         Raises: InputError for a run that does not denoise, for a level that it does not have, and
@@ -126,14 +127,16 @@ class Run:
         """
         method = self._denoising()
         levels = len(method.sigma)
-        if not 0 <= t < levels:
+        if isinstance(t, bool) or t not in range(levels):
             raise InputError(
                 f"t {t} is not in 0 .. {levels - 1}, the noise levels of {self.folder}"
             )
         pixels = self._pixels(images).to(method.sigma.device)
         positions = torch.arange(len(pixels), device=pixels.device)
         with float32_products():
-            return Denoised(*(part.cpu() for part in method.denoise_images(pixels, positions, t)))
+            return Denoised(
+                *(part.cpu() for part in method.denoise_images(pixels, positions, int(t)))
+            )
 
     def sample(
         self,
@@ -181,8 +184,13 @@ class Run:
         data = self.config.data
         wanted = (data.in_chans, data.img_size, data.img_size)
         if not isinstance(images, torch.Tensor):
+            pictures = images if isinstance(images, Sequence) else ()
+            if not pictures or not all(isinstance(part, Image.Image) for part in pictures):
+                raise InputError(
+                    f"images must be a tensor or a list of Pillow pictures, not {quoted(images)}"
+                )
             crop, rng = CropTransform(data.img_size, data.in_chans), np.random.default_rng(0)
-            return torch.stack([crop(image, rng) for image in images])
+            return torch.stack([crop(from_pillow(picture), rng) for picture in pictures])
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != wanted:
             raise InputError(
                 f"images must be uint8 of shape (B, {', '.join(map(str, wanted))}), not "

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import ldae
+from ldae.data.image import decode
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import to_yaml
 
@@ -45,6 +46,26 @@ def test_pictures_are_cropped_as_evaluation_images_are(run):
     assert opened.denoise(large, 10).clean.shape == (2, 3, 32, 32)
 
 
+def test_pictures_are_read_as_files_are(run, tmp_path):
+    """Turned upright, and 16 bits by their range."""
+    opened = ldae.load_run(run())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = np.random.default_rng(0).integers(0, 65536, (40, 48), dtype=np.uint16)
+    Image.fromarray(grey >> 8).convert("L").convert("RGB").save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    for file in sorted(tmp_path.glob("*.png")):
+        one, other = (
+            opened.denoise([picture], 10).clean
+            for picture in (Image.open(file), decode(file, file.name))
+        )
+        assert torch.equal(one, other)
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes((tmp_path / "deep.png").read_bytes()[:500])
+    with pytest.raises(ldae.InputError, match="cannot be decoded: "):
+        opened.denoise([Image.open(damaged)], 10)
+
+
 def test_a_run_shows_its_settings_metrics_and_backbone(run, tiny):
     folder = run()
     opened = ldae.load_run(str(folder))
@@ -67,6 +88,12 @@ def test_what_does_not_fit_is_refused(run):
         (torch.zeros(3, 32, 32, dtype=torch.uint8), 0, "of shape"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 0, "of shape"),
         (opened.images(1), 1000, r"t 1000 is not in 0 \.\. 999"),
+        (opened.images(1), 0.5, r"t 0.5 is not in 0 \.\. 999"),
+        (opened.images(1), True, r"t True is not in 0 \.\. 999"),
+        ([], 0, r"a tensor or a list of Pillow pictures, not \[\]"),
+        ("photo.png", 0, "a list of Pillow pictures, not 'photo.png'"),
+        (Image.new("L", (32, 32)), 0, "a list of Pillow pictures, not <PIL.Image"),
+        ([*opened.images(2)], 0, r"a list of Pillow pictures, not '\[tensor"),
     ):
         with pytest.raises(ldae.InputError, match=message):
             opened.denoise(images, t)
