@@ -1,5 +1,6 @@
 """Open the pre-training in a folder: read its metrics, denoise images, generate samples."""
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +12,13 @@ from PIL import Image
 from torch import nn
 
 from ldae import distributed
-from ldae.backbones.open import load_backbone
 from ldae.backbones.run import load_method
 from ldae.data.image import from_pillow
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError, quoted
-from ldae.precision import float32_products
+from ldae.precision import float32_products, unchanged_generators
 from ldae.pretraining.images import sample_images
-from ldae.runs.kinds import pretraining_in, settings_of
+from ldae.runs.kinds import KINDS, pretraining_in, settings_of
 from ldae.runs.metrics import read_records
 from ldae.sampling.generation import generate_batches, prepare_generation
 from ldae.sampling.settings import SamplingSettings, check_settings
@@ -64,7 +64,10 @@ class Run:
     def _loaded(self) -> tuple[Any, dict]:
         method, state = load_method(self.folder, self.kind)
         method.to(distributed.device_for(self.device)).requires_grad_(False)
-        return method, state
+        # Kept for as long as the run is, so without the weights, which the method has, and without
+        # the optimizer's moments.
+        facts = {name: state[name] for name in ("images_seen", "describe")}
+        return method, facts | {"average": bool(state["average"])}
 
     @property
     def method(self) -> nn.Module:
@@ -110,9 +113,14 @@ class Run:
     def backbone(self) -> nn.Module:
         """Return the encoder as graders see it: normalised (B, C, H, W) -> features (B, D).
 
-        See ``ldae.load_backbone``, which opens the same network by the name of the folder.
+        It is that of ``method``, on its device. ``ldae.load_backbone`` opens the newest by the name
+        of the folder.
         """
-        return load_backbone(self.folder)
+        method = copy.deepcopy(self.method).cpu()
+        with unchanged_generators():
+            backbone = KINDS[self.kind].functions().backbone(method, True)
+        backbone.images_seen = self.images_seen
+        return backbone.to(distributed.device_for(self.device)).eval()
 
     def denoise(self, images: torch.Tensor | Sequence[Image.Image], t: int) -> Denoised:
         """Noise images at level ``t``, and let the network predict the clean ones.
@@ -143,6 +151,7 @@ class Run:
         images: int = 16,
         how: SamplingSettings = SamplingSettings(),
         *,
+        data: str | Path | None = None,
         batch_size: int = 64,
         workers: int = 4,
     ) -> torch.Tensor:
@@ -151,9 +160,11 @@ class Run:
         Args:
             images: number of images; image n depends only on the run, the settings and n.
             how: the sampler and its settings.
+            data: for rows that do not end in pure noise, the images to fit the Gaussian of latents
+                to, as in ``ldae.sample``; by default the training images.
             batch_size: images at a time.
-            workers: processes that decode training images, for rows that do not end in pure noise:
-                the first time, a Gaussian is fitted to their latents and kept in the run folder.
+            workers: processes that decode images for that Gaussian, which is kept in the run
+                folder.
 
         Raises: InputError for a run that cannot be sampled, and for settings that do not fit it.
 
@@ -164,10 +175,10 @@ class Run:
         COUNT.check("images", images)
         COUNT.check("batch_size", batch_size)
         method = self._denoising()
-        device = method.sigma.device
+        device, data = method.sigma.device, None if data is None else str(data)
         try:
             generate, _, _ = prepare_generation(
-                self.folder, method, self._loaded[1], how, device, workers=workers
+                self.folder, method, self._loaded[1], how, device, data, workers
             )
             batches = generate_batches(generate, range(images), batch_size, device)
             return torch.cat([pictures for _, pictures in batches])

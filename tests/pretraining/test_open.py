@@ -76,7 +76,13 @@ def test_a_run_shows_its_settings_metrics_and_backbone(run, tiny):
     assert opened.metrics() == [{"images": 8, "loss": 0.5}]
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(opened.backbone()(x), ldae.load_backbone(folder)(x))
+        kept = ldae.load_backbone(folder)(x)
+        assert torch.equal(opened.backbone()(x), kept)
+    Checkpoints(folder).save({"images_seen": 16, "model": {}, "average": None, "optimizer": {}})
+    with torch.no_grad():  # the checkpoint that is kept
+        assert torch.equal(opened.backbone()(x), kept)
+    assert opened.backbone().images_seen == 8
+    assert opened._loaded[1].keys() == {"images_seen", "describe", "average"}  # nothing large
     assert not any(parameter.requires_grad for parameter in opened.method.parameters())
     assert str(folder) in repr(opened)
 
