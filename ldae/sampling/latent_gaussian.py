@@ -102,7 +102,8 @@ def load_or_fit_gaussian(
 
     Otherwise, when the run's tokenizer has changed, or when ``data`` names another source, it is
     fitted to the first tokenizer.fit_images images of ``data``, in training order, and written
-    there. ``data`` is by default the source of the Gaussian in the folder, or else the run's.
+    there, if the folder can be written to. ``data`` is by default the source of the Gaussian in the
+    folder, or else the run's.
 
     Raises: InputError when the source cannot be opened; BadImage when an image cannot be decoded,
         unless data.bad_images is skip.
@@ -120,7 +121,10 @@ def load_or_fit_gaussian(
         fitted = fit_gaussian(spec, config, method, device, workers)
     fitted.record["tokenizer"] = tokenizer
     if is_main():
-        fitted.save(path)
+        try:
+            fitted.save(path)
+        except InputError as error:  # the run may be another user's
+            console.print_main(f"{error}; it is fitted again next time")
     return fitted
 
 

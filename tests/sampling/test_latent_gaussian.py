@@ -116,6 +116,15 @@ def test_bad_images_that_the_training_skipped_are_left_out(encoded, tmp_path):
         fit_gaussian(str(folder), config, method, CPU)
 
 
+def test_a_run_that_cannot_be_written_to_is_sampled(encoded, tmp_path, capsys):
+    config, method, _ = encoded()
+    (tmp_path / LATENTS).mkdir()  # root can write into any folder, but not here
+    fitted = load_or_fit_gaussian(tmp_path, config, method, CPU)
+    assert fitted.record["source"] == DATA
+    printed = capsys.readouterr().out
+    assert f"{LATENTS} cannot be written: " in printed and "fitted again next time" in printed
+
+
 def test_gaussian_is_fitted_on_as_many_images_as_the_tokenizer(encoded):
     config, method, _ = encoded(tokenizer__fit_images=20)
     assert fit_gaussian(DATA, config, method, CPU).record["images"] == "20"
