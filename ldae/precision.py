@@ -1,4 +1,4 @@
-"""The arithmetic of a run: bfloat16, float32 with or without TF32, determinism, generators."""
+"""The arithmetic of a run: bfloat16, float32 with or without TF32, gradients, generators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,4 +67,14 @@ def seeded_generator(seed: int) -> Iterator[None]:
     """Seed torch's generator of the CPU, which new weights are drawn from, and restore it."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)  # GPU states are not restored
+        yield
+
+
+@contextmanager
+def recorded_gradients() -> Iterator[None]:
+    """Let torch record gradients, also for a caller who has switched them off.
+
+    A network that is built in torch's inference mode could never be trained.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
         yield

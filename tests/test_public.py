@@ -282,7 +282,7 @@ def state_of_the_process() -> dict:
     }
 
 
-def test_calls_leave_the_process_as_it_was(tiny, tmp_path):
+def test_calls_leave_the_process_as_it_was(tiny, classifier, tmp_path):
     """They can be repeated, with the same result."""
     knn = {"protocol": ldae.KNNProtocol(k=(1,)), "setup": ldae.Setup(workers=1, out=tmp_path)}
     ldae.knn("pixels:4", DATA, **knn)  # starts what torch and faiss start once
@@ -290,6 +290,9 @@ def test_calls_leave_the_process_as_it_was(tiny, tmp_path):
     run = ldae.pretrain(tiny(), tmp_path / "run")
     run.denoise(run.images(2), 3)
     run.sample(2, ldae.SamplingSettings(steps=2))
+    exported = ldae.export(run.folder, tmp_path / "exported")
+    ldae.load_backbone(exported)
+    ldae.load_classifier(classifier)
     results = [ldae.knn(run.folder, DATA, **knn)["results"] for _ in range(2)]
     with pytest.raises(ldae.InputError, match="nowhere"):
         ldae.knn("pixels:4", "nowhere")
@@ -298,6 +301,21 @@ def test_calls_leave_the_process_as_it_was(tiny, tmp_path):
     again = ldae.pretrain(tiny(), tmp_path / "again")
     one, other = (found.method.state_dict() for found in (run, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calls_train_where_gradients_are_off(mode, tiny, short_tuning, tmp_path):
+    """As in a notebook that switches them off in its first cell."""
+    with mode():
+        run = ldae.pretrain(tiny(), tmp_path / "run")
+        backbone = ldae.load_backbone(run.folder)
+        ldae.finetune(short_tuning(run.folder, DATA), tmp_path / "tuned")
+        ldae.segment(
+            run.folder, DATA, protocol=ldae.SegmentProtocol(steps=2), setup=setup(tmp_path / "out")
+        )
+        assert not torch.is_grad_enabled()
+    assert run.images_seen == 64
+    backbone(torch.zeros(1, 3, 32, 32)).sum().backward()
 
 
 def test_a_thread_can_call(tiny, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 from ldae.backbones.weights import check_no_graph, find_encoder, load_weights
 from ldae.backbones.whitening import is_whitened
 from ldae.errors import InputError, first_line, nearest
-from ldae.precision import seeded_generator
+from ldae.precision import recorded_gradients, seeded_generator, unchanged_generators
 from ldae.runs.kinds import kind_of
 from ldae.runs.layout import CLASSIFIER
 
@@ -23,6 +23,7 @@ _NO_HEAD: dict[str, Any] = {"num_classes": 0}  # makes timm leave out the classi
 TimmModel = Any
 
 
+@recorded_gradients()
 def load_backbone(
     spec: str | Path,
     *,
@@ -70,6 +71,8 @@ def load_backbone(
     return model.eval()
 
 
+@recorded_gradients()
+@unchanged_generators()
 def load_classifier(spec: str | Path, in_chans: int = 3, img_size: int | None = None) -> nn.Module:
     """Open a timm classifier for inference: normalised (B, C, H, W) -> (B, num_classes).
 

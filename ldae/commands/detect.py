@@ -18,6 +18,7 @@ from ldae.detection.settings import DetectConfig
 from ldae.downstream.training import DownstreamProtocol, DownstreamTraining, prepare_downstream
 from ldae.errors import InputError
 from ldae.files import write_json
+from ldae.precision import recorded_gradients
 from ldae.runs import layout
 from ldae.runs.kinds import settings_and_folder
 
@@ -31,6 +32,7 @@ class DetectProtocol(DownstreamProtocol):
         return ("box_ap", "box_ap50", *(["mask_ap"] if self.model.masks else []))
 
 
+@recorded_gradients()
 def detect(
     config: DetectConfig | str | Path, run: str | Path | None = None, dry_run: bool = False
 ) -> dict:

@@ -21,11 +21,13 @@ from ldae.evals.running import Keys, Progress, read_progress, run_cells
 from ldae.evals.suite import read_suite
 from ldae.evals.table import write_table
 from ldae.files import check_writable
+from ldae.precision import recorded_gradients
 from ldae.tree import AnyPath, difference
 
 _ONLY = "--only"
 
 
+@recorded_gradients()
 def evaluate(
     backbones: Annotated[tuple[str, ...], tyro.conf.arg(metavar="BACKBONE")] = (),
     /,

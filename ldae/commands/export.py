@@ -28,9 +28,11 @@ from ldae.evals.features import Encoder
 from ldae.evals.scores import public_name
 from ldae.evals.whitening import WhiteningProtocol
 from ldae.moments import Moments
+from ldae.precision import unchanged_generators
 from ldae.tree import COUNT, AnyPath
 
 
+@unchanged_generators()
 def export(
     backbone: Annotated[AnyPath, tyro.conf.arg(metavar="BACKBONE")],
     out: Annotated[AnyPath, tyro.conf.arg(metavar="OUT")],

@@ -25,11 +25,13 @@ from ldae.finetuning.mixing import Mixing
 from ldae.finetuning.network import ClassificationLoss, build_network
 from ldae.finetuning.recipes import RECIPES
 from ldae.finetuning.settings import FinetuneConfig
+from ldae.precision import recorded_gradients
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import kind_of, settings_and_folder
 
 
+@recorded_gradients()
 def finetune(
     config: FinetuneConfig | str | Path,
     run: str | Path | None = None,

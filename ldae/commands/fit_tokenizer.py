@@ -7,7 +7,7 @@ from ldae import tree
 from ldae.console import describe, print_main
 from ldae.data.open import open_source
 from ldae.errors import InputError
-from ldae.precision import runs_in_bf16
+from ldae.precision import recorded_gradients, runs_in_bf16
 from ldae.pretraining.recipes import name_of
 from ldae.pretraining.tokenizer import Fit, fit_or_load, open_fit, prepare
 from ldae.pretraining.training import join_ranks
@@ -17,6 +17,7 @@ from ldae.settings import Config
 from ldae.train.run import describe_training
 
 
+@recorded_gradients()
 def fit_tokenizer(
     config: Config | str | Path,
     run: str | Path | None = None,

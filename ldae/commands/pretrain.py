@@ -7,6 +7,7 @@ from typing import Literal
 from ldae import tree
 from ldae.auto.scale import HOURS, settled
 from ldae.errors import InputError
+from ldae.precision import recorded_gradients
 from ldae.pretraining.open import Run
 from ldae.pretraining.recipes import name_of
 from ldae.runs.checkpoints import Checkpoints
@@ -14,6 +15,7 @@ from ldae.runs.folder import Settings
 from ldae.runs.kinds import KINDS, pretrainings, settings_and_folder
 
 
+@recorded_gradients()
 def pretrain(
     config: Settings | str | Path,
     run: str | Path | None = None,

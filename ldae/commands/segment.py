@@ -24,11 +24,13 @@ from ldae.evals.segmentation import (
     train_map_head,
 )
 from ldae.evals.taps import TokenMapReader
+from ldae.precision import recorded_gradients
 
 _MAPS_AT_ONCE = 16
 
 
 @over_seeds
+@recorded_gradients()
 def segment(
     backbone: BackboneSpec,
     /,
