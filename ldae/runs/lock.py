@@ -35,7 +35,7 @@ def locked(run: Path) -> Iterator[None]:
     file from another machine is watched for its heartbeat: the holder writes to it every few
     seconds. The clocks of two machines are never compared.
 
-    Raises: InputError, with the holder named, when another process holds the lock.
+    Raises: InputError, with the holder named, when another process or thread holds the lock.
     """
     if not is_main():
         yield
@@ -43,20 +43,44 @@ def locked(run: Path) -> Iterator[None]:
     if run.exists() and not run.is_dir():
         raise InputError(f"{run} is a file, not a run folder; name another --run")
     path = run / layout.LOCK
-    with report_write_errors(path):
-        fd = _acquire(path)
-    stop = threading.Event()
-    heartbeat = threading.Thread(target=_write_heartbeats, args=(fd, stop), daemon=True)
-    heartbeat.start()
+    with _reserved(path) as is_free:
+        if not is_free:
+            raise InputError(_in_use_message(path, _this_process()))
+        with report_write_errors(path):
+            fd = _acquire(path)
+        stop = threading.Event()
+        heartbeat = threading.Thread(target=_write_heartbeats, args=(fd, stop), daemon=True)
+        heartbeat.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            heartbeat.join()
+            if _is_same_file(path, fd):
+                with suppress(OSError):
+                    path.unlink()
+            os.close(fd)  # this unlocks the file, so it comes last
+
+
+_reservations: set[Path] = set()
+_reserving = threading.Lock()
+
+
+@contextmanager
+def _reserved(path: Path) -> Iterator[bool]:
+    """Reserve a file among the threads of this process; yield whether no other one has it.
+
+    The operating system's locks are the process's, so they do not keep its threads apart.
+    """
+    path = path.resolve()
+    with _reserving:
+        is_free = path not in _reservations
+        _reservations.add(path)
     try:
-        yield
+        yield is_free
     finally:
-        stop.set()
-        heartbeat.join()
-        if _is_same_file(path, fd):
-            with suppress(OSError):
-                path.unlink()
-        os.close(fd)  # this unlocks the file, so it comes last
+        if is_free:
+            _reservations.remove(path)
 
 
 def _acquire(path: Path) -> int:
@@ -117,20 +141,23 @@ def try_lock(fd: int) -> bool | None:
 
 @contextmanager
 def open_partial(path: Path) -> Iterator[BinaryIO]:
-    """Open the file that becomes ``path`` when it is published, and keep other processes out.
+    """Open the file that becomes ``path`` when it is published, and keep all others out.
 
     It is new, or what an earlier start has left. Missing folders are created.
 
-    Raises: InputError when another process has it open.
+    Raises: InputError when another process or thread has it open.
     """
     partial = path.with_name(path.name + PARTIAL)
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
     # Closing any other descriptor of the file would release its lock, so it is opened only once.
-    with open(partial, "r+b") as file:
-        if try_lock(file.fileno()) is False:
-            raise InputError(f"{path} is being written by another process")
-        yield file
+    with _reserved(partial) as is_free:
+        if not is_free:
+            raise InputError(f"{path} is being written by another thread of this process")
+        with open(partial, "r+b") as file:
+            if try_lock(file.fileno()) is False:
+                raise InputError(f"{path} is being written by another process")
+            yield file
 
 
 def _is_same_file(path: Path, fd: int) -> bool:
@@ -189,15 +216,17 @@ def _machine_id() -> str:
 _SINCE = time.strftime("%Y-%m-%d %H:%M:%S %z")  # only for messages
 
 
-def _write_holder(fd: int, beat: int) -> None:
-    record = {
+def _this_process() -> dict:
+    return {
         "process": os.getpid(),
         "host": platform.node(),
         "machine": _machine_id(),
         "since": _SINCE,
-        "beat": beat,
     }
-    content = (json.dumps(record) + "\n").encode()
+
+
+def _write_holder(fd: int, beat: int) -> None:
+    content = (json.dumps(_this_process() | {"beat": beat}) + "\n").encode()
     os.pwrite(fd, content, 0)
     os.ftruncate(fd, len(content))
     os.fsync(fd)  # so that other machines can read it from the server

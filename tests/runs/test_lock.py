@@ -6,13 +6,14 @@ import os
 import platform
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from ldae.errors import InputError
 from ldae.runs import lock
 from ldae.runs.layout import LOCK
-from ldae.runs.lock import locked
+from ldae.runs.lock import locked, open_partial
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,20 @@ def test_a_living_process_is_named_and_a_killed_one_releases_the_lock_at_once(tm
     process.kill()
     process.join()
     assert acquire(tmp_path) < 0.5
+
+
+def test_a_second_thread_is_refused_and_releases_nothing(tmp_path, monkeypatch):
+    """The operating system would give it the lock, which is the process's."""
+    monkeypatch.chdir(tmp_path)
+    with locked(tmp_path / "run"), open_partial(tmp_path / "file") as file:
+        for _ in range(2):
+            with pytest.raises(InputError, match=f"run is in use by process {os.getpid()} on "):
+                acquire(Path("run"))  # the same folder by another name
+            with pytest.raises(InputError, match="file is being written by another thread"):
+                with open_partial(Path("file")):
+                    pass
+        assert (tmp_path / "run" / LOCK).is_file() and not file.closed
+    assert acquire(tmp_path / "run") < 0.5
 
 
 def on_another_machine(monkeypatch, locks: str):
