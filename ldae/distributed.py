@@ -105,7 +105,7 @@ def agree(topic: str, text: str) -> bool:
         return False
 
 
-def device_for(name: str = "auto") -> torch.device:
+def device_for(name: str | torch.device = "auto") -> torch.device:
     """Return the torch device of this process for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     ``cuda`` is the GPU with the number of the local rank. Before a GPU is first used, this sets
@@ -115,6 +115,7 @@ def device_for(name: str = "auto") -> torch.device:
     Raises: InputError for another name, for a GPU when there is none, and when there are fewer GPUs
         than ranks of --devices.
     """
+    name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):

@@ -194,6 +194,8 @@ def taken_by(function: Callable, settings: dict[str, Any]) -> dict[str, Any]:
 def _as(hint: Any, value: Any) -> Any:
     """Return a value as the type ``hint``. Raises: TypeError when it cannot be that."""
     kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if getattr(value, "ndim", None) == 0:  # a number of numpy, such as np.logspace gives
+        value = value.item()
     if kind is Annotated:
         return _as(options[0], value)
     if kind is Literal and value in options:
@@ -209,6 +211,8 @@ def _as(hint: Any, value: Any) -> Any:
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
+    if hint is str and isinstance(value, Path):
+        return str(value)
     if type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
     raise TypeError

@@ -40,6 +40,7 @@ def test_the_ranks_share_all_numbers_and_none_twice(ranks, monkeypatch):
 
 def test_device_names():
     assert distributed.device_for("cpu") == torch.device("cpu")
+    assert distributed.device_for(torch.device("cpu")) == torch.device("cpu")
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert distributed.device_for("auto").type == expected
     for wrong in ("gpu", "meta", "cuda:", "cpu:0"):

@@ -4,6 +4,7 @@ import time
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -125,6 +126,22 @@ def test_every_number_has_a_range(kind):
             wrong = (-1e9,) if isinstance(value, tuple) else kind_of_number(-1e9)
             with pytest.raises(InputError, match=re.escape(name)):
                 tree.check(tree.replace(config, {name: wrong}))
+
+
+def test_paths_and_numbers_of_numpy_are_taken(tmp_path):
+    changes = {"data.source": tmp_path, "optim.blr": np.logspace(-4, -3, 2)[0], "seed": np.int64(3)}
+    config = ldae.config("l_dae", init_from=tmp_path, changes=changes)
+    assert (config.init_from, config.data.source) == (str(tmp_path), str(tmp_path))
+    assert config.optim.blr == 1e-4 and type(config.seed) is int
+    assert "seed: 3\n" in kinds.to_yaml(config, "pretraining")
+    with pytest.raises(InputError, match="takes int, not"):
+        ldae.config(changes={"seed": np.float64(0.5)})
+
+
+def test_a_start_among_the_changes_decides_the_sizes(tmp_path):
+    start = str(tmp_path)
+    among = ldae.config("l_dae", changes={"init_from": start, "optim.epochs": 3})
+    assert among == ldae.config("l_dae", init_from=start, changes={"optim.epochs": 3})
 
 
 def test_a_missing_file_is_refused(tmp_path):

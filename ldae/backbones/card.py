@@ -92,6 +92,9 @@ def with_graphs(card: str, table: str) -> str:
 
 def with_license(card: str, license: str) -> str:
     """Return a model card whose front matter claims this license."""
-    _, head, body = card.split("---\n", 2)
+    parts = card.split("---\n", 2)
+    _, head, body = (
+        ("", "{}", card) if parts[0] or len(parts) < 3 else parts
+    )  # without front matter
     claimed = yaml.safe_load(head) | {"license": license}
     return f"---\n{yaml.safe_dump(claimed, sort_keys=False)}---\n{body}"

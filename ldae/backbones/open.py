@@ -1,6 +1,7 @@
 """Opens any encoder as a plain timm model: a run, a folder, a timm name or a checkpoint file."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from ldae.backbones.weights import check_no_graph, find_encoder, load_weights
 from ldae.backbones.whitening import is_whitened
-from ldae.errors import InputError, first_line, nearest
+from ldae.errors import InputError, first_line, nearest, quoted
 from ldae.precision import recorded_gradients, seeded_generator, unchanged_generators
 from ldae.runs.kinds import kind_of
 from ldae.runs.layout import CLASSIFIER
@@ -130,11 +131,16 @@ def backbone_folder(spec: str | Path) -> Path | None:
     """Return the run or timm folder that ``spec`` names; None when it names something else.
 
     For a finished fine-tuning this is the folder of its classifier.
+
+    Raises: InputError when the file system refuses to say what is there.
     """
-    folder = Path(spec)
-    if (folder / CLASSIFIER / "config.json").is_file():
-        return folder / CLASSIFIER
-    return folder if kind_of(folder) or (folder / "config.json").is_file() else None
+    folder = Path(os.path.expanduser(spec))
+    try:
+        if (folder / CLASSIFIER / "config.json").is_file():
+            return folder / CLASSIFIER
+        return folder if kind_of(folder) or (folder / "config.json").is_file() else None
+    except OSError as error:  # no permission, or a name that is too long
+        raise InputError(f"{quoted(spec)} cannot be read: {error.strerror}") from None
 
 
 def finished_folder(spec: str | Path) -> Path | None:

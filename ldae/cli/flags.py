@@ -37,7 +37,8 @@ def split_options(argv: Sequence[str], **options: str) -> tuple[argparse.Namespa
     """Return the options of these names, with these defaults, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in options.items():
-        parser.add_argument(f"--{name}", default=default)
+        spellings = dict.fromkeys((name, name.replace("-", "_")))  # tyro takes both
+        parser.add_argument(*(f"--{spelling}" for spelling in spellings), default=default)
     return parser.parse_known_args(argv)
 
 

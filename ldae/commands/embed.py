@@ -106,7 +106,7 @@ def embed(
         >>> features = numpy.load(path)  # float32 (images, D)
     """
     backbone, source = str(backbone), str(source)
-    out, taps = Path(out), taps_of(blocks, pools)
+    out, taps = Path(out).expanduser(), taps_of(blocks, pools)
     check(setup)
     WhiteningProtocol(whiten, whiten_shrinkage)  # checks the shrinkage
     if is_embedded(backbone):

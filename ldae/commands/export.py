@@ -100,7 +100,7 @@ def export(
         >>> backbone = timm.create_model(f"local-dir:{folder}", pretrained=True)
         >>> session = onnxruntime.InferenceSession(folder / "model.onnx")
     """
-    spec, out = str(backbone), Path(out)
+    spec, out = str(backbone), Path(out).expanduser()
     WhiteningProtocol(whiten is not None, whiten_shrinkage)  # checks the shrinkage
     graphs = Graphs(onnx, torch_export, uint8, tokens)
     graphs.check()

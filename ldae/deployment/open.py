@@ -47,7 +47,7 @@ def open_network(
     if is_run or (path.is_dir() and folder is None):
         if classifier:
             raise InputError(f"{spec} is a run, which has no classifier")
-        opened = _open_run(path, timestep, license)
+        opened = _open_run(folder or path, timestep, license)
         check_chans(opened.model, spec, in_chans)
         return opened
     if timestep is not None:

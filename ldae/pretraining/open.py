@@ -1,6 +1,7 @@
 """Open the pre-training in a folder: read its metrics, denoise images, generate samples."""
 
 import copy
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,8 @@ class Run:
     """
 
     def __init__(self, folder: str | Path, device: str = "auto") -> None:
-        self.folder, self.device = Path(folder), device
+        # Absolute, since the working folder may change.
+        self.folder, self.device = Path(os.path.expanduser(folder)).absolute(), device
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -118,7 +120,7 @@ class Run:
         """
         method = copy.deepcopy(self.method).cpu()
         with unchanged_generators():
-            backbone = KINDS[self.kind].functions().backbone(method, True)
+            backbone: Any = KINDS[self.kind].functions().backbone(method, True)
         backbone.images_seen = self.images_seen
         return backbone.to(distributed.device_for(self.device)).eval()
 

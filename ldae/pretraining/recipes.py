@@ -55,7 +55,7 @@ def find(name: str | int, among: Iterable[str] = ()) -> tuple[str, str]:
 def config(
     name: str | int = "l_dae",
     scale: str = "paper",
-    init_from: str = "",
+    init_from: str | Path = "",
     changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the settings of a recipe at a scale: a row of the paper, or a rival such as ``mae``.
@@ -75,8 +75,9 @@ def config(
         >>> config.optim.epochs
     """
     kind, name = find(name)
-    chosen = _starting(recipes_of(kind).config(name, scale), init_from)
-    return tree.replace(chosen, changes) if changes else chosen
+    changes = changes or {}
+    start = str(changes.get("init_from", init_from))
+    return tree.replace(_starting(recipes_of(kind).config(name, scale), start), changes)
 
 
 def name_of(settings: Any, kind: str) -> str:

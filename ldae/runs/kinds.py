@@ -1,5 +1,6 @@
 """The kinds of runs, and the kind and settings of the run in a folder."""
 
+import os
 import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,7 +181,7 @@ def settings_and_folder(
                 f"{str(config)!r} is not settings: pass those of ldae.config with a run folder, or "
                 "only the folder of a run to resume"
             )
-        run = Path(config)
+        run = Path(os.path.expanduser(config))
         kind = kinds[0] if len(kinds) == 1 else pretraining_in(run)
         return kind, settings_of(run, kind), run
     nouns = " or ".join(KINDS[kind].noun for kind in kinds)
@@ -189,7 +190,7 @@ def settings_and_folder(
         raise InputError(f"config must be the settings of {nouns}, not {type(config).__name__}")
     if run is None:
         raise InputError("settings need a run folder, new or to resume: pass run too")
-    return fitting[0], config, Path(run)
+    return fitting[0], config, Path(os.path.expanduser(run))
 
 
 def _no_run(folder: Path) -> InputError:

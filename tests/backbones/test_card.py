@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldae.backbones.card import model_card, with_facts
+from ldae.backbones.card import model_card, with_facts, with_license
 from ldae.backbones.open import load_backbone
 from ldae.commands.export import export
 from ldae.commands.knn import knn
@@ -23,6 +23,11 @@ def test_a_card_is_front_matter_a_table_and_code():
     assert yaml.safe_load(head) == {"library_name": "timm", "tags": ["a", "b"]}
     assert body.startswith("# name\n\nWhat it is.\n\n| | |\n|---|---|\n| one | 1 |\n| two | x |\n")
     assert body.endswith("\nmodel(1)\n```\n")
+
+
+@pytest.mark.parametrize("card", ["# Mine\n", "# Mine\n---\na rule\n---\n", "---\nunfinished"])
+def test_a_card_without_front_matter_gets_a_license(card):
+    assert with_license(card, "mit") == f"---\nlicense: mit\n---\n{card}"
 
 
 def test_the_code_of_a_card_runs(run, tmp_path):

@@ -99,6 +99,7 @@ def test_preprocessing_describes_the_model_that_was_built(name, chans):
         ("coatnet_0_224.any", "no weights 'any' of coatnet_0_224; those it has: none"),
         ("runs/none", "no folder runs/none"),
         ("pixels:small", "pixels:SIZE"),
+        ("x" * 300, f"'{'x' * 80}...' cannot be read: File name too long"),
         ("coatnet_0_224", "timm has no weights for coatnet_0_224"),
     ],
 )

@@ -9,6 +9,7 @@ from PIL import Image
 
 import ldae
 from ldae.data.image import decode
+from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import to_yaml
 
@@ -44,6 +45,24 @@ def test_pictures_are_cropped_as_evaluation_images_are(run):
         assert torch.equal(one, other)
     large = [picture.resize((80, 64)) for picture in pictures]
     assert opened.denoise(large, 10).clean.shape == (2, 3, 32, 32)
+
+
+def test_a_folder_may_be_relative_or_at_home(run, monkeypatch):
+    folder = run()
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.chdir(folder)
+    (folder / "metrics.jsonl").write_text('{"images": 8, "loss": 0.5}\n')
+    for name in (".", f"~/{folder.name}"):
+        opened = ldae.load_run(name)
+        with monkeypatch.context() as patch:
+            patch.chdir("/")
+            assert len(opened.metrics()) == 1
+    exported = ldae.export(f"~/{folder.name}", "~/exported")
+    assert exported == folder.parent / "exported" and exported.is_dir()
+    assert ldae.load_backbone("~/exported").num_features == 32
+    assert kinds.settings_and_folder(opened.config, "~/new", kinds.pretrainings())[2] == (
+        folder.parent / "new"
+    )
 
 
 def test_pictures_are_read_as_files_are(run, tmp_path):
