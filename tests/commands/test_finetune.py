@@ -18,7 +18,7 @@ from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.finetune import finetune
 from ldae.data.open import open_source
-from ldae.downstream.training import Training, prepare_training
+from ldae.downstream.training import DownstreamTraining, prepare_downstream
 from ldae.errors import InputError
 from ldae.finetuning import recipes
 from ldae.finetuning.network import ClassificationLoss
@@ -287,14 +287,14 @@ def test_one_seed_beside_several_is_refused(tiny, tmp_path):
 )
 def test_a_record_has_the_precision_that_auto_meant(precision, bf16, found, tiny):
     config = tiny(system__precision=precision)
-    training = Training("", config, None, None, "hash", None, bf16)
+    training = DownstreamTraining("", config, None, None, "hash", None, bf16)
     assert training.facts == {"starts_from": "hash", "trained_in": found}
 
 
 @pytest.mark.parametrize("most, at_once", [(8, 8), (64, 64)])
 def test_grading_takes_no_more_images_at_a_time_than_training(most, at_once, tiny, tmp_path):
     config = tiny(system__device_batch=most)
-    with prepare_training("finetune", recipes.RECIPES, config, tmp_path / "run") as training:
+    with prepare_downstream("finetune", recipes.RECIPES, config, tmp_path / "run") as training:
         assert training.evaluation.encoder().batch_size == at_once
 
 
