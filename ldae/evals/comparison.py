@@ -105,7 +105,7 @@ def _origins(record: dict) -> dict[str, Any]:
     """Return the entries of a record that decide the numbers, by their dotted names.
 
     Of weights that differ over several seeds, the first stand for all: older records have no
-    others, and an evaluation by one seed is compared with them when it begins.
+    others.
     """
     parts = {key: part for key, part in record.items() if key not in _NOT_ORIGINS}
     return {
