@@ -110,7 +110,7 @@ def test_the_hub_gives_the_whitening_too(exports, images, monkeypatch):
 
 def test_the_hub_gives_channels_and_architecture_too(run, tmp_path, monkeypatch):
     model = load_backbone("test_vit", random_init=True, in_chans=4, img_size=32)
-    write_timm_folder(tmp_path / "four", model, model.model_args, lambda opened: None)
+    write_timm_folder(tmp_path / "four", model, model.model_args)
     ours = export(run(), tmp_path / "ours")
     for folder, chans in ((tmp_path / "four", 4), (ours, 3)):
         monkeypatch.setattr(
