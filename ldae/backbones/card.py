@@ -93,8 +93,7 @@ def with_graphs(card: str, table: str) -> str:
 def with_license(card: str, license: str) -> str:
     """Return a model card whose front matter claims this license."""
     parts = card.split("---\n", 2)
-    _, head, body = (
-        ("", "{}", card) if parts[0] or len(parts) < 3 else parts
-    )  # without front matter
+    has_front_matter = len(parts) == 3 and not parts[0]
+    head, body = parts[1:] if has_front_matter else ("{}", card)
     claimed = yaml.safe_load(head) | {"license": license}
     return f"---\n{yaml.safe_dump(claimed, sort_keys=False)}---\n{body}"
