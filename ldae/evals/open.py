@@ -120,7 +120,9 @@ def check_out(out: Path, task: str) -> None:
 
 
 def _check_unseen(train: Source | None, test: Source) -> None:
-    """Check that images are not graded that are learned from; leave-one-out has one source of both.
+    """Check that the images to grade on are not those to learn from.
+
+    With leave-one-out, both are one source on purpose.
 
     Raises: InputError.
     """

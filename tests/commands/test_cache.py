@@ -338,8 +338,7 @@ def test_the_record_of_a_grading_says_that_images_were_resized_twice(folder, tmp
         source: knn(
             "pixels:8",
             str(source),
-            str(source),
-            protocol=KNNProtocol(k=(5,)),
+            protocol=KNNProtocol(k=(5,), leave_one_out=True),
             setup=Setup(device="cpu", workers=0, out=tmp_path / "knn" / source.name),
         )["data"]
         for source in (folder, out)
