@@ -345,13 +345,15 @@ def markdown(args: argparse.Namespace, rows: Sequence[dict], against: dict[str, 
     graders = [*args.graders]
     if any(FINETUNED in row["accuracies"] for row in rows):
         graders.append(FINETUNED)
-    costs = ["images", "images/s in turns"]
+    has_rates = any("images_per_second" in row for row in rows)
+    costs = ["images", *(["images/s in turns"] if has_rates else [])]
     table = []
     for row in rows:
         found = row["accuracies"]
         cells = [mean_and_deviation(found[name]) if name in found else "" for name in graders]
         cells.append(f"{statistics.mean(row['images']):,.0f}" if "images" in row else "")
-        cells.append(f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "")
+        if has_rates:
+            cells.append(f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "")
         table.append([row["name"], *cells])
     text = markdown_table(["", *graders, *costs], table)
     for name, graders in against.items():
