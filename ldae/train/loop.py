@@ -358,7 +358,7 @@ def report_lag(device: torch.device) -> int:
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a run resumes with the images that it began with.
+    """Check that a run resumes with the images and labels that it began with.
 
     The row is not compared, since it can be the path of a file that has moved.
 
@@ -367,6 +367,6 @@ def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in before.items():
         if name != "row" and value != now[name]:
             raise InputError(
-                f"the images of this run have changed since it began: {name} was {value} then, "
-                f"and is {now[name]} now; put the images back, or name another --run"
+                f"the images or labels of this run have changed since it began: {name} was {value} "
+                f"then, and is {now[name]} now; put them back, or name another --run"
             )
