@@ -11,7 +11,7 @@ from ldae.evals.neighbours import KNNProtocol, knn_accuracy, limit_k
 from ldae.evals.open import data_of, labelled_splits, open_evaluation
 from ldae.evals.predictions import Predictions
 from ldae.evals.seeds import over_seeds
-from ldae.evals.subsets import check_shots, grade_draws
+from ldae.evals.subsets import check_draws, grade_draws
 from ldae.evals.whitening import whitening_of
 
 
@@ -49,7 +49,7 @@ def knn(
     ) as evaluation:
         protocol, labels = evaluation.protocol, known_labels(evaluation.train)
         classes = evaluation.train.classes
-        check_shots(protocol, labels, classes, predictions)  # before features are extracted
+        check_draws(protocol, labels, classes, predictions)  # before features are extracted
         whole, few = limit_k(protocol, len(labels)), protocol
         if protocol.shots:
             fewest = min(protocol.shots) * len(labels.unique())

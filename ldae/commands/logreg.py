@@ -16,7 +16,7 @@ from ldae.evals.logistic import LogisticRegression
 from ldae.evals.open import data_of, open_evaluation
 from ldae.evals.predictions import Predictions
 from ldae.evals.seeds import over_seeds
-from ldae.evals.subsets import FewShotProtocol, check_shots, fold_splits, grade_draws, held_out
+from ldae.evals.subsets import FewShotProtocol, check_draws, fold_splits, grade_draws, held_out
 from ldae.evals.taps import Tap
 from ldae.tree import COUNT, POSITIVE
 
@@ -87,7 +87,7 @@ def logreg(
         labels, names = known_labels(evaluation.train), image_names(evaluation.train)
         held = None if protocol.only_shots else held_out(names, labels, protocol.held_out)
         classes = evaluation.train.classes
-        check_shots(protocol, labels, classes, predictions)  # before features are extracted
+        check_draws(protocol, labels, classes, predictions)  # before features are extracted
         train, test = evaluation.features()
         fit = partial(logistic_regression, train, test, protocol=protocol, device=device)
         predicted = Predictions(evaluation.eval, device) if predictions else None

@@ -73,7 +73,7 @@ def sample(
         >>> picture = ldae.sample("runs/l_dae", 16)
         >>> ldae.sample("runs/l_dae", 5000, "samples.npz", how=ldae.SamplingSettings(steps=100))
     """
-    run, out = Path(run), Path(out) if out else None
+    run, out = Path(run).expanduser(), Path(out).expanduser() if out else None
     data = None if data is None else str(data)
     check_settings(how)
     _check_request(images, batch_size, workers, out)

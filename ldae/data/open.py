@@ -30,6 +30,7 @@ SplitsOfFiles = Callable[[str, Container], Splits]
 """A function that finds the splits of a folder or an archive."""
 
 _log = logging.getLogger(__name__)
+_NAME_IMAGES = "name images by --eval-data, or data.eval_source in the settings of a run"
 _SHARDS = {shards.SUFFIX: shards.shard_splits, parquet.SUFFIX: parquet.parquet_splits}
 
 
@@ -143,12 +144,23 @@ def open_splits(
     """
     splits = splits_of(data)
     if eval_data is None and "eval" not in splits:
-        raise InputError(f"{data} has no evaluation split: give one by --eval-data")
+        raise InputError(f"{data} has no evaluation split: {_NAME_IMAGES}")
     eval_splits = splits if eval_data is None else splits_of(eval_data)
     train = _open_split(data, splits, "train")
     evaluation = _open_split(eval_data or data, eval_splits, "eval")
     _adopt_classes(evaluation, train)
     return train, evaluation
+
+
+def check_unseen(train: Source, test: Source) -> None:
+    """Check that the images to grade on are not those to learn from.
+
+    Raises: InputError.
+    """
+    if len(train) == len(test) and train.fingerprint() == test.fingerprint():
+        raise InputError(
+            f"the images to grade on, of {test.spec}, are those to learn from: {_NAME_IMAGES}"
+        )
 
 
 def open_all(spec: str, split: Literal["train", "eval"] | None = None) -> dict[str, Source]:

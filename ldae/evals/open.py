@@ -11,7 +11,7 @@ from torch import nn
 
 from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.preprocessing import preprocessing
-from ldae.data.open import open_splits
+from ldae.data.open import check_unseen, open_splits
 from ldae.data.source import Source
 from ldae.distributed import device_for, process_group
 from ldae.errors import InputError
@@ -119,22 +119,6 @@ def check_out(out: Path, task: str) -> None:
         )
 
 
-def _check_unseen(train: Source | None, test: Source) -> None:
-    """Check that the images to grade on are not those to learn from.
-
-    With leave-one-out, both are one source on purpose.
-
-    Raises: InputError.
-    """
-    if train is None or train is test or len(train) != len(test):
-        return
-    if train.fingerprint() == test.fingerprint():
-        raise InputError(
-            f"the images to grade on, of {test.spec}, are those to learn from: name others by "
-            "--eval-data"
-        )
-
-
 @contextmanager
 def open_evaluation(
     task: str,
@@ -176,7 +160,8 @@ def open_evaluation(
     device = device_for(setup.device)
     with float32_products(), process_group(device):
         train, test = splits(data, eval_data)
-        _check_unseen(train, test)
+        if train not in (None, test):  # with leave-one-out, both are one source on purpose
+            check_unseen(train, test)
         model = load(spec, setup)
         transform = preprocessing(model)
         if isinstance(model, EmbeddedBackbone):

@@ -103,7 +103,7 @@ def _digest(name: str) -> bytes:
     return blake2b(os.fsencode(name), digest_size=8).digest()
 
 
-def check_shots(
+def check_draws(
     protocol: FewShotProtocol,
     labels: torch.Tensor,
     classes: list[str] | None,

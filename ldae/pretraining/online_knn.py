@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldae.data.open import open_splits, source_splits
+from ldae.data.open import check_unseen, open_splits, source_splits
 from ldae.errors import InputError
 from ldae.precision import float32_products
 from ldae.train.loop import Hook
@@ -22,7 +22,8 @@ def online_knn(
 
     ``backbone_of(method, verify)`` returns the encoder of a method as a backbone.
 
-    Raises: InputError when the images have no labels, or are fewer than the neighbours.
+    Raises: InputError when the images have no labels, are fewer than the neighbours, or are those
+        to grade on too.
     """
     if not config.system.knn_every:
         return ()
@@ -43,6 +44,7 @@ def online_knn(
                 f"the online k-NN needs labels, and {split.spec} ({split.split}) has no labels: "
                 "name labelled images by system.knn_source"
             )
+    check_unseen(*splits)
     check_enough(_ONLINE_K, len(splits[0]))
 
     def measure(method: Any) -> dict[str, float]:

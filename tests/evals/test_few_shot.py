@@ -8,7 +8,7 @@ from ldae.commands.logreg import LogregProtocol, logreg
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
-from ldae.evals.subsets import FewShotProtocol, check_shots, draw_images, fold_splits, grade_draws
+from ldae.evals.subsets import FewShotProtocol, check_draws, draw_images, fold_splits, grade_draws
 
 NAMES = [f"{i}.jpg" for i in range(300)]
 LABELS = torch.arange(300) % 4
@@ -56,7 +56,7 @@ def test_one_draw_has_no_spread():
 
 def test_class_with_too_few_images_is_named():
     with pytest.raises(InputError, match="class 'b' has 2 train images, fewer than 3 shots"):
-        check_shots(FewShotProtocol((1, 3)), torch.tensor([0, 0, 0, 1, 1, 3, 3, 3]), [*"abcd"])
+        check_draws(FewShotProtocol((1, 3)), torch.tensor([0, 0, 0, 1, 1, 3, 3, 3]), [*"abcd"])
 
 
 @pytest.mark.parametrize(
