@@ -172,13 +172,13 @@ def measure_progress(folder: Path) -> int:
     record = files.read_object(folder / layout.JOB_RECORD)
     if not record:  # the job ended before its sender wrote it
         return 0
-    here, words = Path(record["directory"]), record["command"]
+    here, words = Path(record["directory"]), [*map(os.path.expanduser, record["command"])]
     if words[0] == "cache":
         written = (here / f"{word}{files.PARTIAL}" for word in words[1:])
         return sum(path.stat().st_blocks for path in written if path.is_file())
     if run := option(words, "--run"):
-        return _images_seen(here / run)
-    if out := option(words, "--out"):
+        return _images_seen(here / os.path.expanduser(run))
+    if out := os.path.expanduser(option(words, "--out")):
         parts = [f"{out}/{part}" for part in option_values(words, "--only")] or [out]
         places = [here / name for part in parts for name in (part, f"{part}{files.PARTS}")]
         saved = [path for place in places for path in place.rglob("*")]

@@ -34,6 +34,8 @@ _TASK_VARIABLES = (
     *("SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST"),
 )
 
+_OF_THE_SHELL = ("partition", "account", "constraint", "qos", "reservation")
+
 # Below the ports that systems assign to outgoing connections (Linux: from 32768). Otherwise a rank
 # that connects before rank 0 listens could be assigned the very port of rank 0, and block it.
 _PORTS = range(20000, 32768)
@@ -55,11 +57,11 @@ class Job:
         import submitit
 
         environment = submitit.JobEnvironment()
-        os.chdir(self.directory)
         folder = Path(self.jobs, environment.job_id)
         rank, argv, status = environment.global_rank, sys.argv, 1
         requeue.record_start(folder, rank)
         try:
+            self._enter_directory()
             _set_launch_variables(environment)
             sys.argv = ["ldae", *self.command]
             runpy.run_module("ldae", run_name="__main__")
@@ -79,6 +81,15 @@ class Job:
             status = 0
         # submitit would record a returned value or an exception as the end of the job.
         raise SystemExit(status)
+
+    def _enter_directory(self) -> None:
+        try:
+            os.chdir(self.directory)
+        except OSError as error:
+            raise InputError(
+                f"{self.directory} cannot be entered on {socket.gethostname()}: {error.strerror}; "
+                "send the job from a folder that all machines see"
+            ) from error
 
 
 def _set_launch_variables(environment: Any) -> None:
@@ -141,19 +152,39 @@ def send(
         python = {"local_python": _local_python(settings)} if settings.cluster == "local" else {}
         executor = submitit.AutoExecutor(jobs / "%j", cluster=settings.cluster, **python)
     executor.update_parameters(**_parameters(commands, settings, jobs, code, after))
-    directory = os.getcwd()
-    work = [Job(tuple(command), directory, str(jobs)) for command in commands]
-    try:
-        with _job_environment(code if settings.cluster == "local" else None), _ignored_interrupts():
-            sent = executor.submit_array(work) if len(work) > 1 else [executor.submit(work[0])]
-    except submitit.core.utils.FailedJobError as error:
-        reason = str(error).strip().splitlines()[-1]  # the last line that sbatch printed
-        raise InputError(f"SLURM refused the job: {reason}") from None
+    work = [Job(tuple(command), os.getcwd(), str(jobs)) for command in commands]
+    environment = _job_environment(code if settings.cluster == "local" else None)
+    with _ignored_interrupts():  # also while the jobs are recorded, which ``ldae jobs`` lists
+        try:
+            with files.report_write_errors(jobs), environment:
+                sent = executor.submit_array(work) if len(work) > 1 else [executor.submit(work[0])]
+        except submitit.core.utils.FailedJobError as error:
+            reason = str(error).strip().splitlines()[-1]  # the last line that sbatch printed
+            raise InputError(f"SLURM refused the job: {reason}") from None
+        try:
+            _record(sent, commands, settings, jobs, code, after)
+        except InputError as error:
+            ids = ", ".join(job.job_id for job in sent)
+            raise InputError(
+                f"{error}; job {ids} was sent: scancel it before you send again"
+            ) from None
+    return sent
+
+
+def _record(
+    sent: Sequence[Any],
+    commands: Sequence[Sequence[str]],
+    settings: SlurmSettings,
+    jobs: Path,
+    code: Path,
+    after: Sequence[str],
+) -> None:
+    """Write the record of each job. Raises: InputError when the disk is full."""
     for job, command in zip(sent, commands):
         record = {
             "id": job.job_id,
             "command": command,
-            "directory": directory,
+            "directory": os.getcwd(),
             "cluster": settings.cluster,
             "code": code.name,
             "after": list(after),
@@ -163,7 +194,6 @@ def send(
             pid = os.getpid() if settings.cluster == "debug" else int(job.job_id)
             record |= {"host": socket.gethostname(), "pid": pid}
         files.write_json(jobs / job.job_id / layout.JOB_RECORD, record)
-    return sent
 
 
 def log_path(job: Any) -> Path:
@@ -207,10 +237,12 @@ def _parameters(
     }
     if settings.cluster != "slurm":
         return shared
-    options = {}
+    # The defaults that a user has in the shell, which submitit takes from the environment.
+    shell = {key: os.environ.get(f"SBATCH_{key.upper()}") for key in _OF_THE_SHELL}
+    options: dict[str, Any] = {key: shell[key] for key in ("qos", "reservation") if shell[key]}
     for option in settings.extra:
         key, equals, value = option.partition("=")
-        options[key] = value if equals else True
+        options[key.replace("-", "_")] = value if equals else True  # submitit's names, as job_name
     # A lost rank ends the step at once; otherwise the others would wait for it in a collective.
     srun = ["--kill-on-bad-exit=1"]
     if settings.cpus_per_task:  # since SLURM 22.05, srun does not inherit this from sbatch
@@ -218,9 +250,9 @@ def _parameters(
     path = f"{shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
     finish = shlex.join([sys.executable, "-m", "ldae.cluster.requeue"])
     return shared | {
-        "slurm_partition": settings.partition or None,
-        "slurm_account": settings.account or None,
-        "slurm_constraint": settings.constraint or None,
+        "slurm_partition": settings.partition or shell["partition"],
+        "slurm_account": settings.account or shell["account"],
+        "slurm_constraint": settings.constraint or shell["constraint"],
         "slurm_array_parallelism": settings.array_parallelism,
         "slurm_signal_delay_s": settings.warning,
         "slurm_dependency": f"afterok:{':'.join(after)}" if after else None,

@@ -21,6 +21,13 @@ _RESERVED = (
     *("open-mode", "output", "requeue", "signal"),
 )
 
+# Options of sbatch that have a setting; in a script that names them twice, one is lost.
+_OWN = {
+    **{name: name for name in ("partition", "nodes", "time", "account", "constraint")},
+    **{name: name.replace("-", "_") for name in ("gpus-per-node", "cpus-per-task")},
+    **dict.fromkeys(("ntasks", "ntasks-per-node"), "tasks_per_node"),
+}
+
 
 @dataclass(frozen=True)
 class SlurmSettings:
@@ -162,6 +169,8 @@ def check_settings(settings: SlurmSettings) -> None:
             )
         if key in _RESERVED:
             raise InputError(f"slurm.extra {key} is set by ldae itself")
+        if key in _OWN:
+            raise InputError(f"slurm.extra {key}: use slurm.{_OWN[key]}")
     if settings.cluster == "slurm" and not shutil.which("sbatch"):
         raise InputError(
             "there is no sbatch on this machine; --slurm.cluster local runs the job without SLURM"
@@ -180,8 +189,7 @@ def folder_of(settings: SlurmSettings, argv: Sequence[str]) -> Path:
     It is the folder of the settings, or else the run folder of the command: the value of --run, the
     first word that is a run folder, or the current folder.
     """
-    if settings.folder:
-        return Path(settings.folder)
-    if run := option(argv, "--run"):
-        return Path(run)
-    return next((Path(word) for word in argv if kind_of(Path(word))), Path())
+    if folder := settings.folder or option(argv, "--run"):
+        return Path(folder).expanduser()
+    paths = (Path(word).expanduser() for word in argv)
+    return next(filter(kind_of, paths), Path())

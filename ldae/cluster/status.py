@@ -126,7 +126,9 @@ def _expand_array(job: str) -> list[str]:
         return [job]
     ids = []
     for part in tasks.rstrip("]").partition("%")[0].split(","):  # behind % is the array's limit
-        first, _, last = part.partition("-")
+        first, _, last = part.rstrip(".").partition("-")  # ... behind an abbreviated list
+        if not first:
+            continue
         ids += [f"{array}_{task}" for task in range(int(first), int(last or first) + 1)]
     return ids
 

@@ -17,7 +17,7 @@ from ldae.errors import InputError, unknown
 from ldae.evals.cell import Cell
 from ldae.evals.evaluation import Setup
 from ldae.evals.open import keep_network
-from ldae.evals.running import Keys, Progress, read_progress, run_cells
+from ldae.evals.running import Keys, Progress, has_results, read_progress, run_cells
 from ldae.evals.suite import read_suite
 from ldae.evals.table import write_table
 from ldae.files import check_writable
@@ -44,7 +44,8 @@ def evaluate(
     made by the same protocol, with the same weights and images. If a cell fails, the others are
     still run; if it fails on some ranks only, the command ends. Features that several protocols
     need are extracted once. With --seeds, each seed is a cell of its own, and the table shows the
-    mean and the standard deviation.
+    mean and the standard deviation. The table is that of the last command: give one --out to one
+    suite and one list of backbones.
 
     With --slurm, an array of jobs fills the table as they end. The cells of one backbone and data
     set that read the same features are one job, and any other cell is one. The same command again
@@ -154,12 +155,12 @@ def send_cells(
     queued = _queued(folder, out)
     with keep_network():
         keys = Keys()
-        finished = [cell for cell in chosen if keys.is_finished(cell)]
+        finished = [cell for cell in chosen if _is_finished(cell, keys)]
     missing = []
     for cell in chosen:
         if cell in finished:
-            print(f"{cell}: finished before")
-        elif cell.name in queued:
+            continue
+        if cell.name in queued:
             print(f"{cell}: in the queue as job {queued[cell.name]}")
         else:
             missing.append(cell)
@@ -186,6 +187,23 @@ def send_cells(
     return table
 
 
+def _is_finished(cell: Cell, keys: Keys) -> bool:
+    """Return whether a cell is finished, and print it.
+
+    Where its images or weights cannot be opened, such as on a login node, its results count.
+    """
+    if not has_results(cell):
+        return False
+    try:
+        keys.of(cell)
+    except InputError as error:
+        print(f"{cell}: finished before; whether its images have changed is unknown here ({error})")
+        return True
+    if finished := keys.is_finished(cell):
+        print(f"{cell}: finished before")
+    return finished
+
+
 def _share_features(cells: list[Cell]) -> list[list[Cell]]:
     """Group the cells that read the same features; any other cell is alone."""
     groups: dict[object, list[Cell]] = {}
@@ -202,7 +220,7 @@ def _queued(folder: Path, out: Path) -> dict[str, str]:
     return {
         cell: job
         for job, command in words.items()
-        if Path(option(command, "--out")) == out
+        if Path(option(command, "--out")).absolute() == out.absolute()
         for cell in option_values(command, _ONLY)
     }
 

@@ -39,7 +39,8 @@ class FIDSettings:
 
     protocol: Literal["dit"] | None = None
     """dit: FID-50K as DiT reports it, which sets images and sampler, and refuses other settings, a
-    run without optim.ema 0.9999 and any reference but ADM's file."""
+    run without optim.ema 0.9999, and a reference that is no file like ADM's (mu, sigma and arr_0)
+    for images of this size; that it is the one of ImageNet is not checked."""
     images: Annotated[int | None, COUNT] = None
     """Number of samples of a run; by default 50,000."""
     features: str = _INCEPTION

@@ -62,9 +62,10 @@ def knn(
         results = {} if protocol.only_shots else grade(whole, predictions=predicted)
         names = image_names(evaluation.train)
         results |= grade_draws(few, names, labels, lambda chosen: grade(few, chosen=chosen))
+        record = evaluation.write(results, train.features.shape[1])
         if predicted:
             predicted.save(evaluation.folder)
-        return evaluation.write(results, train.features.shape[1])
+        return record
 
 
 def _queries_from_train(data: str, _: None) -> tuple[Source, Source]:

@@ -139,9 +139,9 @@ def linear(
             check_savable(evaluation.model, save)
         predicted = Predictions(evaluation.eval, evaluation.device) if predictions else None
         heads, results, dim = grade(evaluation, predicted)
+        record = evaluation.write(results, dim)
         if predicted:
             predicted.save(evaluation.folder)
-        record = evaluation.write(results, dim)
         if save:
             classes = evaluation.train.classes
             save_classifier(evaluation.model, heads, classes, save, evaluation.eval)

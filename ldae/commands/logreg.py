@@ -101,9 +101,10 @@ def logreg(
             return {key: graded[key] for key in (*protocol.accuracies, "C")}
 
         results |= grade_draws(protocol, names, labels, grade)
+        record = evaluation.write(results, train.features.shape[1])
         if predicted:
             predicted.save(evaluation.folder)
-        return evaluation.write(results, train.features.shape[1])
+        return record
 
 
 def logistic_regression(

@@ -23,7 +23,7 @@ from ldae.evals.features import Encoder, known_labels
 from ldae.evals.heads import Heads
 from ldae.evals.protocol import Protocol
 from ldae.evals.taps import Tap
-from ldae.files import state_hash
+from ldae.files import as_json, state_hash
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import LABELS_HASH, NAMES_HASH, images_hashes, labels_hash
@@ -197,7 +197,7 @@ def train_on_augmented(
     batch size of the encoder, the number of images that go through the backbone at once.
 
     The same call again resumes, on a CPU bit for bit with as many ranks, until ``remove_training``.
-    Checkpoints of another protocol, backbone, images or labels are removed.
+    Checkpoints of another protocol, backbone, preprocessing, images or labels are removed.
 
     Returns: the head; and its learning rate, sizes and images seen, for the results.
 
@@ -217,6 +217,7 @@ def train_on_augmented(
         "images": images.pop(NAMES_HASH),
         **images,
         LABELS_HASH: labels_hash(source),
+        "preprocessing": as_json(asdict(encoder.transform)),
     }
     chans, side, _ = encoder.transform.input_size
     transform = CropTransform(

@@ -156,13 +156,14 @@ class Evaluation:
             "call": self.call,
         }
         if is_main():
-            write_json(path, record)
             control = " (random init)" if self.setup.random_init else ""
             numbers = [
                 f"{name} {results[name]:.2f}" for name in self.protocol.headlines if name in results
             ]
             subject = f"{self.task} of {self.spec}{control} on {self.eval.spec}"
-            print(f"{subject}: {', '.join(numbers)}; {path}")
+            print(f"{subject}: {', '.join(numbers)}; {path}", flush=True)
+            write_json(path, record)  # after the numbers are shown: the disk may be full
+            path.with_name(layout.PREDICTIONS).unlink(missing_ok=True)  # of a former evaluation
         return as_json(record)
 
     def _describe_data(self) -> dict:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Collection
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from ldae.backbones.preprocessing import preprocessing
 from ldae.console import print_main
 from ldae.data.open import open_source
 from ldae.distributed import agree, gather_values, is_lost_connection, is_main
@@ -87,7 +89,8 @@ def _run(cell: Cell, keys: "Keys", progress: Progress) -> None:
         if is_lost_connection(error):
             raise
         sentence = _sentence(error)
-        if not agree(f"failure of {cell}", sentence):
+        # Without numbers, as of the device of each rank and of its free memory.
+        if not agree(f"failure of {cell}", re.sub(r"\d[\d.]*", "#", sentence)):
             raise InputError(f"{cell}: {sentence}") from error
         progress.failures[cell.results] = sentence
         print(f"ldae: {cell}: {sentence}", file=sys.stderr, flush=True)
@@ -137,6 +140,8 @@ def _key_of_results(cell: Cell) -> dict | None:
     try:
         record = json.loads(cell.results.read_text(encoding="utf-8"))
         key = record["suite"]
+        # Older keys lack the preprocessing, which the record of the backbone has.
+        key.setdefault("preprocessing", record.get("backbone", {}).get("preprocessing"))
         made_so = isinstance(record["results"], dict) and _settings(cell).items() <= key.items()
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -151,7 +156,7 @@ class Keys:
     """
 
     def __init__(self) -> None:
-        self._weights = functools.cache(_weights)
+        self._network = functools.cache(_network)
         self._images = functools.cache(_images)
 
     def of(self, cell: Cell) -> dict:
@@ -164,7 +169,7 @@ class Keys:
         return _settings(cell) | {
             "fingerprint": self._images(learned, split),
             "eval_fingerprint": self._images(graded, "eval"),
-            "weights": self._weights(*cell.network, cell.takes_classifier),
+            **self._network(*cell.network, cell.takes_classifier),
             **cell.column.protocol.file_hashes(),
         }
 
@@ -196,6 +201,10 @@ def _images(spec: str, split: Literal["train", "eval"]) -> str:
     return open_source(spec, split, images_or_embedded).fingerprint()
 
 
-def _weights(spec: str, setup: Setup, with_head: bool) -> str:
-    load = open_classifier if with_head else open_backbone
-    return state_hash(load(spec, setup).state_dict())
+def _network(spec: str, setup: Setup, with_head: bool) -> dict:
+    """Return the hash of the weights, and the preprocessing, which no weight of a CNN shows."""
+    model = (open_classifier if with_head else open_backbone)(spec, setup)
+    return {
+        "weights": state_hash(model.state_dict()),
+        "preprocessing": as_json(asdict(preprocessing(model))),
+    }

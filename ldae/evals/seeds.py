@@ -121,12 +121,12 @@ def write_means(
     record = {key: value for key, value in first.items() if key != "suite"}
     record |= {"protocol": protocol, "backbone": backbone, "results": results, "call": call}
     path = folder / layout.RESULTS
-    if is_main():
-        write_json(path, record)
     numbers = [f"{name} {results[name]:.2f} ± {results[SPREAD][name]:.2f}" for name in names]
     control = " (random init)" if backbone["random_init"] else ""
     subject = f"{record['task']} of {backbone['spec']}{control} on {record['data']['eval_spec']}"
     print_main(f"{subject}, {len(records)} seeds: {', '.join(numbers)}; {path}")
+    if is_main():
+        write_json(path, record)
     return record
 
 

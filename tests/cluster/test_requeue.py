@@ -229,6 +229,18 @@ def test_progress_counts_the_growth_of_one_file(command, growing, job, tmp_path)
     assert 0 < seen[0] == seen[1] < seen[2]
 
 
+def test_progress_is_seen_below_the_home_that_no_shell_has_named(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = job("")
+    path = tmp_path / "home" / "run" / "checkpoints" / "images-000000016384.pt"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    for words in (["--run", "~/run"], ["--run=~/run"], ["--out=~/run"]):
+        record = {"command": ["pretrain", *words], "directory": str(tmp_path)}
+        requeue.files.write_json(folder / "job.json", record)
+        assert requeue.measure_progress(folder) >= 16384
+
+
 def test_progress_of_a_cell_is_not_that_of_others(job, tmp_path):
     folder = job("")
     command = "evaluate --suite s --out y --only a/b/c".split()

@@ -56,6 +56,10 @@ def run_script(cluster: Path, **environment) -> subprocess.CompletedProcess:
     )
 
 
+def script_of(cluster: Path) -> str:
+    return (cluster / "script").read_text()
+
+
 @pytest.mark.parametrize("name", ["50%", "a\\b", "a:b", "it's", 'a"b', "a\nb"])
 def test_a_folder_that_a_batch_script_cannot_contain_is_refused(name, tmp_path, cluster):
     with pytest.raises(InputError, match="cannot contain"):
@@ -82,7 +86,7 @@ def test_the_batch_script_holds_the_settings(tmp_path, cluster):
         extra=("qos=high", "exclusive", "mail-user=a b"),
     )  # fmt: skip
     send.send([("show",)], settings, tmp_path, after=["5", "6"])
-    script = (cluster / "script").read_text()
+    script = script_of(cluster)
     for line in (
         "partition=gpu", "nodes=2", "gpus-per-node=4", "ntasks-per-node=4", "cpus-per-task=3",
         "time=1440", "signal=USR2@30", "account=mine", "constraint='a100|h100'", "qos=high",
@@ -92,6 +96,39 @@ def test_the_batch_script_holds_the_settings(tmp_path, cluster):
         assert f"#SBATCH --{line}\n" in script, line
     assert re.search("^module load x$", script, re.M)
     assert "--kill-on-bad-exit=1" in script and "srun --unbuffered" in script
+
+
+def test_defaults_of_the_users_shell_and_the_name_of_the_job_are_kept(
+    tmp_path, cluster, monkeypatch
+):
+    for name, value in {"ACCOUNT": "group", "PARTITION": "cpu", "QOS": "low"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    settings = SlurmSettings(partition="gpu", extra=("job-name=mine",))
+    send.send([("show",)], settings, tmp_path)
+    lines = re.findall("#SBATCH --((?:account|partition|qos|job-name).*)", script_of(cluster))
+    assert sorted(lines) == ["account=group", "job-name=mine", "partition=gpu", "qos=low"]
+
+
+def test_a_folder_that_the_machine_of_the_job_does_not_have_is_named(
+    tmp_path, cluster, monkeypatch
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    send.send([("show",)], SlurmSettings(), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").rmdir()
+    done = run_script(cluster)
+    assert done.returncode == 2 and f"{tmp_path / 'gone'} cannot be entered on" in done.stderr
+    assert requeue.read_state(tmp_path / "jobs" / "7")["state"] == "failed"
+
+
+def test_a_job_that_was_sent_before_the_disk_was_full_is_named(tmp_path, cluster, monkeypatch):
+    def write_json(path, content):
+        raise InputError(f"{path} cannot be written: Disk quota exceeded")
+
+    monkeypatch.setattr(send.files, "write_json", write_json)
+    with pytest.raises(InputError, match="quota exceeded; job 7 was sent: scancel it"):
+        send.send([("show",)], SlurmSettings(), tmp_path)
 
 
 def test_a_refusal_by_sbatch_is_quoted(tmp_path, cluster):

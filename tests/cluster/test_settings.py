@@ -58,6 +58,7 @@ def test_time_limits_have_sbatchs_formats(time, expected):
         ({"extra": ("qos=a\n#SBATCH -x",)}, "must be one line"),
         ({"extra": ("--qos=a",)}, "slurm.extra must be an option of sbatch as KEY=VALUE"),
         ({"extra": ("output=x",)}, "slurm.extra output is set by ldae itself"),
+        ({"extra": ("ntasks-per-node=4",)}, "ntasks-per-node: use slurm.tasks_per_node"),
         ({"cluster": "local", "nodes": 2}, "local has one machine"),
         ({"cluster": "debug", "gpus_per_node": 2}, "debug has one process, not 2"),
     ],
@@ -90,6 +91,7 @@ def test_jobs_go_to_the_run_folder_of_the_command(tmp_path):
     assert folder_of(SlurmSettings(), [str(tmp_path), "--data", "x"]) == tmp_path
     assert folder_of(SlurmSettings(), ["--data", "x", str(tmp_path)]) == tmp_path
     assert folder_of(SlurmSettings(), ["pixels"]) == Path()
+    assert folder_of(SlurmSettings(), ["x", "--run=~/r"]) == Path.home() / "r"
     assert folder_of(SlurmSettings(folder="f"), ["x", "--run", "r"]) == Path("f")
 
 

@@ -14,6 +14,7 @@ from tyro.conf import Fixed
 
 from ldae import cli, distributed
 from ldae.backbones.open import load_backbone
+from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.evaluate import evaluate
 from ldae.commands.retrieve import RetrievalProtocol, retrieve
 from ldae.commands.validate import ValidationProtocol
@@ -191,6 +192,17 @@ def test_other_weights_under_the_same_name_are_graded_again(suite, setup, called
     assert len(called.made) == 2
 
 
+def test_another_preprocessing_of_the_same_weights_is_graded_again(
+    suite, setup, called, monkeypatch
+):
+    suite.write_text("[data.d]\ntrain = 'digits'\n[protocols.knn]")
+    for size in (8, 8, 16):
+        other = replace(preprocessing(load_backbone("pixels:8")), input_size=(3, size, size))
+        monkeypatch.setattr("ldae.evals.running.preprocessing", lambda _, other=other: other)
+        evaluate(("pixels:8",), suite=suite, setup=setup)
+    assert len(called.made) == 2
+
+
 def test_other_images_under_the_same_name_are_graded_again(suite, setup, called, tmp_path):
     for name in ("train/a/1", "train/b/2", "val/a/3", "val/b/4"):
         path = tmp_path / "images" / f"{name}.png"
@@ -321,7 +333,7 @@ def test_ranks_fail_together(failing, suite, setup, monkeypatch, on_ranks):
 
     def knn(backbone, /, data, eval_data=None, *, protocol: KNNProtocol, setup: Setup):
         if setup.out.parent.name == "digits" and distributed.rank() in failing:
-            raise InputError("cat.png is truncated")
+            raise InputError(f"cuda:{distributed.rank()} has too little memory")
         distributed.barrier()
         return {"results": {protocol.headline: 50.0}}
 
@@ -329,12 +341,13 @@ def test_ranks_fail_together(failing, suite, setup, monkeypatch, on_ranks):
     monkeypatch.setattr(distributed, "_REPORT_SECONDS", 2.0)
     suite.write_text(SUITE.partition("[protocols.retrieve]")[0])
     one, two = on_ranks(lambda: evaluate(("pixels:8",), suite=suite, setup=setup), seconds=20)
-    sentence = "knn of pixels-8 on digits: cat.png is truncated"
+    sentence = f"knn of pixels-8 on digits: cuda:{failing[0]} has too little memory"
     if len(failing) == 1:
         assert two == f"InputError: {sentence}"
         assert one == f"LostRank: rank 0 lost the other ranks: rank 1 reported: {sentence}"
     else:
-        assert one == two and one.startswith("InputError: 1 of 2 cells failed")
+        assert one == two.replace("cuda:1", "cuda:0")
+        assert one.startswith("InputError: 1 of 2 cells failed")
         by_json, _, text = numbers(setup.out)
         assert len(by_json) == 1 and sentence in text
 

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from ldae import cli
 from ldae.cluster.requeue import option_values
@@ -96,6 +97,21 @@ def test_the_same_command_again_sends_only_what_is_missing(suite, setup, sent, c
     suite.write_text(SUITE.replace("k = [5]", "k = [7]"))
     send_cells(DEBUG, ("pixels:8",), suite=suite, setup=setup)
     assert sent[3:] == [CELLS[0]]
+
+
+def test_where_the_images_cannot_be_seen_the_results_count(suite, setup, sent, tmp_path, capsys):
+    """Such as on a login node, with the images on the disks of the others."""
+    images = tmp_path / "images"
+    for name in ("train/a/1", "train/b/2", "val/a/3", "val/b/4"):
+        path = images / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), int(name[-1])).save(path)
+    suite.write_text(f"[data.d]\ntrain = '{images}'\n[protocols.knn]\nk = [1]")
+    table = send_cells(DEBUG, ("pixels:8",), suite=suite, setup=setup)
+    images.rename(tmp_path / "elsewhere")
+    assert send_cells(DEBUG, ("pixels:8",), suite=suite, setup=setup) == table
+    assert sent == ["pixels-8/d/knn"]
+    assert "finished before; whether its images have changed is unknown" in capsys.readouterr().out
 
 
 def test_other_weights_are_sent_again(suite, setup, sent, monkeypatch):

@@ -98,7 +98,7 @@ def test_slurms_answer_goes_before_the_records(folder, tmp_path):
             "3|OUT_OF_MEMORY",
             "4|RUNNING",
             "5_0|FAILED",
-            "7_[0-1,3%2]|CANCELLED by 0",
+            "7_[0-1,3...]|CANCELLED by 0",
         ],
         "squeue": ["4|PENDING|BeginTime", "6_1|RUNNING|None", "9|RUNNING|None"],
     }

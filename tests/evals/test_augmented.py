@@ -237,6 +237,20 @@ def test_a_probe_begins_again_when_labels_were_corrected(vit, pictures, stopped_
     assert torch.equal(heads[0].weight, heads[1].weight)
 
 
+def test_a_probe_begins_again_with_another_preprocessing(vit, pictures, stopped_at, tmp_path):
+    """The weights of many networks are the same for every size of the images."""
+    with pytest.raises(Interrupted, match="stopped at image 48 of"):
+        train_on_augmented(stopped_at(2), pictures(60), SHORT, tmp_path / "run")
+    other = replace(preprocessing(vit), mean=(0.0, 0.1, 0.2))
+    heads = [
+        train_on_augmented(
+            Encoder(vit, CPU, transform=other), pictures(60), SHORT, tmp_path / folder
+        )[0]
+        for folder in ("run", "alone")
+    ]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
 def test_two_ranks_resume_what_one_rank_began(vit, pictures, stopped_at, tmp_path, on_ranks):
     """The run stops after 5 updates of 3 groups, when the second rank is next."""
     source, encoder = pictures(61), Encoder(vit, CPU)

@@ -39,6 +39,8 @@ def test_the_accuracy_is_that_of_the_predictions(grader, protocol, accuracies, t
         for name, accuracy in accuracies.items():
             share = 100 * np.mean(kept[name] == kept["labels"])
             assert share == pytest.approx(results["results"][accuracy])
+    grader("test_vit", "digits", protocol=protocol, setup=setup)
+    assert not (tmp_path / layout.PREDICTIONS).exists()  # those of other weights would stay
 
 
 def test_equal_scores_give_the_smaller_class_and_undefined_ones_do_not_count(pictures):
