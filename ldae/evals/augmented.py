@@ -26,7 +26,7 @@ from ldae.evals.taps import Tap
 from ldae.files import as_json, state_hash
 from ldae.runs import layout
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.folder import LABELS_HASH, NAMES_HASH, images_hashes, labels_hash
+from ldae.runs.identity import LABELS_HASH, NAMES_HASH, images_hashes, labels_hash
 from ldae.runs.lock import locked
 from ldae.runs.metrics import Metrics
 from ldae.settings import ExecutionSettings, OptimSettings

@@ -1,13 +1,10 @@
 """Open a run folder: create it, or check that it holds this run."""
 
-import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from ldae import distributed, files, tree
@@ -17,15 +14,10 @@ from ldae.errors import InputError
 from ldae.runs import kinds, layout
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
+from ldae.runs.identity import LATENTS_OF, NAMES_HASH, images_hashes
 from ldae.runs.lock import locked
 from ldae.settings import ExecutionSettings
 
-NAMES_HASH = "the hash of the images' names"  # a key of checkpoints' descriptions
-FINGERPRINT = "the fingerprint of the images"  # another key, for images without names of their own
-LABELS_HASH = "the hash of the labels"  # another key, for models that learn them
-RESIZED_TWICE = "resized twice"  # another key: whether the images were, as from a cache
-LATENTS_OF = "the hash of the latents' tokenizer"  # another key; empty for a training on images
-_NUMBER = re.compile(r"(train|eval|all)/\d{6,}")  # the default of Source.name
 # Beginnings of the names of settings that may change when a run resumes.
 _MAY_CHANGE = ("system.", "data.bad_images", "data.eval_source", "license")
 _NOT_OF_A_RUN = (layout.LOCK, layout.JOBS)  # may lie in a folder before a run begins there
@@ -59,8 +51,8 @@ def open_run(
 ) -> Iterator[None]:
     """Open the folder ``run`` for a new or resumed run, and keep other processes out.
 
-    A run in the folder must be of this kind, with these settings and images. Before
-    its first checkpoint, a run of this kind may start again with other settings and images.
+    A run in the folder must be of this kind, with these settings and images. Before its first
+    checkpoint, a run of this kind may start again with other settings and images.
 
     Args:
         run: the folder, which is created if there is none.
@@ -77,33 +69,32 @@ def open_run(
     if not kinds.kind_of(run):
         _check_outside(run, source)
     with locked(run):
-        before, images = _settings_before(run, kind), images_hashes(source)
-        changed = {} if before is None else _changed(run, before, config, source, ignored)
-        known = files.read_object(run / layout.ENVIRONMENT).get("images", {})
-        if isinstance(known, str):  # as older versions wrote it
-            known = {NAMES_HASH: known}
-        if not Checkpoints(run).paths():  # a checkpoint knows its images itself
-            pairs = {name: (value, images.get(name)) for name, value in known.items()}
-            changed |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        if changed and (fixed or Checkpoints(run).paths()):
-            names = ", ".join(
-                f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items()
-            )
-            longer = "optim.epochs" in changed and hasattr(config, "init_from")
-            go_on = f", and --init-from {run} to go on from this one" if longer else ""
-            raise InputError(
-                f"run folder {run} holds another run: {names}; name another --run{go_on}"
-            )
+        before = _settings_before(run, kind)
+        differences = {} if before is None else _differences(run, before, config, source, ignored)
+        if differences and (fixed or Checkpoints(run).paths()):
+            raise _refusal(run, differences)
         distributed.barrier()  # all ranks read the folder before rank 0 writes to it
         if distributed.is_main():
-            if changed:
+            if differences:
                 for name in _OF_THE_SETTINGS:
                     (run / name).unlink(missing_ok=True)
-            files.write(run / layout.CONFIG, kinds.to_yaml(config, kind).encode())
-            record = environment(device) | {"ranks": distributed.world_size(), "images": images}
-            files.write_json(run / layout.ENVIRONMENT, record)
+            _write(run, kind, config, source, device)
         distributed.barrier()
         yield
+
+
+def how_to_go_on(run: Path) -> str:
+    """Return the end of a refusal: how another pre-training starts from the one in a folder.
+
+    It is empty for a run that no pre-training starts from.
+    """
+    kind = kinds.kind_of(run)
+    if kind not in kinds.pretrainings() or not hasattr(kinds.KINDS[kind].defaults(), "init_from"):
+        return ""
+    return (
+        f", and {run / layout.CONFIG} in the place of the row with --init-from {run} to go on from "
+        "this one"
+    )
 
 
 def _settings_before(run: Path, kind: str) -> Settings | None:
@@ -115,7 +106,9 @@ def _settings_before(run: Path, kind: str) -> Settings | None:
         return kinds.settings_of(run, kind)
     names = [path.name for path in run.iterdir()] if run.is_dir() else []
     if any(name not in _NOT_OF_A_RUN and not name.endswith(files.PARTIAL) for name in names):
-        raise InputError(f"run folder {run} is not empty and holds no run")
+        raise InputError(
+            f"folder {run} holds other files and no run: name an empty or new folder by --run"
+        )
     return None
 
 
@@ -127,41 +120,47 @@ def _check_outside(run: Path, source: Source) -> None:
             raise InputError(f"run folder {run} lies among the images {folder}: name another --run")
 
 
-def _changed(
+def _differences(
     run: Path, before: Settings, config: Settings, source: Source, ignored: tuple[str, ...]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the changed settings that make this another run: dotted name -> (old, new)."""
+    """Return what makes this another run: a setting, or a fact about its images -> (old, new)."""
+    described, images = Checkpoints(run).describe() or {}, images_hashes(source)
     ignored = (*_MAY_CHANGE, *ignored)
-    described = Checkpoints(run).describe() or {}
-    if images_hashes(source).items() <= described.items():
+    if images.items() <= described.items():
         ignored += ("data.source",)
         there, here = before.data.source, config.data.source
         if there != here:
             print_main(f"{here} in place of {there}: their images have the same names")
         if described.get(LATENTS_OF) == source.latents_of:
             ignored += ("data.latents",)
-    changed = tree.difference(before, config)
-    return {name: pair for name, pair in changed.items() if not name.startswith(ignored)}
+    settings = tree.difference(before, config).items()
+    differences = {name: pair for name, pair in settings if not name.startswith(ignored)}
+    if not described or "data.source" in differences:  # else the training compares the images
+        known = described or _images_at_the_start(run)
+        pairs: dict[str, Any] = {"the number of images": (known.get("images"), len(source))}
+        pairs |= {name: (known.get(name), value) for name, value in images.items()}
+        differ = [name for name, (old, new) in pairs.items() if old not in (None, new)]
+        differences |= {name: pairs[name] for name in differ[:1]}
+    return differences
 
 
-def images_hashes(source: Source) -> dict[str, str]:
-    """Return the hashes by which a run that resumes knows its images.
-
-    The names of files, in order, tell it wherever the files lie and whenever they were copied.
-    Images that only have numbers are known by their fingerprint too.
-    """
-    digest = hashlib.sha256()
-    for number in range(len(source)):
-        digest.update(source.name(number).encode() + b"\0")
-    hashes = {NAMES_HASH: digest.hexdigest()[:16]}
-    if _NUMBER.fullmatch(source.name(0)):
-        hashes[FINGERPRINT] = source.fingerprint()[:16]
-    return hashes
+def _images_at_the_start(run: Path) -> dict[str, str]:
+    """Return the hashes of the images with which a run without a checkpoint has started."""
+    known = files.read_object(run / layout.ENVIRONMENT).get("images", {})
+    return {NAMES_HASH: known} if isinstance(known, str) else known  # of an older version
 
 
-def labels_hash(source: Source) -> str:
-    """Return a hash of the names of the classes and of the label of each image, in order."""
-    digest = hashlib.sha256("\0".join(source.classes or ()).encode("utf-8", "backslashreplace"))
-    if source.labels is not None:
-        digest.update(source.labels.astype(np.int64).tobytes())
-    return digest.hexdigest()[:16]
+def _refusal(run: Path, differences: dict[str, tuple[Any, Any]]) -> InputError:
+    names = ", ".join(
+        f"{name} is {old!r} there, {new!r} here" for name, (old, new) in differences.items()
+    )
+    goes_on = {"data.source", "optim.epochs"} & differences.keys()
+    advice = f"name another --run{how_to_go_on(run) if goes_on else ''}"
+    return InputError(f"run folder {run} holds another run: {names}; {advice}")
+
+
+def _write(run: Path, kind: str, config: Settings, source: Source, device: torch.device) -> None:
+    """Write the settings, and the environment with the hashes of the images."""
+    files.write(run / layout.CONFIG, kinds.to_yaml(config, kind).encode())
+    images = {"ranks": distributed.world_size(), "images": images_hashes(source)}
+    files.write_json(run / layout.ENVIRONMENT, environment(device) | images)

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import nn
 from ldae import distributed
 from ldae.console import print_main
 from ldae.data.workers import Batch, report_dead_worker
-from ldae.errors import InputError
+from ldae.errors import InputError, quoted
 from ldae.precision import deterministic_algorithms, float32_products
 from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.folder import how_to_go_on
 from ldae.runs.metrics import Metrics, progress_line
 from ldae.runs.skipped import record_skipped
 from ldae.settings import ExecutionSettings, OptimSettings
@@ -157,7 +159,7 @@ class Loop:
         checkpoint = self.checkpoints.load_on_all_ranks()
         self.state.reset_counts()
         if checkpoint:
-            _check_same_run(checkpoint["describe"], self.describe)
+            _check_same_run(self.checkpoints.run, checkpoint["describe"], self.describe)
             self.state.restore(checkpoint)
             self._use_division(checkpoint["division"])
         self.seen = checkpoint["images_seen"] if checkpoint else 0
@@ -357,7 +359,7 @@ def report_lag(device: torch.device) -> int:
     return 0 if device.type == "cpu" else 1
 
 
-def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_run(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Check that a run resumes with the images and labels that it began with.
 
     The row is not compared, since it can be the path of a file that has moved.
@@ -367,6 +369,7 @@ def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in before.items():
         if name != "row" and value != now[name]:
             raise InputError(
-                f"the images or labels of this run have changed since it began: {name} was {value} "
-                f"then, and is {now[name]} now; put them back, or name another --run"
+                f"this run began with other images or labels: {name} was {quoted(value)} then, and "
+                f"is {quoted(now[name])} now; put them back, or name another --run"
+                f"{how_to_go_on(run)}"
             )

@@ -18,14 +18,8 @@ from ldae.data.transforms import CropTransform
 from ldae.data.workers import Batch
 from ldae.errors import InputError
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.folder import (
-    LABELS_HASH,
-    LATENTS_OF,
-    RESIZED_TWICE,
-    Settings,
-    images_hashes,
-    labels_hash,
-)
+from ldae.runs.folder import Settings
+from ldae.runs.identity import describe_images
 from ldae.runs.metrics import Metrics
 from ldae.settings import OptimSettings
 from ldae.train.loop import Hook, Loop
@@ -94,12 +88,7 @@ def train_in(
         open_metrics=open_metrics,
         describe={
             "row": row,
-            "images": len(source),
-            "classes": list(source.classes or ()),
-            **images_hashes(source),
-            **({LABELS_HASH: labels_hash(source)} if learns_labels else {}),
-            RESIZED_TWICE: resizes_twice,
-            LATENTS_OF: source.latents_of,
+            **describe_images(source, resizes_twice, learns_labels),
             **(start or {}),
         },
         compiled=compiles(config.system.compile, device),

@@ -20,7 +20,7 @@ from PIL import Image
 from written import assert_equal, lines, weights
 
 import ldae
-from ldae import distributed, tree
+from ldae import cli, distributed, tree
 from ldae.commands.knn import knn
 from ldae.commands.pretrain import pretrain
 from ldae.data.loader import epoch_order
@@ -30,7 +30,7 @@ from ldae.evals.neighbours import KNNProtocol
 from ldae.method import LDAE
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
-from ldae.runs.folder import FINGERPRINT
+from ldae.runs.identity import FINGERPRINT
 from ldae.train.interrupt import Interrupted
 
 
@@ -380,11 +380,38 @@ def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):
         pretrain(tiny(), run, "l_dae")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
-    with pytest.raises(InputError, match="full is not empty and holds no run"):
+    with pytest.raises(InputError, match="full holds other files and no run: name an empty"):
         pretrain(tiny(), tmp_path / "full", "l_dae")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
         pretrain(tiny(), tmp_path / "file", "l_dae")
+
+
+def test_a_refused_run_goes_on_in_another_folder_with_its_own_network(tiny, tmp_path):
+    run, longer = tmp_path / "run", tmp_path / "longer"
+    pretrain(tiny(), run, "l_dae")
+    advice = f"{run}/config.yaml in the place of the row with --init-from {run} to go on"
+    with pytest.raises(InputError, match=f"here; name another --run, and {advice}"):
+        pretrain(tiny(optim__epochs=2), run, "l_dae")
+    start = ["pretrain", f"{run}/config.yaml", "--init-from", str(run), "--run", str(longer)]
+    assert cli.main([*start, "--optim.epochs", "2"]) == 0
+    settings = [kinds.settings_of(folder, "pretraining") for folder in (run, longer)]
+    given = {"data.mean", "data.std", "model.mlp_ratio"}  # by the start, where the run had defaults
+    assert tree.difference(*settings).keys() == given | {"init_from", "optim.epochs"}
+
+
+def test_a_run_that_began_with_other_classes_is_refused_in_a_short_sentence(tiny, tmp_path):
+    pretrain(tiny(), tmp_path / "run", "l_dae")
+    (path,) = Checkpoints(tmp_path / "run").paths()
+    state = torch.load(path, weights_only=True)
+    state["describe"]["classes"] = [f"class {number}" for number in range(1000)]
+    torch.save(state, path)
+    message = (
+        "began with other images or labels: classes was .* then, and is .* now; .* --init-from"
+    )
+    with pytest.raises(InputError, match=message) as refused:
+        pretrain(tiny(), tmp_path / "run", "l_dae")
+    assert len(str(refused.value)) < 700
 
 
 def test_a_run_folder_in_use_is_refused(tiny, tmp_path, on_ranks):
@@ -423,10 +450,13 @@ def test_the_images_of_a_run_may_move_but_not_change(folder, tiny, tmp_path, int
     assert_equal(weights(tmp_path / "copy"), weights(tmp_path / "whole"))
     (moved / "05.png").rename(moved / "99.png")
     other = tree.replace(config, {"data.source": str(moved) + "/"})
-    with pytest.raises(InputError, match="holds another run: data.source is"):
+    with pytest.raises(InputError, match="data.source is .* here, the hash of the images' names"):
         pretrain(other, tmp_path / "copy", "l_dae")
     with pytest.raises(InputError, match="the hash of the images' names was"):
         pretrain(config, tmp_path / "copy", "l_dae")
+    (moved / "99.png").unlink()
+    with pytest.raises(InputError, match="here, the number of images is 24 there, 23 here; name"):
+        pretrain(other, tmp_path / "copy", "l_dae")
     assert kinds.settings_of(tmp_path / "copy", "pretraining") == config
 
 

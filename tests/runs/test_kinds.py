@@ -140,7 +140,7 @@ SMALL = ["--data.img-size", "32", "--model.name", "vit_tiny_patch16_224"]
             "the folder RUN holds neither a run nor the config.json of a timm",
         ),
         (["jobs", "RUN"], "no job was sent from RUN"),
-        *(([*argv, "--run", "RUN"], "RUN is not empty and holds no run") for argv in TO_FOLDERS),
+        *(([*argv, "--run", "RUN"], "RUN holds other files and no run") for argv in TO_FOLDERS),
     ],
     ids=lambda part: part[0] if isinstance(part, list) else "",
 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from ldae.commands.cache import cache
 from ldae.data.open import open_source
-from ldae.runs.folder import images_hashes, labels_hash
+from ldae.runs.identity import images_hashes, labels_hash
 
 
 def hashes(spec) -> dict[str, str]:
