@@ -354,7 +354,7 @@ def test_wrong_input_is_a_sentence(tiny, tmp_path):
         (lambda: ldae.pretrain("l_dae", tmp_path), "'l_dae' is not settings"),
         (lambda: ldae.pretrain(tiny()), "need a run folder"),
         (lambda: ldae.pretrain(3, tmp_path), "settings of a denoising .* not int"),
-        (lambda: ldae.finetune(tiny(), tmp_path), "settings of a fine-tuning, not Config"),
+        (lambda: ldae.finetune(tiny(), tmp_path), "settings of a fine-tuning run, not Config"),
         (lambda: ldae.config(changes={"optim.epoch": 3}), "the nearest is 'optim.epochs'"),
         (lambda: ldae.knn("pixels:4"), "no images"),
     ):

@@ -26,7 +26,7 @@ def diff(first: str, second: str, /, scale: str = "paper") -> dict[str, tuple[An
     nouns = [KINDS[recipes.find(name)[0]].noun for name in (first, second)]
     if nouns[0] != nouns[1]:
         raise InputError(
-            f"{first} is {nouns[0]}, and {second} is {nouns[1]}: they share no settings"
+            f"{first} is a recipe of {nouns[0]}, and {second} of {nouns[1]}: they share no settings"
         )
     old, new = (recipes.config(name, scale) for name in (first, second))
     changed = tree.difference(old, new)

@@ -148,4 +148,4 @@ def _check_positions(spec: str, pos_embed: torch.Tensor) -> None:
     Raises: InputError for learned positions, since an MAE's are constants.
     """
     if not is_sincos(pos_embed[0, 1:]):
-        raise InputError(f"init_from {spec} has other positions than the constant ones of an MAE")
+        raise InputError(f"init_from {spec} has learned positions, and an MAE has sine-cosine ones")

@@ -33,8 +33,8 @@ def online_knn(
     images = config.system.knn_source or config.data.source
     if config.data.bad_images == "skip" and not config.system.knn_source:
         raise InputError(
-            "the online k-NN leaves no image out, so data.bad_images skip needs system.knn_source, "
-            "images that can all be decoded"
+            "the online k-NN leaves no image out: with data.bad_images skip, set system.knn_source "
+            "to images that can all be decoded"
         )
     own = config.system.knn_source and "eval" in source_splits(images)
     splits = open_splits(images, None if own else config.data.eval_source or None)

@@ -47,8 +47,8 @@ def find(name: str | int, among: Iterable[str] = ()) -> tuple[str, str]:
         own = [recipe for recipe, kind in known.items() if kind in among]
         raise unknown("there is no row", name, own, " (`ldae show` lists all)")
     if known[name] not in among:
-        wanted = " or ".join(kinds.KINDS[kind].noun for kind in among)
-        raise InputError(f"{name} is {kinds.KINDS[known[name]].noun}, not {wanted}")
+        nouns = [kinds.KINDS[kind].noun for kind in (known[name], *among)]
+        raise InputError(f"{name} is a recipe of {nouns[0]}, not of {' or '.join(nouns[1:])}")
     return known[name], name
 
 

@@ -79,7 +79,8 @@ def decide(config: Any, leaves: dict[str, Any]) -> Any:
     for name, value in _named(config).items():
         if values[name] != value:
             raise InputError(
-                f"{name} is {value}, and init_from {config.init_from} has {values[name]}"
+                f"{name} is {value}, but init_from {config.init_from} has {values[name]}: leave "
+                "the setting out, or start from another network"
             )
     return decided
 

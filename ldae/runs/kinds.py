@@ -97,22 +97,22 @@ class Kind(NamedTuple):
 
 KINDS = {
     "pretraining": Kind(
-        "a denoising pre-training",
+        "a denoising pre-training run",
         "ldae.settings:Config",
         "ldae.trajectory",
         "ldae.backbones.run:DENOISING",
         "ldae.pretraining.denoising:pretrain",
     ),
     "mae": Kind(
-        "an MAE pre-training",
+        "an MAE pre-training run",
         "ldae.mae.settings:MAEConfig",
         "ldae.mae.recipes",
         "ldae.mae.network:OPENING",
         "ldae.mae.pretraining:pretrain",
     ),
-    "tokenizer": Kind("a tokenizer", "ldae.settings:Config", "ldae.trajectory"),
-    "fine-tuning": Kind("a fine-tuning", "ldae.finetuning.settings:FinetuneConfig"),
-    "detection": Kind("a detection", "ldae.detection.settings:DetectConfig"),
+    "tokenizer": Kind("a tokenizer run", "ldae.settings:Config", "ldae.trajectory"),
+    "fine-tuning": Kind("a fine-tuning run", "ldae.finetuning.settings:FinetuneConfig"),
+    "detection": Kind("a detection run", "ldae.detection.settings:DetectConfig"),
 }
 
 
@@ -159,7 +159,7 @@ def pretraining_in(run: Path) -> str:
     if kind is None:
         raise _no_run(run)
     if kind not in pretrainings():
-        raise InputError(f"run folder {run} holds {KINDS[kind].noun}, not a pre-training")
+        raise InputError(f"run folder {run} holds {KINDS[kind].noun}, not a pre-training run")
     return kind
 
 
@@ -195,7 +195,9 @@ def settings_and_folder(
 
 def _no_run(folder: Path) -> InputError:
     path = folder / layout.CONFIG
-    reason = f"its {path.name} is of no run" if path.is_file() else f"it has no {path.name}"
+    reason = (
+        f"its {path.name} does not belong to a run" if path.is_file() else f"it has no {path.name}"
+    )
     return InputError(f"{folder} is not a run folder: {reason}")
 
 

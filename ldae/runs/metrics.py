@@ -114,6 +114,6 @@ def progress_line(record: dict, total: int) -> str:
     return (
         f"images {record['images']:>10,}/{total:,}  epoch {record['epoch']:.2f}  "
         f"loss {record['loss']:.4f}  {top1}lr {record['lr']:.2e}  "
-        f"{record['images_per_second']:,.0f} images/s  data {record['data_wait']:.0%}  "
+        f"{record['images_per_second']:,.0f} images/s  waiting for data {record['data_wait']:.0%}  "
         f"left {format_duration(left)}"
     )

@@ -74,7 +74,7 @@ def train_in(
     def open_metrics(seen: int) -> Metrics:
         resized = ", resized twice," if resizes_twice else ""
         steps = f"{plan.total:,} images{resized} in {plan.steps:,} steps"
-        print_main(f"{run}: {row}, {steps}, from {seen:,}")
+        print_main(f"{run}: {row}, {steps}, from image {seen:,}")
         return Metrics(run, seen, config.system.tensorboard, config.system.wandb)
 
     return Loop(

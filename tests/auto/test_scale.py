@@ -81,7 +81,7 @@ def test_a_short_run_has_the_steps_that_were_planned_and_ten_records(speed, tmp_
     ldae.pretrain(config, tmp_path / "run", scale="auto", hours=1.2e-4)
     out = capsys.readouterr().out
     (planned,) = re.findall(r"optim.batch_size +128 +(\d+) steps;", out)
-    assert f" in {planned} steps, from 0" in out
+    assert f" in {planned} steps, from image 0" in out
     assert 10 <= len(read_records(tmp_path / "run")) <= int(planned)
     (enough,) = re.findall(r"^hours 0.00012 are too few .*; (\S+) hours are enough$", out, re.M)
     decide(config, tmp_path / "longer", "pretraining", "l_dae", float(enough))

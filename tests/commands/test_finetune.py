@@ -374,7 +374,7 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="config.yaml: there is no setting 'noise.steps'"):
         finetune(tiny(), run)
     (run / "config.yaml").write_text("kind: pretraining\nnoise: {steps: 3}\n")
-    with pytest.raises(InputError, match="run holds a denoising pre-training, not a fine-tuning"):
+    with pytest.raises(InputError, match="run holds a denoising pre-training run, not a fine"):
         finetune(tiny(), run)
 
 

@@ -206,7 +206,9 @@ def test_a_pretraining_uses_a_fitted_tokenizer(tiny, tmp_path):
         config = tiny("linear_gamma2", tokenizer__path=path, tokenizer__width=16)
         pretrain(config, tmp_path / "other", "linear_gamma2")
     assert not (tmp_path / "other").exists()
-    with pytest.raises(InputError, match="fit holds a tokenizer, not a denoising pre-training"):
+    with pytest.raises(
+        InputError, match="fit holds a tokenizer run, not a denoising pre-training run"
+    ):
         load_method(tmp_path / "fit")
 
 

@@ -355,11 +355,14 @@ def test_online_knn_of_a_run_without_labels_has_labelled_images_of_its_own(
     assert lines(tmp_path / "run")[-1]["top1_k20"] == pytest.approx(expected)
 
 
-def test_online_knn_refuses_the_training_images_as_its_evaluation_images(tiny, data, tmp_path):
+def test_online_knn_refuses_images_that_it_cannot_grade_on(tiny, data, tmp_path):
     whole = str(data / "train")
     config = tiny(data__source=whole, data__eval_source=whole, system__knn_every=1)
     with pytest.raises(InputError, match="are those to learn from: .* data.eval_source"):
         pretrain(config, tmp_path / "run", "l_dae")
+    skips = tree.replace(config, {"data.bad_images": "skip"})
+    with pytest.raises(InputError, match="set system.knn_source to images that can all be decoded"):
+        pretrain(skips, tmp_path / "run", "l_dae")
 
 
 def test_a_run_folder_of_another_run_is_refused(tiny, tmp_path):

@@ -120,7 +120,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_mae, tmp_path, capsys
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"data.latents": "x"}, "latents are of a tokenizer, which an MAE pre-training does not"),
+        ({"data.latents": "x"}, "latents are of a tokenizer, which an MAE pre-training run does"),
         ({"init_from": "nothing"}, "no folder nothing and no timm model"),
         ({"system.knn_every": 1, "system.knn_source": "nothing"}, "nothing"),
         ({"optim.warmup_epochs": 2.0}, "optim.warmup_epochs 2 must be fewer"),

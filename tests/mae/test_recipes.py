@@ -65,7 +65,7 @@ def test_a_small_mae_has_the_encoder_and_the_images_of_the_rows(scale):
 
 def test_show_and_help_know_mae(capsys):
     out = call(capsys, "show")[1]
-    assert "mae" in out and "an MAE pre-training" in out
+    assert "mae" in out and "an MAE pre-training run" in out
     assert "norm_pix_loss: true" in call(capsys, "show", "mae")[1]
     status, out, _ = call(capsys, "pretrain", "mae", "--help")
     assert status == 0 and "--objective.mask-ratio" in out and "--noise.schedule" not in out
@@ -77,16 +77,22 @@ def test_show_and_help_know_mae(capsys):
         (["pretrain", "mea", "--run", "x"], "there is no row 'mea'; the nearest is 'mae'"),
         (["pretrain", "mae", "--scale", "smal", "--run", "x"], "no scale 'smal'; the nearest"),
         (["pretrain", "mae", "--run", "x", "--objective.mask-ratio", "1"], "above 0 and below 1"),
-        (["fit-tokenizer", "mae", "--run", "x"], "mae is an MAE pre-training, not a tokenizer"),
-        (["diff", "l_dae", "mae"], "they share no settings"),
-        (["sample", "RUN"], "RUN holds an MAE pre-training, not a denoising pre-training"),
-        (["fid", "RUN"], "RUN holds an MAE pre-training, not a denoising pre-training"),
-        (["grid", "RUN", "--data", "digits"], "RUN is an MAE pre-training, which has no t: ldae"),
+        (
+            ["fit-tokenizer", "mae", "--run", "x"],
+            "mae is a recipe of an MAE pre-training run, not of a tok",
+        ),
+        (["diff", "l_dae", "mae"], "mae of an MAE pre-training run: they share no settings"),
+        (["sample", "RUN"], "RUN holds an MAE pre-training run, not a denoising pre-training run"),
+        (["fid", "RUN"], "RUN holds an MAE pre-training run, not a denoising pre-training run"),
+        (
+            ["grid", "RUN", "--data", "digits"],
+            "RUN is an MAE pre-training run, which has no t: ldae",
+        ),
         (["export", "RUN", "out", "--timestep", "3"], "and an MAE has no t"),
         (
             ["pretrain", "l_dae", "--scale", "demo", "--data", "scattered-digits:64"]
             + ["--optim.batch-size", "16", "--run", "RUN"],
-            "RUN holds an MAE pre-training, not a denoising pre-training",
+            "RUN holds an MAE pre-training run, not a denoising pre-training run",
         ),
     ],
     ids=lambda part: part[0] if isinstance(part, list) else "",

@@ -76,10 +76,10 @@ def test_what_is_no_mae_of_these_sizes_is_refused(trained, published, tiny_mae, 
         assert len(str(error.value).splitlines()) == 1
 
     shape = "holds an encoder of another shape than this run's: blocks.0.attn.proj.bias is"
-    refused(trained, "embed_dim is 64, and init_from .* has 32", model__embed_dim=64)
+    refused(trained, "embed_dim is 64, but init_from .* has 32", model__embed_dim=64)
     refused(trained, "decoder of another shape.*: blocks.1.attn.* missing", model__decoder_depth=1)
-    refused(trained, "num_heads is 4, and init_from .* has 2", model__num_heads=4)
-    refused(trained, r"data.mean is \(0.5, 0.5, 0.5\), and init_from .* has", data__mean=(0.5,) * 3)
+    refused(trained, "num_heads is 4, but init_from .* has 2", model__num_heads=4)
+    refused(trained, r"data.mean is \(0.5, 0.5, 0.5\), but init_from .* has", data__mean=(0.5,) * 3)
     refused(published(width=32), rf"{shape} \(32,\) there, \(64,\) here", **LIKE_PUBLISHED)
     refused(published(depth=5), r"blocks.5.attn.* is missing there", **LIKE_PUBLISHED)
     refused(f"{published()}-no", "there is no checkpoint file .*pth-no", **LIKE_PUBLISHED)
@@ -91,4 +91,4 @@ def test_what_is_no_mae_of_these_sizes_is_refused(trained, published, tiny_mae, 
     refused(run(), "is no ViT with a class token")
     learned = tmp_path / "learned.pth"
     torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), learned)
-    refused(f"test_vit@{learned}", "other positions than the constant ones", **LIKE_PUBLISHED)
+    refused(f"test_vit@{learned}", "has learned positions, and an MAE has sine", **LIKE_PUBLISHED)

@@ -131,11 +131,11 @@ def test_a_rival_does_not_denoise_and_a_tokenizer_is_no_pre_training(tmp_path):
     opened = ldae.load_run(tmp_path)
     assert opened.kind == "mae" and json.dumps(opened.metrics()) == "[]"
     for call in (lambda: opened.sample(1), lambda: opened.denoise([], 0)):
-        with pytest.raises(ldae.InputError, match="holds an MAE pre-training, not a denoising"):
+        with pytest.raises(ldae.InputError, match="holds an MAE pre-training run, not a denoising"):
             call()
     with pytest.raises(ldae.InputError, match="has no checkpoint yet"):
         _ = opened.method
     (tmp_path / "config.yaml").write_text(to_yaml(ldae.Config(), "tokenizer"))
-    with pytest.raises(ldae.InputError, match="holds a tokenizer, not a pre-training"):
+    with pytest.raises(ldae.InputError, match="holds a tokenizer run, not a pre-training run"):
         ldae.load_run(tmp_path)
     assert not Checkpoints(tmp_path).paths()

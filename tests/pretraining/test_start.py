@@ -195,7 +195,7 @@ def test_a_run_needs_its_start_only_once(start, config, tmp_path, capsys):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(tokens_of(starts[0], x), tokens_of(starts[1], x))
     for changes, sentence in (
-        ({"model.depth": 3}, "model.depth is 3, and init_from .* has 2"),
+        ({"model.depth": 3}, "model.depth is 3, but init_from .* has 2"),
         ({"init_from": "other"}, "init_from is '.*start' there, 'other' here"),
     ):
         with pytest.raises(InputError, match=sentence):
@@ -218,12 +218,12 @@ def test_a_timm_name_is_a_start(config, tmp_path, monkeypatch, awake):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"model.embed_dim": 64}, "model.embed_dim is 64, and init_from .*start has 32"),
-        ({"model.depth": 3}, "model.depth is 3, and init_from .*start has 2"),
-        ({"model.patch_size": 4}, "model.patch_size is 4, and init_from .*start has 8"),
-        ({"model.num_heads": 4}, "model.num_heads is 4, and init_from .*start has 2"),
-        ({"model.name": "vit_tiny_patch16_224"}, "model.depth is 12, and init_from .*start has 2"),
-        ({"model.vit.reg_tokens": 1}, "model.vit.reg_tokens is 1, and init_from .*start has 0"),
+        ({"model.embed_dim": 64}, "model.embed_dim is 64, but init_from .*start has 32"),
+        ({"model.depth": 3}, "model.depth is 3, but init_from .*start has 2"),
+        ({"model.patch_size": 4}, "model.patch_size is 4, but init_from .*start has 8"),
+        ({"model.num_heads": 4}, "model.num_heads is 4, but init_from .*start has 2"),
+        ({"model.name": "vit_tiny_patch16_224"}, "model.depth is 12, but init_from .*start has 2"),
+        ({"model.vit.reg_tokens": 1}, "model.vit.reg_tokens is 1, but init_from .*start has 0"),
         ({"data.in_chans": 4}, "in_chans is for timm names"),
         ({"tokenizer.name": "conv_vae"}, "init_from needs a patch-wise tokenizer, not conv_vae"),
         ({"model.denoiser": "unet"}, "UNet is not a plain ViT, which init_from needs"),

@@ -20,9 +20,9 @@ from ldae.tree import flatten
 # The kinds are the names of its folders.
 BEFORE = Path(__file__).parent / "written_before"
 NOUNS = {
-    "pretraining": "a denoising pre-training",
-    "tokenizer": "a tokenizer",
-    "fine-tuning": "a fine-tuning",
+    "pretraining": "a denoising pre-training run",
+    "tokenizer": "a tokenizer run",
+    "fine-tuning": "a fine-tuning run",
 }
 PAIRS = [(own, other) for own in NOUNS for other in NOUNS if own != other]
 
@@ -110,7 +110,7 @@ def test_a_command_for_pretrainings_names_the_kind_of_another_run(
     run = str(older_run(kind))
     assert cli.main([run if word == "RUN" else word for word in argv]) == 2
     err = capsys.readouterr().err
-    asked = "a pre-training" if argv[0] in ("export", "grid", "knn") else NOUNS["pretraining"]
+    asked = "a pre-training run" if argv[0] in ("export", "grid", "knn") else NOUNS["pretraining"]
     sentence = f"holds {NOUNS[kind]}, not {asked}"
     if kind == "fine-tuning" and argv[0] in ("export", "knn"):  # which take one that has ended
         sentence = "has not ended"
@@ -128,9 +128,12 @@ SMALL = ["--data.img-size", "32", "--model.name", "vit_tiny_patch16_224"]
 @pytest.mark.parametrize(
     "argv, sentence",
     [
-        (["sample", "RUN"], "is not a run folder: its config.yaml is of no run"),
-        (["export", "RUN", "out"], "is not a run folder: its config.yaml is of no run"),
-        (["grid", "RUN", "--data", "digits"], "is not a run folder: its config.yaml is of no run"),
+        (["sample", "RUN"], "is not a run folder: its config.yaml does not belong to a run"),
+        (["export", "RUN", "out"], "is not a run folder: its config.yaml does not belong to a run"),
+        (
+            ["grid", "RUN", "--data", "digits"],
+            "is not a run folder: its config.yaml does not belong to a run",
+        ),
         (
             ["fid", "RUN", "digits", "--steps", "3"],
             "steps is for samples of a run, and RUN is no run",
@@ -218,16 +221,14 @@ class MadeUp:
 
 
 def test_a_settings_class_and_a_registry_line_add_a_kind(monkeypatch, tmp_path):
-    line = kinds.Kind("a masked pre-training", f"{__name__}:MadeUp")
+    line = kinds.Kind("a masked pre-training run", f"{__name__}:MadeUp")
     monkeypatch.setitem(kinds.KINDS, "masked", line)
     run = tmp_path / "run"
     open_as(run, "masked", MadeUp(masked=0.5))
     assert kinds.kind_of(run) == "masked"
     assert kinds.settings_of(run, "masked") == MadeUp(masked=0.5)
     assert folder_of(SlurmSettings(), [str(run)]) == run
-    with pytest.raises(
-        InputError, match="holds a masked pre-training, not a denoising pre-training"
-    ):
+    with pytest.raises(InputError, match="holds a masked pre-training run, not a denoising"):
         open_as(run, "pretraining", Config())
     state = {"images_seen": 8, "model": {}, "average": None, "optimizer": {}}
     Checkpoints(run).save(state | {"describe": {"row": "masked 0.5"}})

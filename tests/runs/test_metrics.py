@@ -33,7 +33,14 @@ def test_records_after_the_last_checkpoint_are_dropped(tmp_path):
 
 def test_a_line_of_progress_shows_loss_speed_wait_and_time_left():
     line = progress_line(RECORD, total=1512)
-    for part in ("512/1,512", "epoch 0.50", "loss 0.2500", "100 images/s", "data 2%", "00:00:10"):
+    for part in (
+        "512/1,512",
+        "epoch 0.50",
+        "loss 0.2500",
+        "100 images/s",
+        "waiting for data 2%",
+        "00:00:10",
+    ):
         assert part in line
 
 
