@@ -1,5 +1,6 @@
 """Lines and progress bars that a command prints."""
 
+import errno
 import sys
 from typing import Any
 
@@ -41,6 +42,10 @@ def describe(config: Any, facts: dict[str, str]) -> str:
 
 
 def print_main(line: str) -> None:
-    """Print a line on rank 0 only."""
+    """Print a line on rank 0 only; nothing on a terminal that is closed, so that a run can save."""
     if is_main():
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise

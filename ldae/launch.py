@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from ldae.errors import LOST_RANK, InputError
-from ldae.train.interrupt import SIGNALS
+from ldae.train.interrupt import stop_signals
 
 FLAG = "--devices"
 HELP = (
@@ -160,12 +160,9 @@ def _start(
 def _received_signals() -> Iterator[list[int]]:
     """Collect the numbers of stop signals in a list, instead of stopping this process."""
     received: list[int] = []
-    numbers = [*SIGNALS]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup does
-        numbers.append(signal.SIGHUP)
     previous = {
         number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in numbers
+        for number in stop_signals()
     }
     try:
         yield received
@@ -226,8 +223,8 @@ def _explain(
 ) -> None:
     """Print why the command failed, unless rank 0 has done so."""
     status = ranks[0].returncode
-    # An exception in another rank, which rank 0 can only name: its traceback is shown too.
     shown = [number for number in failed[:1] if status <= 0]
+    # Rank 0 can only name an exception in another rank: its traceback is shown too.
     shown = shown or [n for n in failed if status == LOST_RANK and ranks[n].returncode == 1][:1]
     for number in shown:
         if ranks[number].returncode >= 0:

@@ -130,10 +130,10 @@ def test_the_commands_lead_from_pretraining_to_a_saved_classifier(capsys, tmp_pa
     assert call(capsys, *again, "--run", str(tmp_path / "second"))[0] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_of_a_scheduler_stops_a_command(number, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+def test_a_signal_of_a_scheduler_or_a_terminal_stops_a_command(number, capsys, monkeypatch):
     """A second signal does not interrupt the cleanup."""
-    ended = []
+    ended, before = [], signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
 
     def show(row: str = "", /) -> None:
         try:
@@ -144,6 +144,7 @@ def test_a_signal_of_a_scheduler_stops_a_command(number, capsys, monkeypatch):
 
     monkeypatch.setattr("ldae.commands.show.show", show)
     assert call(capsys, "show") == (128 + number, "", "ldae: stopped\n") and ended
+    signal.signal(number, before)
 
 
 def test_a_lost_rank_has_its_own_exit_status(capsys, monkeypatch):

@@ -1,3 +1,6 @@
+import errno
+
+import pytest
 import yaml
 
 import ldae
@@ -17,3 +20,17 @@ def test_durations_are_shown_as_a_clock():
     assert console.format_duration(5.9) == "00:00:05"
     assert console.format_duration(3 * 3600 + 62) == "03:01:02"
     assert console.format_duration(93784) == "1d 02:03:04"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_line_is_left_out_on_a_closed_terminal_alone(number, monkeypatch):
+    class Broken:
+        def write(self, text: str) -> None:
+            raise OSError(number, "broken")
+
+    monkeypatch.setattr("sys.stdout", Broken())
+    if number == errno.EIO:
+        console.print_main("loss 0.5")
+    else:
+        with pytest.raises(OSError, match="broken"):
+            console.print_main("loss 0.5")

@@ -21,6 +21,7 @@ from ldae.cli.commands import COMMANDS
 from ldae.method import LDAE
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
+from ldae.train.interrupt import SIGNALS
 
 COMMANDS = {name: name.replace("-", "_") for name in COMMANDS}
 PUBLIC = [name for name in ldae.__all__ if not name.startswith("__")]
@@ -266,7 +267,7 @@ def test_diff_and_jobs_return_what_they_print(capsys):
 def state_of_the_process() -> dict:
     """Return what a call could leave behind in the process of a notebook."""
     return {
-        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)],
+        "signals": [signal.getsignal(number) for number in SIGNALS],
         "threads": {thread.name for thread in threading.enumerate()},
         "torch": torch.get_rng_state().tolist(),
         "numpy": np.random.get_state()[1].tolist(),

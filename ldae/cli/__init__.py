@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ldae import launch
 from ldae.cli.commands import COMMANDS, RELIST
 from ldae.errors import InputError, exit_status, report
-from ldae.train.interrupt import SIGNALS, Interrupted
+from ldae.train.interrupt import Interrupted, stop_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        with _stopped_by_schedulers():
+        with _stopped_by_signals():
             from ldae.cli.dispatch import dispatch  # `ldae --help` needs none of its imports
 
             launch.stop_with_launcher()
@@ -59,9 +59,9 @@ def _usage() -> str:
 
 
 @contextmanager
-def _stopped_by_schedulers() -> Iterator[None]:
-    """End the command after a signal of a scheduler as after Ctrl-C, together with its workers."""
-    signals = set(SIGNALS) - {signal.SIGINT}
+def _stopped_by_signals() -> Iterator[None]:
+    """End the command after another stop signal as after Ctrl-C, together with its workers."""
+    signals = set(stop_signals()) - {signal.SIGINT}
 
     def stop(number: int, frame: object) -> None:
         for other in signals:  # a scheduler repeats its signals, which would interrupt the cleanup

@@ -208,6 +208,6 @@ def available_cpus() -> int:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore stop signals: schedulers send them to all processes, and the main process decides."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    """Ignore stop signals: all processes get them, and the main process decides."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

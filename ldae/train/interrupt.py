@@ -4,8 +4,16 @@ import signal
 import threading
 from types import FrameType
 
-# Ctrl-C; the end of a job; and the warning that SLURM sends before a time limit.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+# Ctrl-C; the end of a job; the warning that SLURM sends before a time limit; and the end of a
+# terminal or an SSH session. Windows has only the first two.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR2", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+
+
+def stop_signals() -> list[int]:
+    """Return the stop signals; not SIGHUP where it is ignored, as nohup does."""
+    ignored = getattr(signal, "SIGHUP", None)
+    return [n for n in SIGNALS if n != ignored or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Interrupted(Exception):
@@ -28,7 +36,7 @@ class StopRequest:
         self.received = 0
         is_main = threading.current_thread() is threading.main_thread()
         # A handler that was not set from Python is None, and could not be restored.
-        ours = [n for n in SIGNALS if is_main and signal.getsignal(n) is not None]
+        ours = [n for n in stop_signals() if is_main and signal.getsignal(n) is not None]
         self.previous = {number: signal.signal(number, self._receive) for number in ours}
         return self
 

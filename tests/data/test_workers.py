@@ -87,7 +87,7 @@ def test_a_killed_worker_is_reported():
 
 
 def test_workers_ignore_stop_signals():
-    check(stream(Signalled(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2), 1))
+    check(stream(Signalled(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP), 1))
 
 
 @pytest.mark.parametrize("processes", [0, 1])

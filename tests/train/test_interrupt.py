@@ -8,6 +8,14 @@ import pytest
 from ldae.train.interrupt import SIGNALS, StopRequest
 
 
+@pytest.fixture(autouse=True)
+def terminal():
+    """A terminal, also under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_recorded_and_the_handlers_are_restored(number):
     before = [signal.getsignal(other) for other in SIGNALS]
@@ -24,6 +32,13 @@ def test_repeated_signals_of_a_scheduler_are_one_request():
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert stop.received == signal.SIGUSR2
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == 0
 
 
 def test_a_second_ctrl_c_stops_at_once():
