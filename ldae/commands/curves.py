@@ -15,6 +15,14 @@ from ldae.tree import AnyPath
 
 _ROWS = 16  # of the table, at most
 _SETTINGS = 12  # that differ and are listed, at most
+_FIRST = ("objective.", "masking.", "noise.", "features.")  # settings that change the task
+# Settings that decide what a loss measures.
+_OF_THE_LOSS = (
+    "objective.target",
+    "objective.norm_pix_loss",
+    "objective.weight",
+    "objective.residual_weight",
+)
 
 
 def curves(
@@ -23,8 +31,8 @@ def curves(
     """Print the loss of a run, and RankMe, the spread and the PSNR at three noise levels.
 
     The values need no labels. A reference run shows what is usual: losses can be compared when
-    their data and settings are the same, and those that differ are listed. What the run reported
-    about itself, such as a collapse, is repeated at the end.
+    their data and settings are the same, and those that differ are listed, those of the task first.
+    What the run reported about itself, such as a collapse, is repeated at the end.
 
     Args:
         run: a run folder.
@@ -46,10 +54,7 @@ def curves(
     print(table(saved.pick(records, _ROWS), beside, reference), end="")
     own = saved.curve_of(run)
     if reference:
-        theirs = reference["settings"]
-        print(f"\n{beside} is {reference['row']} on {theirs['data.source']}.", end="")
-        differ = _difference(theirs, own["settings"])
-        print(f" Settings that differ: {differ}" if differ else " Its settings are the same.")
+        print(f"\n{_comparison(beside, reference, own['settings'], records[-1]['images'])}")
     elif names := saved.references():
         print(f"\nreference runs: {', '.join(names)} (--beside NAME)")
     continued = bool(own["settings"].get("init_from"))
@@ -81,13 +86,31 @@ def _cell(record: Record, name: str, reference: dict[str, Any] | None) -> str:
     return f"{own} ({'-' if other is None else f'{other:.4g}'})"
 
 
-def _difference(reference: dict[str, Any], own: dict[str, Any]) -> str:
-    """Return the settings that differ, as a list in a line, or an empty string."""
-    names = sorted({*reference, *own}, key=lambda name: (name not in own, name))
-    differ = [
-        f"{name} {reference.get(name)!r} there, {own.get(name)!r} here"
+def _comparison(beside: str, reference: dict[str, Any], own: dict[str, Any], images: int) -> str:
+    """Return what to know of a reference beside a run with the settings ``own``, as lines.
+
+    These are the settings that differ, whether the losses are of different kinds, and where the
+    reference ends if the run has seen more ``images``.
+    """
+    theirs = reference["settings"]
+    names = sorted(
+        {*theirs, *own}, key=lambda name: (not name.startswith(_FIRST), name not in own, name)
+    )
+    differ = {
+        name: f"{name} {theirs.get(name)!r} there, {own.get(name)!r} here"
         for name in names
-        if reference.get(name) != own.get(name)
-    ]
-    more = [f"and {len(differ) - _SETTINGS} more"] if len(differ) > _SETTINGS else []
-    return "; ".join([*differ[:_SETTINGS], *more])
+        if theirs.get(name) != own.get(name)
+    }
+    listed = [*differ.values()][:_SETTINGS]
+    if len(differ) > _SETTINGS:
+        listed.append(f"and {len(differ) - _SETTINGS} more")
+    settings = (
+        f"Settings that differ: {'; '.join(listed)}" if differ else "Its settings are the same."
+    )
+    lines = [f"{beside} is {reference['row']} on {theirs['data.source']}. {settings}"]
+    if of_the_loss := [differ[name] for name in _OF_THE_LOSS if name in differ]:
+        lines.append(f"losses cannot be compared: {'; '.join(of_the_loss)}")
+    end = reference["records"][-1]["images"]
+    if images > end:
+        lines.append(f"{beside} ends at {end:,} images")
+    return "\n".join(lines)

@@ -63,8 +63,24 @@ def test_settings_that_differ_and_symptoms_are_listed(run, folder, capsys):
     out = capsys.readouterr().out
     assert "Settings that differ: optim.blr 0.01 there, 1e-12 here\n" in out
     assert out.count("the run stands still") == 1
+    assert "cannot be compared" not in out and "ends at" not in out
     curves(path)
     assert "reference runs: healthy (--beside NAME)" in capsys.readouterr().out
+
+
+def test_another_row_names_first_what_makes_its_losses_others(run, folder, capsys):
+    assert tool.main([str(run("reference")), "healthy"]) == 0
+    changes = {"optim__epochs": 4, "data__flip": True, "optim__blr": 2e-3, "optim__ema": 0.9}
+    changes |= {"noise__max_sigma": 0.5, "objective__target": "normalized"}
+    path = run("other", **changes)
+    capsys.readouterr()
+    curves(path, beside="healthy")
+    below = capsys.readouterr().out.partition("healthy is ")[2]
+    settings, losses, end, *_ = below.splitlines()
+    named = [part.split()[0] for part in settings.partition("differ: ")[2].split("; ")]
+    assert named[:3] == ["noise.max_sigma", "objective.target", "data.flip"] and len(named) == 6
+    assert losses == "losses cannot be compared: objective.target 'image' there, 'normalized' here"
+    assert end == "healthy ends at 128 images"
 
 
 def test_a_reference_is_interpolated_inside_of_its_curve_alone():
