@@ -138,7 +138,7 @@ def _train_and_grade(
     row = f"{config.recipe} fine-tuning of {config.backbone}{start}"
     grade = partial(_grade, training.evaluation)
     model = ClassificationLoss(training.evaluation.model, config.model.layer_decay, training.bf16)
-    trained = training.train(model, row, augmentation, mixing, grade, weights_too=True)
+    trained = training.train(model, row, augmentation, mixing, grade, graded_weights="both")
     results = grade(trained)
     if config.optim.ema:
         weights = copy.deepcopy(trained)  # the last checkpoint is written, as rank 0 has graded

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -102,7 +102,7 @@ class DownstreamTraining:
         transform: Transform,
         mixing: Callable[[Batch], Batch],
         grade: Callable[[nn.Module], dict[str, float]],
-        weights_too: bool = False,
+        graded_weights: Literal["averaged", "both"] = "averaged",
     ) -> nn.Module:
         """Train a network with its loss to the end of the plan, see ``train_in``.
 
@@ -125,7 +125,7 @@ class DownstreamTraining:
             transform=transform,
             mixing=mixing,
             device=device,
-            hooks=(Hook(every, grade, weights_too),) if every else (),
+            hooks=(Hook(every, grade, graded_weights),) if every else (),
         )
 
 

@@ -77,7 +77,7 @@ def watch(
     def judge() -> list[str]:
         return new_symptoms(read_records(run), bool(getattr(config, "init_from", "")))
 
-    return (Hook(every, call, averaged=False, judge=judge),)
+    return (Hook(every, call, weights="trained", judge=judge),)
 
 
 @torch.no_grad()

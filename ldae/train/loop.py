@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -41,10 +41,9 @@ class Hook:
     every: int
     """Images between two calls."""
     call: Callable[[nn.Module], dict[str, float]]
-    weights_too: bool = False
-    """Whether the model is evaluated beside its average; these names begin with ``weights_``."""
-    averaged: bool = True
-    """Whether ``call`` gets the model's moving average, where the recipe has one."""
+    weights: Literal["averaged", "trained", "both"] = "averaged"
+    """Which weights ``call`` gets: their moving average, where the recipe has one; the trained
+    weights; or both in turn, where the names of the trained weights begin with ``weights_``."""
     judge: Callable[[], list[str]] | None = None
     """Called on rank 0 when the values are written; returns sentences to print."""
 
@@ -330,8 +329,8 @@ class Loop:
         """Return the values of hooks."""
         values: dict[str, float] = {}
         for hook in hooks:
-            values |= hook.call(self.state.inference_model(hook.averaged))
-            if hook.weights_too and self.state.average:
+            values |= hook.call(self.state.inference_model(averaged=hook.weights != "trained"))
+            if hook.weights == "both" and self.state.average:
                 of_weights = hook.call(self.state.inference_model(averaged=False))
                 values |= {f"weights_{name}": value for name, value in of_weights.items()}
         self.state.model.train()

@@ -441,8 +441,8 @@ def test_hooks_get_the_average_where_there_is_one(tmp_path):
     assert all(other is not model for other in seen) and seen[-1].w.item() == averaged
 
 
-def test_a_hook_may_evaluate_the_weights_beside_their_average(tmp_path):
-    hook = Hook(16, lambda model: {"w": model.w.item()}, weights_too=True)
+def test_a_hook_may_evaluate_the_weights_beside_their_average_or_alone(tmp_path):
+    hook = Hook(16, lambda model: {"w": model.w.item()}, weights="both")
     plain = run(tmp_path / "plain", hooks=(hook,))[1][-1]
     assert "w" in plain and "weights_w" not in plain
     optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, ema=0.9)
@@ -450,6 +450,9 @@ def test_a_hook_may_evaluate_the_weights_beside_their_average(tmp_path):
     averaged, records = run(tmp_path / "averaged", optim=optim, hooks=(hook,), model=model)
     assert records[-1]["w"] == averaged and records[-1]["weights_w"] == model.w.item()
     assert averaged != model.w.item()
+    trained = Hook(16, lambda model: {"w": model.w.item()}, weights="trained")
+    _, records = run(tmp_path / "trained", optim=optim, hooks=(trained,), model=model)
+    assert records[-1]["w"] == model.w.item() and "weights_w" not in records[-1]
 
 
 class NoisyLine(Line):

@@ -96,7 +96,7 @@ def run(
         seen.append(model.head.weight.sum().item())
         return {"w": seen[-1]}
 
-    hook = Hook(8, call, weights_too=True)
+    hook = Hook(8, call, weights="both")
     with distributed.process_group(CPU, rank_timeout=1):
         trained = Loop(
             model(),
