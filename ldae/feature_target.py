@@ -1,4 +1,4 @@
-"""The second target: features of the clean image, by a moving average of the encoder."""
+"""The feature target: features of the clean image, by a moving average of the encoder."""
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,13 @@ _EPS = 1e-6  # of the LayerNorm, as in the blocks
 class FeatureTarget(nn.Module):
     """The features that a moving average of the encoder has for clean images, and their loss.
 
-    The average sees all tokens, without noise, at one t and with the null label: it is the backbone
-    that graders get. A linear head beside the head of the row's own target predicts its features.
+    The average sees clean images under the conditions in which graders read a backbone: all tokens,
+    no noise, one t and the null label. A linear head beside that of the row's own target predicts
+    its features.
 
     Args:
         denoiser: the network whose encoder is averaged; the average starts as a copy of it.
-        share: share of the second target in the loss.
+        share: share of the feature target in the loss.
         decay: decay of the average per step.
         kept_weight: weight of a kept token in the loss, relative to a dropped token.
 
@@ -45,10 +46,10 @@ class FeatureTarget(nn.Module):
         prediction: torch.Tensor,
         kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return a loss mixed with that of the second target, and both by name, detached.
+        """Return a loss mixed with that of the feature target, and both by name, detached.
 
-        The second loss is the mean square error of the prediction (B, N, W) of features (B, N, W),
-        whose tokens are first given zero mean and unit variance.
+        The loss of the features (B, N, W) is the mean square error of their prediction (B, N, W).
+        Their tokens are first given zero mean and unit variance.
 
         Args:
             kept: indices of the kept tokens (B, n) of masked images.
@@ -57,9 +58,9 @@ class FeatureTarget(nn.Module):
         square = (target - prediction).square().mean(-1)
         if kept is not None:
             square = square * token_weights(kept, square.shape[1], self.kept_weight)
-        second = square.mean()
-        parts = {"denoising": loss.detach(), "features": second.detach()}
-        return (1 - self.share) * loss + self.share * second, parts
+        of_features = square.mean()
+        parts = {"denoising": loss.detach(), "features": of_features.detach()}
+        return (1 - self.share) * loss + self.share * of_features, parts
 
     def follow(self, denoiser: Denoiser) -> None:
         """Move the average towards the encoder of ``denoiser``, after an update of its weights."""

@@ -163,12 +163,13 @@ class MaskingSettings:
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """A second target: features of the clean image, by a moving average of the encoder."""
+    """The feature target: features of the clean image by a moving average of the encoder, as in
+    data2vec, beside the row's own target."""
 
     share: Annotated[float, SHARE] = 0.0
-    """Share of the second target in the loss, of which the other target has the rest; 0: off."""
+    """Share of the feature target in the loss, of which the other target has the rest; 0: off."""
     kept_weight: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Weight of a kept token in the loss of the second target, as masking.kept_weight."""
+    """Weight of a kept token in the loss of the feature target, as masking.kept_weight."""
     decay: Annotated[float, DECAY] = 0.996  # BYOL's
     """Decay per step of the moving average of the encoder."""
 

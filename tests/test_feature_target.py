@@ -1,4 +1,4 @@
-"""Features of the averaged encoder as a second target."""
+"""Features of the averaged encoder as a target beside the row's own."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BATCH = torch.tensor([0, 5, 2**33 + 1])
 
 @pytest.fixture
 def second(method):
-    """second(**changes): a method with a second target, whose average is another encoder."""
+    """second(**changes): a method with a feature target, whose average is another encoder."""
 
     def make(row="l_dae", num_classes=0, **changes):
         one = method(row, num_classes, features__share=0.25, **changes)
@@ -110,7 +110,7 @@ def test_the_average_starts_as_the_encoder(tiny, method, images, fitted):
         torch.testing.assert_close(of_average, start.features(x, 10))
 
 
-def test_masking_and_the_second_target_leave_the_export_alone(second, method):
+def test_masking_and_the_feature_target_leave_the_export_alone(second, method):
     one, plain = second(masking__ratio=0.75), method()
     state = one.state_dict()
     kept = {n: state[n] for n in plain.state_dict() if not n.startswith("denoiser.final.linear")}
@@ -139,4 +139,4 @@ def test_an_encoder_without_features_of_tokens_is_refused(tiny, monkeypatch):
 
 
 def test_noise_levels_of_the_features_are_those_of_backbones():
-    assert [noise.features_level(steps) for steps in (1000, 100, 1)] == [10, 1, 0]
+    assert [noise.feature_timestep(steps) for steps in (1000, 100, 1)] == [10, 1, 0]

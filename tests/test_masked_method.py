@@ -10,13 +10,13 @@ from ldae.models import DENOISERS
 from ldae.models.contract import Denoiser
 
 N, D = 16, 192  # tokens and pixels of a patch, of the images of 32 x 32
-ROWS = [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)]
+ROWS = [row.name for row in trajectory.ALL]
 
 
 def gradients(method, images, positions, labels):
     """Return the loss, and the gradients of the denoiser."""
     loss = method(images, positions, labels)
-    loss = loss[0] if isinstance(loss, tuple) else loss  # of a second target
+    loss = loss[0] if isinstance(loss, tuple) else loss  # of a feature target
     loss.backward()
     found = {name: part.grad for name, part in method.denoiser.named_parameters()}
     method.zero_grad()

@@ -15,8 +15,7 @@ class Tokenizer(PixelStatistics):
 
     The statistics of the pixels and the latent scale are kept in the tokenizer only; ``encode`` and
     ``decode`` apply the scale. A subclass defines ``encode``, ``decode`` and ``fit``. A tokenizer
-    that gradients train sets ``trained``, and defines ``reconstruct`` and ``fit_latents`` instead
-    of ``fit``.
+    that gradients train is a ``TrainedTokenizer``, which needs no ``fit``.
 
     Args:
         scale: ``raw`` leaves latents as they are, ``global`` gives them unit mean variance by one

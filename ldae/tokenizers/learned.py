@@ -58,8 +58,9 @@ class Reconstruction(NamedTuple):
 class TrainedTokenizer(Tokenizer):
     """A tokenizer z = scale * (h - mean), where h comes from a network that gradients train.
 
-    A subclass defines ``posterior`` and ``decode_raw``. z = h until ``fit_latents`` has set
-    ``latent_mean`` and ``scales``.
+    A subclass defines ``posterior`` and ``decode_raw``; ``last_weight`` too if ``loss_weights`` has
+    ``adversarial_weight``; and, if it is quantised, ``codes`` and ``code_indices``. z = h until
+    ``fit_latents`` has set ``latent_mean`` and ``scales``.
     """
 
     trained = True

@@ -212,7 +212,7 @@ def test_ctrl_c_stops_two_ranks_as_it_stops_one(tmp_path):
     ]
 
 
-def test_two_ranks_equal_one_with_a_second_target(tiny, tmp_path, on_ranks):
+def test_two_ranks_equal_one_with_a_feature_target(tiny, tmp_path, on_ranks):
     """As replicas, then as shards with accumulation, which resume the run of one rank."""
     config = tiny("l_dae_masked", features__share=0.5, optim__blr=1e-3, system__keep=0)
     changes = {"tokenizer.fit_images": 32, "system.save_minutes": 0, "system.log_every": 1}

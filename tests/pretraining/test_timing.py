@@ -57,7 +57,7 @@ def test_blocks_are_proportional_to_flops(tiny):
     assert three - two == two - one > 0
 
 
-def test_dropped_tokens_and_a_second_target_count(tiny):
+def test_dropped_tokens_and_a_feature_target_count(tiny):
     """Of 16 tokens the encoder gets 4. The average gets all, without a backward pass."""
     changes = ({}, {"masking__ratio": 0.75}, {"masking__ratio": 0.75, "features__share": 0.5})
     plain, masked, second = (
