@@ -22,7 +22,7 @@ from ldae.runs import layout
 from ldae.runs.environment import environment
 
 _COPIED = (layout.CONFIG, layout.ENVIRONMENT, layout.METRICS)
-_NAMES = [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)]
+_NAMES = [row.name for row in trajectory.ALL]
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def collect(name: str, args: argparse.Namespace) -> None:
 def write_table(args: argparse.Namespace) -> None:
     """Write the results so far, in the order of the trajectory."""
     table = []
-    for row in (*trajectory.ROWS, *trajectory.BESIDE):
+    for row in trajectory.ALL:
         out = args.out / row.name
         if not (out / layout.RECONSTRUCTION).exists():
             continue

@@ -50,7 +50,8 @@ class LDAE(nn.Module):
         clean_share: share of the images that training noises at the lowest level, t = 0.
         label_dropout: share of the labels that training replaces by the null label.
         num_kept: number of tokens that the encoder gets in training; by default all.
-        feature_target: a second target, for which the denoiser's output has W further numbers.
+        feature_target: a target beside that of the objective, for which the denoiser's output has W
+            further numbers.
         seed: determines every draw, together with the image's position in the run.
         bf16: run the networks under autocast; the rest keeps the precision of the parameters.
     """
@@ -87,10 +88,15 @@ class LDAE(nn.Module):
         self.clean_share, self.label_dropout = clean_share, label_dropout
         self.num_kept, self.seed, self.bf16 = num_kept, seed, bf16
 
+    @property
+    def feature_timestep(self) -> int:
+        """The t of a backbone's features, see ``noise.feature_timestep``."""
+        return noise.feature_timestep(len(self.sigma))
+
     def forward(
         self, images: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of a batch, a scalar; with a second target also its two parts, detached.
+        """Return the loss of a batch, a scalar; with a feature target also its two parts, detached.
 
         Args:
             images: uint8 (B, C, H, W), or in their place rows of a latent cache, see ``read``.
@@ -116,10 +122,10 @@ class LDAE(nn.Module):
         return Noised(x, z_0, eps, t, self.network_input(z_t), kept)
 
     def clean_features(self, z_0: torch.Tensor) -> torch.Tensor | None:
-        """Return the second target for clean latents z_0 (B, N, d): features (B, N, W), or None."""
+        """Return the feature target (B, N, W) for clean latents z_0 (B, N, d), or None."""
         if self.feature_target is None:
             return None
-        t = noise.features_level(len(self.sigma))
+        t = self.feature_timestep
         tokens = self.network_input(self.gamma[t] * z_0)
         with self._autocast():
             return self.feature_target(tokens, torch.full((len(z_0),), t, device=z_0.device))
@@ -129,8 +135,8 @@ class LDAE(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss, a scalar, of the denoiser's output (B, N, d or D).
 
-        With the second target ``features`` (B, N, W), the output has W further numbers, and the two
-        parts of the loss are returned too, detached.
+        With the feature target ``features`` (B, N, W), the output has W further numbers, and the
+        two parts of the loss are returned too, detached.
         """
         x, z_0, eps, t, _, kept = noised
         target = self.objective.target(self.tokenizer, x, z_0, eps, *self.level(t))
@@ -141,7 +147,7 @@ class LDAE(nn.Module):
         return self.feature_target.add_loss(loss, features, output[..., own:], kept)
 
     def after_step(self) -> None:
-        """Let the second target follow the encoder; the loop calls this after each update."""
+        """Let the feature target follow the encoder; the loop calls this after each update."""
         if self.feature_target is not None:
             self.feature_target.follow(self.denoiser)
 
@@ -213,7 +219,7 @@ class LDAE(nn.Module):
     ) -> torch.Tensor:
         """Return the denoiser's output for its tokens, in its own precision.
 
-        The output is (B, N, d or D), with W further numbers a token for a second target.
+        The output is (B, N, d or D), with W further numbers a token for a feature target.
         """
         with self._autocast():
             return self.denoiser(tokens, t, labels, kept)
@@ -328,14 +334,16 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         sigma,
         tokenizer,
     )
-    denoiser = _build_denoiser(config, tokenizer, objective, num_classes)
+    denoiser = _build_denoiser(config, tokenizer, objective, num_classes, image_input)
     tokens = tokenizer.num_tokens
     num_kept = masking.number_kept(config.masking.ratio, tokens, "masking.ratio")
     if num_kept < tokens:
         denoiser.add_mask_token()  # drawn last, so that the other weights are those without masking
-    second, features = None, config.features
+    feature_target, features = None, config.features
     if features.share:
-        second = FeatureTarget(denoiser, features.share, features.decay, features.kept_weight)
+        feature_target = FeatureTarget(
+            denoiser, features.share, features.decay, features.kept_weight
+        )
     return LDAE(
         tokenizer,
         denoiser,
@@ -347,14 +355,18 @@ def build(config: Config, num_classes: int = 0, bf16: bool = False) -> LDAE:
         clean_share=config.noise.clean_share,
         label_dropout=config.model.label_dropout,
         num_kept=num_kept if num_kept < tokens else None,
-        feature_target=second,
+        feature_target=feature_target,
         seed=config.seed,
         bf16=bf16,
     )
 
 
 def _build_denoiser(
-    config: Config, tokenizer: Tokenizer, objective: Objective, num_classes: int
+    config: Config,
+    tokenizer: Tokenizer,
+    objective: Objective,
+    num_classes: int,
+    image_input: bool,
 ) -> Denoiser:
     """Return the denoiser of a configuration, with weights drawn from its seed.
 
@@ -366,8 +378,8 @@ def _build_denoiser(
     def create(out_dim: int) -> Denoiser:
         return DENOISERS[name](
             **taken_by(DENOISERS[name], settings),
-            side=config.data.img_size // tokenizer.patch_size,
-            in_dim=tokenizer.patch_dim if config.objective.input == "image" else tokenizer.dim,
+            side=tokenizer.side,
+            in_dim=tokenizer.patch_dim if image_input else tokenizer.dim,
             out_dim=out_dim,
             num_classes=num_classes if config.model.class_conditional else 0,
             checkpoint_activations=config.system.checkpoint_activations,

@@ -35,7 +35,7 @@ def level_of_1000(t: int, steps: int) -> int:
     return min(round(t / 1000 * steps), steps - 1)
 
 
-def features_level(steps: int) -> int:
+def feature_timestep(steps: int) -> int:
     """Return the t of a backbone's features: 10 of 1000, or the same share of another schedule.
 
     Source: paper, appendix; it is the best t with clean input.

@@ -145,8 +145,7 @@ class Objective(nn.Module):
                 )
         self.name, self.target, self.clean = target, kind.target, kind.clean
         self.patches, self.on_axes = kind.patches, kind.on_axes
-        self.is_image = kind.patches is not None
-        self.out_dim = tokenizer.patch_dim if self.is_image else tokenizer.dim
+        self.out_dim = tokenizer.patch_dim if self.patches else tokenizer.dim
         self.residual_weight, self.kept_weight = residual_weight, kept_weight
         self.register_buffer("weights", WEIGHTS[weight](gamma, sigma).float(), persistent=False)
 

@@ -150,8 +150,9 @@ SCALES: dict[str, Scale] = {
 }  # fmt: skip
 
 
+ALL = (*ROWS, *BESIDE)
 DEFAULT = "l_dae"
-SUMMARIES = {row.name: row.summary for row in (*ROWS, *BESIDE)}
+SUMMARIES = {row.name: row.summary for row in ALL}
 
 
 def row(name: str | int) -> Row:
@@ -159,11 +160,10 @@ def row(name: str | int) -> Row:
 
     Raises: InputError with the nearest name when there is none.
     """
-    rows = (*ROWS, *BESIDE)
-    for candidate in rows:
-        if str(name) in (candidate.name, str(candidate.number or "")):
-            return candidate
-    raise unknown("there is no row", name, [row.name for row in rows], " (`ldae show` lists all)")
+    rows = {row.name: row for row in ALL} | {str(row.number): row for row in ROWS}
+    if str(name) not in rows:
+        raise unknown("there is no row", name, SUMMARIES, " (`ldae show` lists all)")
+    return rows[str(name)]
 
 
 def row_of(settings: Config) -> Row | None:
@@ -174,14 +174,13 @@ def row_of(settings: Config) -> Row | None:
     """
     from ldae.tokenizers import TOKENIZERS  # imports torch
 
-    rows = (*ROWS, *BESIDE)
     sizes = {name for scale in SCALES.values() for name in scale.sizes}
-    deciding = {name for row in rows for name in row.changes} - sizes
+    deciding = {name for row in ALL for name in row.changes} - sizes
     found = flatten(settings)
     auto = TOKENIZERS[settings.tokenizer.name].auto_scale
     if found["tokenizer.scale"] == ("raw" if settings.tokenizer.pretrained else auto):
         found["tokenizer.scale"] = "auto"
-    for row in rows:
+    for row in ALL:
         wanted = flatten(config(row.name))
         if all(found[name] == wanted[name] for name in deciding):
             return row

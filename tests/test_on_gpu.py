@@ -15,7 +15,7 @@ from ldae.train.optim import adamw
 from ldae.train.state import State
 from ldae.train.update import Update
 
-ROWS = [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)]
+ROWS = [row.name for row in trajectory.ALL]
 GPU = torch.device("cuda:0")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning"),
@@ -91,7 +91,7 @@ def on_gpu(tiny):
 
 
 def loss_of(output):
-    """Return the loss; a method with a second target also returns its two parts."""
+    """Return the loss; a method with a feature target also returns its two parts."""
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -21,6 +21,12 @@ def test_each_row_differs_by_exactly_its_changes():
         assert after.number == before.number + 1
 
 
+@pytest.mark.parametrize("name", ["", "None", 0, 15])
+def test_what_names_no_row_is_refused(name):
+    with pytest.raises(InputError, match="there is no row"):
+        trajectory.row(name)
+
+
 def test_rows_outside_the_trajectory_differ_by_exactly_their_changes():
     for row in trajectory.BESIDE:
         changed = difference(ldae.config(row.base), ldae.config(row.name))
@@ -39,7 +45,7 @@ def test_rows_1_3_and_4_differ_by_one_number_each():
 
 def test_latent_scale_changes_with_the_tokenizer_of_row_6(tiny):
     """One factor as in DiT, until tokenizers are patch-wise: then a factor for each axis."""
-    rows = (*trajectory.ROWS, *trajectory.BESIDE)
+    rows = trajectory.ALL
     scales = {row.number or row.name: build_tokenizer(tiny(row.name)).scale for row in rows}
     assert all(
         scales[number] == ("global" if number < 6 else "per-axis") for number in range(1, 15)
@@ -86,7 +92,7 @@ def test_rows_have_a_name_and_a_number():
 
 @pytest.mark.parametrize("scale", trajectory.SCALES)
 def test_a_row_is_known_by_its_settings_at_any_scale(scale):
-    for row in (*trajectory.ROWS, *trajectory.BESIDE):
+    for row in trajectory.ALL:
         config = ldae.config(row.name, scale)
         assert trajectory.row_of(config) == row
         larger = {"model.depth": 28, "tokenizer.dim": 64, "optim.ema": 0.9999}
@@ -106,7 +112,7 @@ def test_the_refusal_of_a_wrong_name_has_the_nearest():
 
 @pytest.mark.parametrize("scale", trajectory.SCALES)
 def test_every_row_builds_at_every_scale(scale):
-    for row in (*trajectory.ROWS, *trajectory.BESIDE):
+    for row in trajectory.ALL:
         config = ldae.config(row.name, scale)
         assert config.objective == ldae.config(row.name).objective
         assert replace(config, flatten(config)) == config  # with types and values that are taken

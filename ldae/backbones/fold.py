@@ -6,7 +6,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from ldae import noise, tokenizers
+from ldae import tokenizers
 from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT, PlainViT
@@ -16,11 +16,6 @@ from ldae.tokenizers.pixels import PixelStatistics
 
 LDAE_URL = "https://arxiv.org/abs/2401.14404"
 TOLERANCE = 1e-5  # relative, in float32
-
-
-def default_timestep(method: LDAE) -> int:
-    """Return the t of a backbone's features, see ``noise.features_level``."""
-    return noise.features_level(len(method.sigma))
 
 
 @torch.no_grad()
@@ -33,7 +28,7 @@ def fold(method: LDAE, timestep: int | None = None, verify: bool = True) -> Visi
     rows get the null label. The ``timestep`` of the ViT is t.
 
     Args:
-        timestep: the t; by default ``default_timestep``.
+        timestep: the t; by default the method's ``feature_timestep``.
         verify: compare folded and unfolded features of random images.
 
     Raises: NoPlainViT when the tokenizer is a network or the encoder is not a plain ViT; InputError
@@ -45,7 +40,7 @@ def fold(method: LDAE, timestep: int | None = None, verify: bool = True) -> Visi
             "folded into a timm ViT"
         )
     vit = stock_vit(method).eval()
-    t = default_timestep(method) if timestep is None else timestep
+    t = method.feature_timestep if timestep is None else timestep
     exact = copy.deepcopy(method).cpu().double().eval()
     exact.bf16 = False
     condition = exact.denoiser.condition(torch.tensor([t]))
@@ -173,7 +168,7 @@ def init_from(method: LDAE, vit: VisionTransformer) -> float:
     tokenizer, denoiser = exact.tokenizer, exact.denoiser
     assert isinstance(tokenizer, PatchTokenizer)
     weight, bias = _embedding_of(vit, tokenizer)
-    matrix, offset = _patch_to_token(exact, default_timestep(method))
+    matrix, offset = _patch_to_token(exact, method.feature_timestep)
     # The network sees a patch x as A x + a. The embedding W' reads from it what W reads from the
     # part of x in the row space of A. The other part is that of the image given back for x = 0.
     # Singular values below float32's precision carry nothing of W.

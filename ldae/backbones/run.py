@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldae.backbones.fold import LDAE_URL, default_timestep, fold, pretrained_cfg, stock_vit
+from ldae.backbones.fold import LDAE_URL, fold, pretrained_cfg, stock_vit
 from ldae.errors import InputError
 from ldae.method import LDAE, build
 from ldae.models.contract import NoPlainViT
@@ -66,15 +66,15 @@ def backbone_of(method: LDAE, verify: bool = True) -> nn.Module:
     except NoPlainViT:
         method = copy.deepcopy(method).eval()
         method.bf16 = False
-        return TokenizerAndEncoder(method, default_timestep(method))
+        return TokenizerAndEncoder(method, method.feature_timestep)
 
 
 def exported(method: LDAE, timestep: int | None = None) -> Exported:
-    """Return the encoder at a fixed t, by default ``default_timestep``, as a timm ViT.
+    """Return the encoder at a fixed t, by default its ``feature_timestep``, as a timm ViT.
 
     Raises: NoPlainViT and InputError as ``fold``, and InputError for a t that does not exist.
     """
-    own = default_timestep(method)
+    own = method.feature_timestep
     timestep = own if timestep is None else timestep
     if not 0 <= timestep < len(method.sigma):
         raise InputError(f"timestep {timestep} is not in 0 .. {len(method.sigma) - 1}")

@@ -9,7 +9,7 @@ from ldae.cli.flags import asks_help, named_flags, pop_positional, split_options
 from ldae.cli.settings import call_with_settings
 from ldae.errors import InputError
 from ldae.pretraining import recipes
-from ldae.trajectory import SCALES
+from ldae.trajectory import DEFAULT, SCALES
 from ldae.tree import POSITIVE, flatten, flatten_table, read_yaml
 
 
@@ -36,7 +36,7 @@ def call_with_row(command: str, argv: Sequence[str], function: Callable) -> None
         base = recipes.read(Path(row), scale, BY_ROW[command], start)
         named |= flatten_table(read_yaml(Path(row))).keys()
     else:
-        _, row = recipes.find(row or "l_dae", BY_ROW[command])
+        _, row = recipes.find(row or DEFAULT, BY_ROW[command])
         base = recipes.config(row, scale, start)
     if auto:
         keep = tuple(name for name in flatten(base) if name in named)

@@ -25,7 +25,7 @@ def show(row: str = "", /, scale: str = "paper") -> None:
         print(tree.to_yaml(recipes.config(name, scale)), end="")
         return
     print("  # row               top-1  FID-50K  what changes")
-    for entry in (*trajectory.ROWS, *trajectory.BESIDE):
+    for entry in trajectory.ALL:
         accuracy, fid = (
             f"{number:.1f}" if number is not None else "-" for number in (entry.accuracy, entry.fid)
         )

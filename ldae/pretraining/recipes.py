@@ -53,7 +53,7 @@ def find(name: str | int, among: Iterable[str] = ()) -> tuple[str, str]:
 
 
 def config(
-    name: str | int = "l_dae",
+    name: str | int = trajectory.DEFAULT,
     scale: str = "paper",
     init_from: str | Path = "",
     changes: Mapping[str, Any] | None = None,

@@ -142,7 +142,7 @@ def highest_level(method: LDAE) -> int:
     At gamma_t = 0 it does not follow from the noise or the score.
     """
     levels = torch.arange(len(method.gamma))
-    if not method.objective.is_image:
+    if method.objective.patches is None:
         one, level = torch.ones_like(method.gamma), (method.gamma, method.sigma)
         clean = method.objective.clean(method.tokenizer, 0 * one, one, *level)
         levels = levels[clean.isfinite().cpu()]
@@ -192,7 +192,7 @@ def generate(
             images = method.predict_image(z, last, labels)
         else:
             images = method.decode(denoise(z, last))
-            if method.objective.is_image:
+            if method.objective.patches is not None:
                 # Guidance acts on z_0. The predicted image holds details beyond z_0: add them.
                 images = (
                     images + method.predict_image(z, last, labels) - method.decode(plain(z, last))

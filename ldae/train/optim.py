@@ -22,7 +22,7 @@ def adamw(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW:
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-    return torch.optim.AdamW(groups, lr=peak_lr(optim), betas=tuple(optim.betas), fused=True)
+    return torch.optim.AdamW(groups, lr=peak_lr(optim), betas=optim.betas, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -49,7 +49,7 @@ def test_sampling_starts_at_the_highest_level_that_determines_z_0(method, target
     assert highest_level(method("patch_pca", **config)) == top
 
 
-@pytest.mark.parametrize("row", [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE)])
+@pytest.mark.parametrize("row", [row.name for row in trajectory.ALL])
 def test_rows_with_pure_noise_at_the_top_start_from_noise(method, row):
     made = method(row, 10 if row == "dit" else 0)
     entry = trajectory.row(row)

@@ -23,11 +23,11 @@ from ldae.train.parallel import _blocks, compile_parts, parallelize, uses_cuda_g
 from ldae.train.state import State
 
 CPU = torch.device("cpu")
-ROWS = [row.name for row in (*trajectory.ROWS, *trajectory.BESIDE) if row.name != "ddpm"]
+ROWS = [row.name for row in trajectory.ALL if row.name != "ddpm"]
 # The encoder of a masked row sees the kept tokens, and its decoder has another width.
 GRAPHS = dict.fromkeys(ROWS, 3) | {"l_dae_masked": 4}
-# With a second target, blocks see clean tokens too, without gradients.
-SECOND_TARGET = {"features__share": 0.5}
+# With a feature target, blocks see clean tokens too, without gradients.
+FEATURE_TARGET = {"features__share": 0.5}
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_each_row_is_few_graphs_with_the_eager_loss(row, recomputed, method, ima
 
 
 def test_the_parts_of_other_vits_take_no_more_graphs(method, images, compiled_by):
-    one = method("l_dae_masked", **PARTS, **SECOND_TARGET).train()
+    one = method("l_dae_masked", **PARTS, **FEATURE_TARGET).train()
     eager = losses(one, one, images)
     counter = compiled_by("aot_eager")
     compile_parts(one)
@@ -198,7 +198,7 @@ def test_a_compiled_model_and_its_copies_evaluate_as_they_are(method, images, co
         ("l_dae", PARTS, 4, False),
         ("l_dae", PARTS, 4, True),
         ("l_dae_masked", {}, 4, True),
-        ("l_dae_masked", SECOND_TARGET, 5, True),
+        ("l_dae_masked", FEATURE_TARGET, 5, True),
     ],
 )
 def test_two_ranks_compile_the_same_graphs(
