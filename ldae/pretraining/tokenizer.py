@@ -1,6 +1,6 @@
 """Fitting of a tokenizer, in one pass over images or by training, and its reconstruction report."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +69,7 @@ class Fit:
     stats: tuple[tuple[float, ...], tuple[float, ...]]
     """Mean and standard deviation of the pixels; empty to measure them."""
     plan: Plan | None
-    """The plan of the training; None for a fit in one pass and for published weights."""
+    """The plan of the training; None for a fit in one pass, a given file and published weights."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Images that this rank could not decode and skipped: name -> reason."""
 
@@ -105,11 +105,11 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     tokenizer = build_tokenizer(config)
     config = tree.replace(config, {"tokenizer.scale": tokenizer.scale})
     plan = None
-    if tokenizer.trained and not config.tokenizer.pretrained:
+    if tokenizer.trained and not (config.tokenizer.path or config.tokenizer.pretrained):
         plan = plan_run(len(source), config.tokenizer.optim, config.system, device)
     evaluation = evaluation_images(config.data)
     fit = Fit(config, source, evaluation, device, tokenizer, pixel_stats(config.data), plan)
-    if plan and not (config.tokenizer.path or (run / layout.TOKENIZER).exists()):
+    if plan and not (run / layout.TOKENIZER).exists():
         inner = run / layout.TOKENIZER_RUN  # the tokenizer's own run in a pre-training
         check_warmup(inner if inner.exists() else run, config.tokenizer.optim, "tokenizer.optim")
         start = config.tokenizer.adversarial_start
@@ -129,18 +129,21 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
 def tokenizer_of_run(fit: Fit, run: Path, row: str) -> Tokenizer:
     """Return the tokenizer of the pre-training in ``run``, fitted first if there is none yet.
 
-    A tokenizer that is trained has a run of its own, in the sub-folder tokenizer.
+    A tokenizer that is trained has a run of its own, in the sub-folder tokenizer; ``run`` gets a
+    copy, as it does of a given file.
     """
-    path, given = run / layout.TOKENIZER, fit.config.tokenizer.path
-    exists = distributed.gather_values(path.exists())[0]  # before rank 0 writes it
-    if exists and (given or fit.plan):
+    if not (fit.plan or fit.config.tokenizer.path):
+        fit_or_load(fit, run, row)
+        return fit.tokenizer
+    path = run / layout.TOKENIZER
+    if distributed.gather_values(path.exists())[0]:  # on rank 0, before it writes the file
         tokenizers.load(fit.tokenizer, path)
         return fit.tokenizer
-    if not given:  # else prepare() has loaded it
-        folder = run / layout.TOKENIZER_RUN if fit.plan else run
-        with open_fit(fit, folder) if fit.plan else nullcontext():
-            fit_or_load(fit, folder, row)
-    if distributed.is_main() and not exists:
+    if fit.plan:  # else prepare() has loaded the given file
+        inner = run / layout.TOKENIZER_RUN
+        with open_fit(fit, inner):
+            fit_or_load(fit, inner, row)
+    if distributed.is_main():
         tokenizers.save(fit.tokenizer, path)
     distributed.barrier()
     return fit.tokenizer

@@ -149,6 +149,21 @@ def test_a_pretraining_stopped_in_its_tokenizer_resumes_there(tiny, tmp_path, in
     assert_equal(weights(run), weights(tmp_path / "alone"))
 
 
+@pytest.mark.parametrize("row, folders", [("l_dae", ["run"]), ("patch_vae", ["tokenizer", "run"])])
+def test_a_pretraining_writes_a_new_tokenizer_once_into_each_folder(
+    row, folders, tiny, tmp_path, monkeypatch
+):
+    saved, save = [], fitting.tokenizers.save
+    monkeypatch.setattr(
+        fitting.tokenizers,
+        "save",
+        lambda tokenizer, path: saved.append(path.parent.name) or save(tokenizer, path),
+    )
+    pretrain(tiny(row), tmp_path / "run", row)
+    pretrain(tiny(row), tmp_path / "run", row)
+    assert saved == folders
+
+
 def test_a_fit_that_was_killed_before_its_report_writes_the_report(tiny, tmp_path):
     run = tmp_path / "run"
     fit_tokenizer(tiny("patch_vae"), run, "patch_vae")
