@@ -1,11 +1,21 @@
 """The arithmetic of a run: bfloat16, float32 with or without TF32, gradients, generators."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 from ldae.processor import multiplies_bf16_faster, processor_name, vector_instructions
+
+# Whose products of float32 numbers may be in another type, by torch's newer names.
+_PARTS = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,
+    torch.backends.mkldnn.conv,
+    torch.backends.mkldnn.rnn,
+)
 
 
 def runs_in_bf16(precision: str, device: torch.device) -> bool:
@@ -27,15 +37,30 @@ def bf16_autocast(device: torch.device, enabled: bool) -> torch.autocast:
 def float32_products(tf32: bool = False) -> Iterator[None]:
     """Compute products of float32 numbers in float32, or in TF32 where a GPU has it.
 
-    This holds for matrices and convolutions, whatever torch's defaults and the environment say.
+    This holds for matrices and convolutions, whatever torch's settings and the environment say.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    before = [part.fp32_precision for part in _PARTS]
+    # Libraries read the older names too. Once a caller has used the newer ones, torch may refuse to
+    # read the older: then they have these values, torch's defaults.
+    matmul, cudnn = "highest", True
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn = torch.backends.cudnn.allow_tf32
+    inside = ["tf32" if tf32 else "ieee"] * len(_PARTS)
+    _set_float32_products("high" if tf32 else "highest", tf32, inside)
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _set_float32_products(matmul, cudnn, before)
+
+
+def _set_float32_products(matmul: str, cudnn: bool, parts: list[str]) -> None:
+    """Set torch's older names and then the newer ones, which the older change too."""
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    for part, precision in zip(_PARTS, parts, strict=True):
+        part.fp32_precision = precision
 
 
 @contextmanager
@@ -57,9 +82,13 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 def unchanged_generators() -> Iterator[None]:
     """Restore torch's global random generators at the end, for a caller who draws from them too."""
     # The generator of a GPU that is not in use yet has no state to lose.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield
+    in_use = torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if in_use else []):
+            yield
+    finally:
+        if torch.cuda.is_initialized() and not in_use:  # the caller's seed has waited for this
+            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 @contextmanager

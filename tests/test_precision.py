@@ -1,32 +1,68 @@
 """Arithmetic holds inside of its context, whatever was set before, and is restored behind it."""
 
+import contextlib
+
 import pytest
 import torch
 
-from ldae.precision import (
-    bf16_autocast,
-    deterministic_algorithms,
-    float32_products,
-    seeded_generator,
+from ldae import precision
+from ldae.precision import bf16_autocast, deterministic_algorithms, seeded_generator
+
+CHANGES = {
+    "torch's defaults": lambda: None,
+    "older, high": lambda: torch.set_float32_matmul_precision("high"),
+    "older, medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "older, convolutions": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "newer, all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "newer, GPU": lambda: setattr(torch.backends.cudnn, "fp32_precision", "tf32"),
+    "newer, products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "newer, convolutions": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    "newer, CPU": lambda: setattr(torch.backends.mkldnn, "fp32_precision", "bf16"),
+    "newer, products of the CPU": lambda: setattr(
+        torch.backends.mkldnn.matmul, "fp32_precision", "bf16"
+    ),
+}
+OLDER = (
+    torch.get_float32_matmul_precision,
+    lambda: torch.backends.cuda.matmul.allow_tf32,
+    lambda: torch.backends.cudnn.allow_tf32,
 )
 
 
-@pytest.fixture(params=["highest", "high", "medium"])
-def default(request):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
+NEWER = (torch.backends, torch.backends.cudnn, torch.backends.mkldnn, *precision._PARTS)
+
+
+def older_names() -> list[object]:
+    """Return what the older names say; None where torch refuses to read one."""
+    values: list[object] = [None] * len(OLDER)
+    for n, read in enumerate(OLDER):
+        with contextlib.suppress(RuntimeError):
+            values[n] = read()
+    return values
+
+
+@pytest.fixture(params=CHANGES)
+def changed(request):
+    before, older = [part.fp32_precision for part in NEWER], older_names()
+    CHANGES[request.param]()
+    yield
+    torch.set_float32_matmul_precision(older[0])
+    torch.backends.cudnn.allow_tf32 = older[2]
+    for part, value in zip(NEWER, before, strict=True):
+        part.fp32_precision = value
+    assert [part.fp32_precision for part in NEWER] == before and older_names() == older
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-def test_products_of_float32_are_in_float32_or_tf32_whatever_the_default(default, tf32):
-    cudnn = torch.backends.cudnn.allow_tf32
-    with float32_products(tf32):
-        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
-        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
-    assert torch.get_float32_matmul_precision() == default
-    assert torch.backends.cudnn.allow_tf32 == cudnn
+def test_products_of_float32_are_in_float32_or_tf32_whatever_the_caller_has_set(changed, tf32):
+    before, older = [part.fp32_precision for part in NEWER], older_names()
+    with precision.float32_products(tf32):
+        inside = {part.fp32_precision for part in precision._PARTS}
+        assert inside == {"tf32" if tf32 else "ieee"}
+        assert older_names() == ["high" if tf32 else "highest", tf32, tf32]
+    assert [part.fp32_precision for part in NEWER] == before
+    for value, known in zip(older_names(), older, strict=True):
+        assert known in (None, value)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -54,3 +90,13 @@ def test_a_seed_decides_draws_and_leaves_the_generator_as_it_was():
         drawn = torch.rand(3)
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(2)))
+
+
+def test_a_gpu_that_is_used_first_inside_begins_with_the_seed_of_the_caller(monkeypatch):
+    seeds, in_use = [], iter((False, True))
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: next(in_use))
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seeds.append)
+    torch.random.default_generator.manual_seed(5)
+    with precision.unchanged_generators():
+        torch.random.default_generator.manual_seed(6)
+    assert seeds == [5]
