@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ldae.backbones.open import load_backbone
 from ldae.backbones.preprocessing import preprocessing
+from ldae.data.image import from_pillow
 from ldae.detection.jitter import ScaleJitter, canvas_of
 from ldae.detection.network import Detector, build_detector
 from ldae.distributed import device_for
@@ -41,13 +42,16 @@ class TrainedDetector:
     def __init__(self, network: Detector, classes: list[str], transform: ScaleJitter) -> None:
         self.network, self.classes, self._transform = network, classes, transform
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[Found]:
         """Return the instances in each picture, upright by its EXIF; all pictures are one batch.
 
-        Raises: InputError for a picture that cannot have the channels of the network.
+        Raises: InputError for a picture that cannot be decoded, and for one that cannot have the
+            channels of the network.
         """
-        pictures = [ImageOps.exif_transpose(picture) for picture in pictures]
+        if not pictures:
+            return []
+        pictures = [from_pillow(picture) for picture in pictures]
         rng = np.random.default_rng(0)  # not drawn from without a jitter
         pixels = torch.stack([self._transform(picture, rng) for picture in pictures])
         device = next(self.network.parameters()).device
@@ -71,21 +75,29 @@ def load_detector(run: str | Path, device: str = "auto") -> TrainedDetector:
         run: the run folder.
         device: auto, cpu, cuda or cuda:N.
 
-    Raises: InputError when the folder holds no detection, or no checkpoint yet.
+    Raises: InputError when the folder holds no detection, or no checkpoint yet, and when the
+        backbone that is there now has another architecture.
 
     Examples:
         >>> detector = ldae.load_detector("runs/detector")
         >>> (found,) = detector([Image.open("street.jpg")])
         >>> list(zip(found.classes, found.boxes.tolist(), found.scores.tolist()))
     """
-    config = settings_of(Path(run), "detection")
-    state = Checkpoints(Path(run)).load()
+    run = Path(run).expanduser()
+    config = settings_of(run, "detection")
+    state = Checkpoints(run).load()
     if state is None:
         raise InputError(f"run folder {run} has no checkpoint yet")
     backbone = load_backbone(config.backbone, random_init=True, in_chans=config.data.in_chans)
     classes, given = state["describe"]["classes"], preprocessing(backbone)
     network = build_detector(backbone, config, len(classes))
     weights = state["average"] or state["model"]
-    network.load_state_dict({name.removeprefix("detector."): w for name, w in weights.items()})
+    try:
+        network.load_state_dict({name.removeprefix("detector."): w for name, w in weights.items()})
+    except RuntimeError:
+        raise InputError(
+            f"the backbone {config.backbone} is not the one that {run} began with: its "
+            "architecture differs"
+        ) from None
     network.to(device_for(device)).eval().requires_grad_(False)
     return TrainedDetector(network, classes, canvas_of(given, network.side))

@@ -1,10 +1,13 @@
 """A detection: it learns, resumes bit for bit, and refuses what does not fit."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from written import assert_equal, lines, weights
 
 from ldae import cli
@@ -206,3 +209,33 @@ def test_a_detector_that_is_opened_finds_what_was_graded(tiny, tmp_path):
     ]
     with pytest.raises(InputError, match="is not a run folder"):
         load_detector(tmp_path)
+
+
+def test_a_detector_that_is_opened_reads_pictures_as_the_data_are_read(tiny, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    detect(tiny(optim__epochs=0.5), run)
+    detector = load_detector(run, "cpu")
+    assert detector([]) == []
+    seen = []
+    network = detector.network.find
+    monkeypatch.setattr(
+        detector.network, "find", lambda x, sizes: seen.append(x) or network(x, sizes)
+    )
+    grey = np.arange(32 * 32).reshape(32, 32) // 4
+    eight, sixteen = (
+        detector([Image.fromarray((grey * scale).astype(kind))])[0]
+        for scale, kind in ((1, np.uint8), (257, np.uint16))
+    )
+    assert torch.equal(*seen)
+    for found in (eight, sixteen):
+        found.boxes.add_(1)  # outside of torch's inference mode
+
+
+def test_a_detector_whose_backbone_was_replaced_is_refused(exported, tmp_path):
+    backbone = shutil.copytree(exported, tmp_path / "backbone")
+    detect(detect_config(backbone, "scenes", TINY | {"optim.epochs": 0.5}), tmp_path / "run")
+    config = json.loads((backbone / "config.json").read_text())
+    config["model_args"]["depth"] += 1
+    (backbone / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="backbone is not the one that .*run began with: its arch"):
+        load_detector(tmp_path / "run")
