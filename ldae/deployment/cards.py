@@ -50,6 +50,7 @@ def card_of_run(
             **input_facts(vit),
             "pre-trained on": f"{describe['images']:,} images of {data}, "
             f"{state['images_seen']:,} seen",
+            **_start(config),
             "recipe": _recipe(config),
             _LICENSE: license or "none claimed",
         }
@@ -59,6 +60,14 @@ def card_of_run(
         license=license,
         scores=f"{measured}\n\n{table}" if table else "",
     )
+
+
+def _start(config: Any) -> dict[str, str]:
+    """Return the weights that a run began with: their license may bind its own."""
+    if not config.init_from:
+        return {}
+    name, _, file = config.init_from.partition("@")
+    return {"begun from": f"{Path(name).name}@{Path(file).name}" if file else Path(name).name}
 
 
 def _recipe(config: Any) -> str:

@@ -29,7 +29,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     the environment variable HF_TOKEN.
 
     Args:
-        private: create the repository as a private one.
+        private: create the repository as a private one, and refuse one that is public.
 
     Returns: the address of the repository.
 
@@ -38,12 +38,24 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     api = HfApi(library_name="ldae")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:  # it was there before
+            raise InputError(
+                f"{repository} is there already, and public: make it private on the hub, or name "
+                "another one"
+            )
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             ignore_patterns=[f"{EVALS}/*", f"*{PARTIAL}", f"*{PARTIAL}/*"],
             commit_message="Export from ldae",
         )
+    except InputError:
+        raise
+    except ValueError as error:  # the hub refuses the card, and gives its reasons in further lines
+        raise InputError(
+            f"{folder} is written, but not pushed to {repository}: {' '.join(str(error).split())}; "
+            "delete the folder and export it again"
+        ) from error
     except Exception as error:  # of the network's libraries too, which share no base class
         raise InputError(
             f"{folder} is written, but not pushed to {repository}: {first_line(error)}; the same "

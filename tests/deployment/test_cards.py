@@ -1,11 +1,14 @@
 """The card of an export says what is true of the exported network, and no paths."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ldae.commands.export import export
 from ldae.evals.scores import public_name
 from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.kinds import settings_of, to_yaml
+from ldae.tree import replace
 
 WHITEN = {"whiten": "scattered-digits:64", "whiten_shrinkage": 0.01, "workers": 0}
 
@@ -49,6 +52,22 @@ def test_a_row_of_a_file_is_published_by_its_name(run, tmp_path):
     Checkpoints(folder).save(state | {"images_seen": 16})
     card = (export(folder, tmp_path / "out") / "README.md").read_text()
     assert "| row | of-mine.yaml |" in card and "private" not in card
+
+
+@pytest.mark.parametrize(
+    "spec, name",
+    [
+        ("/private/runs/first", "first"),
+        ("vit_base_patch16_224.mae@/private/mae.pth", "vit_base_patch16_224.mae@mae.pth"),
+    ],
+)
+def test_the_start_of_a_run_is_named_since_its_license_may_bind(spec, name, run, tmp_path):
+    folder = run()
+    config = settings_of(folder, "pretraining")
+    begun = to_yaml(replace(config, {"init_from": spec}), "pretraining")
+    (folder / "config.yaml").write_text(begun)
+    card = (export(folder, tmp_path / "out") / "README.md").read_text()
+    assert f"| begun from | {name} |" in card and "private" not in card
 
 
 def test_the_public_name_of_a_source_has_no_folders():

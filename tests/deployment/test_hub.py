@@ -14,12 +14,19 @@ from ldae.commands.export import export
 from ldae.errors import InputError
 
 
+def is_private(created: dict) -> bool:
+    """Return whether the request for a repository wants a private one, in any version."""
+    return created.get("private") is True or created.get("visibility") == "private"
+
+
 class Hub(ThreadingHTTPServer):
     """The routes by which huggingface_hub creates a repository and commits to it."""
 
     def __init__(self, status: int = 200) -> None:
         super().__init__(("127.0.0.1", 0), Route)
         self.status = status
+        self.private: bool | None = None  # whether there is a repository, and whom it is for
+        self.refused = ""  # why the hub refuses cards
         self.created: list[dict] = []
         self.large: dict[str, bytes] = {}  # by their SHA-256
         self.files: dict[str, bytes] = {}
@@ -63,6 +70,12 @@ class Route(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] == "/api/models/user/digits":
+            self.answer({"id": "user/digits", "private": self.server.private})
+        else:
+            self.answer({"error": f"no route {self.path}"}, 404)
+
     def do_PUT(self) -> None:
         self.server.large[self.path.rsplit("/", 1)[1]] = self.body()
         self.answer({})
@@ -74,9 +87,15 @@ class Route(BaseHTTPRequestHandler):
             self.answer({"error": "Invalid credentials"}, hub.status)
         elif path == "/api/repos/create":
             hub.created.append(json.loads(body))
-            self.answer({"url": f"{hub.address}/user/digits", "name": "user/digits"})
+            known = {"url": f"{hub.address}/user/digits", "name": "user/digits"}
+            if hub.private is None:
+                hub.private = is_private(hub.created[-1])
+                self.answer(known)
+            else:
+                self.answer(known, 409)
         elif path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
+            errors = [{"message": hub.refused}] if hub.refused else []
+            self.answer({"errors": errors, "warnings": []}, 400 if hub.refused else 200)
         elif "/preupload/" in path:
             modes = [
                 {
@@ -125,7 +144,7 @@ def test_the_hub_gets_the_folder(hub, run, tmp_path, capsys):
     assert stand_in.files == local and len(stand_in.large) == 1
     (created,) = stand_in.created
     assert (created["organization"], created["name"]) == ("user", "digits")
-    assert created.get("private") is True or created.get("visibility") == "private"
+    assert is_private(created)
     assert stand_in.tokens == {"Bearer hf_secret"}
     printed = capsys.readouterr().out
     assert f"pushed {out} to {stand_in.address}/user/digits" in printed and "secret" not in printed
@@ -164,3 +183,19 @@ def test_a_refusal_is_a_sentence_and_loses_nothing(hub, run, tmp_path, monkeypat
     stand_in = hub()
     export(folder, out, push="user/digits")  # the same command
     assert stand_in.files.keys() == {path.name for path in out.iterdir()}
+
+
+def test_weights_do_not_go_to_a_public_repository_that_should_be_private(hub, run, tmp_path):
+    stand_in, folder = hub(), run()
+    stand_in.private = False
+    with pytest.raises(InputError, match="^user/digits is there already, and public: make it priv"):
+        export(folder, tmp_path / "out", push="user/digits", private=True)
+    assert not stand_in.files and not stand_in.large
+    export(folder, tmp_path / "out", push="user/digits")
+    assert stand_in.files
+
+
+def test_a_card_that_the_hub_refuses_is_refused_with_the_reason(hub, run, tmp_path):
+    hub().refused = '"license" must be one of [apache-2.0, mit]'
+    with pytest.raises(InputError, match=r'"license" must be one of .*; delete the folder and exp'):
+        export(run(), tmp_path / "out", push="user/digits")
