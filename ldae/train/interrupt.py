@@ -23,6 +23,10 @@ class Interrupted(Exception):
         super().__init__(message)
         self.exit_status = 128 + signal_number
 
+    def __reduce__(self) -> tuple:
+        """Let it be unpickled: a pool's parent waits for ever for an exception that it cannot."""
+        return type(self), (self.exit_status - 128, *self.args)
+
 
 class StopRequest:
     """A context in which ``received`` is the number of the first stop signal, or 0.

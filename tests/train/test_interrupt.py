@@ -1,11 +1,12 @@
 """A stop signal is recorded; only a second Ctrl-C interrupts at once."""
 
 import os
+import pickle
 import signal
 
 import pytest
 
-from ldae.train.interrupt import SIGNALS, StopRequest
+from ldae.train.interrupt import SIGNALS, Interrupted, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +48,8 @@ def test_a_second_ctrl_c_stops_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_crosses_a_pool_of_processes():
+    error = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "stopped at image 3")))
+    assert str(error) == "stopped at image 3" and error.exit_status == 128 + signal.SIGTERM
