@@ -314,9 +314,11 @@ def test_calls_train_where_gradients_are_off(mode, tiny, short_tuning, tmp_path)
         ldae.segment(
             run.folder, DATA, protocol=ldae.SegmentProtocol(steps=2), setup=setup(tmp_path / "out")
         )
+        own = run.backbone()
         assert not torch.is_grad_enabled()
     assert run.images_seen == 64
-    backbone(torch.zeros(1, 3, 32, 32)).sum().backward()
+    for network in (backbone, own):
+        network(torch.zeros(1, 3, 32, 32)).sum().backward()
 
 
 def test_a_thread_can_call(tiny, tmp_path):

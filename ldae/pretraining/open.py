@@ -17,7 +17,7 @@ from ldae.backbones.run import load_method
 from ldae.data.image import from_pillow
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError, quoted
-from ldae.precision import float32_products, unchanged_generators
+from ldae.precision import float32_products, recorded_gradients, unchanged_generators
 from ldae.pretraining.images import sample_images
 from ldae.runs.kinds import KINDS, pretraining_in, settings_of
 from ldae.runs.metrics import read_records
@@ -49,6 +49,10 @@ class Run:
         # Absolute, since the working folder may change.
         self.folder, self.device = Path(os.path.expanduser(folder)).absolute(), device
 
+    def __getstate__(self) -> dict:
+        """Pickle where the run is: its network, which may hold functions, is read again."""
+        return {"folder": self.folder, "device": self.device}
+
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 
@@ -63,6 +67,7 @@ class Run:
         return settings_of(self.folder, self.kind)
 
     @cached_property
+    @recorded_gradients()
     def _loaded(self) -> tuple[Any, dict]:
         method, state = load_method(self.folder, self.kind)
         method.to(distributed.device_for(self.device)).requires_grad_(False)
@@ -112,6 +117,7 @@ class Run:
         COUNT.check("count", count)
         return sample_images(self.config.data, torch.device("cpu"), count)
 
+    @recorded_gradients()
     def backbone(self) -> nn.Module:
         """Return the encoder as graders see it: normalised (B, C, H, W) -> features (B, D).
 

@@ -1,6 +1,8 @@
 """A run in Python shows what the commands write."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -45,6 +47,14 @@ def test_pictures_are_cropped_as_evaluation_images_are(run):
         assert torch.equal(one, other)
     large = [picture.resize((80, 64)) for picture in pictures]
     assert opened.denoise(large, 10).clean.shape == (2, 3, 32, 32)
+
+
+def test_a_run_is_pickled_without_its_network(run):
+    opened = ldae.load_run(run(), "cpu")
+    seen = opened.images_seen  # the network is read
+    for other in (pickle.loads(pickle.dumps(opened)), copy.deepcopy(opened)):
+        assert (other.folder, other.device) == (opened.folder, "cpu")
+        assert other.images_seen == seen
 
 
 def test_a_folder_may_be_relative_or_at_home(run, monkeypatch):
