@@ -21,6 +21,7 @@ from ldae.machine.extrapolation import extrapolate
 from ldae.machine.packages import check_packages
 from ldae.machine.parts import describe_machine, find_problems
 from ldae.machine.rates import copying_rate, decoding_rates, training_rates
+from ldae.precision import unchanged_generators
 from ldae.runs.environment import environment, installed_version
 from ldae.settings import Config
 from ldae.tree import COUNT, AnyPath, replace
@@ -33,6 +34,7 @@ _CURES = {
 }
 
 
+@unchanged_generators()
 def doctor(
     *,
     data: Annotated[AnyPath, tyro.conf.arg(metavar="SOURCE")] = "",

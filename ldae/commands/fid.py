@@ -24,6 +24,7 @@ from ldae.evals.image_sets import (
 from ldae.evals.inception import PUBLISHED, Inception, InceptionTransform
 from ldae.evals.naming import changes, file_name, results_home, shortened, unshared_folder
 from ldae.files import as_json, check_writable, state_hash, write_json
+from ldae.precision import unchanged_generators
 from ldae.runs import layout
 from ldae.runs.environment import environment
 from ldae.runs.kinds import kind_of, settings_of
@@ -65,6 +66,7 @@ class FIDSettings:
     """auto, cpu, cuda or cuda:N."""
 
 
+@unchanged_generators()
 def fid(
     images: Annotated[AnyPath, tyro.conf.arg(metavar="IMAGES")],
     reference: Annotated[AnyPath | None, tyro.conf.arg(metavar="[REFERENCE]")] = None,

@@ -38,6 +38,7 @@ from ldae.evals.predictions import Predictions
 from ldae.evals.seeds import over_seeds
 from ldae.evals.subsets import held_out
 from ldae.evals.taps import Pool, Tap, taps_of
+from ldae.precision import unchanged_generators
 from ldae.tree import POSITIVE, AnyPath
 
 
@@ -98,6 +99,7 @@ class LDAEProtocol(AugmentedProtocol):
     optimizer: Literal["lars", "sgd", "adamw"] = "sgd"
 
 
+@unchanged_generators()
 @over_seeds
 def linear(
     backbone: FeaturesSpec,
