@@ -185,6 +185,18 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def convert_fields(settings: Any) -> None:
+    """Convert each field of a frozen dataclass as ``convert`` does, while it is initialised.
+
+    Raises: InputError as ``convert`` does; fields of any type are taken as they are.
+    """
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for part in dataclasses.fields(settings):
+        if hints[part.name] is not Any:
+            value = convert(part.name, getattr(settings, part.name), hints[part.name])
+            object.__setattr__(settings, part.name, value)
+
+
 def taken_by(function: Callable, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that are parameters of an entry of a registry."""
     parameters = inspect.signature(function).parameters

@@ -170,7 +170,7 @@ def test_evaluate(both, tmp_path):
     both(
         "evaluate",
         ["pixels:4", "--suite", str(suite), "--workers", "0"],
-        lambda out: ldae.evaluate(("pixels:4",), suite=suite, setup=setup(out)),
+        lambda out: ldae.evaluate("pixels:4", suite=suite, setup=setup(out)),
         "table.json",
     )
 
@@ -294,6 +294,8 @@ def test_calls_leave_the_process_as_it_was(tiny, classifier, tmp_path):
     exported = ldae.export(run.folder, tmp_path / "exported")
     ldae.load_backbone(exported)
     ldae.load_classifier(classifier)
+    linear = ldae.CachedProtocol(epochs=1, learning_rates=(0.1,))
+    ldae.linear(exported, DATA, protocol=linear, save=tmp_path / "probe", setup=setup(tmp_path))
     results = [ldae.knn(run.folder, DATA, **knn)["results"] for _ in range(2)]
     with pytest.raises(ldae.InputError, match="nowhere"):
         ldae.knn("pixels:4", "nowhere")
@@ -364,3 +366,31 @@ def test_wrong_input_is_a_sentence(tiny, tmp_path):
         with pytest.raises(ldae.InputError, match=message):
             call()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, call", [("doctor", ldae.doctor), ("fid", lambda: ldae.fid(DATA, DATA))]
+)
+def test_what_draws_inside_leaves_the_generator_of_the_caller(name, call, monkeypatch):
+    """Of two commands that take long; others are called above."""
+
+    def draw(device: str) -> torch.device:
+        raise ldae.InputError(f"drawn {torch.rand(1)}")
+
+    monkeypatch.setattr(f"ldae.commands.{name}.device_for", draw)
+    before = torch.get_rng_state()
+    with pytest.raises(ldae.InputError, match="drawn"):
+        call()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_value_of_another_type_is_refused_before_images_are_opened(tmp_path):
+    for call, message in (
+        (lambda: ldae.KNNProtocol(k=20), "'k' takes a list of int, not 20"),
+        (lambda: ldae.Setup(workers="0"), "'workers' takes int, not '0'"),
+        (lambda: ldae.EncoderSetup(batch_size=0), "batch_size must be at least 1"),
+        (lambda: ldae.EncoderSetup(precision="fp8"), "'precision' takes fp32 or"),
+    ):
+        with pytest.raises(ldae.InputError, match=message):
+            call()
+    assert ldae.Setup(seeds=[1, 2]).seeds == (1, 2)

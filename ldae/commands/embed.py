@@ -57,7 +57,7 @@ from ldae.evals.taps import Pool, Tap, TapReader, TokenMapReader, taps_of
 from ldae.evals.whitening import WhiteningProtocol
 from ldae.runs.environment import environment
 from ldae.train.interrupt import Interrupted, StopRequest
-from ldae.tree import AnyPath, check
+from ldae.tree import AnyPath
 
 Images = Annotated[
     AnyPath, tyro.conf.arg(metavar="SOURCE", help="The images, with labels or without.")
@@ -107,7 +107,6 @@ def embed(
     """
     backbone, source = str(backbone), str(source)
     out, taps = Path(out).expanduser(), taps_of(blocks, pools)
-    check(setup)
     WhiteningProtocol(whiten, whiten_shrinkage)  # checks the shrinkage
     if is_embedded(backbone):
         raise InputError(f"{backbone} holds features already: name the backbone")

@@ -29,7 +29,7 @@ _ONLY = "--only"
 
 @recorded_gradients()
 def evaluate(
-    backbones: Annotated[tuple[str, ...], tyro.conf.arg(metavar="BACKBONE")] = (),
+    backbones: Annotated[tuple[AnyPath, ...], tyro.conf.arg(metavar="BACKBONE")] = (),
     /,
     *,
     suite: Annotated[AnyPath, tyro.conf.arg(metavar="SUITE.toml")],
@@ -53,7 +53,7 @@ def evaluate(
 
     Args:
         backbones: run folders, exported folders, timm names, NAME@FILE or pixels[:SIZE], in
-            addition to the backbones of the suite.
+            addition to the backbones of the suite; in Python one may stand alone.
         suite: file of [data.NAME] with train and eval, [protocols.NAME] with verb and its settings,
             and [[backbones]] with spec, name, random_init, and published.DATA with a number of each
             protocol, which the table shows beside the result.
@@ -70,6 +70,8 @@ def evaluate(
         ... )
         >>> table["cells"][0]["results"]
     """
+    if isinstance(backbones, str | Path):
+        backbones = (backbones,)
     out, cells = _read(backbones, suite, setup)
     chosen = _choose(cells, only)
     others = [cell for cell in cells if cell not in chosen]
@@ -89,7 +91,9 @@ def evaluate(
     return table
 
 
-def _read(backbones: tuple[str, ...], suite: str | Path, setup: Setup) -> tuple[Path, list[Cell]]:
+def _read(
+    backbones: tuple[str | Path, ...], suite: str | Path, setup: Setup
+) -> tuple[Path, list[Cell]]:
     """Return the folder of the table, and the cells. Raises: InputError, as ``evaluate``."""
     if setup.out is None:
         raise InputError("say where the table goes: --out DIR")

@@ -22,7 +22,7 @@ from ldae.evals.taps import Reader, Tap, TapReader
 from ldae.files import as_json, state_hash, write_json
 from ldae.runs import layout
 from ldae.runs.environment import environment
-from ldae.tree import COUNT, NOT_NEGATIVE, AnyPath
+from ldae.tree import COUNT, NOT_NEGATIVE, AnyPath, convert_fields
 
 _BACKBONE = "A run folder, an exported folder, a timm name, NAME@FILE or pixels[:SIZE]."
 _FEATURES = f"{_BACKBONE[:-1]}; or a file of `ldae embed`, whose features are graded."
@@ -39,7 +39,10 @@ EvalSourceSpec = Annotated[AnyPath | None, tyro.conf.arg(metavar="SOURCE", help=
 
 @dataclass(frozen=True)
 class EncoderSetup:
-    """The settings that open and run a backbone."""
+    """The settings that open and run a backbone.
+
+    Raises: InputError for a value of another type or out of range.
+    """
 
     random_init: bool = False
     """Take the untrained control: the same architecture with timm's random weights."""
@@ -58,6 +61,9 @@ class EncoderSetup:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
+    def __post_init__(self) -> None:
+        convert_fields(self)
+
 
 @dataclass(frozen=True)
 class Setup(EncoderSetup):
@@ -70,7 +76,7 @@ class Setup(EncoderSetup):
     means, and their standard deviations as spread."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seeds", tuple(self.seeds))  # which may be a list
+        super().__post_init__()
         if self.seeds and (self.seed or len({*self.seeds}) < max(len(self.seeds), 2)):
             raise InputError(
                 "seeds must be several different ones, such as --seeds 0 1 2, and without --seed"

@@ -26,7 +26,6 @@ from ldae.files import check_writable
 from ldae.precision import float32_products
 from ldae.runs import layout
 from ldae.runs.kinds import kind_of
-from ldae.tree import check
 
 Splits = Callable[[str, str | None], tuple[Source | None, Source]]
 Load = Callable[[str, Setup], nn.Module]
@@ -147,7 +146,6 @@ def open_evaluation(
     command = task.partition("-")[0]  # without the name of a protocol
     settings = {"data": data, "eval_data": eval_data, "protocol": protocol, "setup": setup}
     call = describe_call(command, [spec], **settings, **options)
-    check(setup)
     if setup.seeds:
         raise InputError(f"{command} takes one --seed, not --seeds")
     if hasattr(protocol, "seed"):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 from tyro.conf import Fixed
 
 from ldae.errors import InputError, unknown
-from ldae.tree import check
+from ldae.tree import convert_fields
 
 _, _FIXED = get_args(Fixed[int])
 
@@ -21,19 +21,18 @@ class Protocol:
     flag. Every field is a flag of the command unless it is ``Fixed``; only Python can change those.
     The seed of the setup sets a field ``seed``. Lists become tuples.
 
-    Raises: InputError for a value out of range, and for an empty list if the default is not empty.
+    Raises: InputError for a value of another type or out of range, and for an empty list if the
+        default is not empty.
     """
 
     shares_features: ClassVar[bool] = False
     """Whether the grader reads ``Evaluation.features``, which are extracted once for several."""
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         for part in fields(self):
-            if isinstance(value := getattr(self, part.name), list):
-                self._set(part.name, value := tuple(value))
-            if value == () and part.default not in ((), MISSING):
+            if getattr(self, part.name) == () and part.default not in ((), MISSING):
                 raise InputError(f"{part.name} must name at least one")
-        check(self)
 
     def _set(self, name: str, value: object) -> None:
         """Set a field of this frozen object while it is initialised."""

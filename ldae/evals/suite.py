@@ -12,7 +12,7 @@ from ldae.evals.cell import Cell, Column
 from ldae.evals.evaluation import Setup
 from ldae.evals.naming import file_name
 from ldae.evals.protocol import Grader, flags
-from ldae.tree import Range, check, check_known, convert, read_toml
+from ldae.tree import Range, check_known, convert, read_toml
 
 
 def _without_files(types: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +81,9 @@ def _cells(
                 if data_name not in column.data:
                     continue
                 place = (name, data_name, column.name)
-                cell_setup = replace(backbone_setup, **column.changes, out=Path(setup.out, *place))
-                check(cell_setup, f"[protocols.{column.name}] ")
+                out = Path(setup.out, *place)
+                with _place(f"[protocols.{column.name}]"):
+                    cell_setup = replace(backbone_setup, **column.changes, out=out)
                 number = published.get(data_name, {}).get(column.name)
                 cell = Cell(*place[:2], column, spec, train, test, cell_setup, number)
                 if place in places:
@@ -117,8 +118,8 @@ def _backbones(
             raise InputError(f"{where} has no spec")
         if name is not None:
             _check_name(where, name)
-        backbone_setup = replace(setup, **{"random_init": False} | given)
-        check(backbone_setup, f"{where} ")
+        with _place(where):
+            backbone_setup = replace(setup, **{"random_init": False} | given)
         name = name or _default_name(spec, backbone_setup)
         backbones.append(Backbone(name, spec, backbone_setup, published))
     return backbones
