@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -394,3 +395,31 @@ def test_a_value_of_another_type_is_refused_before_images_are_opened(tmp_path):
         with pytest.raises(ldae.InputError, match=message):
             call()
     assert ldae.Setup(seeds=[1, 2]).seeds == (1, 2)
+
+
+def test_a_path_may_begin_with_the_home(run, tmp_path, monkeypatch):
+    """As in a notebook, where no shell expands it."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    shutil.copytree(run(), home / "run")
+    (home / "suite.toml").write_text(f'[data.d]\ntrain = "{DATA}"\n[protocols.knn]\nk = [1]\n')
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    ldae.embed("pixels:4", DATA, out="~/features.npy", setup=ldae.EncoderSetup(workers=0))
+    ldae.knn("~/features.npy", protocol=ldae.KNNProtocol(k=(1,)), setup=setup(home / "knn"))
+    assert ldae.rerun("~/knn", out="~/again")["verdict"] == "equal"
+    linear = ldae.CachedProtocol(epochs=1, learning_rates=(0.1,))
+    ldae.linear("~/run", DATA, protocol=linear, save="~/probe", setup=setup(home / "linear"))
+    ldae.cache(DATA, "~/images.safetensors", side=16, workers=0)
+    ldae.cache("~/images.safetensors", check=True)
+    files = {"save_stats": "~/statistics.npz", "out": "~/fid.json"}
+    ldae.fid(DATA, DATA, setup=ldae.FIDSettings(features="pixels:4", workers=0, **files))
+    ldae.evaluate("pixels:4", suite="~/suite.toml", setup=setup(home / "suite"))
+    with pytest.raises(ldae.InputError, match=f"{home}/missing.pth"):
+        ldae.load_backbone("vit_tiny_patch16_224@~/missing.pth")
+    with pytest.raises(ldae.InputError, match=f"{home}/run"):
+        ldae.load_detector("~/run")
+    assert ldae.finetune_config("~/run", "mae", run="~/run").recipe == "mae"
+    written = {path.name for path in home.iterdir()}
+    assert written >= {"features.npy", "again", "probe", "images.safetensors", "fid.json"}
+    assert not list(work.iterdir())

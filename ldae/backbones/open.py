@@ -216,7 +216,7 @@ def _from_timm_name(
     is_hub = name.startswith("hf-hub:")
     if is_hub:  # @ precedes a revision
         name, at = spec, ""
-    pretrained = not (random_init or at)
+    pretrained, file = not (random_init or at), os.path.expanduser(file)
     cfg = None if is_hub else _timm_cfg(name)
     # Without this, a network that others have registered would be graded with random weights.
     if pretrained and not is_hub and not (cfg and cfg.has_weights):

@@ -77,15 +77,16 @@ def cache(
         >>> images = ldae.cache("/data/imagenet", "imagenet-256.safetensors", side=256)
         >>> ldae.knn("runs/l_dae", images)
     """
-    source, out = str(source), Path(out) if out else None
+    source, out = str(source), Path(out).expanduser() if out else None
     if check:
         others = {"side": side, "in-chans": in_chans, "split": split, "device": device}
         others |= {"latents": latents, "workers": workers}
         given = [f"--{name}" for name, value in others.items() if value is not None]
         if out or given:
             raise InputError(f"--check takes only the cache to check, not {out or given[0]} too")
-        _check(open_cache(Path(source)))
-        return Path(source)
+        path = Path(source).expanduser()
+        _check(open_cache(path))
+        return path
     if out is None or out.suffix.lower() != SUFFIX:
         raise InputError(f"name the file to write, which ends in {SUFFIX}: ldae cache SOURCE OUT")
     if not latents:
@@ -100,7 +101,7 @@ def cache(
             "--side, --in-chans and --split cannot be set beside --latents, which are of the "
             "training images as the tokenizer takes them"
         )
-    encoder = _open_encoder(Path(latents), device or "auto")
+    encoder = _open_encoder(Path(latents).expanduser(), device or "auto")
     sources = _open_splits(source, "train", from_cache=True)
     (images,) = sources.values()
     content = encoder.content(images.resizes_twice(encoder.crop))

@@ -46,7 +46,7 @@ def curves(
     Examples:
         >>> losses = [record["loss"] for record in ldae.curves("runs/l_dae")]
     """
-    run = Path(run)
+    run = Path(run).expanduser()
     records = read_records(run)
     if not kind_of(run) or not records:
         raise InputError(f"{run} holds no run with metrics yet")

@@ -37,7 +37,7 @@ def demo(run: AnyPath = Path("runs/demo"), epochs: float = 2.5) -> dict:
     Examples:
         >>> ldae.demo("runs/demo")["l-DAE"]  # k-NN and linear, in percent
     """
-    run, start = Path(run), time.perf_counter()
+    run, start = Path(run).expanduser(), time.perf_counter()
     config = trajectory.config("l_dae", scale="demo")
     warmup = min(config.optim.warmup_epochs, epochs / 2)
     changes = {"data.source": DATA, "optim.epochs": epochs, "optim.warmup_epochs": warmup}

@@ -70,7 +70,7 @@ def doctor(
     Examples:
         >>> ldae.doctor(data="/data/imagenet")["imagenet"]["total_hours"]
     """
-    data, run, json = str(data), Path(run), Path(json) if json else None
+    data, run, json = str(data), Path(run).expanduser(), Path(json).expanduser() if json else None
     found = device_for(device)
     COUNT.check("in_chans", in_chans)
     config, batch_size = _size(scale, found)

@@ -98,7 +98,9 @@ def _read(
     if setup.out is None:
         raise InputError("say where the table goes: --out DIR")
     check_writable(Path(setup.out))
-    return Path(setup.out), read_suite(Path(suite), tuple(map(str, backbones)), setup, graders())
+    return Path(setup.out), read_suite(
+        Path(suite).expanduser(), tuple(map(str, backbones)), setup, graders()
+    )
 
 
 def _choose(cells: list[Cell], only: tuple[str, ...]) -> list[Cell]:

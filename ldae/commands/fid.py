@@ -103,7 +103,7 @@ def fid(
     check(setup)
     check_settings(how)
     _check_files(images, setup)
-    if reference and kind_of(Path(reference)):
+    if reference and kind_of(Path(reference).expanduser()):
         raise InputError(f"the reference {reference} is a run: name a folder of its samples")
     device = device_for(setup.device)
     with process_group(device):
@@ -144,9 +144,9 @@ def fid(
 
 
 def _with_paths(setup: FIDSettings) -> FIDSettings:
-    """Return settings whose files are of the type Path."""
+    """Return settings whose files are of the type Path, without ``~``."""
     named = {name: getattr(setup, name) for name in ("weights", "save_stats", "out")}
-    return replace(setup, **{name: Path(file) for name, file in named.items() if file})
+    return replace(setup, **{name: Path(file).expanduser() for name, file in named.items() if file})
 
 
 def _check_files(images: str, setup: FIDSettings) -> None:
@@ -168,24 +168,26 @@ def _open_images(
 
     Raises: InputError for settings of samples when ``spec`` is no run.
     """
-    if kind_of(Path(spec)):
+    if kind_of(Path(spec).expanduser()):
         if setup.protocol:
-            conditional = settings_of(Path(spec), "pretraining").model.class_conditional
+            conditional = settings_of(
+                Path(spec).expanduser(), "pretraining"
+            ).model.class_conditional
             how = dit_fid.sampling(how, conditional)
         count = setup.images or dit_fid.IMAGES
-        return RunImages(Path(spec), count, how, device, setup.workers)
+        return RunImages(Path(spec).expanduser(), count, how, device, setup.workers)
     given = [*difference(SamplingSettings(), how), *(["images"] if setup.images else [])]
     if given:
-        what = "is no run folder" if Path(spec).exists() else "does not exist"
+        what = "is no run folder" if Path(spec).expanduser().exists() else "does not exist"
         raise InputError(f"{given[0]} is for samples of a run, and {spec} {what}")
     return SourceImages(spec, "train")
 
 
 def _source_of_run(spec: str) -> str:
     """Return the source of a run's training images. Raises: InputError for another spec."""
-    if not kind_of(Path(spec)):
+    if not kind_of(Path(spec).expanduser()):
         raise InputError(f"say what to compare {spec} with: ldae fid {spec} REFERENCE")
-    return settings_of(Path(spec), "pretraining").data.source
+    return settings_of(Path(spec).expanduser(), "pretraining").data.source
 
 
 def _open_features(

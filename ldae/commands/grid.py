@@ -91,7 +91,7 @@ def grid(
     """
     if setup.random_init:
         raise InputError("an untrained network has no t: ldae linear grades the control")
-    run = Path(run)
+    run = Path(run).expanduser()
     kind = pretraining_in(run)
     if kind != "pretraining":
         raise InputError(

@@ -129,7 +129,7 @@ def linear(
         >>> protocol = ldae.MAEProtocol(blr=0.2)
         >>> ldae.linear("vit_base_patch16_224.mae", "/data/imagenet", protocol=protocol)
     """
-    save = Path(save) if save else None
+    save = Path(save).expanduser() if save else None
     data, cached = data_of(backbone, data), isinstance(protocol, CachedProtocol)
     task, grade = ("linear", _sweep) if cached else (f"linear-{protocol.name}", _train_on_augmented)
     with open_evaluation(

@@ -60,7 +60,7 @@ def rerun(
         >>> ldae.rerun("runs/l_dae/evals/linear-imagenet", device="cpu", tolerance=0.3)
     """
     NOT_NEGATIVE.check("tolerance", tolerance)
-    path = Path(results)
+    path = Path(results).expanduser()
     path = path / layout.RESULTS if path.is_dir() else path
     then = _read(path)
     function, bound = _bind(path, then["call"])
@@ -68,7 +68,8 @@ def rerun(
     device = _set_device(command, bound, device)
     with process_group(device_for(device)):
         # Rank 0 decides, before it writes there.
-        folder = Path(gather_values(str(out or _new_folder(path.parent)))[0])
+        out = Path(out).expanduser() if out else _new_folder(path.parent)
+        folder = Path(gather_values(str(out))[0])
         if (folder / layout.RESULTS).exists():
             raise InputError(f"{folder} has results already: name a new folder with --out")
         _place(command, bound, folder)

@@ -64,7 +64,7 @@ class Recipes(dict[str, Recipe]):
         """Return the settings of a training on a backbone, see ``ldae.finetune_config``."""
         self[name]  # refuses a wrong name before the backbone is opened
         size = size or default_size(str(backbone))
-        version = self._version_in(Path(run), name) if run else None
+        version = self._version_in(Path(run).expanduser(), name) if run else None
         named = {"backbone": str(backbone)} | dict(changes or {})
         return replace(self.config(name, size, version), named)
 

@@ -168,12 +168,13 @@ FILES: dict[str, Callable[[Path], EmbeddedFile]] = {".npy": NpyFile, ".parquet":
 
 def is_embedded(spec: str | Path) -> bool:
     """Return whether a spec names a file of features, not a backbone or a source of images."""
-    path = Path(spec)
+    path = Path(spec).expanduser()
     return path.suffix in FILES and not path.is_dir()
 
 
 def is_of_others(path: Path) -> bool:
     """Return whether a parquet file, which can be read, is none of ``ldae embed``."""
+    path = path.expanduser()
     if path.suffix != ".parquet" or not path.is_file():
         return False
     parquet = import_parquet(path)
@@ -187,6 +188,7 @@ def open_embedded(path: Path) -> EmbeddedFile:
 
     Raises: InputError when there is none, or it is truncated, damaged or another file.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     try:

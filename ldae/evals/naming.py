@@ -5,6 +5,7 @@ The weights are not in the name: the results of a newer checkpoint replace those
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -94,5 +95,5 @@ def _word(value: object) -> str:
 
 def file_name(spec: str) -> str:
     """Return a folder name for ``spec``: the last part of an existing path, else the whole spec."""
-    path = Path(spec)
+    path = Path(os.path.expanduser(spec))
     return re.sub(r"[^\w.=+]+", "-", path.resolve().name if path.exists() else spec).strip("-")

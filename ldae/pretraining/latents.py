@@ -85,7 +85,7 @@ def open_latents(config: Config, tokenizer: Tokenizer, source: Source) -> Cached
     if data.crop != "center" or data.flip:
         setting = "data.flip" if data.flip else f"data.crop {data.crop}"
         raise InputError(f"{setting} needs images, but data.latents are of center crops")
-    file = open_cache(Path(data.latents))
+    file = open_cache(Path(data.latents).expanduser())
     latents = CachedLatents(source.spec, next(iter(file.splits)), file)
     if latents.facts["img_size"] != data.img_size:
         raise InputError(

@@ -122,7 +122,7 @@ def prepare(config: Config, source: Source, device: torch.device, run: Path) -> 
     if config.tokenizer.path:
         own = run / layout.TOKENIZER
         resumes = own.exists() and Checkpoints(run).paths()
-        tokenizers.load(tokenizer, own if resumes else Path(config.tokenizer.path))
+        tokenizers.load(tokenizer, own if resumes else Path(config.tokenizer.path).expanduser())
     return fit
 
 
