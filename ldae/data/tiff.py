@@ -1,7 +1,8 @@
 """Bands of TIFF files that Pillow would drop, round or refuse, read by tifffile."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -15,9 +16,6 @@ _MAGIC = (b"II*\0", b"MM\0*", _BIG)
 _COLOURS = {0: 1, 1: 1, 2: 3}  # PhotometricInterpretation, grey and RGB -> number of colours
 _UNKNOWN = 0  # in ExtraSamples, a band such as near infrared; other numbers are transparency
 _UNSIGNED, _SIGNED = 1, 2  # in SampleFormat
-
-# It reports damage in several lines, and the image gets one sentence.
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 class Header(NamedTuple):
@@ -92,7 +90,7 @@ def read_bands(file: BinaryIO, header: Header) -> np.ndarray:
     Raises: an exception of any type when the file is damaged, or tifffile or a codec is missing.
     """
     tifffile = import_extra("tifffile", "tiff", "its bands need the package tifffile")
-    with tifffile.TiffFile(file, name="image") as pages:
+    with _silenced(), tifffile.TiffFile(file, name="image") as pages:
         page = pages.pages[0]
         # (separate bands, depth, H, W, bands of a pixel): one of the first and the last is 1.
         bands = page.asarray(maxworkers=1).reshape(page.shaped)[:, 0]
@@ -103,3 +101,15 @@ def read_bands(file: BinaryIO, header: Header) -> np.ndarray:
     if turns % 4 >= 2:
         bands = bands[::-1]
     return bands[:, ::-1] if turns % 4 in (1, 2) else bands
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Leave out what tifffile logs of damage, in several lines: the image gets one sentence."""
+    logger = logging.getLogger("tifffile")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,6 +1,7 @@
 """TIFF files of any number of bands are read as they are: none dropped, none rounded twice."""
 
 import io
+import logging
 import pickle
 import sys
 
@@ -168,6 +169,7 @@ def test_damaged_bands_are_one_sentence(capfd):
             decode(io.BytesIO(damaged), "x")
         assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
+    assert logging.getLogger("tifffile").level == logging.NOTSET  # the log of the caller
 
 
 def test_too_many_pixels_are_refused_before_memory_is_taken():
