@@ -79,6 +79,23 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
+def unchanged_compiler(compiled: bool) -> Iterator[None]:
+    """Restore the settings of torch's compiler at the end, which ``compile_parts`` changes.
+
+    They must hold for long: torch compiles a part when it is first called with a shape.
+    """
+    if not compiled:  # importing the compiler takes seconds
+        yield
+        return
+    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    with (
+        dynamo.patch(optimize_ddp=dynamo.optimize_ddp, recompile_limit=dynamo.recompile_limit),
+        functorch.patch(activation_memory_budget=functorch.activation_memory_budget),
+    ):
+        yield
+
+
+@contextmanager
 def unchanged_generators() -> Iterator[None]:
     """Restore torch's global random generators at the end, for a caller who draws from them too."""
     # The generator of a GPU that is not in use yet has no state to lose.

@@ -20,6 +20,7 @@ import ldae
 from ldae import cli
 from ldae.cli.commands import COMMANDS
 from ldae.method import LDAE
+from ldae.pretraining.timing import TrainingStep
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import SIGNALS
@@ -305,6 +306,24 @@ def test_calls_leave_the_process_as_it_was(tiny, classifier, tmp_path):
     again = ldae.pretrain(tiny(), tmp_path / "again")
     one, other = (found.method.state_dict() for found in (run, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_compiled_training_leaves_the_compiler_as_it_was(tiny, tmp_path, monkeypatch):
+    def settings() -> tuple:
+        dynamo, functorch = torch._dynamo.config, torch._functorch.config
+        return dynamo.optimize_ddp, dynamo.recompile_limit, functorch.activation_memory_budget
+
+    seen, before = [], settings()
+
+    def compile_eagerly(part, **how):
+        return torch._dynamo.optimize(lambda graph, _: seen.append(settings()) or graph)(part)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    ldae.pretrain(tiny(system__compile="on", system__memory_budget=0.25), tmp_path / "run")
+    assert settings() == before
+    assert {*seen} == {(False, 64, 0.25)}  # while parts are compiled, at their first calls
+    TrainingStep(tiny(system__compile="on"), torch.device("cpu"), 2)()
+    assert settings() == before
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

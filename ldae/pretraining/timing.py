@@ -15,7 +15,7 @@ from ldae.data.workers import Batch
 from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.models.vit import fuse_attention
-from ldae.precision import float32_products, runs_in_bf16
+from ldae.precision import float32_products, runs_in_bf16, unchanged_compiler
 from ldae.runs.kinds import kind_with
 from ldae.train.memory import release_memory
 from ldae.train.optim import adamw
@@ -120,9 +120,10 @@ class TrainingStep:
         self.method = prepared_method(config, device, images[:_FIT_IMAGES])
         self.batch = Batch(images, [], torch.arange(batch_size), [])
         compiled = compiles(config.system.compile, device)
-        self.state = State(self.method, config.optim, config.system, device, compiled, adamw)
-        self.update = Update(self.state, clip_grad=config.optim.clip_grad)
-        self.first_seconds = seconds(self, device)
+        with unchanged_compiler(compiled):
+            self.state = State(self.method, config.optim, config.system, device, compiled, adamw)
+            self.update = Update(self.state, clip_grad=config.optim.clip_grad)
+            self.first_seconds = seconds(self, device)
         """Seconds of the first step, which compiles."""
 
     def __call__(self) -> None:

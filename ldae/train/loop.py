@@ -14,7 +14,7 @@ from ldae import distributed
 from ldae.console import print_main
 from ldae.data.workers import Batch, report_dead_worker
 from ldae.errors import InputError, quoted
-from ldae.precision import deterministic_algorithms, float32_products
+from ldae.precision import deterministic_algorithms, float32_products, unchanged_compiler
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import how_to_go_on
 from ldae.runs.metrics import Metrics, progress_line
@@ -124,18 +124,19 @@ class Loop:
             are bad, after the steps before them are saved, and when the device has too little
             memory; Interrupted after a stop signal.
         """
-        self.state = State(
-            self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
-        )
-        self.update = Update(self.state, self.seed, self.optim.clip_grad, self.mixing)
         self.watchdog = Watchdog(self.system.explosion)
         with (
+            unchanged_compiler(self.compiled),
             float32_products(tf32=self.system.precision == "tf32"),
             deterministic_algorithms(self.system.deterministic),
             StopRequest() as self.stop,
             report_dead_worker(),
             Saver(self.checkpoints) as self.saver,
         ):
+            self.state = State(
+                self.model, self.optim, self.system, self.device, self.compiled, self.optimizer
+            )
+            self.update = Update(self.state, self.seed, self.optim.clip_grad, self.mixing)
             while True:
                 try:
                     self._restore()
