@@ -112,7 +112,7 @@ class Objective(nn.Module):
         target: a key of ``TARGETS``.
         weight: a key of ``WEIGHTS``.
         residual_weight: weight of the error outside the latent's d axes, when the target has an
-            ``on_axes`` (paper, section 4.4: 0.1).
+            ``on_axes`` (paper, section 4.3: 0.1).
         kept_weight: weight of a kept token of a masked image, relative to a dropped token.
         gamma, sigma: every level of the schedule, (T,) each.
 

@@ -1,4 +1,4 @@
-"""The paper's Table 1 as code: each row is its difference from the row before it."""
+"""The paper's trajectory (tables 1 to 3, Fig. 6) as code: each row changes the row before it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from ldae.tree import flatten, put
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table, with its published ImageNet numbers (DiT-L, 400 epochs)."""
+    """A row of the trajectory, with its published ImageNet numbers (DiT-L, 400 epochs)."""
 
     number: int | None
     """Place in the trajectory; None for a row of ``BESIDE``."""
@@ -68,8 +68,8 @@ BESIDE = (
     Row(None, "dae", "a classical DAE: noise on pixels, no latent",
         {"tokenizer.name": "pixel", "tokenizer.dim": 768, "tokenizer.scale": "raw"},
         base="l_dae_single"),
-    # What won the contest with MAE (docs/results.md): MAE's mask, decoder and target, and noise on
-    # half of the images.
+    # What won the contest with MAE (docs/results.md): MAE's mask, its target and the sizes of its
+    # decoder, and noise on half of the images.
     Row(None, "l_dae_masked", "l-DAE of a quarter of the tokens; predicts the others as MAE does", {
         "masking.ratio": 0.75, "masking.kept_weight": 0.0,
         "noise.clean_share": 0.5, "noise.max_sigma": 0.5,

@@ -133,7 +133,7 @@ class DiT(Denoiser):
     Args:
         name: a timm ViT with the shape of the encoder.
         depth, embed_dim, num_heads, mlp_ratio: replacements of the sizes of that ViT.
-        cond_ratio: width of the conditioning as a share of ``embed_dim`` (paper, section 3: 1/4).
+        cond_ratio: width of the conditioning as a share of ``embed_dim`` (paper: 1/4).
         decoder_depth, decoder_embed_dim, decoder_num_heads: sizes of the decoder, by default those
             of the encoder. A linear map leads to another width.
         vit: the fields of ``ViTParts``. The decoder has the activation and the eps too, but prefix

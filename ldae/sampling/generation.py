@@ -27,7 +27,7 @@ from ldae.tree import taken_by
 
 Generate = Callable[[torch.Tensor], torch.Tensor]
 """Numbers of samples, int64 (B,) on the device -> images, uint8 (B, C, H, W) on the CPU."""
-_STEPS = 50  # as in DDIM's tables, where the FID is within a few percent of 1000 steps
+_STEPS = 50  # one of the numbers of steps in DDIM's tables
 
 # Below this gamma^2 / sigma^2, z_t is replaced by pure noise: latents of unit size then change z_t
 # by less than a tenth of its standard deviation.
