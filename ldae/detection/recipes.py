@@ -11,7 +11,7 @@ DEFAULT = "vitdet"
 
 # ViTDet (Li et al. 2022) on COCO, mask_rcnn_vitdet_{b,l,h} of detectron2. 1e-4 at batch 64 is a blr
 # of 4e-4, and 250 steps of warm-up are 0.14 epochs. Its rate falls in two steps at the end; ours
-# falls by a cosine, as in all trainings here.
+# falls by a cosine, as in all trainings here. docs/detection.md lists all differences.
 _VITDET = {
     "augment.scale": (0.1, 2.0), "augment.flip": 0.5,
     "model.frozen": False, "model.masks": True,
