@@ -1,6 +1,7 @@
 """FID-50K as DiT reports it: its settings, and what differs from them in a measured distance."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from ldae.files import as_json
 from ldae.sampling.settings import SamplingSettings
@@ -34,10 +35,7 @@ def differences(record: dict) -> list[str]:
         listed.append(f"img_size is {features['preprocessing']['img_size']}, not {size}")
     reference = record["reference"]
     if "sha256" not in reference or reference["first_size"] != images["first_size"]:
-        listed.append(
-            "the reference is not ADM's file of statistics and images (mu, sigma, arr_0) for "
-            f"{size} pixels"
-        )
+        listed.append(f"the reference is no file like ADM's (mu, sigma, arr_0) for {size} pixels")
     return listed
 
 
@@ -64,11 +62,13 @@ def differences_of_samples(images: dict) -> list[str]:
 def title(record: dict) -> str:
     """Return the name of a distance whose ``differences`` are none.
 
-    DiT learns the variance of a step of its sampler; here it is fixed, also for DiT's weights.
+    DiT learns the variance of a step of its sampler; here it is fixed, also for DiT's weights. The
+    reference is named, because nothing shows that its images are those of ImageNet.
     """
+    reference = Path(record["reference"]["spec"]).name
     row = record["images"]["samples"]["training"]["row"]
     other = "" if row == "dit" else f", but of {f'row {row}' if row else 'no row of the paper'}"
-    return f"FID-50K (DiT's protocol with fixed variances{other})"
+    return f"FID-50K (DiT's protocol with fixed variances, against {reference}{other})"
 
 
 def _sampling(class_conditional: bool) -> SamplingSettings:

@@ -376,7 +376,7 @@ DIT_FLAGS = {"sampler": "ddpm", "steps": 250, "random_labels": True}
 def test_fid_as_dit_reports_it_has_a_name(dit, inception, capsys):
     run, setup = dit(), replace(inception, protocol="dit")
     record = fid(run, "adm.npz", setup=setup)
-    name = "FID-50K (DiT's protocol with fixed variances)"
+    name = "FID-50K (DiT's protocol with fixed variances, against adm.npz)"
     assert record["protocol"]["name"] == name and not record["protocol"]["differs_from_dit"]
     samples = record["images"]["samples"]
     assert {key: samples[key] for key in DIT_FLAGS} == DIT_FLAGS
@@ -406,10 +406,10 @@ def test_fid_as_dit_reports_it_has_a_name(dit, inception, capsys):
         ({}, {"images": 30}, "adm.npz", {}, "images is 30, not 40"),
         ({}, {"img_size": 16}, "adm.npz", {}, "img_size is 16, not 32"),
         ({}, {"weights": Path("mine")}, "adm.npz", {}, "the features are not those of the"),
-        ({}, {}, None, {}, "the reference is not ADM's file"),
-        ({}, {}, "a", {}, "the reference is not ADM's file"),
-        ({}, {}, "statistics.npz", {}, "the reference is not ADM's file"),
-        ({}, {}, "adm16.npz", {}, "the reference is not ADM's file .* for 32 pixels"),
+        ({}, {}, None, {}, "the reference is no file like ADM's"),
+        ({}, {}, "a", {}, "the reference is no file like ADM's"),
+        ({}, {}, "statistics.npz", {}, "the reference is no file like ADM's"),
+        ({}, {}, "adm16.npz", {}, "the reference is no file like ADM's .* for 32 pixels"),
         ({}, {}, "adm.npz", {"optim__ema": 0.999}, "ema is 0.999, not 0.9999"),
         ({}, {}, "adm.npz", {"optim__ema": 0.0}, "ema is 0.0, not 0.9999"),
         ({}, {}, "adm.npz", {"optim__ema_warmup": True}, "ema_warmup is True, not False"),
@@ -436,14 +436,12 @@ def test_dits_fid_of_other_rows_and_of_other_images_is_called_what_it_is(
     setup = replace(inception, protocol="dit")
     monkeypatch.setattr(RunImages, "features", few_features)
     record = fid(dit("unconditional"), "adm.npz", setup=setup)
-    assert (
-        record["protocol"]["name"]
-        == "FID-50K (DiT's protocol with fixed variances, but of row unconditional)"
-    )
+    title = "FID-50K (DiT's protocol with fixed variances, against adm.npz, but of {})"
+    assert record["protocol"]["name"] == title.format("row unconditional")
     assert not record["images"]["samples"]["random_labels"]
     changed = dit("dit", noise__schedule="cosine")
     name = fid(changed, "adm.npz", setup=setup)["protocol"]["name"]
-    assert name == "FID-50K (DiT's protocol with fixed variances, but of no row of the paper)"
+    assert name == title.format("no row of the paper")
     capsys.readouterr()
     fid(changed, "a", setup=replace(inception, images=50), how=SamplingSettings(guidance=2.5))
     line = "FID of run-dit (50 images, ddim in 50 steps, guidance 2.5) to a (90 images): "
