@@ -101,10 +101,13 @@ def _query_slurm(ids: list[str]) -> dict[str, tuple[str, str]] | None:
     sacct = ("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", ",".join(arrays))
     squeue = ("squeue", "--me", "-r", "-h", "-o", "%i|%T|%r")
     answers: dict[str, tuple[str, str]] = {}
+    whole = os.environ | {
+        "SLURM_BITSTR_LEN": "0"
+    }  # lists of tasks, which are abbreviated otherwise
     for command in (sacct, squeue):  # squeue is more up to date
         if not shutil.which(command[0]):
             continue
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=whole)
         if done.returncode and command is squeue:
             return answers or None
         if done.returncode:  # without accounting
