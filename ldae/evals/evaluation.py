@@ -77,6 +77,8 @@ class Setup(EncoderSetup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.out:
+            object.__setattr__(self, "out", Path(self.out).expanduser())
         if self.seeds and (self.seed or len({*self.seeds}) < max(len(self.seeds), 2)):
             raise InputError(
                 "seeds must be several different ones, such as --seeds 0 1 2, and without --seed"

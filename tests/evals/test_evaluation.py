@@ -131,3 +131,8 @@ def test_a_record_says_what_the_features_are(run, data, tmp_path):
     assert described("test_vit", **random) == ("test_vit", "token", None, False)
     assert described("test_resnet", **random) == ("test_resnet", "avg", None, False)
     assert described("pixels:8") == ("pixels", None, None, False)
+
+
+def test_a_folder_at_home_is_found_where_no_shell_has_named_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Setup(out="~/suite").out == tmp_path / "suite"
