@@ -101,9 +101,7 @@ def _query_slurm(ids: list[str]) -> dict[str, tuple[str, str]] | None:
     sacct = ("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", ",".join(arrays))
     squeue = ("squeue", "--me", "-r", "-h", "-o", "%i|%T|%r")
     answers: dict[str, tuple[str, str]] = {}
-    whole = os.environ | {
-        "SLURM_BITSTR_LEN": "0"
-    }  # lists of tasks, which are abbreviated otherwise
+    whole = os.environ | {"SLURM_BITSTR_LEN": "0"}  # otherwise long lists of tasks are cut
     for command in (sacct, squeue):  # squeue is more up to date
         if not shutil.which(command[0]):
             continue

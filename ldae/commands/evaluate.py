@@ -20,7 +20,7 @@ from ldae.evals.open import keep_network
 from ldae.evals.running import Keys, Progress, has_results, read_progress, run_cells
 from ldae.evals.suite import read_suite
 from ldae.evals.table import write_table
-from ldae.files import check_writable
+from ldae.files import check_writable, read_object
 from ldae.precision import recorded_gradients
 from ldae.tree import AnyPath, difference
 
@@ -80,6 +80,7 @@ def evaluate(
         return _write_table(out, cells, progress, others)
 
     with process_group(device_for(setup.device)):
+        _name_lost_cells(out, cells)
         progress = run_cells(chosen, report)
         table = report(progress)
     print_main(f"{len(progress.done)} of {len(chosen)} cells; {out / 'table.md'}")
@@ -116,6 +117,18 @@ def _choose(cells: list[Cell], only: tuple[str, ...]) -> list[Cell]:
 
 def _is_in(cell: Cell, folder: str) -> bool:
     return f"{cell.name}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def _name_lost_cells(out: Path, cells: list[Cell]) -> None:
+    """Print how many cells of the last command's table the one of these cells will not have."""
+    known = {(cell.backbone, cell.data, cell.column.name) for cell in cells}
+    entries = read_object(out / "table.json").get("cells", [])
+    places = [(entry["backbone"], entry["data"], entry["protocol"]) for entry in entries]
+    if lost := [place for place in places if place not in known]:
+        print_main(
+            f"{out / 'table.md'} had {len(lost)} cells of another suite or other backbones, such "
+            f"as {'/'.join(lost[0])}, which this command leaves out; their results stay in {out}"
+        )
 
 
 def _write_table(out: Path, cells: list[Cell], own: Progress, others: list[Cell]) -> dict:
@@ -170,6 +183,7 @@ def send_cells(
             print(f"{cell}: in the queue as job {queued[cell.name]}")
         else:
             missing.append(cell)
+    _name_lost_cells(out, cells)
     found = read_progress(cells)
     found.done = [cell for cell in found.done if cell in finished or cell not in chosen]
     table = write_table(out, cells, found)

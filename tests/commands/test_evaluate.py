@@ -203,6 +203,16 @@ def test_another_preprocessing_of_the_same_weights_is_graded_again(
     assert len(called.made) == 2
 
 
+def test_cells_that_the_table_loses_are_named(suite, setup, called, capsys):
+    suite.write_text("[data.d]\ntrain = 'digits'\n[protocols.knn]")
+    sentence = "1 cells of another suite or other backbones, such as pixels-8/d/knn"
+    evaluate(("pixels:8",), suite=suite, setup=setup)
+    evaluate(("pixels:8", "pixels:16"), suite=suite, setup=setup)
+    assert sentence not in capsys.readouterr().out
+    evaluate(("pixels:16",), suite=suite, setup=setup)
+    assert sentence in capsys.readouterr().out
+
+
 def test_other_images_under_the_same_name_are_graded_again(suite, setup, called, tmp_path):
     for name in ("train/a/1", "train/b/2", "val/a/3", "val/b/4"):
         path = tmp_path / "images" / f"{name}.png"
