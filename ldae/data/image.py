@@ -225,12 +225,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _decode_image(image: Image.Image) -> Image.Image:
-    pixels = _eight_bit(_upright(image))
-    # Pillow inverts only pixels of at most 8 bits.
-    is_wide = image.mode.startswith("I")
-    if is_wide and tiff.white_is_zero(getattr(image, "tag_v2", {})):
-        return ImageChops.invert(pixels)
-    return pixels
+    upright, tags = _upright(image), getattr(image, "tag_v2", None)
+    if not (tags and image.mode.startswith("I")):
+        return _eight_bit(upright)
+    # Of a TIFF file, Pillow stretches and inverts only pixels of at most 8 bits.
+    pixels = Image.fromarray(_levels(np.asarray(upright), tiff.white(tags)))
+    return ImageChops.invert(pixels) if tiff.white_is_zero(tags) else pixels
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

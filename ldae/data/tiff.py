@@ -69,14 +69,20 @@ def _header(tags: tiff.ImageFileDirectory_v2) -> Header | None:
     if count == 1 or (bits <= 8 and (extra == 0 or has_alpha)):
         return None
     orientation = tags.get(ExifTags.Base.Orientation, 1)
-    is_signed = tags.get(tiff.SAMPLEFORMAT, (_UNSIGNED,))[0] == _SIGNED
     return Header(
         (tags[tiff.IMAGELENGTH], tags[tiff.IMAGEWIDTH], count),
         orientation if 1 <= orientation <= 8 else 1,
-        2 ** (bits - is_signed) - 1 if bits < 16 else 65535,
+        white(tags),
         white_is_zero(tags),
         has_alpha,
     )
+
+
+def white(tags: Mapping[int, Any]) -> int:
+    """Return the largest integer of the depth of a page, and 65535 of 16 bits and more."""
+    bits = max(tags[tiff.BITSPERSAMPLE])
+    is_signed = tags.get(tiff.SAMPLEFORMAT, (_UNSIGNED,))[0] == _SIGNED
+    return 2 ** (bits - is_signed) - 1 if bits < 16 else 65535
 
 
 def white_is_zero(tags: Mapping[int, Any]) -> bool:

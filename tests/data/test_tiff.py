@@ -145,6 +145,16 @@ def test_the_bands_of_the_first_page_are_the_image():
     assert np.array_equal(pixels(file, 5), first)
 
 
+def test_grey_of_12_bits_spans_the_8_bit_range():
+    """Pillow reads such values as they are, into pixels of 16 bits."""
+    values, file = np.array([[0, 2048, 4095, 9]], np.uint16), io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF")
+    content = file.getvalue().replace(values.tobytes(), bytes.fromhex("000800fff0090000"))
+    depths = [np.array([258, 3, 1, 0, bits], "<u2").tobytes() for bits in (16, 12)]
+    file = io.BytesIO(content.replace(*depths))
+    assert pixels(file, 1).tolist() == [[[0], [128], [255], [1]]]
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
 def test_what_pillow_reads_well_needs_no_tifffile(mode, monkeypatch):
     monkeypatch.setitem(sys.modules, "tifffile", None)
