@@ -30,6 +30,18 @@ def test_sides_and_seconds_are_those_of_the_images(tiny, pictures):
     assert 0 < facts.decode_seconds(source, config) < 1
 
 
+def test_decoding_is_timed_on_images_that_were_not_read_before(tiny, pictures, monkeypatch):
+    """The memory of the system would give images a second time that a slow drive gives once."""
+    source, config, read = pictures(600), tiny(), []
+    image = source.image
+    monkeypatch.setattr(source, "image", lambda i: read.append(i) or image(i))
+    facts.median_side(source, config)
+    before = set(read)
+    read.clear()
+    facts.decode_seconds(source, config)
+    assert len(before) == 256 == len(set(read) - before)
+
+
 def test_the_spectrum_is_that_of_the_patches(tiny, pictures):
     config = tiny()
     variances = facts.patch_variances(pictures(40), config)
