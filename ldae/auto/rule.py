@@ -23,7 +23,7 @@ _USEFUL_EPOCHS = 400  # the paper's length: further epochs do not justify a larg
 _IMAGES_A_PARAMETER = 0.3
 _BYTES_A_PARAMETER = 16  # the weight, its gradient and AdamW's two moments, in float32
 _MEMORY = 0.5  # share of the memory that weights, and on a CPU activations, may fill
-_STEPS = 20_000  # a run of more steps gets a larger batch
+_STEPS = 20_000  # the fewest that a batch above the smallest leaves
 _BATCHES = (128, 2048)  # the smallest and the largest: those of the scales demo and paper
 _LEAST_STEPS = 10  # of the shortest run, at the smallest batch
 _PEAK = 1e-3  # learning rate of the scales demo and small, with these batches; 0.8e-3 in the paper
@@ -240,7 +240,7 @@ def choose_batch(epochs: float, images: Images, ranks: int) -> Choice:
     batch = 2 ** int(math.log2(max(most, low)))
     batch = max(batch // ranks, 1) * ranks
     steps = steps_of(epochs, images.count, batch)
-    why = f"{steps:,} steps; from {_STEPS:,} on it grows, up to {high}"
+    why = f"{steps:,} steps; from {2 * _STEPS:,} steps of {low} on it grows, up to {high}"
     return Choice(batch, why)
 
 

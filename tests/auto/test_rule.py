@@ -170,6 +170,10 @@ def test_a_batch_is_split_over_the_ranks_and_has_one_peak_of_the_learning_rate(r
         assert peak_lr(optim) == pytest.approx(1e-3)
         sizes.append(batch_size)
     assert sizes == sorted(sizes)
+    assert "from 40,000 steps of 128 on it grows" in why
+    for steps, larger in ((39_000, False), (41_000, True)):
+        batch_size, _ = rule.choose_batch(128 * steps / IMAGES.count, IMAGES, ranks)
+        assert (batch_size > 128) == larger
     assert rule.choose_batch(1e6, replace(IMAGES, count=200), 1).value <= 200
 
 
