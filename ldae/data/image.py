@@ -1,5 +1,6 @@
 """Decoding of image files to 8-bit pixels; a file that cannot be decoded raises BadImage."""
 
+import errno
 import functools
 import math
 import os
@@ -23,6 +24,15 @@ _NPY_HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 
+# Errors of a drive that is away, and no property of an image.
+_DRIVE_ERRORS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,6 +49,11 @@ ImageFile = BinaryIO | str | bytes | os.PathLike
 
 class BadImage(InputError):
     """An image that cannot be decoded; the message names the image."""
+
+    @property
+    def is_of_drive(self) -> bool:
+        """Whether the drive failed, and the image may be good."""
+        return isinstance(self.__cause__, OSError) and self.__cause__.errno in _DRIVE_ERRORS
 
 
 @functools.cache

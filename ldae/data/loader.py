@@ -41,7 +41,7 @@ def train_batches(
     world_size: int = 1,
     micro_batches: int = 1,
     workers: int = 0,
-    bad_images: Literal["stop", "skip"] = "stop",
+    bad_images: Literal["stop", "skip"] | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro batches of ``rank``, starting at image ``start`` of the training order.
@@ -55,8 +55,10 @@ def train_batches(
     ``micro * world_size + rank``. Every number of ranks and micro batches therefore trains on the
     same images.
 
-    With ``bad_images`` stop, a bad image raises BadImage. With skip, the next readable image in the
-    epoch's order replaces the bad image, and ``Batch.bad`` names the bad image and the reason.
+    ``bad_images`` is the user's setting, or None where there is no such setting. With skip, the
+    next readable image in the epoch's order replaces a bad image, and ``Batch.bad`` names the bad
+    image and the reason. Otherwise a bad image raises BadImage, and so does a failure of the drive
+    in any case.
 
     Raises: InputError for invalid settings, when no image of the source is readable, and when a
         worker process dies.
@@ -66,7 +68,7 @@ def train_batches(
             f"batch_size {batch_size} cannot be split into equal parts for {world_size} processes "
             f"of {micro_batches} micro batches"
         )
-    if bad_images not in ("stop", "skip"):
+    if bad_images not in ("stop", "skip", None):
         raise InputError(f"bad_images must be stop or skip, not {bad_images!r}")
     piece = batch_size // (micro_batches * world_size)
     starts = itertools.count(start, batch_size) if stop is None else range(start, stop, batch_size)
@@ -75,7 +77,7 @@ def train_batches(
         for n in starts
         for first in range(n + rank * piece, n + batch_size, world_size * piece)
     )
-    dataset = _TrainingOrder(source, transform, seed, skip=bad_images == "skip")
+    dataset = _TrainingOrder(source, transform, seed, bad_images)
     return load(dataset, batches, workers, pin_memory)
 
 
@@ -101,7 +103,7 @@ def crop_batches(
 
     ``Batch.bad`` names the bad images. The last batch may be smaller.
 
-    Raises: InputError when a worker process dies.
+    Raises: BadImage when the drive fails. InputError when a worker process dies.
     """
     batches = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
     return load(_Crops(source, crop), batches, workers, pin_memory=False)
@@ -150,8 +152,10 @@ class _EvaluationOrder(_Samples):
 class _Crops(_EvaluationOrder):
     """Crops by index, where a bad image is black."""
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample | InputError:
         sample = super().__getitem__(index)
+        if isinstance(sample, BadImage) and sample.is_of_drive:
+            return sample
         if isinstance(sample, InputError):
             side = self.transform.img_size
             black = torch.zeros(self.transform.in_chans, side, side, dtype=torch.uint8)
@@ -162,10 +166,16 @@ class _Crops(_EvaluationOrder):
 class _TrainingOrder(_Samples):
     """Samples by position in the endless training order."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int, skip: bool):
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        seed: int,
+        bad_images: Literal["stop", "skip"] | None,
+    ):
         super().__init__(source, transform)
         self.seed = seed
-        self.skip = skip
+        self.bad_images = bad_images
 
     def __getitem__(self, position: int) -> Sample | InputError:
         epoch, place = divmod(position, len(self.source))
@@ -177,7 +187,9 @@ class _TrainingOrder(_Samples):
             try:
                 return *self._read(index, rng), position, bad
             except BadImage as error:
-                if not self.skip:
+                if error.is_of_drive or self.bad_images is None:
                     return error
+                if self.bad_images == "stop":
+                    return BadImage(f"{error}; with data.bad_images skip, the next takes its place")
                 bad.append((self.source.name(index), str(error)))
         return InputError(f"none of the {len(order)} images of {self.source.spec} can be decoded")

@@ -1,3 +1,4 @@
+import errno
 import io
 import struct
 import zlib
@@ -234,6 +235,27 @@ def test_an_eps_file_is_not_passed_to_ghostscript():
 def test_a_missing_file_is_a_bad_image(tmp_path):
     with pytest.raises(BadImage, match="^a.png cannot be decoded: No such file or directory$"):
         decode(tmp_path / "a.png", "a.png")
+
+
+class Away(io.BytesIO):
+    """A file on a drive that gives its first bytes and no more."""
+
+    def read(self, size=-1):
+        if self.tell() > 100:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(min(size, 64) if size > 0 else 64)
+
+
+def test_a_failing_drive_is_told_from_a_damaged_file(tmp_path):
+    content = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(content, "PNG")
+    with pytest.raises(BadImage, match="x cannot be decoded: Input/output error") as caught:
+        decode(Away(content.getvalue()), "x")
+    assert caught.value.is_of_drive
+    for file in (tmp_path / "missing.png", io.BytesIO(content.getvalue()[:200])):
+        with pytest.raises(BadImage) as caught:
+            decode(file, "x")
+        assert not caught.value.is_of_drive
 
 
 def test_damaged_bytes_raise_only_bad_image():

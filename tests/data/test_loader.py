@@ -1,3 +1,4 @@
+import errno
 import itertools
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from ldae.data.image import BadImage
-from ldae.data.loader import eval_batches, train_batches
+from ldae.data.loader import crop_batches, eval_batches, train_batches
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
@@ -162,6 +163,37 @@ def test_a_bad_image_stops_the_stream_with_its_message(workers):
     with pytest.raises(BadImage) as caught:
         joined_stream(Numbered(10, bad=frozenset({4})), workers=workers)
     assert str(caught.value) == "numbered/all/000004 cannot be decoded: it is bad"
+
+
+def test_a_training_names_the_setting_that_skips_a_bad_image():
+    with pytest.raises(BadImage, match="it is bad; with data.bad_images skip, the next takes its"):
+        joined_stream(Numbered(10, bad=frozenset({4})), bad_images="stop")
+
+
+class OnDrive(Numbered):
+    """Images that a drive no longer gives, or that are not there."""
+
+    def __init__(self, number: int):
+        super().__init__(10)
+        self.number = number
+
+    def image(self, i: int) -> np.ndarray:
+        try:
+            raise OSError(self.number, "no image")
+        except OSError as error:
+            raise BadImage(f"{self.where(i)} cannot be read") from error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failing_drive_stops_the_stream_and_is_no_bad_image(workers):
+    away, crop = OnDrive(errno.ESTALE), CropTransform(1, in_chans=2)
+    for bad_images in ("stop", "skip", None):
+        with pytest.raises(BadImage, match=r"^numbered/all/00000\d cannot be read$"):
+            joined_stream(away, bad_images=bad_images, workers=workers)
+    with pytest.raises(BadImage, match="^numbered/all/000000 cannot be read$"):
+        next(crop_batches(away, crop, range(10), 5, workers))
+    missing = next(crop_batches(OnDrive(errno.ENOENT), crop, range(10), 5, workers))
+    assert len(missing.bad) == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
