@@ -21,7 +21,8 @@ COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".t
 _MAX_MEMBER = 1 << 30  # bytes: no image needs more, and a forged archive can claim any size
 _MAX_EXAMINED = 100_000  # files; to examine a million takes minutes on a network drive
 _OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)")
-_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")
+# Folders that systems add: of macOS' archives, thumbnails of a NAS, and deleted files.
+_HIDDEN = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN)(/|$))")
 Location = tuple[int, ...]
 """Position of an entry in its container; the length depends only on the kind of container."""
 
@@ -92,7 +93,7 @@ def visible_entries(container: Container) -> dict[str, Location]:
 
 
 def hidden(name: str) -> bool:
-    """Return whether a part of the name starts with a dot or is ``__MACOSX``."""
+    """Return whether a part of the name starts with a dot or is a folder that a system adds."""
     return _HIDDEN.search(name) is not None
 
 

@@ -19,7 +19,7 @@ from ldae.errors import InputError
 
 _KEPT_FROM = 10_000  # images; fewer are listed in less than a tenth of a second
 _SETTLED_NS = 2_000_000_000  # some file systems count times in steps of two seconds
-_VERSION = 2
+_VERSION = 3
 
 _relist = False  # whether kept listings are out of use
 

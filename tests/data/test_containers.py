@@ -40,6 +40,7 @@ def test_entries_are_files_and_folders_with_their_bytes(make_tree, pack):
 
 def test_hidden_entries_are_ignored(make_tree, pack):
     hidden = [".a.png", "a/._1.png", ".git/1.png", "__MACOSX/a/1.png"]
+    hidden += ["a/@eaDir/1.png/SYNOFILE_THUMB_M.png", "#recycle/1.png", "$RECYCLE.BIN/S-1/1.png"]
     root = make_tree("tree", [*hidden, "a/1.png"])
     assert set(visible_entries(open_container(pack(root)))) == {"a/", "a/1.png"}
 
