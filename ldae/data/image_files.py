@@ -1,5 +1,6 @@
 """Image files in a folder or an archive, with splits and classes named by its sub-folders."""
 
+import itertools
 import logging
 import struct
 import zlib
@@ -82,9 +83,24 @@ def file_splits(spec: str, container: Container, listing: Listing) -> Splits:
                     spec,
                     " and ".join(f"{name}/" for name in classes),
                 )
-        return FileSource(spec, split, container, part, classes, labels)
+        source = FileSource(spec, split, container, part, classes, labels)
+        if classes is None and any(folder != root for folder, _ in part.runs):
+            before = itertools.takewhile(lambda run: run[0] != root, part.runs)
+            stray = source.name(sum(count for _, count in before))
+            source.unlabelled = f"its sub-folders are no classes, since {stray} lies beside them"
+        return source
 
     roots = find_splits([folder for folder, _ in listing.runs])
+    if left_out := [run for run in listing.runs if not run[0].startswith(tuple(roots.values()))]:
+        level = roots["train"].count("/")
+        beside = {"/".join(folder.split("/")[:level]) for folder, _ in left_out}
+        _log.warning(
+            "%s: its splits are %s, and %d images beside them are left out, in %s",
+            spec,
+            " and ".join(roots.values()),
+            sum(count for _, count in left_out),
+            ", ".join(folder or "the folder itself" for folder in sorted(beside)),
+        )
     return {split: partial(open_split, split, root) for split, root in roots.items()}
 
 

@@ -63,6 +63,7 @@ class ListedFiles(FileSource):
         classes = classes_of(labels) if any(labels) else (None, None)
         listing = listing_of(dict.fromkeys(lines, ()))
         super().__init__(spec, "all", Folder(path.parent), listing, *classes)
+        self.unlabelled = "labels are the second column of a list, or that named label or class"
 
     def where(self, i: int) -> str:
         return str(self._storage.path / self.name(i))

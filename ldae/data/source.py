@@ -22,6 +22,9 @@ class Source:
     A source can be pickled, and several processes and threads can read it at once.
     """
 
+    unlabelled = ""
+    """Why there are no labels where there could be, as a part of a sentence."""
+
     latents_of = ""
     """Hash of the tokenizer, when the source gives latents in place of images."""
 

@@ -236,7 +236,10 @@ def known_labels(source: Source) -> torch.Tensor:
     Raises: InputError when the source has none.
     """
     if source.labels is None:
-        raise InputError(f"{source.spec} ({source.split}) has no labels, which evaluation needs")
+        why = source.unlabelled and f": {source.unlabelled}"
+        raise InputError(
+            f"{source.spec} ({source.split}) has no labels, which evaluation needs{why}"
+        )
     return torch.from_numpy(np.asarray(source.labels, np.int64))
 
 

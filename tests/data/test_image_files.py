@@ -34,6 +34,24 @@ def test_images_directly_inside_make_a_source_unlabelled(make_tree, pack):
     source = open_source(str(pack(root)), "eval")
     assert names(source) == ["1.png", "cat/2.png", "cat/deep/3.png"]
     assert source.classes is None and source.labels is None
+    assert source.unlabelled == "its sub-folders are no classes, since 1.png lies beside them"
+
+
+def test_a_source_says_which_image_lies_beside_its_folders(make_tree):
+    stray = open_source(str(make_tree("stray", ["cat/1.png", "dog/2.png", "kit.png"])), "train")
+    assert "since kit.png lies beside" in stray.unlabelled
+    assert not open_source(str(make_tree("plain", ["1.png", "2.png"])), "train").unlabelled
+
+
+@pytest.mark.parametrize("outer", ["", "tree/"])
+def test_images_beside_the_splits_are_left_out_with_a_warning(outer, make_tree, pack, caplog):
+    files = ["train/x/1.png", "test/x/5.png", "more/2.png", "more/a/3.png", "val/x/4.png"]
+    source = open_source(str(pack(make_tree("t", [outer + name for name in files]))), "train")
+    assert names(source) == [f"{outer}train/x/1.png"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{source.spec}: its splits are {outer}train/ and {outer}val/, and 3 images beside "
+        f"them are left out, in {outer}more, {outer}test"
+    ]
 
 
 @pytest.mark.parametrize("outer", ["", "tree/", "a/b/"])

@@ -3,6 +3,7 @@ import pytest
 from ldae.data.image import BadImage
 from ldae.data.open import open_source
 from ldae.errors import InputError
+from ldae.evals.features import known_labels
 
 
 @pytest.fixture
@@ -50,6 +51,8 @@ def test_without_labels_the_images_are_unlabelled(name, listed):
         "tree/a/2 b.png",
         "tree/a/1.png",
     ]
+    with pytest.raises(InputError, match=r"has no labels, .*: .* that named label or class$"):
+        known_labels(source)
 
 
 def test_numbers_are_classes_in_their_order(listed):
