@@ -16,7 +16,7 @@ import tyro
 from ldae import files
 from ldae.backbones.whitening import SHRINKAGE
 from ldae.console import print_main
-from ldae.data.open import open_all
+from ldae.data.open import check_outside, open_all
 from ldae.data.source import Source
 from ldae.distributed import (
     all_reduce_sum,
@@ -99,7 +99,8 @@ def embed(
     Returns: ``out``.
 
     Raises: InputError for a backbone, images or settings that do not fit, for a file that holds
-        other features, and when the disk is full; Interrupted after a stop signal.
+        other features or would lie among the images, and when the disk is full; Interrupted after a
+        stop signal.
 
     Examples:
         >>> path = ldae.embed("runs/l_dae", "/data/imagenet", out="features.npy")
@@ -120,6 +121,8 @@ def embed(
     device = device_for(setup.device)
     with process_group(device):
         sources = open_all(source, split)
+        for part in sources.values():
+            check_outside(out, part, "--out")
         encoder = _encoder(backbone, setup, taps, tokens, device)
         record = _record(backbone, source, setup, encoder, sources)
         whitening = _whitening_record(sources, whiten_shrinkage) if whiten else None

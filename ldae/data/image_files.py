@@ -2,15 +2,17 @@
 
 import itertools
 import logging
+import os
 import struct
 import zlib
-from functools import partial
+from collections.abc import Iterator
+from functools import cache, partial
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from ldae.data.containers import Container, Storage
+from ldae.data.containers import Container, Folder, Storage
 from ldae.data.image import BadImage, decode
 from ldae.data.listing import Listing
 from ldae.data.source import Source, Splits
@@ -46,6 +48,17 @@ class FileSource(Source):
 
     def name(self, i: int) -> str:
         return self._encoded_name(i).decode("utf-8", "backslashreplace")
+
+    def paths(self) -> Iterator[bytes]:
+        if not isinstance(self._storage, Folder):
+            return
+        root = os.fsencode(self._storage.path)
+        # Links to folders are followed, but not those to a million files, which takes minutes.
+        real = cache(lambda folder: os.path.realpath(os.path.join(root, folder)) + b"/")
+        for i in range(len(self)):
+            name = self._encoded_name(i)
+            start = name.rfind(b"/") + 1
+            yield real(name[:start]) + name[start:]
 
     def image(self, i: int) -> Image.Image | np.ndarray:
         return decode(self.open(i), self.where(i))

@@ -153,7 +153,9 @@ def open_splits(
 
 
 def check_unseen(train: Source, test: Source) -> None:
-    """Check that the images to grade on are not those to learn from.
+    """Check that no image to grade on is one to learn from.
+
+    It is known of equal sources, and of image files in folders and lists by their places.
 
     Raises: InputError.
     """
@@ -161,6 +163,31 @@ def check_unseen(train: Source, test: Source) -> None:
         raise InputError(
             f"the images to grade on, of {test.spec}, are those to learn from: {_NAME_IMAGES}"
         )
+    if train.spec == test.spec:  # two splits
+        return
+    graded = set(test.paths())
+    shared = [path for path in train.paths() if path in graded] if graded else []
+    if shared:
+        raise InputError(
+            f"{len(shared):,} of the {len(test):,} images to grade on, of {test.spec}, are among "
+            f"those to learn from, such as {os.fsdecode(shared[0])}: {_NAME_IMAGES}"
+        )
+
+
+def check_outside(path: Path, source: Source, flag: str) -> None:
+    """Check that a file or folder to write does not lie among the images.
+
+    They would be other images with it: pictures of a run, and a .npy file is an image too.
+
+    Args:
+        flag: the flag that names ``path``.
+
+    Raises: InputError.
+    """
+    folder = Path(source.spec).expanduser()
+    if source.split == "all" and folder.is_dir():
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{flag} {path} lies among the images {folder}: name a place outside")
 
 
 def open_all(spec: str, split: Literal["train", "eval"] | None = None) -> dict[str, Source]:

@@ -1,7 +1,7 @@
 """The contract of an image source: images by index, with labels where they are known."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,13 @@ class Source:
     def where(self, i: int) -> str:
         """Return the source and the name of image ``i``, for messages."""
         return f"{self.spec}/{self.name(i)}"
+
+    def paths(self) -> Iterator[bytes]:
+        """Yield the path of each image that is a file in a folder, equal in all sources.
+
+        By default, and for images in archives, nothing.
+        """
+        return iter(())
 
     def target(self, i: int) -> Any:
         """Return what a model learns of image ``i``: its label, or -1 where there are no labels.

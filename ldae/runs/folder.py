@@ -9,6 +9,7 @@ import torch
 
 from ldae import distributed, files, tree
 from ldae.console import print_main
+from ldae.data.open import check_outside
 from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.runs import kinds, layout
@@ -67,7 +68,7 @@ def open_run(
         settings that differ; and when another process uses the folder.
     """
     if not kinds.kind_of(run):
-        _check_outside(run, source)
+        check_outside(run, source, "--run")
     with locked(run):
         before = _settings_before(run, kind)
         differences = {} if before is None else _differences(run, before, config, source, ignored)
@@ -110,14 +111,6 @@ def _settings_before(run: Path, kind: str) -> Settings | None:
             f"folder {run} holds other files and no run: name an empty or new folder by --run"
         )
     return None
-
-
-def _check_outside(run: Path, source: Source) -> None:
-    """Refuse a folder among the images, which would be other ones with the pictures of the run."""
-    folder = Path(source.spec).expanduser()
-    if source.split == "all" and folder.is_dir():
-        if run.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"run folder {run} lies among the images {folder}: name another --run")
 
 
 def _differences(

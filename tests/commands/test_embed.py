@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldae.backbones.open import load_backbone
 from ldae.commands import embed as embed_module
@@ -444,6 +445,17 @@ def test_wrong_requests_are_refused(backbone, out, options, message):
     with pytest.raises(InputError, match=message):
         embed(backbone, "scattered-digits:30", out=Path(out), **{"setup": SETUP} | options)
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_a_file_among_the_images_is_refused(suffix, monkeypatch):
+    """The features would be an image themselves when the same command resumes."""
+    Path("images").mkdir()
+    Image.new("RGB", (20, 20)).save("images/1.png")
+    monkeypatch.chdir("images")
+    with pytest.raises(InputError, match=f"^--out a{suffix} lies among the images .: name a place"):
+        embed("test_vit", ".", out=Path(f"a{suffix}"), setup=SETUP)
+    assert [path.name for path in Path().iterdir()] == ["1.png"]
 
 
 def test_after_a_shrinkage_too_small_the_rows_are_not_lost(monkeypatch):

@@ -497,7 +497,7 @@ def test_a_run_without_a_checkpoint_fits_its_tokenizer_to_the_images_that_are_th
 
 def test_a_run_among_its_images_is_refused(folder, tiny):
     """Its pictures would be images at the next start."""
-    with pytest.raises(InputError, match="run folder .* lies among the images"):
+    with pytest.raises(InputError, match="--run .* lies among the images"):
         pretrain(tiny(data__source=str(folder)), folder / "runs" / "mine", "l_dae")
     assert not (folder / "runs").exists()
 

@@ -1,6 +1,6 @@
 import pytest
 
-from ldae.data.open import open_source, open_splits
+from ldae.data.open import check_unseen, open_source, open_splits
 from ldae.errors import InputError
 
 
@@ -55,6 +55,27 @@ def test_an_unlabelled_split_stays_unlabelled(make_tree):
     labelled, plain = str(make_tree("l", ["x/1.png"])), str(make_tree("p", ["1.png"]))
     assert open_splits(labelled, plain)[1].labels is None
     assert open_splits(plain, labelled)[0].labels is None
+
+
+def test_images_to_learn_from_are_not_graded_on(make_tree):
+    root = make_tree("tree", ["train/x/1.png", "train/x/2.png", "train/y/3.png", "val/x/4.png"])
+    root.with_name("link").symlink_to(root / "train")
+    lists = {
+        "all.txt": "train/x/1.png x\ntrain/x/2.png x\ntrain/y/3.png y\n",
+        "part.txt": "../link/x/2.png x\ntrain/x/../y/3.png y\nval/x/4.png x\n",
+        "other.txt": "val/x/4.png x\n",
+    }
+    for name, lines in lists.items():
+        (root / name).write_text(lines)
+    learned = [str(root / "all.txt"), str(root), f"{root}/train"]
+    for spec in learned:
+        train = open_source(spec, "train")
+        with pytest.raises(
+            InputError, match=r"^2 of the 3 images .* as .*tree/train/x/2.png: name"
+        ):
+            check_unseen(train, open_source(str(root / "part.txt"), "eval"))
+        check_unseen(train, open_source(str(root / "other.txt"), "eval"))
+    check_unseen(*open_splits(str(root), None))
 
 
 def test_training_on_only_an_evaluation_split_is_refused(make_tree):
