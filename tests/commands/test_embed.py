@@ -434,7 +434,6 @@ def test_other_features_are_refused_by_what_differs(
         ("test_vit", "a.npy", {"blocks": (9,)}, "test_vit has blocks 0 to 5"),
         ("test_vit", "a.npy", {"whiten_shrinkage": 0.5}, "--whiten-shrinkage needs --whiten"),
         ("test_vit", "a.npy", {"whiten": True, "whiten_shrinkage": 0.0}, "vary in"),
-        ("test_vit", "a.npy", {"setup": changed(batch_size=0)}, "batch_size must be at least 1"),
     ],
 )
 def test_wrong_requests_are_refused(backbone, out, options, message):
