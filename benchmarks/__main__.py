@@ -27,7 +27,7 @@ from benchmarks.machines import MACHINES, machine_of, merge, table
 from benchmarks.registry import BENCHMARKS, GPU, Benchmark
 from benchmarks.tables import write_tables
 from ldae.console import format_duration
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.errors import InputError, report, unknown
 from ldae.runs.environment import environment
 

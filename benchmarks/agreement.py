@@ -19,7 +19,7 @@ from ldae.commands.pretrain import pretrain
 from ldae.data.loader import eval_batches
 from ldae.data.open import open_source
 from ldae.data.transforms import CropTransform
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.files import write_json
 from ldae.runs.environment import environment
 from ldae.settings import Config

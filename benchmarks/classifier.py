@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ldae.data.loader import eval_batches, train_batches
 from ldae.data.open import open_splits
 from ldae.data.transforms import CropTransform
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.files import write_json
 from ldae.runs.environment import environment
 

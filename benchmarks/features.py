@@ -17,12 +17,12 @@ import torch
 from ldae.backbones.open import load_backbone
 from ldae.commands.knn import knn
 from ldae.commands.linear import CachedProtocol, linear
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import Encoder
 from ldae.evals.neighbours import KNNProtocol
 from ldae.files import write_json
-from ldae.pretraining.timing import seconds
+from ldae.machine.timing import seconds
 from ldae.runs.environment import environment
 
 PRECISIONS = ("fp32", "bf16")

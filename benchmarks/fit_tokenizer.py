@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 import ldae
-from ldae import distributed
+from ldae import devices
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source
 from ldae.data.workers import Batch
 from ldae.files import write_json
-from ldae.pretraining.timing import synchronize
+from ldae.machine.timing import synchronize
 from ldae.pretraining.tokenizer import prepare, tokenizer_loss
 from ldae.runs.environment import environment
 from ldae.train.optim import adamw
@@ -55,7 +55,7 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         results[row] = json.loads(output.splitlines()[-1])
         print(row, results[row], flush=True)
-    device = distributed.device_for(args.device)
+    device = devices.device_for(args.device)
     write_json(
         args.out,
         {
@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.batch_size:
         changes["tokenizer.optim.batch_size"] = args.batch_size
     config = replace(ldae.config(args.row, args.scale), changes)
-    device = distributed.device_for(args.device)
+    device = devices.device_for(args.device)
     source = open_source(config.data.source, "train")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fit = prepare(config, source, device, Path("nowhere"))

@@ -38,7 +38,7 @@ import torch
 import ldae
 from benchmarks.dit_reference import ReferenceDiT
 from benchmarks.speed import awake, reference_step
-from ldae import distributed
+from ldae import devices, distributed
 from ldae.backbones.fold import stock_vit
 from ldae.commands.cache import cache
 from ldae.data.open import open_source
@@ -47,9 +47,7 @@ from ldae.errors import InputError
 from ldae.evals.features import Encoder, Features, encode_share
 from ldae.evals.neighbours import Bank
 from ldae.files import state_hash, write_json
-from ldae.method import build
-from ldae.models.vit import vit_shape
-from ldae.pretraining.timing import (
+from ldae.machine.timing import (
     TrainingStep,
     fitting_step,
     matmul_rate,
@@ -57,15 +55,17 @@ from ldae.pretraining.timing import (
     seconds,
     training_flops,
 )
+from ldae.method import build
+from ldae.models.vit import vit_shape
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
 from ldae.train import loop
+from ldae.train.compilation import compiles
 from ldae.train.loop import Loop
 from ldae.train.memory import release_memory
 from ldae.train.plan import Plan
-from ldae.train.run import compiles
 from ldae.tree import replace
 
 # Scale, changes and largest batch of the measured steps.
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # of a process of resume
     parser.add_argument("--kill-at", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = distributed.device_for(args.device)
+    device = devices.device_for(args.device)
     if args.run:
         train_in(args, device)
     elif args.part == "ranks" and "RANK" in os.environ:

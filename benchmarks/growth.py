@@ -23,10 +23,10 @@ import torch
 import ldae
 from benchmarks.knn import features, ours
 from ldae.console import progress
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.files import write_json
+from ldae.machine.timing import TrainingStep, seconds
 from ldae.method import build_tokenizer
-from ldae.pretraining.timing import TrainingStep, seconds
 from ldae.runs.environment import environment
 from ldae.tree import replace
 

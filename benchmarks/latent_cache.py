@@ -15,17 +15,17 @@ import torch
 
 import ldae
 from benchmarks.speed import awake, step_of
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.files import write_json
+from ldae.machine.timing import seconds
 from ldae.method import LDAE, build
 from ldae.models.vit import fuse_attention
 from ldae.precision import runs_in_bf16
 from ldae.pretraining.latents import LatentEncoder
-from ldae.pretraining.timing import seconds
 from ldae.runs.environment import environment
+from ldae.train.compilation import compiles, fuses_attention
 from ldae.train.optim import adamw
 from ldae.train.parallel import compile_parts
-from ldae.train.run import compiles, fuses_attention
 from ldae.tree import replace
 
 CLASSES = 1000

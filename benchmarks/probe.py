@@ -21,13 +21,13 @@ import torch
 from ldae.backbones.open import load_backbone
 from ldae.commands.linear import CachedProtocol, LDAEProtocol
 from ldae.data.open import open_source
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.evals.augmented import train_on_augmented
 from ldae.evals.features import Encoder, extract_share
 from ldae.evals.heads import Head, train_heads
 from ldae.evals.taps import Tap
 from ldae.files import write_json
-from ldae.pretraining.timing import synchronize
+from ldae.machine.timing import synchronize
 from ldae.runs.environment import environment
 
 

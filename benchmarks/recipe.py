@@ -26,7 +26,7 @@ from ldae.auto import facts, rule
 from ldae.auto.rule import Images
 from ldae.auto.scale import SETTINGS, decide
 from ldae.data.open import open_source
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.evals.evaluation import Setup
 from ldae.files import write_json
 from ldae.pretraining.recipes import find

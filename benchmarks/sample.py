@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import ldae
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.files import write_json
 from ldae.method import build
 from ldae.runs.environment import environment

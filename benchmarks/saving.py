@@ -20,10 +20,10 @@ import torch
 
 import ldae
 from benchmarks.step import batches, prepare
-from ldae import distributed, tree
+from ldae import devices, tree
 from ldae.data.open import open_source
 from ldae.files import write_json
-from ldae.pretraining.timing import synchronize
+from ldae.machine.timing import synchronize
 from ldae.runs.checkpoints import Checkpoints, read
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
@@ -61,7 +61,7 @@ def main() -> None:
             "system.log_every": 1,
         },
     )
-    device = distributed.device_for(args.device)
+    device = devices.device_for(args.device)
     steps, writes, record = saves(config, device, args.saves, args.between)
     quiet, first, during = classify_steps(steps, writes)
     usual = statistics.median(quiet)

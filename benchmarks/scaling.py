@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import ldae
-from ldae import distributed, tree
+from ldae import devices, tree
 from ldae.console import progress
 from ldae.files import write_json
 from ldae.runs.environment import environment
@@ -71,7 +71,7 @@ def main() -> None:
         "median": {ranks: round(value, 1) for ranks, value in medians.items()},
         "times_as_fast": {ranks: round(value / first, 3) for ranks, value in medians.items()},
         "fsdp": args.fsdp,
-        "environment": environment(distributed.device_for(args.device)),
+        "environment": environment(devices.device_for(args.device)),
     }
     write_json(args.out, record)
     print(record["median"], record["times_as_fast"])

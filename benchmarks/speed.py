@@ -25,17 +25,17 @@ from torch import nn
 
 import ldae
 from benchmarks.dit_reference import ReferenceDiT
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.files import write_json
-from ldae.method import LDAE
-from ldae.models.vit import vit_shape
-from ldae.pretraining.timing import (
+from ldae.machine.timing import (
     kept_bytes,
     matmul_rate,
     prepared_method,
     seconds,
     training_flops,
 )
+from ldae.method import LDAE
+from ldae.models.vit import vit_shape
 from ldae.runs.environment import environment
 from ldae.settings import SystemSettings
 from ldae.train.optim import adamw

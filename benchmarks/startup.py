@@ -19,9 +19,9 @@ import torch
 
 import ldae
 from ldae.console import progress
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.files import write_json
-from ldae.pretraining.timing import prepared_method, seconds
+from ldae.machine.timing import prepared_method, seconds
 from ldae.runs.environment import environment
 from ldae.train.parallel import compile_parts
 from ldae.tree import replace

@@ -22,21 +22,22 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ldae
-from ldae import distributed
+from ldae import devices
 from ldae.data.loader import train_batches
 from ldae.data.open import open_source
 from ldae.files import write_json
+from ldae.machine.timing import TrainingStep, prepared_method, synchronize
 from ldae.method import LDAE
 from ldae.models.vit import fuse_attention
-from ldae.pretraining.timing import TrainingStep, prepared_method, synchronize
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.environment import environment
 from ldae.runs.metrics import Metrics
 from ldae.settings import Config
+from ldae.train.compilation import compiles, fuses_attention
 from ldae.train.loop import Loop
 from ldae.train.optim import adamw
 from ldae.train.plan import Plan
-from ldae.train.run import compiles, fuses_attention, transform_of
+from ldae.train.run import transform_of
 from ldae.tree import replace
 
 METHODS = {
@@ -74,7 +75,7 @@ def main() -> None:
             "system.log_every": 1,
         },
     )
-    device = distributed.device_for(args.device)
+    device = devices.device_for(args.device)
     source = open_source(args.data, "train")
     method, compiled = prepare(config, device, source)
     batch = next(batches(config, source, device)(0, 1))

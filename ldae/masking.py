@@ -2,7 +2,7 @@
 
 import torch
 
-from ldae import noise
+from ldae import draws
 from ldae.errors import InputError
 
 
@@ -21,9 +21,9 @@ def kept_tokens(seed: int, positions: torch.Tensor, tokens: int, count: int) -> 
     """Return the indices of the kept tokens, int64 (B, count), in rising order.
 
     Every subset of ``count`` of the ``tokens`` is equally likely. A draw depends on the seed and
-    the image's position in the run (B,) alone, as in ``noise.normal``.
+    the image's position in the run (B,) alone, as in ``draws.normal``.
     """
-    order = noise.random_words(seed, positions, tokens, noise.MASK).argsort(dim=1, stable=True)
+    order = draws.random_words(seed, positions, tokens, draws.MASK).argsort(dim=1, stable=True)
     return order[:, :count].sort(dim=1).values
 
 

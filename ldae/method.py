@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ldae import masking, noise, tokenizers
+from ldae import draws, masking, noise, tokenizers
 from ldae.errors import InputError
 from ldae.feature_target import FeatureTarget
 from ldae.models import DENOISERS
@@ -114,8 +114,8 @@ class LDAE(nn.Module):
         """Encode images, uint8 (B, C, H, W), and noise their latents by ``positions`` (B,)."""
         x = self.read(images)  #                                                  (B, C, H, W)
         z_0 = self.encode(x, positions)  #                                        (B, N, d)
-        t = noise.timesteps(self.seed, positions, len(self.sigma), self.clean_share)  # (B,)
-        eps = noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  #        (B, N, d)
+        t = draws.timesteps(self.seed, positions, len(self.sigma), self.clean_share)  # (B,)
+        eps = draws.normal(self.seed, positions, z_0.shape[1:]).to(z_0)  #        (B, N, d)
         gamma, sigma = self.level(t)  #                                           (B, 1, 1)
         z_t = gamma * z_0 + sigma * eps  #                                        (B, N, d)
         kept = self.keep(positions)  #                                            (B, n), or None
@@ -170,7 +170,7 @@ class LDAE(nn.Module):
         eps = None
         if self.samples_posterior and positions is not None:
             shape = (self.tokenizer.num_tokens, self.tokenizer.dim)
-            eps = noise.normal(self.seed, positions, shape, noise.POSTERIOR).to(self.gamma)
+            eps = draws.normal(self.seed, positions, shape, draws.POSTERIOR).to(self.gamma)
         if isinstance(x, Posterior):
             return x.sample(eps)
         with torch.no_grad(), self._autocast(self.tokenizer.trained):
@@ -193,7 +193,7 @@ class LDAE(nn.Module):
         if not null:
             return None
         assert labels is not None, "a class-conditional denoiser is trained with labels"
-        dropped = noise.dropped_labels(self.seed, positions, self.label_dropout)
+        dropped = draws.dropped_labels(self.seed, positions, self.label_dropout)
         return labels.masked_fill(dropped, null)
 
     def level(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,7 +299,7 @@ class LDAE(nn.Module):
         z_0 = self.encode(x)
         steps = torch.full_like(positions, t)
         gamma, sigma = self.level(steps)
-        z_t = gamma * z_0 + sigma * noise.normal(self.seed, positions, z_0.shape[1:]).to(z_0)
+        z_t = gamma * z_0 + sigma * draws.normal(self.seed, positions, z_0.shape[1:]).to(z_0)
         pictures = (x, self.decode(z_t), self.predict_image(z_t, steps, x=x))
         clean, noised, denoised = (self.tokenizer.denormalize(p).clamp(0, 1) for p in pictures)
         return clean, noised, denoised

@@ -68,7 +68,7 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     """Let torch use only algorithms that give the same bits each time, if ``enabled``.
 
     An operation that has none raises RuntimeError. cuBLAS also needs the variable
-    CUBLAS_WORKSPACE_CONFIG, which ``distributed.device_for`` sets.
+    CUBLAS_WORKSPACE_CONFIG, which ``devices.device_for`` sets.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(enabled)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ldae import distributed
+from ldae import devices, distributed
 from ldae.errors import LOST_RANK, InputError, LostRank
 from ldae.train.interrupt import Interrupted
 
@@ -39,13 +39,13 @@ def test_the_ranks_share_all_numbers_and_none_twice(ranks, monkeypatch):
 
 
 def test_device_names():
-    assert distributed.device_for("cpu") == torch.device("cpu")
-    assert distributed.device_for(torch.device("cpu")) == torch.device("cpu")
+    assert devices.device_for("cpu") == torch.device("cpu")
+    assert devices.device_for(torch.device("cpu")) == torch.device("cpu")
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert distributed.device_for("auto").type == expected
+    assert devices.device_for("auto").type == expected
     for wrong in ("gpu", "meta", "cuda:", "cpu:0"):
         with pytest.raises(InputError, match="auto, cpu, cuda or cuda:N"):
-            distributed.device_for(wrong)
+            devices.device_for(wrong)
 
 
 @pytest.mark.parametrize(

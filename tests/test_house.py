@@ -17,8 +17,10 @@ PACKAGE = Path(ldae.__file__).parent
 # Lower layers never import higher ones. Names are files and folders of the package.
 LAYERS = [
     ["errors", "markdown", "processor"],
-    ["files", "tree", "patches", "noise", "prediction", "precision", "distributed", "console"],
-    ["masking", "moments"],
+    ["files", "tree", "patches", "noise", "draws", "prediction", "precision"],
+    ["distributed", "console"],
+    ["devices", "masking", "moments"],
+    ["pixel_statistics"],
     ["settings", "data", "models"],
     ["trajectory", "tokenizers"],
     ["runs"],

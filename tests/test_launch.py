@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from ldae import cli, distributed
+from ldae import cli, devices, distributed
 from ldae import launch as launching
 from ldae.errors import LOST_RANK, InputError
 
@@ -159,12 +159,12 @@ def test_each_rank_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="--devices 4 needs as many GPUs, and torch finds 2 on"):
-        distributed.device_for("auto")
-    assert distributed.device_for("cpu") == torch.device("cpu")
+        devices.device_for("auto")
+    assert devices.device_for("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(InputError, match="--devices 4 needs a GPU for each .* device is cuda:1"):
-        distributed.device_for("cuda:1")
-    assert distributed.device_for("auto") == torch.device("cuda:3")
+        devices.device_for("cuda:1")
+    assert devices.device_for("auto") == torch.device("cuda:3")
 
 
 @pytest.mark.parametrize(

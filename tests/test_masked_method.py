@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldae import masking, noise, trajectory
+from ldae import draws, masking, trajectory
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.models import DENOISERS
@@ -83,14 +83,14 @@ def error_of(method, target, patch, output):
 def reference_loss(method, target, images, positions, kept_weight) -> float:
     """Compute the loss of l_dae with another target by loops over images, tokens and axes."""
     tokenizer, d = method.tokenizer, method.tokenizer.dim
-    steps = noise.timesteps(method.seed, positions, 1000)
+    steps = draws.timesteps(method.seed, positions, 1000)
     all_kept = masking.kept_tokens(method.seed, positions, N, method.num_kept).tolist()
     total = 0.0
     for image, t, position, kept in zip(images, steps, positions, all_kept, strict=True):
         sigma = 2**0.5 * int(t) / 999
         patches = patches_of(method, image)
         axes, mean = tokenizer.basis[:d], tokenizer.patch_mean
-        eps = noise.normal(method.seed, position[None], (N, d))[0].double()
+        eps = draws.normal(method.seed, position[None], (N, d))[0].double()
         seen = torch.stack([
             axes.T @ (axes @ (patch - mean) + sigma * e / tokenizer.scales) + mean
             for patch, e in zip(patches, eps, strict=True)

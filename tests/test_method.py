@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from ldae import noise
+from ldae import draws, noise
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.objective import TARGETS
@@ -29,8 +29,8 @@ def levels(row: int, t: int) -> tuple[float, float]:
     return 1.0, math.sqrt(1 / 3)
 
 
-def draw(method, position, shape, stream=noise.NOISE):
-    return noise.normal(method.seed, position[None], shape, stream)[0].double()
+def draw(method, position, shape, stream=draws.NOISE):
+    return draws.normal(method.seed, position[None], shape, stream)[0].double()
 
 
 def clean_latents(row, method, x, patches, position):
@@ -53,7 +53,7 @@ def clean_latents(row, method, x, patches, position):
             for part in (map_.mean, map_.logvar)
         )  # fmt: skip
     if row <= 6:
-        h = h + (log_variance / 2).exp() * draw(method, position, h.shape, noise.POSTERIOR)
+        h = h + (log_variance / 2).exp() * draw(method, position, h.shape, draws.POSTERIOR)
     return (h - tokenizer.latent_mean) * tokenizer.scales
 
 
@@ -61,8 +61,8 @@ def reference_loss(row, method, images, positions, labels) -> float:
     """Compute the loss by loops over images, tokens and numbers."""
     tokenizer, p = method.tokenizer, method.tokenizer.patch_size
     d, full = tokenizer.dim, tokenizer.patch_dim
-    steps = noise.timesteps(method.seed, positions, len(method.sigma))
-    dropped = noise.dropped_labels(method.seed, positions, 0.1)
+    steps = draws.timesteps(method.seed, positions, len(method.sigma))
+    dropped = draws.dropped_labels(method.seed, positions, 0.1)
     total = 0.0
     for number, (image, t, position) in enumerate(zip(images, steps, positions)):
         gamma, sigma = levels(row, int(t))
@@ -109,7 +109,7 @@ def test_the_loss_of_each_row_is_its_equation(row, scale, tiny, images, awake, f
     awake(method.denoiser)
     # Row 1 drops the label of position 21 and keeps the others.
     positions, labels = torch.tensor([21, 3, 2**33 + 1]), torch.tensor([4, 0, 2])
-    assert noise.dropped_labels(0, positions, 0.1).tolist() == [True, False, False]
+    assert draws.dropped_labels(0, positions, 0.1).tolist() == [True, False, False]
     with torch.no_grad():
         actual = method(images[:3], positions, labels).item()
         expected = reference_loss(row, method, images[:3], positions, labels)
@@ -212,7 +212,7 @@ def test_a_perfect_network_denoises_perfectly(row, tiny, images, monkeypatch):
 
     def perfect(z_t, t, labels=None):
         z_0 = method.tokenizer.encode(x)
-        eps = noise.normal(method.seed, positions, z_0.shape[1:]).double()
+        eps = draws.normal(method.seed, positions, z_0.shape[1:]).double()
         gamma, sigma = method.level(t)
         return method.objective.target(method.tokenizer, x, z_0, eps, gamma, sigma)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldae import noise
+from ldae import draws, noise
 from ldae.errors import InputError
 from ldae.method import build
 from ldae.objective import TARGETS, WEIGHTS, Objective
@@ -70,7 +70,7 @@ def test_clean_recovers_z_0_from_the_target(tiny, images, target):
     method.tokenizer.fit([images])
     x = method.tokenizer.normalize(images)
     z_0, t = method.encode(x), torch.tensor([0, 10, 200, 500, 700, 900, 950, 990])
-    eps = noise.normal(0, torch.arange(8), z_0.shape[1:]).double()
+    eps = draws.normal(0, torch.arange(8), z_0.shape[1:]).double()
     gamma, sigma = method.level(t)
     output = method.objective.target(method.tokenizer, x, z_0, eps, gamma, sigma)
     z_t = gamma * z_0 + sigma * eps

@@ -19,8 +19,8 @@ import torch
 import ldae
 from ldae import cli
 from ldae.cli.commands import COMMANDS
+from ldae.machine.timing import TrainingStep
 from ldae.method import LDAE
-from ldae.pretraining.timing import TrainingStep
 from ldae.runs import kinds
 from ldae.runs.checkpoints import Checkpoints
 from ldae.train.interrupt import SIGNALS

@@ -129,7 +129,7 @@ def test_every_number_has_a_range(kind):
 
 
 def test_paths_and_numbers_of_numpy_are_taken(tmp_path):
-    changes = {"data.source": tmp_path, "optim.blr": np.logspace(-4, -3, 2)[0], "seed": np.int64(3)}
+    changes = {"data.source": tmp_path, "optim.blr": np.float64(1e-4), "seed": np.int64(3)}
     config = ldae.config("l_dae", init_from=tmp_path, changes=changes)
     assert (config.init_from, config.data.source) == (str(tmp_path), str(tmp_path))
     assert config.optim.blr == 1e-4 and type(config.seed) is int

@@ -9,8 +9,8 @@ from ldae.auto import facts, rule
 from ldae.auto.rule import Choice, Choices, Images
 from ldae.data.source import Source
 from ldae.errors import InputError
-from ldae.machine.parts import find_other_load
-from ldae.train.run import compiles
+from ldae.machine.hardware import find_other_load
+from ldae.train.compilation import compiles
 
 
 class Candidate(NamedTuple):

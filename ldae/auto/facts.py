@@ -13,9 +13,9 @@ from ldae.auto.rule import Machine
 from ldae.data.loader import Transform, train_batches
 from ldae.data.source import Source
 from ldae.data.workers import available_cpus
-from ldae.machine import parts
+from ldae.machine import hardware
+from ldae.machine.timing import fitting_step, kept_bytes
 from ldae.models.vit import vit_shape
-from ldae.pretraining.timing import fitting_step, kept_bytes
 from ldae.tokenizers.orthonormal import PatchPCA
 from ldae.train.memory import release_memory
 from ldae.train.run import transform_of
@@ -97,7 +97,7 @@ def _sample(
 def machine_of_rank(device: torch.device) -> Machine:
     """Return the part of this machine that one of the launched ranks has for itself."""
     ranks_here, gpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
-    found = parts.describe_machine(device)
+    found = hardware.describe_machine(device)
     return Machine(
         gpu=gpu,
         cores=max(available_cpus() // ranks_here, 1),

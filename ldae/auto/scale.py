@@ -10,7 +10,8 @@ from ldae import tree
 from ldae.auto.choosing import Choosing
 from ldae.auto.rule import DECODER, LEAST_IMAGES, Choices
 from ldae.data.open import open_source
-from ldae.distributed import device_for, gather_values
+from ldae.devices import device_for
+from ldae.distributed import gather_values
 from ldae.errors import InputError, unknown
 from ldae.precision import unchanged_generators
 from ldae.pretraining.recipes import name_of, recipes_of

@@ -11,8 +11,8 @@ from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.models.contract import NoPlainViT, PlainViT
 from ldae.models.vit import resized_state
+from ldae.pixel_statistics import PixelStatistics
 from ldae.tokenizers import PatchTokenizer
-from ldae.tokenizers.pixels import PixelStatistics
 
 LDAE_URL = "https://arxiv.org/abs/2401.14404"
 TOLERANCE = 1e-5  # relative, in float32

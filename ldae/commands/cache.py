@@ -28,7 +28,7 @@ from ldae.data.loader import crop_batches
 from ldae.data.open import open_all
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.errors import InputError
 from ldae.pretraining.latents import LatentEncoder
 from ldae.runs import layout

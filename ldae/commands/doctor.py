@@ -15,11 +15,11 @@ from ldae.data.open import open_source
 from ldae.data.photos import HEIGHT, WIDTH, write_photos
 from ldae.data.source import Source
 from ldae.data.workers import SHARED_BYTES
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.files import as_json, check_writable, format_size, write_json
 from ldae.machine.extrapolation import extrapolate
+from ldae.machine.hardware import describe_machine, find_problems
 from ldae.machine.packages import check_packages
-from ldae.machine.parts import describe_machine, find_problems
 from ldae.machine.rates import copying_rate, decoding_rates, training_rates
 from ldae.precision import unchanged_generators
 from ldae.runs.environment import environment, installed_version

@@ -18,10 +18,10 @@ from ldae.backbones.whitening import SHRINKAGE
 from ldae.console import print_main
 from ldae.data.open import check_outside, open_all
 from ldae.data.source import Source
+from ldae.devices import device_for
 from ldae.distributed import (
     all_reduce_sum,
     barrier,
-    device_for,
     gather_values,
     is_main,
     process_group,

@@ -12,7 +12,8 @@ from ldae.cluster.requeue import option, option_values
 from ldae.cluster.settings import SlurmSettings
 from ldae.cluster.status import read_statuses
 from ldae.console import print_main
-from ldae.distributed import device_for, process_group
+from ldae.devices import device_for
+from ldae.distributed import process_group
 from ldae.errors import InputError, unknown
 from ldae.evals.cell import Cell
 from ldae.evals.evaluation import Setup

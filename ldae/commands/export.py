@@ -13,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ldae import files
-from ldae.backbones.card import with_graphs
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.resize import resize_input
 from ldae.backbones.timm_folder import README, write_timm_folder
@@ -21,8 +20,9 @@ from ldae.backbones.whitening import SHRINKAGE, add_whitening, whitening
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.deployment.graphs import Graphs, add_graphs, graph_table
+from ldae.deployment.model_card import with_graphs
 from ldae.deployment.open import Opened, open_network, read_config
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.errors import InputError
 from ldae.evals.features import Encoder
 from ldae.evals.scores import public_name

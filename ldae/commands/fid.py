@@ -8,7 +8,8 @@ import torch
 import tyro
 
 from ldae.backbones.open import load_backbone
-from ldae.distributed import device_for, is_main, process_group, world_size
+from ldae.devices import device_for
+from ldae.distributed import is_main, process_group, world_size
 from ldae.errors import InputError
 from ldae.evals import dit_fid
 from ldae.evals.call import describe_call

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from ldae import distributed
-from ldae.backbones.card import input_facts, model_card
+from ldae import devices, distributed
 from ldae.backbones.preprocessing import preprocessing
 from ldae.backbones.timm_folder import write_timm_folder
 from ldae.console import print_main
 from ldae.data.augment import Augmentation
+from ldae.deployment.model_card import input_facts, model_card
 from ldae.downstream.training import DownstreamTraining, prepare_downstream
 from ldae.errors import InputError
 from ldae.evals.accuracy import top1_top5
@@ -95,7 +95,7 @@ def _over_seeds(config: FinetuneConfig, run: Path, dry_run: bool, seeds: tuple[i
     runs = {seed: replace(config, seed=seed) for seed in seeds}
     if dry_run:  # the plan of one is that of all
         return finetune(runs[seeds[0]], run / seed_folder(seeds[0]), dry_run)
-    with distributed.process_group(distributed.device_for(config.system.device)):
+    with distributed.process_group(devices.device_for(config.system.device)):
         records = {seed: finetune(one, run / seed_folder(seed)) for seed, one in runs.items()}
         names = [*records[seeds[0]]["results"]]
         call = describe_call("finetune", [replace(config, seed=0)], seeds=seeds)

@@ -11,7 +11,7 @@ import torch
 import tyro
 from tyro.conf import Fixed
 
-from ldae import noise
+from ldae import draws, noise
 from ldae.backbones.run import load_method
 from ldae.console import print_main
 from ldae.distributed import gather_values, is_main
@@ -144,7 +144,7 @@ class BlockReader:
         if self.noisy:
             numbers = self.first + indices.to(images.device)
             shape = (self.method.tokenizer.num_tokens, self.method.tokenizer.dim)
-            eps = noise.normal(self.seed, numbers, shape)
+            eps = draws.normal(self.seed, numbers, shape)
         taps = self.method.denoiser.taps(*self.method.input_at(images, self.t, eps))
         # In this order zip ends before it computes the next block.
         numbered = zip(range(1, max(self.leading) + 1), taps)

@@ -13,7 +13,8 @@ import tyro
 from ldae import tree
 from ldae.cli.commands import GRADERS, function_of
 from ldae.console import print_main
-from ldae.distributed import device_for, gather_values, is_main, process_group
+from ldae.devices import device_for
+from ldae.distributed import gather_values, is_main, process_group
 from ldae.errors import DifferentResult, InputError
 from ldae.evals.call import bind_call
 from ldae.evals.comparison import compare

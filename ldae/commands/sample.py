@@ -12,14 +12,8 @@ import tyro
 
 from ldae import console, files
 from ldae.backbones.run import load_method
-from ldae.distributed import (
-    all_reduce_sum,
-    barrier,
-    device_for,
-    is_main,
-    process_group,
-    share_of,
-)
+from ldae.devices import device_for
+from ldae.distributed import all_reduce_sum, barrier, is_main, process_group, share_of
 from ldae.errors import InputError
 from ldae.method import LDAE
 from ldae.plots.pictures import save_grid

@@ -16,7 +16,7 @@ from ldae.backbones.open import (
 )
 from ldae.backbones.run import load_method
 from ldae.backbones.whitening import is_whitened
-from ldae.deployment.cards import card_of_network, card_of_run
+from ldae.deployment.model_card import card_of_network, card_of_run
 from ldae.errors import InputError
 from ldae.models.contract import NoPlainViT
 from ldae.runs.kinds import KINDS, kind_of, pretraining_in, settings_of

@@ -10,7 +10,8 @@ from ldae.data.loader import eval_batches
 from ldae.detection.jitter import ScaleJitter
 from ldae.detection.network import Detector
 from ldae.detection.scoring import Result
-from ldae.distributed import gather_values, report_low_memory, share_of
+from ldae.devices import report_low_memory
+from ldae.distributed import gather_values, share_of
 from ldae.precision import float32_products
 
 

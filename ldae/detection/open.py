@@ -13,7 +13,7 @@ from ldae.backbones.preprocessing import preprocessing
 from ldae.data.image import from_pillow
 from ldae.detection.jitter import ScaleJitter, canvas_of
 from ldae.detection.network import Detector, build_detector
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.errors import InputError
 from ldae.precision import float32_products
 from ldae.runs.checkpoints import Checkpoints

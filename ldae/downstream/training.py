@@ -12,7 +12,7 @@ from ldae import tree
 from ldae.console import describe
 from ldae.data.loader import Transform
 from ldae.data.workers import Batch
-from ldae.distributed import device_for
+from ldae.devices import device_for
 from ldae.downstream.recipes import Recipes
 from ldae.evals.call import describe_call
 from ldae.evals.evaluation import Evaluation, Setup

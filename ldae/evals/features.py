@@ -16,7 +16,8 @@ from ldae.backbones.preprocessing import EvalTransform, preprocessing
 from ldae.console import progress
 from ldae.data.loader import eval_batches
 from ldae.data.source import Source
-from ldae.distributed import all_reduce_sum, rank, report_low_memory, share_of, world_size
+from ldae.devices import report_low_memory
+from ldae.distributed import all_reduce_sum, rank, share_of, world_size
 from ldae.errors import InputError
 from ldae.evals.taps import Reader, Tap, TapReader
 from ldae.precision import float32_products

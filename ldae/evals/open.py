@@ -13,7 +13,8 @@ from ldae.backbones.open import load_backbone, load_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.data.open import check_unseen, open_splits
 from ldae.data.source import Source
-from ldae.distributed import device_for, process_group
+from ldae.devices import device_for
+from ldae.distributed import process_group
 from ldae.errors import InputError
 from ldae.evals.call import describe_call
 from ldae.evals.embedded import EmbeddedBackbone, check_rows, images_or_embedded

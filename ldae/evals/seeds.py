@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from ldae.console import print_main
-from ldae.distributed import device_for, gather_values, is_main, process_group
+from ldae.devices import device_for
+from ldae.distributed import gather_values, is_main, process_group
 from ldae.errors import InputError
 from ldae.evals.call import describe_call
 from ldae.evals.cell import Cell, Column

@@ -14,7 +14,8 @@ from tyro.conf import Fixed
 from ldae.console import progress
 from ldae.data.loader import Transform, eval_batches
 from ldae.data.source import IGNORED, MapSource, Source
-from ldae.distributed import all_reduce_sum, rank, report_low_memory, share_of, world_size
+from ldae.devices import report_low_memory
+from ldae.distributed import all_reduce_sum, rank, share_of, world_size
 from ldae.errors import InputError
 from ldae.evals.features import Encoder, allocate_rows
 from ldae.evals.heads import Heads

@@ -3,8 +3,8 @@
 import torch
 
 from ldae import trajectory
+from ldae.machine.timing import training_flops
 from ldae.method import build
-from ldae.pretraining.timing import training_flops
 
 IMAGENET_IMAGES = 1_281_167
 _BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and two moments in float32

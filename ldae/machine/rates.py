@@ -10,7 +10,7 @@ import torch
 from ldae.data.loader import train_batches
 from ldae.data.source import Source
 from ldae.data.workers import available_cpus
-from ldae.pretraining.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
+from ldae.machine.timing import TrainingStep, fitting_step, matmul_rate, seconds, training_flops
 from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import Config
 from ldae.train.run import transform_of

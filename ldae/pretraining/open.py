@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldae import distributed
+from ldae import devices
 from ldae.backbones.run import load_method
 from ldae.data.image import from_pillow
 from ldae.data.transforms import CropTransform
@@ -70,7 +70,7 @@ class Run:
     @recorded_gradients()
     def _loaded(self) -> tuple[Any, dict]:
         method, state = load_method(self.folder, self.kind)
-        method.to(distributed.device_for(self.device)).requires_grad_(False)
+        method.to(devices.device_for(self.device)).requires_grad_(False)
         # Kept for as long as the run is, so without the weights, which the method has, and without
         # the optimizer's moments.
         facts = {name: state[name] for name in ("images_seen", "describe")}
@@ -128,7 +128,7 @@ class Run:
         with unchanged_generators():
             backbone: Any = KINDS[self.kind].functions().backbone(method, True)
         backbone.images_seen = self.images_seen
-        return backbone.to(distributed.device_for(self.device)).eval()
+        return backbone.to(devices.device_for(self.device)).eval()
 
     def denoise(self, images: torch.Tensor | Sequence[Image.Image], t: int) -> Denoised:
         """Noise images at level ``t``, and let the network predict the clean ones.

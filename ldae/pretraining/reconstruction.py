@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ldae.backbones.perceptual import PerceptualDistance
 from ldae.distributed import all_reduce_sum
+from ldae.pretraining.perceptual import PerceptualDistance
 from ldae.tokenizers import Tokenizer
 
 _MIN_ERROR = 1e-10  # 100 dB; smaller errors are rounding, and the PSNR stays finite

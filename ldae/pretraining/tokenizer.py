@@ -8,12 +8,6 @@ from pathlib import Path
 import torch
 
 from ldae import distributed, files, tokenizers, tree
-from ldae.backbones.perceptual import (
-    PerceptualDistance,
-    lpips_is_cached,
-    open_lpips,
-    open_perceptual,
-)
 from ldae.console import print_main
 from ldae.data.source import Source
 from ldae.data.transforms import CropTransform
@@ -28,6 +22,12 @@ from ldae.pretraining.images import (
     evaluation_images,
     pixel_stats,
     sample_images,
+)
+from ldae.pretraining.perceptual import (
+    PerceptualDistance,
+    lpips_is_cached,
+    open_lpips,
+    open_perceptual,
 )
 from ldae.pretraining.reconstruction import measure_reconstruction
 from ldae.runs import layout

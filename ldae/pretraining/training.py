@@ -9,25 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldae import distributed, tree
+from ldae import devices, distributed, tree
 from ldae.data.loader import Transform
 from ldae.data.open import open_source
 from ldae.data.source import Source
 from ldae.errors import InputError
 from ldae.models.vit import fuse_attention
+from ldae.pixel_statistics import PixelStatistics
 from ldae.precision import float32_products, runs_in_bf16, unchanged_generators
 from ldae.pretraining.images import FitImages, pixel_stats
+from ldae.pretraining.online_features import watch
 from ldae.pretraining.online_knn import online_knn
-from ldae.pretraining.watching import watch
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.folder import open_run
 from ldae.runs.kinds import KINDS
 from ldae.runs.skipped import record_skipped
 from ldae.settings import SystemSettings
-from ldae.tokenizers.pixels import PixelStatistics
+from ldae.train.compilation import fuses_attention
 from ldae.train.loop import Hook
 from ldae.train.plan import Plan, plan_run
-from ldae.train.run import check_warmup, describe_training, fuses_attention, train_in, transform_of
+from ldae.train.run import check_warmup, describe_training, train_in, transform_of
 
 _STATISTICS_IMAGES = 20_000  # as many as a row fits its tokenizer on
 
@@ -134,7 +135,7 @@ def join_ranks(system: SystemSettings) -> Iterator[torch.device]:
 
     Raises: InputError for a wrong device, and as ``process_group`` does.
     """
-    device = distributed.device_for(system.device)
+    device = devices.device_for(system.device)
     with (
         float32_products(),
         unchanged_generators(),

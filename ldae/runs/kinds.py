@@ -107,7 +107,7 @@ KINDS = {
         "an MAE pre-training run",
         "ldae.mae.settings:MAEConfig",
         "ldae.mae.recipes",
-        "ldae.mae.network:OPENING",
+        "ldae.mae.open:OPENING",
         "ldae.mae.pretraining:pretrain",
     ),
     "tokenizer": Kind("a tokenizer run", "ldae.settings:Config", "ldae.trajectory"),

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldae import files, noise
+from ldae import draws, files
 from ldae.backbones.open import label_names, load_classifier
 from ldae.backbones.preprocessing import EvalTransform, preprocessing
 from ldae.console import progress
-from ldae.distributed import report_low_memory
+from ldae.devices import report_low_memory
 from ldae.errors import InputError, nearest
 from ldae.method import LDAE
 from ldae.precision import float32_products
@@ -51,7 +51,7 @@ class ResolvedSettings:
     def choose(self, classes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Return one of the classes (L,) for each sample number n: at n mod L, or at random."""
         if self.settings.random_labels:
-            chosen = noise.labels(self.settings.seed, numbers, len(classes))
+            chosen = draws.labels(self.settings.seed, numbers, len(classes))
         else:
             chosen = numbers % len(classes)
         return classes.to(numbers.device)[chosen]
@@ -176,7 +176,7 @@ def generate(
 
     def draw(step: int) -> torch.Tensor:
         shape = (tokenizer.num_tokens, tokenizer.dim)
-        return noise.normal(settings.seed, numbers, shape, noise.SAMPLING + step).to(method.gamma)
+        return draws.normal(settings.seed, numbers, shape, draws.SAMPLING + step).to(method.gamma)
 
     start = draw(0)  # step k uses stream k
     if gaussian is None:

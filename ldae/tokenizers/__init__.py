@@ -12,9 +12,9 @@ from ldae.errors import InputError, first_line, unknown
 from ldae.files import write
 from ldae.tokenizers.contract import PatchTokenizer, Tokenizer
 from ldae.tokenizers.conv import ConvTokenizer
-from ldae.tokenizers.learned import Posterior, TrainedTokenizer
-from ldae.tokenizers.linear import PatchAE, PatchVAE
 from ldae.tokenizers.orthonormal import OrthonormalTokenizer, PatchPCA, PixelTokenizer
+from ldae.tokenizers.patch_autoencoder import PatchAE, PatchVAE
+from ldae.tokenizers.trained import Posterior, TrainedTokenizer
 from ldae.tree import taken_by
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch
 
 from ldae.errors import InputError
 from ldae.patches import patches_a_side, patchify, unpatchify
-from ldae.tokenizers.pixels import PixelStatistics
+from ldae.pixel_statistics import PixelStatistics
 
 
 class Tokenizer(PixelStatistics):

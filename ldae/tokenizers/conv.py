@@ -9,7 +9,7 @@ from torch import nn
 
 from ldae.errors import InputError, first_line, import_extra
 from ldae.patches import patchify, unpatchify
-from ldae.tokenizers.learned import LOG_VARIANCE_RANGE, Posterior, TrainedTokenizer
+from ldae.tokenizers.trained import LOG_VARIANCE_RANGE, Posterior, TrainedTokenizer
 
 _COMMITMENT = 0.25  # beta of van den Oord et al. 2017, on the encoder's term
 _RESIDUAL_BLOCKS = 2  # LDM's, in each level of the encoder; the decoder has one more

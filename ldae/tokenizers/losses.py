@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ldae import noise
+from ldae import draws
 from ldae.precision import bf16_autocast
 from ldae.tokenizers.adversarial import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldae.tokenizers.contract import PatchTokenizer
-from ldae.tokenizers.learned import TrainedTokenizer
+from ldae.tokenizers.trained import TrainedTokenizer
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Distance between two batches of images in [0, 1]: (B, C, H, W) twice -> (B,)."""
@@ -81,7 +81,7 @@ class TokenizerLoss(nn.Module):
         eps = None
         if self.tokenizer.stochastic:
             shape = (self.tokenizer.num_tokens, self.tokenizer.dim)
-            eps = noise.normal(self.seed, positions, shape, noise.POSTERIOR).to(x)
+            eps = draws.normal(self.seed, positions, shape, draws.POSTERIOR).to(x)
         with self._autocast():
             x_hat, kl, codebook = self.tokenizer.reconstruct(x, eps)
         error = x_hat - x  #                                    (B, C, H, W)

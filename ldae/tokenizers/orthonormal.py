@@ -8,8 +8,8 @@ from ldae.distributed import broadcast_from_main
 from ldae.errors import InputError
 from ldae.moments import Moments
 from ldae.patches import patchify
+from ldae.pixel_statistics import check_not_empty
 from ldae.tokenizers.contract import PatchTokenizer, latent_scales
-from ldae.tokenizers.pixels import check_not_empty
 
 
 class OrthonormalTokenizer(PatchTokenizer):

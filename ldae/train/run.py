@@ -1,8 +1,5 @@
 """Training in a run folder, on a source of images."""
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from ldae.runs.folder import Settings
 from ldae.runs.identity import describe_images
 from ldae.runs.metrics import Metrics
 from ldae.settings import OptimSettings
+from ldae.train.compilation import compiles
 from ldae.train.loop import Hook, Loop
 from ldae.train.optim import lr_at, peak_lr
 from ldae.train.plan import Plan
@@ -129,23 +127,3 @@ def transform_of(config: Settings) -> CropTransform:
     """Return the transform of the training images."""
     data = config.data
     return CropTransform(data.img_size, data.in_chans, data.crop, data.flip)
-
-
-def compiles(mode: str, device: torch.device) -> bool:
-    """Return whether the network is compiled; ``auto``: on GPUs, if kernels can be built."""
-    return device.type == "cuda" and builds_kernels() if mode == "auto" else mode == "on"
-
-
-def builds_kernels() -> bool:
-    """Return whether Triton, which torch.compile needs on GPUs, finds a C compiler and headers."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()
-
-
-def fuses_attention(bf16: bool, device: torch.device) -> bool:
-    """Return whether training uses torch's fused attention.
-
-    In bf16 on CPUs, its backward is slower than that of plain products, by a quarter of the step at
-    64 tokens (benchmarks/step.py).
-    """
-    return not (bf16 and device.type == "cpu")

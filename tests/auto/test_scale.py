@@ -12,7 +12,7 @@ from ldae import cli, distributed, tree
 from ldae.auto import facts
 from ldae.auto.scale import SETTINGS, decide, settled
 from ldae.errors import InputError
-from ldae.machine import parts
+from ldae.machine import hardware
 from ldae.method import LDAE
 from ldae.pretraining import recipes
 from ldae.runs.checkpoints import Checkpoints
@@ -38,7 +38,7 @@ def speed(monkeypatch):
         found = facts.Speed(images, 10_000, 32)
         monkeypatch.setattr(facts, "measure_step", lambda config, device, size=0: found)
         monkeypatch.setattr(facts, "decode_seconds", lambda source, config: 1e-5)
-        monkeypatch.setattr(parts, "busy_cores", lambda: 0.0)
+        monkeypatch.setattr(hardware, "busy_cores", lambda: 0.0)
 
     return fix
 

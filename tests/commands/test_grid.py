@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldae import cli, distributed, noise
+from ldae import cli, distributed, draws
 from ldae.backbones.fold import fold
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.grid import BlockReader, GridProtocol, grid, table
@@ -69,7 +69,7 @@ def test_blocks_equal_what_hooks_see(row, noisy, method, images):
         seen.clear()
         z = trained.gamma[40] * trained.encode(x)
         if noisy:
-            z = z + trained.sigma[40] * noise.normal(5, 100 + indices, z.shape[1:])
+            z = z + trained.sigma[40] * draws.normal(5, 100 + indices, z.shape[1:])
         trained.predict(z, torch.full((8,), 40))
     for number, vector in zip((0, 2, 3), found, strict=True):
         torch.testing.assert_close(vector, seen[number])

@@ -12,7 +12,7 @@ from conftest import TINY
 from PIL import Image
 
 import ldae
-from ldae import cli, files, noise, tree
+from ldae import cli, draws, files, tree
 from ldae.backbones.open import load_classifier
 from ldae.backbones.preprocessing import preprocessing
 from ldae.commands.pretrain import pretrain
@@ -163,7 +163,7 @@ def test_an_npz_file_has_the_format_of_the_adm_suite(trained, run, tmp_path):
     with np.load(draw(labelled, tmp_path / "labels.npz", 5, labels=("7", "2"))) as file:
         assert file["arr_1"].tolist() == [7, 2, 7, 2, 7] and file["arr_1"].dtype == np.int64
     with np.load(draw(labelled, tmp_path / "random.npz", 40, random_labels=True)) as file:
-        assert file["arr_1"].tolist() == noise.labels(0, torch.arange(40), 10).tolist()
+        assert file["arr_1"].tolist() == draws.labels(0, torch.arange(40), 10).tolist()
 
 
 def test_samples_of_an_earlier_version_are_continued(run, tmp_path):

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ldae import distributed, masking
 from ldae.errors import InputError
-from ldae.mae.network import backbone_of, build, control_of
+from ldae.mae.network import build
+from ldae.mae.open import backbone_of, control_of
 from ldae.mae.start import open_start, start_from
 from ldae.patches import patchify, unpatchify
 from ldae.settings import OptimSettings, SystemSettings

@@ -11,7 +11,8 @@ from ldae.backbones.run import load_method
 from ldae.commands.export import export
 from ldae.commands.pretrain import pretrain
 from ldae.errors import InputError
-from ldae.mae.network import backbone_of, build
+from ldae.mae.network import build
+from ldae.mae.open import backbone_of
 from ldae.mae.start import open_start, start_from
 from ldae.settings import UNNAMED_SIZES
 from ldae.tree import put

@@ -31,7 +31,7 @@ def test_a_planted_collapse_is_reported_and_a_healthy_run_is_not(
 
 def test_more_masked_patches_are_reconstructed_worse(mae, images):
     network = mae()
-    from ldae.mae.network import OPENING
+    from ldae.mae.open import OPENING
 
     errors = []
     for level in (0.25, 0.5, 0.75):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldae import noise, trajectory
+from ldae import draws, trajectory
 from ldae.errors import InputError
 from ldae.sampling import generation
 from ldae.sampling.generation import (
@@ -71,7 +71,7 @@ def test_schedule_decides_whether_sampling_starts_from_noise(method, schedule, e
 def test_one_step_is_the_prediction_from_noise(method):
     made = method("l_dae_single")
     actual = sampled(made, steps=1, seed=5)
-    start = noise.normal(5, FEW, (16, 6), noise.SAMPLING)
+    start = draws.normal(5, FEW, (16, 6), draws.SAMPLING)
     t = torch.zeros(4, dtype=torch.int64)
     seen = made.tokenizer.denormalize(made.predict_image(made.sigma[0] * start, t))
     assert torch.equal(actual, (seen.clamp(0, 1) * 255).round().byte())
@@ -115,14 +115,14 @@ def test_features_do_not_depend_on_labels_while_predictions_do(row, method, imag
 
 def test_every_step_draws_its_own_noise(method, monkeypatch):
     """Noise depends on seed, number and step; the start is drawn in the same way."""
-    streams, original = [], noise.normal
+    streams, original = [], draws.normal
 
     def normal(seed, positions, shape, stream):
         assert (seed, positions.tolist(), shape) == (9, FEW.tolist(), (16, 6))
-        streams.append(stream - noise.SAMPLING)
+        streams.append(stream - draws.SAMPLING)
         return original(seed, positions, shape, stream)
 
-    monkeypatch.setattr(noise, "normal", normal)
+    monkeypatch.setattr(draws, "normal", normal)
     made = method("predict_latent")
     sampled(made, sampler="ddpm", steps=4, seed=9)
     assert streams == [0, 1, 2, 3]

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from ldae import noise
+from ldae import draws
 from ldae.tokenizers.conv import ConvTokenizer
-from ldae.tokenizers.linear import PatchAE, PatchVAE
 from ldae.tokenizers.losses import TokenizerLoss
+from ldae.tokenizers.patch_autoencoder import PatchAE, PatchVAE
 
 POSITIONS = torch.tensor([7, 2, 2**33 + 5])
 
@@ -36,7 +36,7 @@ def test_loss_of_patch_rows_matches_its_equation(kind, kl, images):
     error = divergence = 0.0
     for image, position in zip(images[:3], POSITIONS):
         x = normalised(tokenizer, image)
-        eps = noise.normal(4, position[None], (16, 6), noise.POSTERIOR)[0].double()
+        eps = draws.normal(4, position[None], (16, 6), draws.POSTERIOR)[0].double()
         for token in range(16):
             i, j = 8 * (token // 4), 8 * (token % 4)
             patch = x[:, i : i + 8, j : j + 8].reshape(-1)
@@ -74,7 +74,7 @@ def test_loss_of_conv_rows_matches_its_equation(codes, images):
             quantisation.append(decoded.commit_loss)
         else:
             posterior = network.encode(x).latent_dist
-            eps = noise.normal(4, position[None], (16, 8), noise.POSTERIOR).double()
+            eps = draws.normal(4, position[None], (16, 8), draws.POSTERIOR).double()
             eps = eps.reshape(4, 4, 2, 2, 2).permute(2, 0, 3, 1, 4).reshape(1, 2, 8, 8)
             decoded = network.decode(posterior.mean + posterior.std * eps)
             divergence += posterior.kl().sum().item()
@@ -130,7 +130,7 @@ def test_each_network_learns_only_from_its_own_term(images):
     strong = gradients(loss, images, 0.9)
     negligible = gradients(loss, images, 1e-12)
     x = loss.tokenizer.normalize(images)
-    x_hat = loss.tokenizer.reconstruct(x, noise.normal(0, torch.arange(8), (16, 8), 3).to(x)).images
+    x_hat = loss.tokenizer.reconstruct(x, draws.normal(0, torch.arange(8), (16, 8), 3).to(x)).images
     real, fake = loss.discriminator(x), loss.discriminator(x_hat.detach())
     hinge = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
     names, parameters = zip(*loss.discriminator.named_parameters())

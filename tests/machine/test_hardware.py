@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from ldae.machine import parts
-from ldae.machine.parts import busy_cores, find_problems
+from ldae.machine import hardware
+from ldae.machine.hardware import busy_cores, find_problems
 
 MACHINE = {
     "cores": 16, "busy": 0.1, "gpus": 1, "fast_bf16": True, "builds_kernels": True,
@@ -34,18 +34,18 @@ def test_the_memory_is_the_least_limit_of_the_groups_of_a_process(tmp_path, monk
     group.mkdir(parents=True)
     (tmp_path / "own").write_text("1:name=systemd:/\n0::/job_7/step_0\n")
     (group / "memory.max").write_text("max\n")
-    monkeypatch.setattr(parts, "_OWN_GROUP", tmp_path / "own")
-    monkeypatch.setattr(parts, "_GROUPS", tmp_path / "groups")
-    whole = parts.memory_of_process()
+    monkeypatch.setattr(hardware, "_OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_GROUPS", tmp_path / "groups")
+    whole = hardware.memory_of_process()
     (group.parent / "memory.max").write_text("4194304\n")
-    assert parts.memory_of_process() == 4_194_304 < whole
+    assert hardware.memory_of_process() == 4_194_304 < whole
 
 
 def test_the_busy_cores_are_those_that_work_meanwhile(monkeypatch):
     """The times of a core: in user, nice and system mode, idle, waiting for disks, and others."""
     half, idle = [[70, 5, 25, 200, 100, 0], [0, 0, 0, 400, 0, 0]], [[0] * 6, [0] * 6]
     times = iter([idle, half])
-    monkeypatch.setattr(parts, "_cpu_times", lambda: next(times))
+    monkeypatch.setattr(hardware, "_cpu_times", lambda: next(times))
     assert busy_cores(0) == 0.25
 
 

@@ -17,9 +17,9 @@ from ldae.method import LDAE
 from ldae.models.vit import fuse_attention
 from ldae.precision import float32_products, runs_in_bf16, unchanged_compiler
 from ldae.runs.kinds import kind_with
+from ldae.train.compilation import compiles, fuses_attention
 from ldae.train.memory import release_memory
 from ldae.train.optim import adamw
-from ldae.train.run import compiles, fuses_attention
 from ldae.train.state import State
 from ldae.train.update import Update
 

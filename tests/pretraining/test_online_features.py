@@ -6,7 +6,7 @@ import torch
 from ldae import tree
 from ldae.commands.pretrain import pretrain
 from ldae.method import LDAE
-from ldae.pretraining import watching
+from ldae.pretraining import online_features
 from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import KINDS
 from ldae.runs.metrics import read_records
@@ -100,7 +100,7 @@ def test_two_ranks_measure_what_one_does(fsdp, tiny, tmp_path, on_ranks):
 def test_the_values_are_those_of_the_backbone_that_graders_get(method, images):
     trained = method("l_dae")
     opening = KINDS["pretraining"].functions()
-    values = watching.measure(trained, opening, images, torch.device("cpu"))
+    values = online_features.measure(trained, opening, images, torch.device("cpu"))
     features = trained.features(trained.tokenizer.normalize(images), t=10)
     unit = features / features.norm(dim=1, keepdim=True)
     expected = unit.std(0, correction=0).mean().item() * 32**0.5
@@ -114,7 +114,7 @@ def test_too_little_memory_costs_a_measurement_and_not_the_run(tiny, tmp_path, m
     def measure(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(watching, "measure", measure)
+    monkeypatch.setattr(online_features, "measure", measure)
     pretrain(tiny(**WATCHED), tmp_path / "run", "l_dae")
     assert read_records(tmp_path / "run")[-1]["images"] == 128
     assert measured(tmp_path / "run") == []

@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from ldae.errors import InputError
-from ldae.method import build
-from ldae.pretraining.timing import (
+from ldae.machine.timing import (
     TrainingStep,
     fitting_step,
     kept_bytes,
     prepared_method,
     training_flops,
 )
-from ldae.train.run import fuses_attention
+from ldae.method import build
+from ldae.train.compilation import fuses_attention
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from ldae.patches import patchify, unpatchify
 from ldae.tokenizers.contract import PatchTokenizer
-from ldae.tokenizers.learned import LOG_VARIANCE_RANGE, Posterior, TrainedTokenizer
+from ldae.tokenizers.trained import LOG_VARIANCE_RANGE, Posterior, TrainedTokenizer
 
 
 class PatchAE(TrainedTokenizer, PatchTokenizer):

@@ -11,7 +11,7 @@ from ldae import trajectory
 from ldae.data.workers import SHARED_BYTES, available_cpus
 from ldae.files import format_size
 from ldae.precision import runs_in_bf16
-from ldae.train.run import builds_kernels
+from ldae.train.compilation import builds_kernels
 
 _SHARED_FOLDER = Path("/dev/shm")
 _OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")

@@ -3,18 +3,25 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from ldae.backbones.card import model_card, with_facts, with_license
 from ldae.backbones.open import load_backbone
 from ldae.commands.export import export
 from ldae.commands.knn import knn
+from ldae.deployment.model_card import model_card, with_facts, with_license
 from ldae.errors import InputError
 from ldae.evals.evaluation import Setup
 from ldae.evals.neighbours import KNNProtocol
+from ldae.evals.scores import public_name
 from ldae.files import write, write_json
+from ldae.runs.checkpoints import Checkpoints
+from ldae.runs.kinds import settings_of, to_yaml
+from ldae.tree import replace
+
+WHITEN = {"whiten": "scattered-digits:64", "whiten_shrinkage": 0.01, "workers": 0}
 
 
 def test_a_card_is_front_matter_a_table_and_code():
@@ -135,3 +142,66 @@ def test_broken_and_foreign_results_are_left_out(run, tmp_path):
     (folder / "evals" / "folder" / "results.json").mkdir(parents=True)
     card = (export(folder, tmp_path / "out") / "README.md").read_text()
     assert scores(card) == [["linear", "a (9 images)", "top1 50.00", "not recorded"]]
+
+
+def test_the_card_of_an_export_of_an_export_is_of_this_network(run, network, tmp_path):
+    """The facts that an export changes are those of the new network; the others stay."""
+    folder = run()
+
+    def card(spec, name: str, **how) -> str:
+        return (export(spec, tmp_path / name, **how) / "README.md").read_text()
+
+    first, plain = card(folder, "plain"), tmp_path / "plain"
+    assert "| input | 3 x 32 x 32, patch 8 |" in first
+    assert first == card(plain, "again")
+    larger = card(plain, "larger", img_size=64)
+    assert first.replace("3 x 32 x 32", "3 x 64 x 64") == larger == card(folder, "run", img_size=64)
+    whitened = card(plain, "white", **WHITEN)
+    assert first != whitened == card(folder, "white-run", **WHITEN)
+    probe = network("test_vit2", 7, list("abcdefg"))
+    assert "image classifier" in card(probe, "whole")
+    cut = card(tmp_path / "whole", "cut", classifier=False)
+    assert "image encoder" in cut and "classif" not in cut
+
+
+def test_an_export_does_not_publish_paths(run, tmp_path):
+    """Not even of the images that whiten."""
+    images = tmp_path / "private" / "images"
+    images.mkdir(parents=True)
+    for number, level in enumerate(np.random.default_rng(0).integers(0, 256, (40, 9, 9, 3))):
+        Image.fromarray(level.astype(np.uint8)).save(images / f"{number}.png")
+    out = export(run(), tmp_path / "out", **WHITEN | {"whiten": images})
+    for name in ("README.md", "config.json"):
+        text = (out / name).read_text()
+        assert "images" in text and "private" not in text
+
+
+def test_a_row_of_a_file_is_published_by_its_name(run, tmp_path):
+    folder = run()
+    state = Checkpoints(folder).load()
+    state["describe"]["row"] = "/private/of-mine.yaml"
+    Checkpoints(folder).save(state | {"images_seen": 16})
+    card = (export(folder, tmp_path / "out") / "README.md").read_text()
+    assert "| row | of-mine.yaml |" in card and "private" not in card
+
+
+@pytest.mark.parametrize(
+    "spec, name",
+    [
+        ("/private/runs/first", "first"),
+        ("vit_base_patch16_224.mae@/private/mae.pth", "vit_base_patch16_224.mae@mae.pth"),
+    ],
+)
+def test_the_start_of_a_run_is_named_since_its_license_may_bind(spec, name, run, tmp_path):
+    folder = run()
+    config = settings_of(folder, "pretraining")
+    begun = to_yaml(replace(config, {"init_from": spec}), "pretraining")
+    (folder / "config.yaml").write_text(begun)
+    card = (export(folder, tmp_path / "out") / "README.md").read_text()
+    assert f"| begun from | {name} |" in card and "private" not in card
+
+
+def test_the_public_name_of_a_source_has_no_folders():
+    assert public_name("torch/cifar10@/private/tv") == "cifar10"
+    assert public_name("/private/images.zip") == "images.zip"
+    assert public_name("scattered-digits:64") == "scattered-digits:64"

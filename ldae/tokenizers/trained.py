@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 from ldae.moments import Moments
+from ldae.pixel_statistics import check_not_empty
 from ldae.tokenizers.contract import Tokenizer, latent_scales
-from ldae.tokenizers.pixels import check_not_empty
 
 # LDM's clamp of a posterior's log-variance, so that no variance underflows or overflows.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

@@ -17,7 +17,7 @@ from ldae.models.dit import Block
 from ldae.models.drop_path import set_drop_path
 from ldae.pretraining.latents import LatentEncoder
 from ldae.settings import OptimSettings, SystemSettings
-from ldae.train import run
+from ldae.train import compilation
 from ldae.train.optim import adamw
 from ldae.train.parallel import _blocks, compile_parts, parallelize, uses_cuda_graphs
 from ldae.train.state import State
@@ -256,10 +256,12 @@ def test_a_block_keeps_fewer_bytes_than_eager_code(budget, most):
 @pytest.mark.parametrize("found", [None, "/usr/bin/gcc"])
 def test_auto_compiles_on_gpus_where_kernels_can_be_built(found, monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(run.shutil, "which", lambda name: found)
-    monkeypatch.setattr(run.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: found)
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "Python.h").touch()
-    assert run.compiles("auto", torch.device("cuda")) == bool(found)
-    assert run.compiles("on", torch.device("cuda")) and not run.compiles("auto", CPU)
+    assert compilation.compiles("auto", torch.device("cuda")) == bool(found)
+    assert compilation.compiles("on", torch.device("cuda")) and not compilation.compiles(
+        "auto", CPU
+    )
     (tmp_path / "Python.h").unlink()
-    assert not run.compiles("auto", torch.device("cuda"))
+    assert not compilation.compiles("auto", torch.device("cuda"))

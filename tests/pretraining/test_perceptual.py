@@ -4,8 +4,8 @@ import torch
 import torchvision
 from torch import nn
 
-from ldae.backbones.perceptual import lpips_is_cached, open_lpips, open_perceptual
 from ldae.errors import InputError
+from ldae.pretraining.perceptual import lpips_is_cached, open_lpips, open_perceptual
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,6 @@ def test_absent_or_unfitting_weights_are_refused(monkeypatch, vgg, tmp_path):
 
 
 def test_missing_torchmetrics_names_the_extra_to_install(monkeypatch, vgg):
-    monkeypatch.setattr("ldae.backbones.perceptual.find_spec", lambda name: None)
+    monkeypatch.setattr("ldae.pretraining.perceptual.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'ldae\[conv\]'"):
         open_perceptual(f"vgg16@{vgg}", 3)
