@@ -366,9 +366,11 @@ def ranks(args: argparse.Namespace, device: torch.device) -> dict:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Each rank takes its own GPU: both would share one that is given by its number.
+    command = own_command(argparse.Namespace(**vars(args) | {"device": device.type}))
     processes = [
         subprocess.Popen(
-            own_command(args),
+            command,
             env=os.environ | launch | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

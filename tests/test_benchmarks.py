@@ -263,6 +263,26 @@ def test_a_part_of_the_gpus_runs_at_a_tiny_size_on_a_cpu(part):
     assert present == [number.what for number in numbers if not number.what.endswith(on_a_gpu)]
 
 
+def test_two_ranks_on_gpus_do_not_share_the_gpu_that_the_runner_names(monkeypatch):
+    """`python -m benchmarks gpu --device cuda` gives each part the device cuda:0."""
+    devices = []
+
+    class Rank:
+        returncode = 1
+
+        def __init__(self, command, **options):
+            devices.append(command[command.index("--device") + 1])
+
+        def communicate(self):
+            return "0", ""
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    args = Namespace(part="ranks", device="cuda:0", tiny=False)
+    gpu.ranks(args, torch.device("cuda:0"))
+    assert devices == ["cuda", "cuda"]
+
+
 @pytest.fixture
 def contest(monkeypatch):
     """The benchmark contest.py, which runs no command: ``contest.commands`` lists them."""

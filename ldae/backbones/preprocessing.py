@@ -44,8 +44,9 @@ class EvalTransform:
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Convert uint8 images (B, C, H, W) to the float32 input of the backbone, same device."""
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, device=images.device)[:, None, None]
+        # On a GPU, torch.tensor(..., device=...) would wait for the work that is queued.
+        constants = torch.tensor([self.mean, self.std]).to(images.device, non_blocking=True)
+        mean, std = constants[..., None, None]
         return images.float().div_(255).sub_(mean).div_(std)
 
     def transform_tensor(self, images: torch.Tensor) -> torch.Tensor:

@@ -179,12 +179,12 @@ def generate(
         return draws.normal(settings.seed, numbers, shape, draws.SAMPLING + step).to(method.gamma)
 
     start = draw(0)  # step k uses stream k
-    if gaussian is None:
-        z = float(sigma[top]) * start
-    else:
-        z = gaussian.sample_noised(start, float(gamma[top]), float(sigma[top]))
     # With TF32 a sample would depend on the batch size.
     with float32_products():
+        if gaussian is None:
+            z = float(sigma[top]) * start
+        else:
+            z = gaussian.sample_noised(start, float(gamma[top]), float(sigma[top]))
         sampler = SAMPLERS[settings.sampler]
         options = taken_by(sampler, asdict(settings))
         z = sampler(denoise, z, resolved.levels, gamma, sigma, draw, **options)

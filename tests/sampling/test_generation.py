@@ -5,6 +5,7 @@ import torch
 
 from ldae import draws, trajectory
 from ldae.errors import InputError
+from ldae.precision import float32_products
 from ldae.sampling import generation
 from ldae.sampling.generation import (
     generate,
@@ -258,6 +259,22 @@ def test_samples_that_are_not_finite_are_refused(method):
     made.denoiser.final.linear.bias[0] = torch.nan
     with pytest.raises(InputError, match="sample 0 in fp32 is not finite"):
         sampled(made)
+
+
+def test_the_start_is_drawn_without_tf32_too(method):
+    """Else a caller who allows TF32 gets samples that depend on the batch size."""
+    precisions = []
+
+    class Gaussian:
+        def sample_noised(self, normals, gamma, sigma):
+            precisions.append(torch.get_float32_matmul_precision())
+            return normals
+
+    one = method("l_dae")
+    resolved = resolve(one, [], SamplingSettings(steps=2))
+    with float32_products(tf32=True):
+        generate(one, resolved, Gaussian(), FEW)
+    assert precisions == ["highest"]
 
 
 def test_too_little_memory_names_the_setting_to_lower():
