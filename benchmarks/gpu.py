@@ -379,6 +379,8 @@ def ranks(args: argparse.Namespace, device: torch.device) -> dict:
         for rank in ("0", "1")
     ]
     (_, lost), (raised_at, raised) = (process.communicate() for process in processes)
+    if not raised_at:
+        raise InputError(f"rank 1 ended before it could raise: {last_line(raised)}")
     return {
         "what": "two ranks, one of which raises",
         "seconds_until_both_ended": round(time.time() - float(raised_at), 2),

@@ -83,7 +83,9 @@ def doctor(
         rates = decoding_rates(source, replace(config, of_images))
     rates |= copying_rate(config, found) | training_rates(config, found, batch_size, run)
     imagenet = extrapolate(rates, machine["gpus"])
-    problems, optional = check_packages(metadata.requires("ldae") or [], installed_version)
+    # A checkout that is only on the path has no metadata.
+    requirements = metadata.requires("ldae") if installed_version("ldae") else []
+    problems, optional = check_packages(requirements or [], installed_version)
     problems += find_problems(machine)
     if imagenet["bound"] in _CURES:
         problems.append(f"{imagenet['bound']} bounds a run: {_CURES[imagenet['bound']]}")

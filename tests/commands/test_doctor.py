@@ -1,4 +1,5 @@
 import json
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -21,6 +22,15 @@ def test_the_table_has_a_line_for_each_part(tmp_path, capsys, monkeypatch):
     assert all(
         record["rates"][name] > 0 for name in ("decode_one_worker", "decode", "step", "save")
     )
+
+
+def test_a_checkout_that_is_not_installed_is_measured_too(tmp_path, monkeypatch):
+    def version(package: str):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(rates, "_SECONDS", 0.01)
+    monkeypatch.setattr(metadata, "distribution", version)
+    assert cli.main(["doctor", "--data", "digits", "--scale", "demo", "--device", "cpu"]) == 0
 
 
 def test_images_of_any_channels_are_decoded_and_bad_ones_left_out(tmp_path, monkeypatch, capsys):
