@@ -69,3 +69,22 @@ def test_random_labels_are_uniform_independent_of_timesteps_and_differ_by_seed()
     counts = torch.bincount(10 * labels + t, minlength=100).double()
     assert ((counts - 2_000).abs() < 5 * math.sqrt(2_000)).all() and len(counts) == 100
     assert (draws.labels(1, positions, 10) == labels).double().mean() < 0.11
+
+
+def test_the_words_of_an_image_are_philox_of_block_position_and_stream():
+    """A run that goes on with another version of ldae draws the noise that it would have drawn."""
+    low, high, stream, key = 5, 7, 4, (3, 9)
+    seed, position = key[0] + key[1] * 2**32, torch.tensor([low + high * 2**32])
+    blocks = [
+        draws.philox_rounds(tuple(map(torch.tensor, (block, low, high, stream))), key)
+        for block in range(2)
+    ]
+    words = draws.random_words(seed, position, 7, stream)
+    assert words[0].tolist() == [int(word) for block in blocks for word in block][:7]
+
+
+def test_noise_is_finite_whatever_the_random_words(monkeypatch):
+    for word in (0, 2**32 - 1):
+        words = torch.full((1, 1, 4), word)
+        monkeypatch.setattr(draws, "_philox", lambda *_, words=words: words)
+        assert draws.normal(0, torch.tensor([0]), (4,)).isfinite().all()

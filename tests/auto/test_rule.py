@@ -144,6 +144,16 @@ def test_a_run_ends_within_its_hours(machine):
         assert 0 < rule.choose_warmup(epochs).value < epochs / 4
 
 
+def test_decoding_runs_beside_the_step_on_a_gpu_and_takes_its_cores_on_a_cpu():
+    """Here a core decodes 50 images a second."""
+    images = replace(IMAGES, decode_seconds=0.02)
+    for step, cores, on_gpu, on_cpu in ((100, 1, 50, 100 / 3), (100, 4, 100, 200 / 3)):
+        for gpu, expected in ((True, on_gpu), (False, on_cpu)):
+            for ranks in (1, 3):
+                machine = Machine(gpu, cores, memory=10**9, ranks=ranks)
+                assert rule.pace(step, images, machine) == pytest.approx(ranks * expected)
+
+
 def test_epochs_rise_with_the_hours_and_fall_with_the_images():
     by_hours = [rule.choose_epochs(300.0, hours, IMAGES).value for hours in HOURS]
     assert by_hours == sorted(by_hours) and by_hours[-1] == 1600

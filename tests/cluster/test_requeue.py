@@ -89,6 +89,15 @@ def test_the_rank_that_failed_decides_and_not_a_rank_that_was_killed_for_it(job,
     assert requeue.read_state(folder)["said"] == "SIGUSR2; requeued"
 
 
+def test_a_new_start_forgets_how_a_rank_of_the_last_one_ended(job, tmp_path):
+    """The machine may be lost before the batch script reads the status."""
+    folder = job(RUNNING)
+    requeue.record_end(folder, 0, 2)
+    requeue.record_start(folder, 0)
+    requeue.finish_slurm(143, folder.parent)
+    assert requests(tmp_path) == ["requeue 7"]
+
+
 def test_a_job_without_progress_since_its_last_requeue_is_not_requeued(job, tmp_path, capsys):
     folder = job(RUNNING)
     checkpoints = tmp_path / "a run" / "checkpoints"

@@ -87,3 +87,27 @@ def test_every_operation_runs_at_every_magnitude():
         for op in ops:
             with seed_global_rng(np.random.default_rng(0)):
                 assert op(picture()).size == (30, 40), op
+
+
+def test_the_seed_decides_what_each_global_generator_draws():
+    draws = []
+    for seed in (0, 1):
+        with seed_global_rng(np.random.default_rng(seed)):
+            draws.append(global_draws())
+    assert all(first != second for first, second in zip(*draws))
+
+
+def test_the_border_of_a_rotated_image_has_the_mean_colour():
+    augment = Augmentation((3, 24, 24), "bicubic", (0.2, 0.4, 0.8), 0.3, 0.5, "rand-m10-p1-inc1")
+    ops = next(part.ops for part in augment._transforms[0].transforms if hasattr(part, "ops"))
+    rotate = next(op for op in ops if op.name.startswith("Rotate"))
+    with seed_global_rng(np.random.default_rng(0)):
+        assert rotate(Image.new("RGB", (40, 40), "white")).getpixel((0, 0)) == (51, 102, 204)
+
+
+def test_crops_are_resized_with_the_interpolation():
+    pixels = 255 * np.random.default_rng(0).integers(0, 2, (40, 30, 3), dtype=np.uint8)
+    for interpolation, mixes in (("nearest", False), ("bicubic", True)):
+        augment = Augmentation((3, 24, 24), interpolation, (0.4,) * 3, 0.3, 0.5, "")
+        augmented = augment(Image.fromarray(pixels), np.random.default_rng(0))
+        assert bool(((augmented > 0) & (augmented < 255)).any()) == mixes

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
 from ldae.data.transforms import CropTransform
 from ldae.errors import InputError
@@ -136,3 +137,23 @@ def test_clipped_crops_have_the_sides_of_maes_probe():
         )
         sides.append(image.sides)
     assert sides == expected and 0 < [h for _, h in sides].count(50) < 200
+
+
+@pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (1001, 13)])
+def test_an_image_too_long_for_any_crop_keeps_torchvisions_middle(size):
+    boxes = []
+
+    class Spy:
+        """An image that records the requested crop."""
+
+        mode = "RGB"
+
+        def resize(self, size, resample, box, reducing_gap):
+            boxes.append(box)
+            return Image.new("RGB", size)
+
+    Spy.size = size
+    CropTransform(64, crop="random")(Spy(), rng())
+    image = Image.new("L", size)
+    top, left, height, width = RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3])
+    assert boxes == [(left, top, left + width, top + height)]

@@ -44,11 +44,13 @@ def test_the_accuracy_is_that_of_the_predictions(grader, protocol, accuracies, t
 
 
 def test_equal_scores_give_the_smaller_class_and_undefined_ones_do_not_count(pictures):
-    predictions = Predictions(pictures(4), CPU)
-    nan = float("nan")  # of a class that was not learned, for example
+    predictions = Predictions(pictures(6), CPU)
+    inf, nan = float("inf"), float("nan")  # of a class that was not learned, for example
     scores = torch.tensor([[0.0, 2.0, 2.0], [nan, 1.0, 0.0], [1.0, 1.0, 1.0], [nan, nan, nan]])
     predictions.add("k1", torch.tensor([2, 1, 0, 3]), scores)
-    assert predictions.classes["k1"].tolist() == [0, 1, 1, -1]
+    infinite = torch.tensor([[0.0, inf, nan], [-inf, -1.0, nan]])
+    predictions.add("k1", torch.tensor([4, 5]), infinite)
+    assert predictions.classes["k1"].tolist() == [0, 1, 1, -1, 1, 1]
 
 
 def test_ranks_write_the_predictions_of_all(on_ranks, tmp_path):

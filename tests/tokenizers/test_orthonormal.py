@@ -35,6 +35,17 @@ def test_axes_match_scikit_learn(images):
     torch.testing.assert_close(tokenizer.variances, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_the_signs_of_the_axes_are_not_those_that_the_eigensolver_chose(images, monkeypatch):
+    tokenizer, eigh = fitted(images), torch.linalg.eigh
+
+    def negated(matrix):
+        values, vectors = eigh(matrix)
+        return torch.return_types.linalg_eigh((values, -vectors))
+
+    monkeypatch.setattr(torch.linalg, "eigh", negated)
+    torch.testing.assert_close(fitted(images).basis, tokenizer.basis)
+
+
 def test_reconstruction_error_is_the_variance_of_dropped_axes(images):
     tokenizer = fitted(images)
     patches = patches_of(tokenizer, images)

@@ -66,3 +66,9 @@ def test_only_matrices_are_decayed():
     decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decayed == {id(p): 0.1 if p.ndim == 2 else 0.0 for p in model.parameters()}
     assert torch.equal(torch.tensor([g["fused"] for g in groups]), torch.tensor([True, True]))
+
+
+def test_frozen_parameters_are_not_optimized():
+    model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 2))
+    groups = adamw(model, OptimSettings()).param_groups
+    assert {id(p) for group in groups for p in group["params"]} == {*map(id, model[1].parameters())}
