@@ -27,6 +27,8 @@ def test_spread_is_0_for_equal_directions_and_1_for_isotropic_features():
     assert spread(noise) == pytest.approx(1, abs=0.02)
     assert spread(7 * noise) == pytest.approx(spread(noise))
     assert 0.05 < spread(noise + 10) < 0.2
+    axes = torch.eye(5)
+    assert spread(torch.cat([axes, -axes])) == pytest.approx(1)  # also of few features
 
 
 @pytest.mark.parametrize("measure", [rankme, spread])

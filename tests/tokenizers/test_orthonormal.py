@@ -76,6 +76,10 @@ def test_axes_without_variance_stay_small_when_whitened(images):
     spread = whitened[..., :24].flatten(0, 1).std(0)
     torch.testing.assert_close(spread, torch.ones(24), atol=1e-2, rtol=0)
     torch.testing.assert_close(tokenizer.unwhiten(whitened), patches, atol=1e-4, rtol=0)
+    rounding = torch.rand(20_000, 48, generator=torch.Generator().manual_seed(0)) - 0.5
+    level = (1 / (255 * tokenizer.pixel_std)).repeat_interleave(16)  # a grey level
+    rounded = tokenizer.whiten(tokenizer.patch_mean + level * rounding)[:, 24:]
+    torch.testing.assert_close(rounded.std(0), torch.ones(24), atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("kind, dim", [(PatchPCA, 6), (PixelTokenizer, 12)])
