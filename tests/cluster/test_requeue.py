@@ -82,8 +82,7 @@ def test_the_rank_that_failed_decides_and_not_a_rank_that_was_killed_for_it(job,
     requeue.record_end(folder, 1, 2)
     requeue.finish_slurm(143, folder.parent)
     assert requeue.read_state(folder)["state"] == "failed" and not requests(tmp_path)
-    requeue.record_end(folder, 0, 140)  # the status 2 of the last start is forgotten
-    requeue.record_end(folder, 1, 0)
+    requeue.record_end(folder, 0, 140)  # the 2 of rank 1 is forgotten
     requeue.finish_slurm(143, folder.parent)
     assert requests(tmp_path) == ["requeue 7"]
     assert requeue.read_state(folder)["said"] == "SIGUSR2; requeued"
