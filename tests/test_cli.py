@@ -27,9 +27,15 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command, capsys):
+def test_help_shows_what_to_type_and_whole_sentences(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line ends because the terminal does
     status, out, _ = call(capsys, command, "--help")
     assert status == 0 and "usage" in out
+    assert not re.search(r"\b(INT|FLOAT|STR|None)\b|}\||default: (\)|''|False)", out)
+    texts = [line.strip("│ ") for line in out.splitlines() if line.startswith("│")]
+    for text in texts:
+        assert text.count("`") % 2 == 0, text
+        assert re.search(r"[.)]$|^─|^-", text) or text == "", text
 
 
 def test_wrong_commands_rows_and_settings_name_the_nearest(capsys):

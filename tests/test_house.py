@@ -16,7 +16,7 @@ PACKAGE = Path(ldae.__file__).parent
 
 # Lower layers never import higher ones. Names are files and folders of the package.
 LAYERS = [
-    ["errors", "markdown", "processor"],
+    ["errors", "help", "markdown", "processor"],
     ["files", "tree", "patches", "noise", "draws", "prediction", "precision"],
     ["distributed", "console"],
     ["devices", "masking", "moments"],

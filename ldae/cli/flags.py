@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from ldae.help import call_with_words
+
 _NOT_IN_HELP = ("Args:", "Returns:", "Raises:", "Examples:")  # sections of a docstring
 
 
@@ -24,13 +26,7 @@ def call_with_flags(
     config += [] if prefixes else [tyro.conf.OmitArgPrefixes]
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     paragraphs = [" ".join(p.split()) for p in paragraphs if not p.startswith(_NOT_IN_HELP)]
-    tyro.cli(
-        function,
-        prog=f"ldae {prog}",
-        args=argv,
-        description=description or "\n\n".join(paragraphs),
-        config=config,
-    )
+    call_with_words(function, argv, f"ldae {prog}", description or "\n\n".join(paragraphs), config)
 
 
 def split_options(argv: Sequence[str], **options: str) -> tuple[argparse.Namespace, list[str]]:

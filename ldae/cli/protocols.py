@@ -37,7 +37,9 @@ def call_with_protocol(command: str, argv: Sequence[str], function: Callable) ->
         )
         option = tyro.conf.arg(name="protocol", help=f"{summary}. With --help: lists its settings.")
         types["name"] = Annotated[Literal[tuple(kinds)], option]
-    call.__doc__, call.__annotations__ = function.__doc__, types
-    signature = inspect.Signature(list(parameters.values()))
+    call.__doc__ = function.__doc__
+    signature = inspect.Signature(
+        [part.replace(annotation=types[name]) for name, part in parameters.items()]
+    )
     call.__signature__ = signature  # type: ignore[attr-defined]  # for inspect
     call_with_flags(command, argv, call)

@@ -8,8 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
+
 from ldae.cluster.requeue import option
 from ldae.errors import InputError
+from ldae.help import call_with_words
 from ldae.runs.kinds import kind_of
 from ldae.tree import COUNT, NOT_NEGATIVE, check
 
@@ -48,7 +51,7 @@ class SlurmSettings:
     time: str = "1:00:00"
     """Time limit in sbatch's formats: minutes, H:MM:SS, D-HH or D-HH:MM:SS. At the limit the job
     saves and is requeued, so a run may take longer."""
-    warning: Annotated[int, NOT_NEGATIVE] = 120
+    warning: Annotated[int, NOT_NEGATIVE, tyro.conf.arg(metavar="SECONDS")] = 120
     """Seconds before the time limit at which the job is signalled to save."""
     account: str = ""
     """Account to charge."""
@@ -57,9 +60,9 @@ class SlurmSettings:
     array_parallelism: Annotated[int, COUNT] = 16
     """Largest number of jobs of an array that run at the same time; on this machine, jobs with GPUs
     run one after the other."""
-    setup: tuple[str, ...] = ()
+    setup: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LINE")] = ()
     """Shell line to run before the command, such as "module load cuda"; may be repeated."""
-    extra: tuple[str, ...] = ()
+    extra: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Any other option of sbatch, as KEY=VALUE or KEY; may be repeated."""
     folder: str = ""
     """Folder of jobs/ with logs and code; empty: the command's run folder or the current folder."""
@@ -98,20 +101,19 @@ def parse_flags(
 
     Raises: SystemExit after --help, which prints all flags, and for flags that cannot be parsed.
     """
-    import tyro
 
     def settings(
         slurm: Annotated[SlurmSettings, tyro.conf.UseAppendAction] = base,
     ) -> SlurmSettings:
         return slurm
 
-    return tyro.cli(
+    return call_with_words(
         settings,
-        prog=f"{prog} {FLAG}",
-        description="Send the command to a cluster as a job. When the job is preempted or reaches "
+        [flag for flag in flags if flag != FLAG],
+        f"{prog} {FLAG}",
+        "Send the command to a cluster as a job. When the job is preempted or reaches "
         "its time limit, it is requeued and goes on from what it has saved. A command that keeps "
         "nothing before its end, such as knn, begins anew. `ldae jobs` shows the state of the job.",
-        args=[flag for flag in flags if flag != FLAG],
     )
 
 
