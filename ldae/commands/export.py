@@ -83,7 +83,8 @@ def export(
             that of the backbone, and for a run config.json and the card claim none.
         whiten: images, with or without labels; their train split gives the mean and covariance of
             features. The layer ``head`` of the exported ViT whitens features by these.
-        whiten_shrinkage: as in ldae knn.
+        whiten_shrinkage: shrink the covariance of --whiten by this share, from 0 to 1, towards
+            the identity times the mean variance.
         workers: processes that decode the images of whiten.
         device: auto, cpu, cuda or cuda:N; it computes the features of whiten.
         push: upload the folder to this repository of the hub, with the token of `hf auth login`.

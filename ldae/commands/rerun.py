@@ -46,7 +46,7 @@ def rerun(
     Args:
         results: the results.json of an evaluation, or its folder.
         out: new folder for the repetition; by default rerun, rerun-2 and so on beside the file.
-        device: auto, cpu, cuda or cuda:N; by default as then.
+        device: auto, cpu, cuda or cuda:N; by default that of the record.
         tolerance: points by which a percent may differ if a device or a version does, although one
             image always may; of a Frechet distance, percent of its value.
 
