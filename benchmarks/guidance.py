@@ -68,7 +68,7 @@ def share_of_class(
     """Return the percentage of samples that the judge assigns to the requested class."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "samples.npz"
-        sample(run, images=args.images, out=out, how=SamplingSettings(steps=args.steps, **how))
+        sample(run, images=args.images, out=out, sampling=SamplingSettings(steps=args.steps, **how))
         arrays = np.load(out)
         images, labels = arrays["arr_0"], torch.from_numpy(arrays["arr_1"])
     transform = preprocessing(judge)

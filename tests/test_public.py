@@ -252,7 +252,7 @@ def test_files_are_those_of_the_command(run, tmp_path):
     exported = ldae.export(folder, tmp_path / "b") / "model.safetensors"
     call("sample", folder, "--images", 2, "--out", tmp_path / "a.npz", "--steps", 3)
     how = ldae.SamplingSettings(steps=3)
-    sampled = ldae.sample(folder, 2, tmp_path / "b.npz", how=how)
+    sampled = ldae.sample(folder, 2, tmp_path / "b.npz", sampling=how)
     for file in (cached, embedded, exported, sampled):
         other = tmp_path / "a" / file.name if file == exported else tmp_path / f"a{file.suffix}"
         assert file.read_bytes() == other.read_bytes(), file

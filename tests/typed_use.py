@@ -30,7 +30,7 @@ def right() -> None:
     assert_type(ldae.linear("pixels", "photos", setup=seeds), dict[Any, Any])
     assert_type([job.id for job in ldae.jobs("runs")], list[str])
     with ldae.relisting():
-        ldae.sample("runs/photos", 4, how=ldae.SamplingSettings(steps=10))
+        ldae.sample("runs/photos", 4, sampling=ldae.SamplingSettings(steps=10))
 
 
 def wrong() -> None:

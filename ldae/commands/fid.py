@@ -74,7 +74,7 @@ def fid(
     /,
     *,
     setup: FIDSettings = FIDSettings(),
-    how: SamplingSettings = SamplingSettings(),
+    sampling: SamplingSettings = SamplingSettings(),
 ) -> dict:
     """Measure the Frechet distance of images to a reference set: FID with Inception's features.
 
@@ -88,7 +88,7 @@ def fid(
         reference: images as above, but no run; or a .npz of statistics (mu, sigma), such as
             --save-stats writes; for a run, by default its training images.
         setup: the settings of the distance.
-        how: the sampler of a run and its settings, as in `ldae sample`.
+        sampling: the sampler of a run and its settings, as in `ldae sample`.
 
     Returns: the content of the results file.
 
@@ -96,19 +96,19 @@ def fid(
         and sets of fewer images than the features have dimensions.
 
     Examples:
-        >>> how = ldae.SamplingSettings(sampler="heun", steps=18)
-        >>> ldae.fid("runs/dit", how=how)["results"]["fid"]
+        >>> sampling = ldae.SamplingSettings(sampler="heun", steps=18)
+        >>> ldae.fid("runs/dit", sampling=sampling)["results"]["fid"]
     """
     images, reference = str(images), None if reference is None else str(reference)
     setup = _with_paths(setup)
     check(setup)
-    check_settings(how)
+    check_settings(sampling)
     _check_files(images, setup)
     if reference and kind_of(Path(reference).expanduser()):
         raise InputError(f"the reference {reference} is a run: name a folder of its samples")
     device = device_for(setup.device)
     with process_group(device):
-        ours = _open_images(images, setup, how, device)
+        ours = _open_images(images, setup, sampling, device)
         if setup.protocol:  # before weights are downloaded
             _refuse(setup.protocol, dit_fid.differences_of_samples(ours.record))
         reference = reference or _source_of_run(images)
@@ -136,9 +136,9 @@ def fid(
         found = ours.statistics(encoder, claim)
         record["results"] = {name: frechet_distance(found, wanted)}
         record["environment"] = environment(device) | {"ranks": world_size()}
-        record["call"] = describe_call("fid", [images, reference], setup=setup, how=how)
+        record["call"] = describe_call("fid", [images, reference], setup=setup, sampling=sampling)
         if is_main():
-            path = setup.out or _folder(record, setup, how) / layout.RESULTS
+            path = setup.out or _folder(record, setup, sampling) / layout.RESULTS
             print(f"{_summary(record)}; {path}")  # before writing, as the disk may be full
             write_json(path, record)
         return as_json(record)
@@ -163,7 +163,7 @@ def _check_files(images: str, setup: FIDSettings) -> None:
 
 
 def _open_images(
-    spec: str, setup: FIDSettings, how: SamplingSettings, device: torch.device
+    spec: str, setup: FIDSettings, sampling: SamplingSettings, device: torch.device
 ) -> ImageSet:
     """Open the samples of a run, or a source of images.
 
@@ -174,10 +174,10 @@ def _open_images(
             conditional = settings_of(
                 Path(spec).expanduser(), "pretraining"
             ).model.class_conditional
-            how = dit_fid.sampling(how, conditional)
+            sampling = dit_fid.sampling_of_dit(sampling, conditional)
         count = setup.images or dit_fid.IMAGES
-        return RunImages(Path(spec).expanduser(), count, how, device, setup.workers)
-    given = [*difference(SamplingSettings(), how), *(["images"] if setup.images else [])]
+        return RunImages(Path(spec).expanduser(), count, sampling, device, setup.workers)
+    given = [*difference(SamplingSettings(), sampling), *(["images"] if setup.images else [])]
     if given:
         what = "is no run folder" if Path(spec).expanduser().exists() else "does not exist"
         raise InputError(f"{given[0]} is for samples of a run, and {spec} {what}")
@@ -231,11 +231,11 @@ def _open_features(
     return encoder, as_json(claim)  # as in a file of statistics
 
 
-def _folder(record: dict, setup: FIDSettings, how: SamplingSettings) -> Path:
+def _folder(record: dict, setup: FIDSettings, sampling: SamplingSettings) -> Path:
     """Return the folder of results.json, named by all that decides the distance."""
     images, reference = record["images"]["spec"], record["reference"]["spec"]
     random = ["random-init"] if setup.random_init else []
-    name = "-".join(["fid", file_name(reference), *random, *changes(setup, how)])
+    name = "-".join(["fid", file_name(reference), *random, *changes(setup, sampling)])
     return unshared_folder(results_home(images) / shortened(name), _specs(record), _specs)
 
 

@@ -40,7 +40,7 @@ def sample(
     batch_size: int = 64,
     workers: int = 4,
     device: str = "auto",
-    how: SamplingSettings = SamplingSettings(),
+    sampling: SamplingSettings = SamplingSettings(),
 ) -> Path:
     """Generate images from a run.
 
@@ -57,7 +57,7 @@ def sample(
         batch_size: images at a time on each device.
         workers: processes that decode images for that Gaussian.
         device: auto, cpu, cuda or cuda:N.
-        how: the sampler and its settings.
+        sampling: the sampler and its settings.
 
     Returns: the file or folder that was written.
 
@@ -65,11 +65,12 @@ def sample(
 
     Examples:
         >>> picture = ldae.sample("runs/l_dae", 16)
-        >>> ldae.sample("runs/l_dae", 5000, "samples.npz", how=ldae.SamplingSettings(steps=100))
+        >>> few = ldae.SamplingSettings(steps=100)
+        >>> ldae.sample("runs/l_dae", 5000, "samples.npz", sampling=few)
     """
     run, out = Path(run).expanduser(), Path(out).expanduser() if out else None
     data = None if data is None else str(data)
-    check_settings(how)
+    check_settings(sampling)
     _check_request(images, batch_size, workers, out)
     torch_device = device_for(device)
     with process_group(torch_device):
@@ -77,11 +78,11 @@ def sample(
         seen = state["images_seen"]
         _check_channels(method, out)
         generate, chosen, record = prepare_generation(
-            run, method, state, how, torch_device, data, workers
+            run, method, state, sampling, torch_device, data, workers
         )
         draw = partial(generate_batches, generate, batch_size=batch_size, device=torch_device)
         if out is None:
-            out = run / layout.SAMPLES / _grid_name(how, len(chosen.levels), seen)
+            out = run / layout.SAMPLES / _grid_name(sampling, len(chosen.levels), seen)
             chans, side = method.tokenizer.in_chans, method.tokenizer.img_size
             grid = torch.zeros(images, chans, side, side, device=torch_device)
             _write_grid(draw, chosen, grid, out)
@@ -153,10 +154,10 @@ def _check_channels(method: LDAE, out: Path | None) -> None:
         raise InputError(f"a .png has 1 or 3 channels, this run {chans}: name an --out .npz")
 
 
-def _grid_name(how: SamplingSettings, steps: int, images_seen: int) -> str:
+def _grid_name(sampling: SamplingSettings, steps: int, images_seen: int) -> str:
     """Return a file name that holds the settings of the sampling."""
-    parts = [how.sampler, str(steps)]
-    for key, (_, value) in difference(SamplingSettings(), how).items():
+    parts = [sampling.sampler, str(steps)]
+    for key, (_, value) in difference(SamplingSettings(), sampling).items():
         if key not in ("sampler", "steps"):
             values = "-".join(value) if isinstance(value, tuple) else value
             parts.append(f"{key}={Path(values).name if key == 'classifier' else values}")

@@ -12,9 +12,9 @@ _SAMPLING = SamplingSettings(sampler="ddpm", steps=250)
 _EMA = 0.9999
 
 
-def sampling(how: SamplingSettings, class_conditional: bool) -> SamplingSettings:
-    """Return ``how`` with DiT's settings in place of defaults."""
-    changed = {name: value for name, (_, value) in difference(SamplingSettings(), how).items()}
+def sampling_of_dit(sampling: SamplingSettings, class_conditional: bool) -> SamplingSettings:
+    """Return ``sampling`` with DiT's settings in place of defaults."""
+    changed = {name: value for name, (_, value) in difference(SamplingSettings(), sampling).items()}
     return replace(_sampling(class_conditional), **changed)
 
 

@@ -84,11 +84,11 @@ class RunImages(ImageSet):
     """Samples of a run, which are generated when they are needed and not kept."""
 
     def __init__(
-        self, run: Path, count: int, how: SamplingSettings, device: torch.device, workers: int
+        self, run: Path, count: int, sampling: SamplingSettings, device: torch.device, workers: int
     ) -> None:
         method, state = load_method(run)
         self._generate, _, samples = prepare_generation(
-            run, method, state, how, device, workers=workers
+            run, method, state, sampling, device, workers=workers
         )
         self._device, size = device, 2 * [method.tokenizer.img_size]
         super().__init__(

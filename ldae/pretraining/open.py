@@ -157,7 +157,7 @@ class Run:
     def sample(
         self,
         images: int = 16,
-        how: SamplingSettings = SamplingSettings(),
+        sampling: SamplingSettings = SamplingSettings(),
         *,
         data: str | Path | None = None,
         batch_size: int = 64,
@@ -167,7 +167,7 @@ class Run:
 
         Args:
             images: number of images; image n depends only on the run, the settings and n.
-            how: the sampler and its settings.
+            sampling: the sampler and its settings.
             data: for rows that do not end in pure noise, the images to fit the Gaussian of latents
                 to, as in ``ldae.sample``; by default the training images.
             batch_size: images at a time.
@@ -179,14 +179,14 @@ class Run:
         Examples:
             >>> run.sample(4, ldae.SamplingSettings(sampler="heun", steps=20))
         """
-        check_settings(how)
+        check_settings(sampling)
         COUNT.check("images", images)
         COUNT.check("batch_size", batch_size)
         method = self._denoising()
         device, data = method.sigma.device, None if data is None else str(data)
         try:
             generate, _, _ = prepare_generation(
-                self.folder, method, self._loaded[1], how, device, data, workers
+                self.folder, method, self._loaded[1], sampling, device, data, workers
             )
             batches = generate_batches(generate, range(images), batch_size, device)
             return torch.cat([pictures for _, pictures in batches])

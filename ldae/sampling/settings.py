@@ -40,13 +40,13 @@ class SamplingSettings:
     """Precision of the network."""
 
 
-def check_settings(how: SamplingSettings) -> None:
+def check_settings(sampling: SamplingSettings) -> None:
     """Check the settings of a sampling.
 
     Raises: InputError for a setting that is out of range, or that would have no effect.
     """
-    check(how)
+    check(sampling)
     takers = {name: signature(sampler).parameters for name, sampler in SAMPLERS.items()}
-    check_used(how, how.sampler, takers)
-    if how.classifier_scale != 1 and not how.classifier:
+    check_used(sampling, sampling.sampler, takers)
+    if sampling.classifier_scale != 1 and not sampling.classifier:
         raise InputError("classifier_scale needs a --classifier")

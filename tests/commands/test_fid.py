@@ -300,14 +300,14 @@ def run(tiny, sets):
 def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
     how = SamplingSettings(steps=3, seed=5)
     setup = replace(SETUP, images=70, batch_size=16)
-    record = fid(run, setup=setup, how=how)
+    record = fid(run, setup=setup, sampling=how)
     assert record["reference"]["spec"] == "scattered-digits:64"  # what the run was trained on
     assert record["images"]["images"] == 70 and record["images"]["samples"]["seed"] == 5
     name = (
         "fid-scattered-digits-64-random-init-images=70-features=test_vit-img_size=32-steps=3-seed=5"
     )
     assert list(Path(run, "evals").rglob("*.json")) == [Path(run, "evals", name, "results.json")]
-    sample(Path(run), 70, Path("drawn"), batch_size=16, workers=0, device="cpu", how=how)
+    sample(Path(run), 70, Path("drawn"), batch_size=16, workers=0, device="cpu", sampling=how)
     again = fid("drawn", "scattered-digits:64", setup=replace(setup, images=None))
     assert again["results"] == record["results"]
     assert again["images"]["samples"] == json.loads(json.dumps(record["images"]["samples"]))
@@ -319,7 +319,7 @@ def test_a_runs_samples_are_drawn_as_ldae_sample_draws_them(run):
     samples = record["images"]["samples"]
     assert samples["weights"] == state_hash(method.state_dict())
     assert samples["images_seen"] == state["images_seen"] > 0
-    other = fid(run, setup=setup, how=replace(how, seed=6))
+    other = fid(run, setup=setup, sampling=replace(how, seed=6))
     assert other["results"] != record["results"]
 
 
@@ -388,7 +388,14 @@ def test_fid_as_dit_reports_it_has_a_name(dit, inception, capsys):
     assert path.parent.name == "fid-adm.npz-protocol=dit-weights=real"
     assert json.loads(path.read_text()) == record
     # The number has the name also when every setting is given, or the samples are in a file.
-    sample(Path(run), 40, Path("s.npz"), workers=0, device="cpu", how=SamplingSettings(**DIT_FLAGS))
+    sample(
+        Path(run),
+        40,
+        Path("s.npz"),
+        workers=0,
+        device="cpu",
+        sampling=SamplingSettings(**DIT_FLAGS),
+    )
     for one in (setup, inception):
         again = fid("s.npz", "adm.npz", setup=one)
         assert again["protocol"]["name"] == name
@@ -421,11 +428,11 @@ def test_what_contradicts_dits_fid_is_refused_and_has_another_name(
     run, how = dit(**trained), SamplingSettings(**how)
     monkeypatch.setattr(RunImages, "features", None)  # refused before the work
     with pytest.raises(InputError, match=f"protocol dit: {sentence}"):
-        fid(run, reference, setup=replace(inception, protocol="dit", **setup), how=how)
+        fid(run, reference, setup=replace(inception, protocol="dit", **setup), sampling=how)
     monkeypatch.setattr(RunImages, "features", few_features)
-    how = dit_fid.sampling(how, class_conditional=True)
+    how = dit_fid.sampling_of_dit(how, class_conditional=True)
     setup = replace(inception, **{"images": 40} | setup)
-    protocol = fid(run, reference, setup=setup, how=how)["protocol"]
+    protocol = fid(run, reference, setup=setup, sampling=how)["protocol"]
     assert protocol["name"].startswith("FID") and "DiT" not in protocol["name"]
     assert len(protocol["differs_from_dit"]) == 1
 
@@ -443,7 +450,7 @@ def test_dits_fid_of_other_rows_and_of_other_images_is_called_what_it_is(
     name = fid(changed, "adm.npz", setup=setup)["protocol"]["name"]
     assert name == title.format("no row of the paper")
     capsys.readouterr()
-    fid(changed, "a", setup=replace(inception, images=50), how=SamplingSettings(guidance=2.5))
+    fid(changed, "a", setup=replace(inception, images=50), sampling=SamplingSettings(guidance=2.5))
     line = "FID of run-dit (50 images, ddim in 50 steps, guidance 2.5) to a (90 images): "
     assert capsys.readouterr().out.startswith(line)
     with pytest.raises(InputError, match="protocol dit: the images have no record of the run"):
@@ -456,11 +463,11 @@ def test_what_does_not_fit_a_run_or_a_folder_is_told(run):
     with pytest.raises(InputError, match="has 10 images, fewer than the 2,048 dimensions"):
         fid(run, setup=FIDSettings(images=10, weights=Path("not-there.pth")))  # before it is opened
     with pytest.raises(InputError, match="guidance needs a run with model.class_conditional"):
-        fid(run, setup=SETUP, how=SamplingSettings(guidance=2.5))
+        fid(run, setup=SETUP, sampling=SamplingSettings(guidance=2.5))
     with pytest.raises(InputError, match="eta is a setting of ddim"):
-        fid(run, setup=SETUP, how=SamplingSettings("heun", eta=1))
+        fid(run, setup=SETUP, sampling=SamplingSettings("heun", eta=1))
     with pytest.raises(InputError, match="steps is for samples of a run, and a is no run folder"):
-        fid("a", "b", setup=SETUP, how=SamplingSettings(steps=3))
+        fid("a", "b", setup=SETUP, sampling=SamplingSettings(steps=3))
     with pytest.raises(InputError, match="images is for samples of a run"):
         fid("a", "b", setup=replace(SETUP, images=70))
     with pytest.raises(

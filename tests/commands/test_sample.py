@@ -62,7 +62,7 @@ def run(trained):
 
 def draw(run, out, images=10, batch_size=64, **how):
     how = SamplingSettings(**FEW | how)
-    return sample(run, images, out, batch_size=batch_size, workers=0, device="cpu", how=how)
+    return sample(run, images, out, batch_size=batch_size, workers=0, device="cpu", sampling=how)
 
 
 def read_images(folder):

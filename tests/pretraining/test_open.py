@@ -19,7 +19,7 @@ from ldae.runs.kinds import to_yaml
 def test_samples_are_those_of_the_command(run, tmp_path):
     folder = run()
     how = ldae.SamplingSettings(steps=3, seed=2)
-    files = sorted(ldae.sample(folder, 3, tmp_path / "samples", how=how).glob("*.png"))
+    files = sorted(ldae.sample(folder, 3, tmp_path / "samples", sampling=how).glob("*.png"))
     wanted = np.stack([np.asarray(Image.open(file)) for file in files])
     opened = ldae.load_run(folder)
     assert np.array_equal(opened.sample(3, how).movedim(1, -1).numpy(), wanted)
