@@ -15,7 +15,8 @@ final: each contestant is trained for the same wall clock, for as many images as
 --minutes. Their speeds are measured first, on a machine that should do nothing else: they train in
 turns, a little at a time. rates.json in --runs keeps the speeds, so that later seeds see as many
 images on any machine. With --images each one sees that number of images instead. Then it is graded
-on TEST once, beside raw pixels and its own architecture with random weights.
+on TEST once, by the mean of its patch tokens, beside raw pixels and its own architecture with random
+weights.
 
 finetune: the runs of the final, which are trained by then, are fine-tuned for five epochs by the
 recipe of MAE, beside the architecture of each with random weights. The table of the final gets
@@ -58,6 +59,7 @@ CONTEST = Path(__file__).with_suffix(".toml")
 TURNS = 6
 SECONDS_OF_A_TURN = 30
 RIVAL = "mae"
+PIXELS = "pixels:32"
 WARMUP = 0.1  # of the epochs
 GRADERS = {
     "linear": ("linear", "--epochs", "20", "--predictions"),
@@ -115,7 +117,7 @@ def main() -> None:
                     grade(str(run), args, run / "untrained", "--random-init")
             write_table(args, everyone)
     if args.phase != "finetune":
-        grade("pixels:32", args, args.runs / "pixels")
+        grade(PIXELS, args, args.runs / "pixels")
         write_table(args, everyone)
 
 
@@ -257,12 +259,17 @@ def finetune(args: argparse.Namespace, words: list[str], run: Path, seed: int) -
 
 
 def grade(spec: str, args: argparse.Namespace, folder: Path, *more: str) -> None:
-    """Grade a backbone, unless it is graded; its features are computed once, for all graders."""
+    """Grade a backbone, unless it is graded; its features are computed once, for all graders.
+
+    All networks are compared by the mean of their patch tokens. By default a timm ViT such as MAE
+    gives its class token, with which MAE is several points behind its own mean.
+    """
     missing = [name for name in args.graders if not (folder / name / layout.RESULTS).exists()]
     train, test = folder / "train.npy", folder / "eval.npy"
     if missing:
-        run_ldae("embed", spec, args.data, *more, "--out", train)
-        run_ldae("embed", spec, args.eval_data, *more, "--out", test)
+        pooling = () if spec == PIXELS else ("--pools", "avg")
+        for source, file in ((args.data, train), (args.eval_data, test)):
+            run_ldae("embed", spec, source, *pooling, *more, "--out", file)
     for name in missing:
         verb, *words = GRADERS[name]
         run_ldae(verb, train, "--eval-data", test, *words, "--out", folder / name)

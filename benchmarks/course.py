@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks.contest import (
     CONTEST,
     GRADERS,
+    PIXELS,
     accuracy,
     flags,
     grade,
@@ -55,7 +56,7 @@ def main() -> None:
     images = images_in_the_time(args, words, names)
     for name in names:
         train(args.data, words[name], run_of(args, name, 0), 0, images[name])
-    grade("pixels:32", args, args.runs / "pixels")
+    grade(PIXELS, args, args.runs / "pixels")
     courses = []
     for name in names:
         courses.append({"name": name, "checkpoints": []})

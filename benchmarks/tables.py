@@ -200,6 +200,7 @@ _GRADERS = {
     "ten-a-class": "10 labels a class",
     "finetuned": "fine-tuned",
 }
+_WITH_ALL_LABELS = ("linear", "knn", "knn-whitened")
 
 
 def _contest(folder: str, names: Sequence[str] = (), graders: Sequence[str] = ()) -> str:
@@ -222,6 +223,21 @@ def _contest(folder: str, names: Sequence[str] = (), graders: Sequence[str] = ()
         rows.append([f"{name} less mae", *cells, ""])
     rows = [row for row in rows if not names or row[0] in names]
     return markdown_table(["in percent", *(_GRADERS[name] for name in graders), "images"], rows)
+
+
+def _poolings() -> str:
+    """MAE by its class token and by the mean of its patch tokens, as the contest grades it."""
+    sets = {"cifar10": "CIFAR-10", "imagenette": "Imagenette"}
+    poolings = {"class token": "class-token/", "mean of the patch tokens": ""}
+    rows = []
+    for folder, name in sets.items():
+        for pooling, of in poolings.items():
+            mae, *_ = _read("contest", f"{of}{folder}", "table.json")["rows"]
+            cells = [mean_and_deviation(mae["accuracies"][grader]) for grader in _WITH_ALL_LABELS]
+            rows.append([f"{name}, {pooling}", *cells])
+    return markdown_table(
+        ["MAE, in percent", *(_GRADERS[grader] for grader in _WITH_ALL_LABELS)], rows
+    )
 
 
 def _course() -> str:
@@ -298,6 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gap": _gap,
     "contest": lambda: _contest("cifar10"),
     "contest-imagenette": lambda: _contest("imagenette"),
+    "poolings": _poolings,
     "course": _course,
     "contest-xeon": lambda: _contest("cifar10-xeon"),
     "guidance": _guidance,

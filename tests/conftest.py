@@ -253,7 +253,7 @@ def on_ranks(fork):
     processes, in test_distributed.py and test_launch.py, not with forks.
     """
 
-    def run(function, ranks: int = 2, seconds: float = 60) -> list[str | None]:
+    def run(function, ranks: int = 2, seconds: float = 120) -> list[str | None]:
         launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
 
         def rank(number: int, pipe) -> None:

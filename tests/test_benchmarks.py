@@ -434,7 +434,10 @@ def test_each_checkpoint_of_a_course_is_graded_once(contest, tmp_path, monkeypat
         assert part["checkpoints"][-1] == {
             "images": 300, "seconds": 3600.0, "accuracies": {"linear": 50.0, "knn": 40.0}
         }  # fmt: skip
-    embedded = {command[1] for command in commands if command[0] == "embed"}
+    embeddings = [command for command in commands if command[0] == "embed"]
+    embedded = {command[1] for command in embeddings}
+    # Networks are compared by one pooling, and pixels have none.
+    assert all(("--pools" in words) == (words[1] != "pixels:32") for words in embeddings)
     for run in map(Path, embedded - {"pixels:32"}):
         (only,) = (run / "checkpoints").iterdir()
         assert only.read_text() in str(run) and (run / "config.yaml").exists()
