@@ -15,8 +15,8 @@ final: each contestant is trained for the same wall clock, for as many images as
 --minutes. Their speeds are measured first, on a machine that should do nothing else: they train in
 turns, a little at a time. rates.json in --runs keeps the speeds, so that later seeds see as many
 images on any machine. With --images each one sees that number of images instead. Then it is graded
-on TEST once, by the mean of its patch tokens, beside raw pixels and its own architecture with random
-weights.
+on TEST once, by the mean of its patch tokens, beside raw pixels and its own architecture with
+random weights.
 
 finetune: the runs of the final, which are trained by then, are fine-tuned for five epochs by the
 recipe of MAE, beside the architecture of each with random weights. The table of the final gets
