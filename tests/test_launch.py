@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_the_death_of_a_rank_is_one_sentence(rank, start, ranks):
     status, _, err = ranks(kill)
     cause = "killed by SIGKILL, most often because memory ran out"
     assert (status, err) == (LOST_RANK, f"ldae: {start} {cause}\n")
+
+
+@pytest.mark.parametrize(
+    "ends, forwarded, status",
+    [
+        ([0, 0], set(), 0),
+        ([0, -9], set(), LOST_RANK),
+        ([LOST_RANK, 2], set(), 2),
+        ([-9, 1], set(), 1),
+        ([-15, 0], {15}, 143),  # the signal came before the rank could handle it
+        ([-15, 0], {2}, LOST_RANK),
+    ],
+)
+def test_the_status_is_that_of_a_rank_that_failed_by_itself(ends, forwarded, status):
+    ranks = [SimpleNamespace(returncode=end) for end in ends]
+    assert launching._exit_status(ranks, forwarded) == status
 
 
 def test_an_exception_of_any_rank_is_shown(ranks):

@@ -1,13 +1,14 @@
 """The fold, the export, and the start from an exported backbone."""
 
 import json
+import math
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
-from ldae.backbones.fold import fold, init_from
+from ldae.backbones.fold import check_features, fold, init_from
 from ldae.backbones.open import load_backbone
 from ldae.backbones.run import backbone_of, load_method
 from ldae.commands.export import export
@@ -116,6 +117,14 @@ def test_wrong_fold_is_refused(method, monkeypatch):
         fold(trained)
 
 
+@pytest.mark.parametrize("share", [2e-5, math.nan, math.inf])
+def test_features_that_differ_or_are_not_finite_are_refused(share):
+    own = torch.randn(4, 8)
+    check_features(own * (1 + 5e-6), own)
+    with pytest.raises(InputError, match="not exported: .* differs"):
+        check_features(own * (1 + share), own)
+
+
 def test_encoder_that_is_not_a_vit_is_graded_but_not_exported(
     run, tmp_path, images, pictures, monkeypatch
 ):
@@ -155,6 +164,7 @@ def test_timm_opens_the_exported_folder(run, tmp_path, images):
         assert relative_error(model(x), trained.features(x, 10)) < 1e-5
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 32, 32) and data["crop_pct"] == 1.0
+    assert data["interpolation"] == "bicubic"
     mean = trained.tokenizer.pixel_mean.tolist()
     assert data["mean"] == pytest.approx(tuple(mean), abs=1e-5)
     written = json.loads((out / "config.json").read_text())

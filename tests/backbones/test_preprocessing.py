@@ -26,6 +26,14 @@ def test_transform_of_tensors_matches_timms_transform_of_images(side, crop_pct, 
     assert (actual - expected).abs().max() < 0.03  # Pillow rounds to 8 bits in between
 
 
+def test_the_border_of_each_of_many_channels_has_its_mean():
+    mean = (0.1, 0.3, 0.5, 0.7, 0.9)
+    transform = EvalTransform((5, 8, 8), "bicubic", 1.0, "border", mean, (0.2,) * 5)
+    image = transform(np.zeros((4, 8, 5), np.uint8), np.random.default_rng(0))
+    assert not image[:, 3:5].any()
+    assert image[:, 0, 0].tolist() == [round(255 * value) for value in mean]
+
+
 def test_transform_of_tensors_is_differentiable_and_keeps_its_input():
     transform = EvalTransform((3, 20, 20), "bicubic", 0.9, "center", MEAN, STD)
     grey = torch.rand(2, 1, 32, 32, requires_grad=True)

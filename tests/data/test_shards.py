@@ -1,4 +1,6 @@
+import io
 import os
+import tarfile
 import time
 
 import numpy as np
@@ -60,6 +62,20 @@ def test_shards_and_images_in_them_are_ordered_by_name(tmp_path):
     for name in ("b.tar", "a.tar"):
         write_tar(tmp_path / "wds" / name, {"2.png": png(2), "1.png": png(1)})
     assert names(tmp_path / "wds") == ["a.tar/1.png", "a.tar/2.png", "b.tar/1.png", "b.tar/2.png"]
+
+
+def test_newer_images_of_the_same_size_are_others(tmp_path):
+    stamps = set()
+    for time_of_entry in (1, 2):
+        path = tmp_path / str(time_of_entry) / "0.tar"
+        path.parent.mkdir()
+        with tarfile.open(path, "w") as archive:
+            for name, content in (("a.png", png(0)), ("a.cls", b"7")):
+                member = tarfile.TarInfo(name)
+                member.size, member.mtime = len(content), time_of_entry
+                archive.addfile(member, io.BytesIO(content))
+        stamps.add(open_source(str(path.parent), "train").stamp())
+    assert len(stamps) == 2
 
 
 def test_samples_without_labels_are_unlabelled_but_not_half_of_them(tmp_path):

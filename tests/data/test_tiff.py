@@ -137,6 +137,19 @@ def test_the_orientation_is_applied(orientation):
     assert image_size(file, "x") == expected.shape[1::-1]
 
 
+@pytest.mark.parametrize("number", [0, 9])
+def test_an_orientation_that_does_not_exist_turns_nothing(number):
+    values = bands(5, np.uint8)
+    assert np.array_equal(pixels(tiff(values, extratags=[(274, "H", 1, number, True)]), 5), values)
+
+
+def test_a_fourth_band_of_which_nothing_is_said_is_transparency():
+    content = tiff(bands(4, np.uint8), photometric="rgb").getvalue()
+    entry, other = (np.array([tag, 3], "<u2").tobytes() for tag in (338, 65000))
+    assert content.count(entry) == 1
+    assert decode(io.BytesIO(content.replace(entry, other)), "x").mode == "RGBA"
+
+
 def test_the_bands_of_the_first_page_are_the_image():
     first, second, file = bands(5, np.uint8), bands(5, np.uint8), io.BytesIO()
     with tifffile.TiffWriter(file) as writer:

@@ -57,6 +57,12 @@ def test_the_card_says_how_images_are_preprocessed(run, tmp_path):
         assert f"{name} {', '.join(f'{value:g}' for value in cfg[name])} " in row
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_card_says_whether_images_were_flipped(flip, run, tmp_path):
+    folder = export(run(data__flip=flip), tmp_path / "exported")
+    assert ("and flips" in (folder / "README.md").read_text()) == flip
+
+
 def test_facts_of_a_card_are_replaced_or_added():
     card = model_card("name", ["a"], "What.", {"one": 1, "two": r"\1"}, "1", scores="| one | 3 |")
     changed = with_facts(card, {"two": r"\2", "three": 3})

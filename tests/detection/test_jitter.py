@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ldae.backbones.preprocessing import EvalTransform
 from ldae.data.instances import Instances
 from ldae.data.workers import Batch
-from ldae.detection.jitter import OnDevice, ScaleJitter, fitted_size
+from ldae.detection.jitter import OnDevice, ScaleJitter, canvas_of, fitted_size
 from ldae.errors import InputError
 
 BOXES = np.float32([[8, 4, 24, 20], [30, 2, 38, 22]])
@@ -55,11 +56,29 @@ def test_masks_lie_on_their_pixels_and_inside_of_their_boxes(scale, flip):
     assert kept
 
 
+def test_a_pixel_has_the_mask_at_its_middle_and_less_than_a_pixel_is_left_out():
+    """The input is a third of the image."""
+    masks = np.random.default_rng(0).random((3, 24, 24)) < 0.5
+    boxes = np.float32([[3, 3, 24, 24], [3, 3, 6, 24], [3, 3, 5, 24]])
+    found = Instances((24, 24), boxes, np.arange(3), masks)
+    jitter, image = ScaleJitter((3, 8, 8), (0,) * 3), Image.new("RGB", (24, 24))
+    _, target = jitter.joint(image, found, np.random.default_rng(0))
+    assert target["labels"].tolist() == [0, 1]
+    assert np.array_equal(np.unpackbits(target["masks"], axis=2), masks[:2, 1::3, 1::3])
+
+
 def test_a_flip_mirrors_the_input():
     plain, mirrored = (placed(ScaleJitter((3, 64, 64), (0,) * 3, flip=flip)) for flip in (0.0, 1.0))
     assert np.array_equal(plain[0][:, ::-1], mirrored[0])
     assert np.array_equal(plain[1]["masks"][:, :, ::-1], mirrored[1]["masks"])
     assert np.array_equal(64 - plain[1]["boxes"][:, [2, 0]], mirrored[1]["boxes"][:, [0, 2]])
+
+
+def test_the_border_has_the_mean_colour():
+    mean, std = (0.1, 0.5, 0.9), (0.2,) * 3
+    given = EvalTransform((3, 8, 8), "bicubic", 1.0, "center", mean, std)
+    pixels = canvas_of(given, 16)(Image.new("RGB", (16, 4)), np.random.default_rng(0))
+    assert pixels[:, 8, 8].tolist() == [26, 128, 230]
 
 
 def test_instances_outside_of_the_crop_are_left_out():

@@ -49,6 +49,15 @@ def test_boxes_and_masks_are_graded_apart():
     assert scores["box_ap"] == pytest.approx(100) and scores["mask_ap"] == 0
 
 
+def test_the_size_of_a_wrong_mask_is_its_own_and_not_that_of_its_box():
+    """Wrong detections of another size do not count."""
+    wrong = {name: perfect()[0][name] for name in ("image_id", "category_id")}
+    pixel = encode(np.eye(1, 64 * 64, dtype=bool).reshape(64, 64))
+    wrong |= {"bbox": [0, 0, 60, 60], "segmentation": pixel, "score": 2.0}
+    scores = average_precision(DATASET, [*perfect(), wrong], masks=True)
+    assert scores["box_ap_small"] == pytest.approx(100) and scores["mask_ap_small"] < 99
+
+
 def test_a_shift_costs_the_strict_thresholds_only():
     found = perfect()
     for part in found:

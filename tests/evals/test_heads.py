@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ldae.evals.accuracy import label_ranks
 from ldae.evals.features import Features
-from ldae.evals.heads import Head, grade_heads, train_heads
+from ldae.evals.heads import Head, grade_heads, sweep, train_heads
 from ldae.evals.taps import Tap
 
 CPU = torch.device("cpu")
@@ -96,6 +96,16 @@ def test_only_chosen_images_are_learned_from(cloud):
     head = Head(OUTPUT, 0.5)
     found = train_heads(train, [head], 4, SHORT, CPU, chosen)[OUTPUT](queries)[:, 0]
     assert torch.allclose(found, slow_probe(train, head, chosen)(queries), atol=1e-5)
+
+
+def test_a_sweep_grades_held_out_images_by_heads_of_the_others(cloud):
+    train = cloud(150, 0)
+    held, heads = torch.arange(150) % 3 == 0, [Head(OUTPUT, 0.01), Head(OUTPUT, 2.0)]
+    found = sweep(train, held, 4, heads, SHORT, CPU)
+    for head in heads:
+        logits = slow_probe(train, head, ~held)(train.features[held])
+        right = logits.argmax(1) == train.labels[held]
+        assert found[head] == pytest.approx(100 * right.double().mean().item())
 
 
 def test_a_diverged_head_does_not_affect_the_others(cloud):

@@ -10,7 +10,7 @@ from ldae.data.open import open_splits
 from ldae.evals.evaluation import Setup
 from ldae.evals.features import image_names, known_labels
 from ldae.evals.neighbours import KNNProtocol
-from ldae.evals.predictions import Predictions
+from ldae.evals.predictions import Predictions, count_changed
 from ldae.runs import layout
 
 CPU = torch.device("cpu")
@@ -51,6 +51,14 @@ def test_equal_scores_give_the_smaller_class_and_undefined_ones_do_not_count(pic
     infinite = torch.tensor([[0.0, inf, nan], [-inf, -1.0, nan]])
     predictions.add("k1", torch.tensor([4, 5]), infinite)
     assert predictions.classes["k1"].tolist() == [0, 1, 1, -1, 1, 1]
+
+
+def test_predictions_of_other_images_are_not_compared(tmp_path):
+    for folder, name in (("one", "a.png"), ("same", "a.png"), ("other", "b.png")):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / layout.PREDICTIONS, names=[name], top1=[len(folder)])
+    assert count_changed(tmp_path / "one", tmp_path / "same") == {"top1": (1, 1)}
+    assert count_changed(tmp_path / "one", tmp_path / "other") == {}
 
 
 def test_ranks_write_the_predictions_of_all(on_ranks, tmp_path):

@@ -72,6 +72,13 @@ def test_random_init_on_the_command_line_does_not_apply_to_the_suites_backbones(
     assert [c.setup.random_init for c in cells] == [True] * 3 + [False] * 3
 
 
+def test_cells_with_the_same_random_weights_follow_each_other(read):
+    cells = [c for c in read(SUITE, seeds=(3, 1)) if c.setup.random_init and c.data == "b"]
+    assert [(c.column.name, c.setup.seed) for c in cells] == [
+        (name, seed) for seed in (1, 3) for name in ("knn", "fast")
+    ]
+
+
 def test_published_numbers_go_to_their_cells(read):
     published = "published.a = { knn = 74.5 }\npublished.b = { knn = 70, fast = 77.0 }"
     cells = read(SUITE.replace("img_size = 16", published))

@@ -11,6 +11,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.runs.kinds import KINDS
 from ldae.runs.metrics import read_records
 from ldae.train.interrupt import Interrupted
+from ldae.train.plan import Plan
 
 NAMES = ("rankme", "spread", "psnr_25", "psnr_50", "psnr_75")
 WATCHED = {"system__watch_every": 16, "system__log_every": 2, "optim__epochs": 2}
@@ -31,6 +32,15 @@ def test_a_run_measures_its_features_and_reconstructions(tiny, tmp_path, capsys)
         assert 1 < rank <= 32 and 0 < spread < 2 and min(psnr) > 0  # features have 32 numbers
     assert values[-1][4] > values[0][4]
     assert not any(symptom in capsys.readouterr().out for symptom in SYMPTOMS)
+
+
+@pytest.mark.parametrize("epoch, every", [(64, 4096), (100_000, 25_000)])
+def test_by_default_features_are_measured_four_times_an_epoch_and_not_too_often(
+    epoch, every, tiny, tmp_path
+):
+    config, plan = tiny(system__watch_every="auto"), Plan(epoch, 8 * epoch, 8, 1)
+    arguments = config, plan, tmp_path, torch.device("cpu"), None, None
+    assert [hook.every for hook in online_features.watch(*arguments)] == [every]
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,12 @@ def test_a_lock_that_outlives_its_machine_is_removed(tmp_path, monkeypatch):
     assert 0.5 < acquire(tmp_path) < 5
 
 
+def test_a_longer_record_is_replaced_as_a_whole(tmp_path):
+    record = {"process": 5, "host": 50 * "long", "machine": lock._machine_id()}
+    (tmp_path / LOCK).write_text(json.dumps(record))
+    assert acquire(tmp_path) < 0.5
+
+
 def test_waiting_ends_when_the_watched_process_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_TIMEOUT_SECONDS", 20.0)
     path = tmp_path / LOCK

@@ -18,7 +18,7 @@ from ldae.runs.checkpoints import Checkpoints
 from ldae.settings import OptimSettings, SystemSettings
 from ldae.train import loop, watchdog
 from ldae.train.loop import Hook, Loop
-from ldae.train.optim import adamw
+from ldae.train.optim import adamw, lr_at
 from ldae.train.plan import Plan
 from ldae.train.saver import Saver
 from ldae.train.state import State
@@ -67,6 +67,7 @@ def run(
     model=None,
     optimizer=adamw,
     total=48,
+    seed=0,
 ):
     model = model or Line()
     records = []
@@ -82,6 +83,7 @@ def run(
         open_metrics=lambda seen: log,
         describe={},
         hooks=hooks,
+        seed=seed,
         optimizer=optimizer,
     ).train()
     return trained.w.item(), records
@@ -413,11 +415,22 @@ def test_gradients_are_clipped_in_every_step(tmp_path, monkeypatch):
     assert len(norms) == 12
 
 
-def test_hooks_run_every_so_many_images(tmp_path):
-    calls = []
-    hook = Hook(16, lambda model: {"knn": float(len(calls))} | {"n": calls.append(1) or 0})
-    _, records = run(tmp_path, hooks=(hook,))
-    assert [r["images"] for r in records if "knn" in r] == [16, 32, 48]
+def test_the_rate_of_a_run_ends_above_its_minimum(tmp_path):
+    optim = OptimSettings(batch_size=4, blr=1.0, warmup_epochs=0.5, min_lr=0.01)
+    _, records = run(tmp_path, optim=optim)
+    for record in records:
+        at = {"peak": 4 / 256, "warmup": 8, "total": 48, "minimum": 0.01}
+        assert record["lr"] == lr_at(record["images"] - 4, **at)
+
+
+@pytest.mark.parametrize(
+    "every, images", [(16, [16, 32, 48, 64, 80]), (12, [16, 24, 40, 48, 64, 72])]
+)
+def test_hooks_run_every_so_many_images(every, images, tmp_path):
+    """They run at the next record of metrics, of which there is one every 8 images."""
+    hook = Hook(every, lambda model: {"knn": 0.0})
+    _, records = run(tmp_path, batches_from(total=80), hooks=(hook,), total=80)
+    assert [r["images"] for r in records if "knn" in r] == images
 
 
 def test_an_error_of_a_hook_ends_the_run_after_a_checkpoint(tmp_path):
@@ -477,6 +490,27 @@ def test_random_draws_depend_only_on_seed_and_position(tmp_path):
         weight, _ = run(tmp_path / name, model=NoisyLine())
         assert weight == Checkpoints(tmp_path / "whole").load()["model"]["w"].item()
     assert weight != run(tmp_path / "without noise")[0]
+
+
+class DrawingLine(Line):
+    """Keeps a random number of each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.draws = []
+
+    def forward(self, images, positions, labels):
+        self.draws.append(torch.rand(()).item())
+        return super().forward(images, positions, labels)
+
+
+def test_each_micro_batch_and_seed_has_random_draws_of_its_own(tmp_path):
+    draws = []
+    for seed in range(2):
+        model = DrawingLine()
+        run(tmp_path / str(seed), model=model, micro_batches=2, seed=seed, stream=batches_from())
+        draws += model.draws
+    assert len(draws) == len(set(draws)) == 2 * 24
 
 
 def test_buffers_are_averaged_too(tmp_path):

@@ -35,6 +35,11 @@ def test_without_a_factor_no_finite_loss_is_too_large():
     check_all(Watchdog(), [1.0] * 50 + [1e30])
 
 
+@pytest.mark.parametrize("usual", [0.0, -1.0])
+def test_losses_around_zero_have_no_scale_to_be_too_large_for(usual):
+    check_all(Watchdog(3), [usual] * 50 + [5.0])
+
+
 @pytest.mark.parametrize("loss, undone", [(30.1, True), (29.9, False), (math.nan, True)])
 def test_a_loss_is_compared_with_the_median(loss, undone):
     """The last 100 losses are 2 to 18 around 10 and one outlier; older losses do not count."""
