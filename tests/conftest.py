@@ -1,5 +1,6 @@
 """Fixtures that many tests share: small settings, images, runs and ranks."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -347,3 +348,18 @@ def search(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(Bank, "_search_by_faiss", Bank._search_by_torch)  # as on a GPU
         monkeypatch.setattr("ldae.evals.neighbours._ROWS_AT_ONCE", 37)  # several blocks
+
+
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """compiled_by(backend): a counter of graphs that stands in for inductor."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes a second
+
+    def use(backend):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(backend)
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+        return counter
+
+    yield use
+    torch._dynamo.reset()

@@ -1,13 +1,11 @@
 """The loss of an MAE is that of its equations, and the encoder sees only what is not masked."""
 
 import copy
-import functools
 import math
 
 import pytest
 import torch
 from mae_layout import DEPTH, HEADS, LIKE_PUBLISHED, PATCH, SIZES, positions, published_state
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from ldae import distributed, masking
 from ldae.errors import InputError
@@ -185,20 +183,6 @@ def test_the_residual_streams_are_in_bfloat16_and_the_loss_in_float32(mae, image
         block.register_forward_hook(lambda block, given, output: seen.append(output.dtype))
     loss = mae(images, torch.arange(len(images)))
     assert seen == [torch.bfloat16] * 4 and loss.dtype == torch.float32
-
-
-@pytest.fixture
-def compiled_by(monkeypatch):
-    """compiled_by(backend): a counter of graphs that stands in for inductor."""
-
-    def use(backend):
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend(backend)
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-        return counter
-
-    yield use
-    torch._dynamo.reset()
 
 
 def losses(network, mae, images):

@@ -1,14 +1,12 @@
 """Compilation in parts: few graphs, compiled once, with the losses and gradients of eager code."""
 
 import copy
-import functools
 
 import pytest
 import torch
 from conftest import PARTS
 from timm.models.vision_transformer import VisionTransformer
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from ldae import distributed, trajectory
@@ -28,20 +26,6 @@ ROWS = [row.name for row in trajectory.ALL if row.name != "ddpm"]
 GRAPHS = dict.fromkeys(ROWS, 3) | {"l_dae_masked": 4}
 # With a feature target, blocks see clean tokens too, without gradients.
 FEATURE_TARGET = {"features__share": 0.5}
-
-
-@pytest.fixture
-def compiled_by(monkeypatch):
-    """compiled_by(backend): a counter of graphs that stands in for inductor."""
-
-    def use(backend):
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend(backend)
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-        return counter
-
-    yield use
-    torch._dynamo.reset()
 
 
 def losses(network, method, images):
